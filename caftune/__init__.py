@@ -1,0 +1,54 @@
+"""caftune: concept-aware fine-tuning of language models (CAFT, arXiv 2506.07833).
+
+CAFTTrainer, CAFTConfig        a drop-in for TRL's SFTTrainer and SFTConfig
+attach_heads, detach_heads     put heads into a model, take them out: for a training loop of your own
+Backbone, AuxiliaryHeads, HeadsConfig, AuxiliaryWeights, auxiliary_loss      the method, without TRL
+load_heads, save_heads, export_model                                         heads and models on disk
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from caftune.backbone import Backbone
+    from caftune.checkpoint import export_model, load_heads, save_heads
+    from caftune.heads import AuxiliaryHeads, HeadsConfig, attach_heads, detach_heads
+    from caftune.objective import AuxiliaryWeights, auxiliary_loss
+    from caftune.trainer import CAFTConfig, CAFTTrainer
+
+_HOME = {
+    "Backbone": "backbone",
+    "AuxiliaryHeads": "heads",
+    "HeadsConfig": "heads",
+    "attach_heads": "heads",
+    "detach_heads": "heads",
+    "AuxiliaryWeights": "objective",
+    "auxiliary_loss": "objective",
+    "load_heads": "checkpoint",
+    "save_heads": "checkpoint",
+    "export_model": "checkpoint",
+    "CAFTConfig": "trainer",
+    "CAFTTrainer": "trainer",
+}
+__all__ = [
+    "AuxiliaryHeads",
+    "AuxiliaryWeights",
+    "Backbone",
+    "CAFTConfig",
+    "CAFTTrainer",
+    "HeadsConfig",
+    "attach_heads",
+    "auxiliary_loss",
+    "detach_heads",
+    "export_model",
+    "load_heads",
+    "save_heads",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import caftune` and `caftune --help` stay light."""
+    if name in _HOME:
+        return getattr(import_module(f"caftune.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'caftune' has no attribute {name!r}")

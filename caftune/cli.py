@@ -1,0 +1,127 @@
+"""The command line: one function per command, each one call. torch and transformers are imported inside commands."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Concept-aware fine-tuning of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+console = Console()
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as trainer.learning_rate=1e-5.")
+]
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="The run folder.")] = "runs/demo",
+) -> None:
+    """The whole path on a small embedded model and task: offline, on a CPU, under three minutes."""
+    with _errors_in_one_line():
+        from caftune.demo import run
+
+        run.demo(output)
+
+
+@app.command()
+def label(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """The base model answers prompts: the data the heads are pretrained on."""
+    with _errors_in_one_line():
+        from caftune import pipeline
+        from caftune.recipe import load_recipe
+
+        console.print(f"Labels: {pipeline.label(load_recipe(recipe, overrides or []))}")
+
+
+@app.command()
+def pretrain_heads(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Stage 1: pretrain the auxiliary heads on the labels."""
+    with _errors_in_one_line():
+        from caftune import pipeline
+        from caftune.recipe import load_recipe
+
+        console.print(f"Heads: {pipeline.pretrain_heads(load_recipe(recipe, overrides or []))}")
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Stage 2: concept-aware fine-tuning; ends with an ordinary checkpoint."""
+    with _errors_in_one_line():
+        from caftune import pipeline
+        from caftune.recipe import load_recipe
+
+        console.print(f"Model: {pipeline.finetune(load_recipe(recipe, overrides or []))}")
+
+
+@app.command()
+def export(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    checkpoint: Annotated[str | None, typer.Option(help="A checkpoint folder; the last one by default.")] = None,
+) -> None:
+    """Write a checkpoint of stage 2 as an ordinary model (adapters merged, no heads)."""
+    with _errors_in_one_line():
+        from caftune import pipeline
+        from caftune.recipe import load_recipe
+
+        console.print(f"Model: {pipeline.export(load_recipe(recipe, overrides or []), checkpoint)}")
+
+
+@app.command()
+def preview(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="How many rows to show.")] = 3,
+) -> None:
+    """Show rows of data.train: which tokens are trained on, and what each horizon is held to."""
+    with _errors_in_one_line():
+        from caftune import pipeline
+        from caftune.preview import print_row
+        from caftune.recipe import load_recipe
+
+        for number, row in enumerate(pipeline.preview(load_recipe(recipe, overrides or []), rows)):
+            print_row(console, number, *row)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe."""
+    from caftune.recipe import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Errors a person can mend are told in one line; anything else keeps its traceback (as does CAFTUNE_TRACEBACK=1)."""
+    _quiet_libraries()
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("Stopped. What was finished is kept; the same command goes on from there.")
+        sys.exit(130)
+    except ValueError as error:
+        if os.environ.get("CAFTUNE_TRACEBACK"):
+            raise
+        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    app()

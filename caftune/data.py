@@ -1,0 +1,147 @@
+"""One way to name data: a local .jsonl, .json, .csv or .parquet file (also .gz), or a hub id `owner/name[:split]`.
+
+Rows come out in one of three forms that SFTTrainer knows: `messages`, `prompt` and `completion`, or `text`.
+Alpaca (instruction, input, output) and ShareGPT (conversations) rows are turned into the first two.
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class DataError(ValueError):
+    """Data cannot be used; the message names the file, the row and the remedy."""
+
+
+def load_rows(
+    source: str, columns: Mapping[str, str] | None = None, *, limit: int | None = None, chat: bool = False
+) -> Dataset:
+    """Read a data source and bring its rows into one form.
+
+    Args:
+        source: a file or a hub id.
+        columns: our name -> the source's name, for example {"prompt": "question", "completion": "answer"}.
+        limit: use the first so many rows.
+        chat: turn alpaca rows into messages (for a base with a chat template) instead of prompt and completion.
+
+    Raises:
+        DataError: no such file, a malformed line (with its number), no rows, or columns of no known form.
+    """
+    rows = _read(source)
+    if not rows:
+        raise DataError(f"{source} is empty. Give at least one row.")
+    rows = rows[:limit] if limit is not None else rows
+    if columns:
+        missing = [name for name in columns.values() if name not in rows[0]]
+        if missing:
+            raise DataError(
+                f"{source} has no column {missing[0]!r}; its columns are {', '.join(rows[0])}. Mend data.columns."
+            )
+        rows = [{ours: row.get(theirs) for ours, theirs in columns.items()} for row in rows]
+    return Dataset.from_list([_in_form(row, number, source, chat=chat) for number, row in enumerate(rows)])
+
+
+def _read(source: str) -> list[dict[str, Any]]:
+    path = Path(source)
+    if not path.is_file():
+        return _read_hub(source)
+    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    kind = suffix.removesuffix(".gz")
+    if kind == ".jsonl":
+        return _read_lines(path)
+    if kind == ".json":
+        return _read_list(path)
+    if kind == ".csv":
+        return Dataset.from_csv(str(path), keep_in_memory=True).to_list()  # type: ignore[union-attr]
+    if kind == ".parquet":
+        return Dataset.from_parquet(str(path), keep_in_memory=True).to_list()  # type: ignore[union-attr]
+    raise DataError(f"{source} must end in one of {', '.join(_SUFFIXES)} (or these with .gz), got {path.suffix!r}.")
+
+
+def _read_hub(source: str) -> list[dict[str, Any]]:
+    if source.startswith((".", "/")) or source.endswith(_SUFFIXES) or not _HUB_ID.fullmatch(source):
+        raise DataError(f"{source} must be an existing file or a hub id (owner/name), and there is no such file.")
+    name, _, split = source.partition(":")
+    try:
+        return load_dataset(name, split=split or "train").to_list()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source} is no file, and the hub gave no such data set ({error}).") from error
+
+
+def _open(path: Path) -> Any:
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: malformed JSON ({error.msg}). Mend or remove the line."
+                ) from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number}: must be a JSON object, got {type(row).__name__}.")
+            rows.append(row)
+    return rows
+
+
+def _read_list(path: Path) -> list[dict[str, Any]]:
+    with _open(path) as file:
+        try:
+            rows = json.load(file)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {error.lineno}: malformed JSON ({error.msg}). Mend the file.") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} must hold a JSON list of objects. One object per line? Name it .jsonl.")
+    return rows
+
+
+def _in_form(row: dict[str, Any], number: int, source: str, *, chat: bool) -> dict[str, Any]:
+    if "messages" in row:
+        return {"messages": row["messages"]} | ({"tools": row["tools"]} if row.get("tools") else {})
+    if "conversations" in row:
+        return {"messages": [_message(turn, number, source) for turn in row["conversations"]]}
+    if "instruction" in row:
+        return _from_alpaca(row, number, source, chat=chat)
+    for form in (("prompt", "completion"), ("prompt",), ("text",)):
+        if set(form) <= set(row):
+            empty = [name for name in form if row[name] is None]
+            if empty:
+                raise DataError(f"{source}, row {number} (from 0): {empty[0]} is missing. Mend or remove the row.")
+            return {name: row[name] for name in form}
+    raise DataError(
+        f"{source}, row {number} (from 0) has the columns {', '.join(row)}, of no form caftune knows (messages; prompt and "
+        "completion; text; instruction and output; conversations). Name them in data.columns, such as "
+        "{prompt: question, completion: answer}."
+    )
+
+
+def _message(turn: Mapping[str, Any], number: int, source: str) -> dict[str, str]:
+    role = _SHAREGPT_ROLES.get(turn.get("from", ""))
+    if role is None:
+        raise DataError(f"{source}, row {number} (from 0): unknown speaker {turn.get('from')!r} in conversations.")
+    return {"role": role, "content": turn["value"]}
+
+
+def _from_alpaca(row: Mapping[str, Any], number: int, source: str, *, chat: bool) -> dict[str, Any]:
+    answer = row.get("output", row.get("response"))
+    if row["instruction"] is None or answer is None:
+        raise DataError(f"{source}, row {number} (from 0): instruction or output is missing. Mend or remove the row.")
+    prompt = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+    if chat:
+        return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+    return {"prompt": f"{prompt}\n\n", "completion": answer}

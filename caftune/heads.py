@@ -1,0 +1,208 @@
+"""Auxiliary heads: what they are, and how they run inside a model's forward pass."""
+
+import copy
+import functools
+import types
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from caftune.backbone import Backbone, LayerCall, UnsupportedModelError
+from caftune.cross_entropy import log_likelihood
+from caftune.objective import IGNORED, horizon_targets
+
+Kind = Literal["decoder", "mlp"]
+# Where each kind of head leaves the trunk, in stage 1 and stage 2 alike.
+FORK_POINTS: dict[str, str] = {"decoder": "input of the last layer", "mlp": "output of the last layer"}
+# The heads' name inside the model that carries them.
+ATTRIBUTE = "auxiliary_heads"
+_HALF = (torch.bfloat16, torch.float16)
+# Arguments of a causal LM that its trunk does not take.
+_OUTPUT_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head", "logits_to_keep")
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """How many heads, of which kind. Head i (from 0) predicts horizon i + 2.
+
+    `decoder`: a copy of the last decoder layer. `mlp`: a residual two-layer perceptron, for models whose last layer is
+    dear to copy (mixtures of experts) or cannot be called twice.
+    """
+
+    count: int = 4
+    kind: Kind = "decoder"
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}.")
+        if self.kind not in FORK_POINTS:
+            raise ValueError(f"kind must be one of {', '.join(FORK_POINTS)}, got {self.kind!r}.")
+
+    @property
+    def horizons(self) -> list[int]:
+        """The horizons of the heads: 2 .. count + 1."""
+        return list(range(2, self.count + 2))
+
+
+class MLPHead(nn.Module):
+    """hidden + down(silu(up(norm(hidden)))), `down` starting at zero: at first the head repeats the model's own output."""
+
+    def __init__(self, width: int, like: Float[Tensor, "vocabulary normed_width"], *, seed: int) -> None:
+        super().__init__()
+        normed_width = like.shape[1]
+        self.up = nn.utils.skip_init(nn.Linear, normed_width, width, bias=False, dtype=like.dtype, device=like.device)
+        self.down = nn.utils.skip_init(nn.Linear, width, width, bias=False, dtype=like.dtype, device=like.device)
+        # A generator of its own, so that building heads does not move the global random state.
+        initial = torch.randn(width, normed_width, generator=torch.Generator().manual_seed(seed)) / normed_width**0.5
+        with torch.no_grad():
+            self.up.weight.copy_(initial)
+            self.down.weight.zero_()
+
+    def forward(
+        self, hidden: Float[Tensor, "batch tokens width"], normed: Float[Tensor, "batch tokens normed_width"]
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Hidden states in the place of the last layer's output."""
+        return hidden + self.down(nn.functional.silu(self.up(normed)))
+
+
+class AuxiliaryHeads(nn.Module):
+    """The heads of one model. Each has its own hidden layer; all share the model's final norm and unembedding."""
+
+    def __init__(self, config: HeadsConfig, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.config = config
+        self.heads = nn.ModuleList(modules)
+
+    @classmethod
+    def build(cls, backbone: Backbone, config: HeadsConfig) -> "AuxiliaryHeads":
+        """Untrained heads for a model: each starts as a working next-token predictor.
+
+        Call it before PEFT wraps the model: a copy made later would carry adapters.
+
+        Raises:
+            UnsupportedModelError: the model is already wrapped by PEFT.
+        """
+        if any("lora_" in name for name, _ in backbone.model.named_parameters()):
+            raise UnsupportedModelError(
+                "The model already carries LoRA weights, which its heads would copy. Build the heads on the plain model, "
+                "or give CAFTTrainer the plain model and a peft_config."
+            )
+        if config.kind == "decoder":
+            return cls(config, [_copy_of(backbone.layer) for _ in config.horizons])
+        return cls(config, [MLPHead(backbone.width, backbone.unembedding().weight, seed=h) for h in config.horizons])
+
+    def hidden(self, index: int, backbone: Backbone, call: LayerCall) -> Float[Tensor, "batch tokens width"]:
+        """Head `index`'s hidden states at every position, ready for the unembedding."""
+        head = self.heads[index]
+        if self.config.kind == "decoder":
+            return backbone.close(call.replay(head))
+        return backbone.close(head(call.hidden, backbone.close(call.hidden)))
+
+    def forward(
+        self,
+        backbone: Backbone,
+        call: LayerCall,
+        labels: Int[Tensor, "batch tokens"],
+        *,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Score every horizon of a batch, one head after another.
+
+        Returns:
+            `nll`: sum of -log p over the horizon's targets, in nats, with gradient, shape [heads];
+            `count`: number of targets, shape [heads]; `correct`: targets that were the most likely token, shape [heads].
+        """
+        nll, count, correct = [], [], []
+        for index, horizon in enumerate(self.config.horizons):
+            targets = horizon_targets(labels, horizon, position_ids=position_ids, attention_mask=attention_mask)
+            rows = targets != IGNORED
+            with _autocast_like(call.hidden):
+                hidden = self.hidden(index, backbone, call)
+                likelihood, hits = log_likelihood(hidden[rows], backbone.unembedding(), targets[rows])
+            nll.append(-likelihood.sum())
+            count.append(rows.sum())
+            correct.append(hits.sum())
+        return {"nll": torch.stack(nll), "count": torch.stack(count), "correct": torch.stack(correct)}
+
+
+def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
+    """Put `heads` inside the model, so that its devices, wrappers and optimizer see them, and let its forward run them.
+
+    Afterwards `model(..., labels=labels, auxiliary="add")` returns the model's own outputs and, under `auxiliary`, what
+    `AuxiliaryHeads.forward` returns; `auxiliary="only"` runs the trunk without a graph and returns the heads' part alone;
+    without the argument the forward is as it was. Only this instance changes. `model.save_pretrained` leaves the heads out.
+    """
+    model = backbone.model
+    if hasattr(model, ATTRIBUTE):
+        raise ValueError("The model already carries auxiliary heads. Call detach_heads(model) first.")
+    inner = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: nn.Module, *args: Any, auxiliary: str | None = None, **kwargs: Any) -> Any:
+        if auxiliary is None:
+            return inner(*args, **kwargs)
+        if kwargs.get("labels") is None:
+            raise ValueError("labels must be given for the auxiliary losses, got none.")
+        with backbone.capture() as call:
+            outputs = inner(*args, **kwargs) if auxiliary == "add" else _run_trunk(backbone, *args, **kwargs)
+        scores = getattr(self, ATTRIBUTE)(
+            backbone,
+            call,
+            kwargs["labels"],
+            position_ids=kwargs.get("position_ids"),
+            attention_mask=kwargs.get("attention_mask"),
+        )
+        outputs["auxiliary"] = scores
+        return outputs
+
+    setattr(model, ATTRIBUTE, heads)
+    model._caftune_inner_forward = inner
+    model.forward = types.MethodType(forward, model)
+    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *_keys(heads)}
+
+
+def detach_heads(model: nn.Module) -> AuxiliaryHeads:
+    """Undo `attach_heads` and return the heads: the model is an ordinary one again."""
+    heads = getattr(model, ATTRIBUTE)
+    delattr(model, ATTRIBUTE)
+    inner = model.__dict__.pop("_caftune_inner_forward")
+    del model.forward
+    if getattr(inner, "__func__", None) is not type(model).forward:
+        model.forward = inner
+    model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save) - set(_keys(heads))
+    return heads
+
+
+def _keys(heads: AuxiliaryHeads) -> list[str]:
+    return [f"{ATTRIBUTE}.{key}" for key in heads.state_dict()]
+
+
+def _run_trunk(backbone: Backbone, *args: Any, **kwargs: Any) -> Any:
+    kwargs = {name: value for name, value in kwargs.items() if name not in _OUTPUT_ARGUMENTS}
+    with torch.no_grad():
+        backbone.trunk(*args, **{**kwargs, "use_cache": False})
+    return {}
+
+
+def _copy_of(layer: nn.Module) -> nn.Module:
+    """A deep copy without hooks (placement and capture hooks belong to the original) and with trainable weights."""
+    twin = copy.deepcopy(layer)
+    for module in twin.modules():
+        for name, value in vars(module).items():
+            if name.endswith("_hooks") or "_hooks_" in name:
+                value.clear()
+        if module.__dict__.pop("_hf_hook", None) is not None:  # accelerate's placement wraps forward on the instance
+            module.__dict__.pop("forward", None)
+            module.__dict__.pop("_old_forward", None)
+    return twin.requires_grad_(True)
+
+
+def _autocast_like(hidden: Tensor) -> AbstractContextManager[Any]:
+    """Run float32 master heads in the precision of a half-precision trunk."""
+    return torch.autocast(hidden.device.type, dtype=hidden.dtype) if hidden.dtype in _HALF else nullcontext()

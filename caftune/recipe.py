@@ -1,0 +1,220 @@
+"""The recipe: one YAML file for every command, checked in full before anything is loaded."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+# Options of CAFTConfig that the recipe sets elsewhere.
+_SET_ELSEWHERE = {
+    "output_dir": "output",
+    "seed": "seed",
+    "heads": "heads.path",
+    "num_heads": "heads.count",
+    "head_kind": "heads.kind",
+    "force_heads": "heads.force",
+    "train_heads": "heads.train",
+    "aux_weight": "loss.weight",
+    "aux_decay": "loss.decay",
+    "aux_schedule": "loss.schedule",
+    "max_length": "data.max_length",
+    "pretrain_heads": "the command `caftune pretrain-heads`",
+}
+
+
+class RecipeError(ValueError):
+    """The recipe cannot be used; the message names the place and the remedy."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoraSection(_Section):
+    """LoRA, handed to `peft.LoraConfig`."""
+
+    r: int = Field(8, gt=0)
+    alpha: int = Field(16, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class ModelSection(_Section):
+    """The base model, and which of its weights are trained."""
+
+    name: str = Field(description="A folder or a hub id.")
+    revision: str | None = None
+    tuning: Literal["full", "lora"] = "full"
+    lora: LoraSection = LoraSection()
+
+
+class LabelsSection(_Section):
+    """Self-generated answers, the training data of the heads."""
+
+    prompts: str | None = Field(None, description="A file or hub id with the prompts to answer.")
+    columns: dict[str, str] = {}
+    limit: int | None = Field(None, gt=0, description="Answer the first so many prompts.")
+    skip_long_prompts: bool = Field(False, description="Leave out prompts that max_new_tokens leaves no room for.")
+    max_new_tokens: int = Field(256, gt=0)
+    temperature: float = Field(0.7, ge=0, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: all tokens.")
+    batching: Literal["auto", "continuous", "static"] = "auto"
+    batch_size: int = Field(64, gt=0)
+
+
+class HeadsSection(_Section):
+    """The auxiliary heads."""
+
+    count: int = Field(4, gt=0)
+    kind: Literal["decoder", "mlp"] = "decoder"
+    path: str | None = Field(None, description="Take these heads instead of training some.")
+    force: bool = Field(False, description="Accept heads of another base of the same shape.")
+    train: bool = Field(False, description="Train the heads along in stage 2.")
+    held_out: float = Field(0.1, gt=0, lt=1, description="Share of the labels kept for evaluating the heads.")
+
+
+class LossSection(_Section):
+    """beta, alpha and gamma."""
+
+    weight: float = Field(0.01, ge=0, description="beta; 0 is plain fine-tuning.")
+    decay: float = Field(0.8, gt=0, le=1, description="alpha")
+    schedule: Literal["reflected_sine", "sine", "linear", "constant"] = "reflected_sine"
+
+
+class DataSection(_Section):
+    """The task's data."""
+
+    train: str | None = Field(None, description="A file or hub id.")
+    eval: str | None = None
+    columns: dict[str, str] = Field({}, description="Our name: the file's name.")
+    max_length: int | None = Field(None, gt=1, description="In tokens. None: the model's context, at most 1024.")
+    limit: int | None = Field(None, gt=0, description="Use the first so many rows.")
+
+
+class Recipe(_Section):
+    """Everything a run needs."""
+
+    output: str = Field(description="The run folder.")
+    seed: int = 42
+    model: ModelSection
+    labels: LabelsSection = LabelsSection()
+    heads: HeadsSection = HeadsSection()
+    pretrain: dict[str, Any] = Field({}, description="Stage 1 options of CAFTConfig.")
+    loss: LossSection = LossSection()
+    data: DataSection = DataSection()
+    trainer: dict[str, Any] = Field({}, description="Stage 2 options of CAFTConfig.")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe; `overrides` are `key.sub=value`, the value in YAML.
+
+    Raises:
+        RecipeError: no such file, malformed YAML, an unknown key (with the nearest known one) or a value out of range.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise RecipeError(f"{path} must be a recipe file (YAML), and there is no such file.")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} must hold a mapping of sections (output, model, ...), got {type(values).__name__}.")
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Recipe.model_validate(_with_numbers(values))
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from error
+
+
+def trainer_config(recipe: Recipe, section: Literal["pretrain", "trainer"], **ours: Any) -> Any:
+    """The CAFTConfig of a stage: the recipe's section, and what the recipe sets elsewhere.
+
+    Raises:
+        RecipeError: an option CAFTConfig does not have, one that belongs elsewhere, or a value it refuses.
+    """
+    from caftune.trainer import CAFTConfig
+
+    known = {field.name for field in dataclasses.fields(CAFTConfig) if field.init}
+    options = getattr(recipe, section)
+    for name in options:
+        if name in _SET_ELSEWHERE:
+            raise RecipeError(f"{section}.{name} is set by {_SET_ELSEWHERE[name]} in a recipe. Remove it.")
+        if name not in known:
+            raise RecipeError(f"{section}.{name} is not an option of CAFTConfig.{_nearest(name, known, f'{section}.')}")
+    try:
+        return CAFTConfig(**{"report_to": [], "seed": recipe.seed, **options, **ours})
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{section}: {error}") from error
+
+
+def save_recipe(path: Path, sections: Mapping[str, Any]) -> None:
+    """Write sections of a recipe as YAML, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(yaml.safe_dump(dict(sections), sort_keys=False), encoding="utf-8")
+    partial.replace(path)
+
+
+def first_difference(one: Any, other: Any, place: str = "") -> str | None:
+    """Where two parsed recipes first differ, as `key.sub: one -> other`; None where they agree."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in [*one, *(key for key in other if key not in one)]:
+            found = first_difference(one.get(key), other.get(key), f"{place}.{key}" if place else str(key))
+            if found:
+                return found
+        return None
+    return None if one == other else f"{place}: {one!r} -> {other!r}"
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    place, equals, text = override.partition("=")
+    if not equals or not place:
+        raise RecipeError(f"An override must be key.sub=value, got {override!r}.")
+    *sections, key = place.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"{override!r} sets a part of {section}, which is a value.")
+    values[key] = yaml.safe_load(text)
+
+
+def _with_numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as text; everybody means the number."""
+    if isinstance(value, dict):
+        return {key: _with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem of a recipe, in one sentence."""
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *sections, key = problem["loc"]
+        return f"{place} is not a key of a recipe.{_nearest(str(key), _keys_of(sections), '.'.join([*map(str, sections), '']))}"
+    if problem["type"] == "missing":
+        return f"{place} must be given. Add it to the recipe."
+    message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{place} must be {message}, got {problem['input']!r}."
+
+
+def _keys_of(sections: Sequence[Any]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for section in sections:
+        model = model.model_fields[str(section)].annotation  # type: ignore[assignment]
+    return list(model.model_fields)
+
+
+def _nearest(key: str, known: Any, prefix: str) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f" Did you mean {prefix}{near[0]}?" if near else f" Known: {', '.join(sorted(known)[:12])}."
