@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from caftune.backbone import Backbone
     from caftune.checkpoint import export_model, load_heads, save_heads
+    from caftune.config import CAFTConfig
     from caftune.heads import AuxiliaryHeads, HeadsConfig, attach_heads, detach_heads
     from caftune.objective import AuxiliaryWeights, auxiliary_loss
-    from caftune.trainer import CAFTConfig, CAFTTrainer
+    from caftune.trainer import CAFTTrainer
 
 _HOME = {
     "Backbone": "backbone",
@@ -27,7 +28,7 @@ _HOME = {
     "load_heads": "checkpoint",
     "save_heads": "checkpoint",
     "export_model": "checkpoint",
-    "CAFTConfig": "trainer",
+    "CAFTConfig": "config",
     "CAFTTrainer": "trainer",
 }
 __all__ = [

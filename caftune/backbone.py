@@ -51,7 +51,7 @@ class LayerCall:
 class Backbone:
     """The parts of a causal LM that heads touch, by name, so that later wrapping (PEFT, FSDP) is followed."""
 
-    model: nn.Module
+    model: Any  # a transformers model with a language-modelling head
     layer_name: str
     closing_names: tuple[str, ...]
     width: int
@@ -59,7 +59,7 @@ class Backbone:
     softcap: float | None
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Backbone":
+    def of(cls, model: Any) -> "Backbone":
         """Find the parts of `model` and verify them on eight tokens.
 
         Raises:
@@ -119,7 +119,7 @@ def _hidden(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def _find_layers(model: nn.Module) -> str:
+def _find_layers(model: Any) -> str:
     depth = model.config.get_text_config().num_hidden_layers
     names = [
         name
@@ -137,8 +137,8 @@ def _is_decoder_stack(layers: nn.ModuleList) -> bool:
     return all(next(layer.parameters(), None) is not None for layer in layers)
 
 
-def _last_index(model: nn.Module, layers_name: str) -> int:
-    return len(model.get_submodule(layers_name)) - 1  # type: ignore[arg-type]
+def _last_index(model: Any, layers_name: str) -> int:
+    return len(model.get_submodule(layers_name)) - 1
 
 
 def _logit_transform(config: Any) -> tuple[float, float | None]:

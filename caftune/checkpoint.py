@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from caftune.backbone import Backbone
 from caftune.heads import ATTRIBUTE, FORK_POINTS, AuxiliaryHeads, HeadsConfig
@@ -31,10 +31,26 @@ FORMAT = 1
 WEIGHTS_FILE, DESCRIPTION_FILE = "heads.safetensors", "heads.json"
 _SAMPLED_ROWS = 64
 # What a configuration holds besides the architecture: where it came from, and what trainers are free to set.
-_VOLATILE = frozenset(
-    "_name_or_path architectures transformers_version dtype torch_dtype use_cache pad_token_id bos_token_id eos_token_id "
-    "output_router_logits router_aux_loss_coef quantization_config id2label label2id name_or_path".split()
-)
+_VOLATILE = {
+    *(
+        "_name_or_path",
+        "architectures",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "quantization_config",
+    ),
+    *(
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "id2label",
+        "label2id",
+    ),
+}
 
 
 class HeadsError(ValueError):
@@ -141,7 +157,7 @@ def read_heads(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise HeadsError(f"{path} is not a safetensors file ({error}). Copy or train the heads again.") from error
 
 
-def export_model(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
+def export_model(model: Any, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
     """Write `model` as an ordinary checkpoint: the base's keys, shapes and dtypes, no trace of heads or adapters.
 
     Adapters (PEFT) are merged in a copy, so that training can go on afterwards. Weights are written in the dtype the base
@@ -169,7 +185,7 @@ def export_model(model: nn.Module, folder: str | os.PathLike[str], tokenizer: An
         tokenizer.save_pretrained(folder)
 
 
-def published_dtype(model: nn.Module) -> torch.dtype | None:
+def published_dtype(model: Any) -> torch.dtype | None:
     """The dtype that the base's own config.json names, None where it names none or there is no such file."""
     from transformers import AutoConfig
 

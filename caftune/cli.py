@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -114,13 +115,16 @@ def _errors_in_one_line() -> Iterator[None]:
     except ValueError as error:
         if os.environ.get("CAFTUNE_TRACEBACK"):
             raise
-        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, highlight=False)
+        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
 def _quiet_libraries() -> None:
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    """Leave out what libraries say about themselves and a user can do nothing about."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 if __name__ == "__main__":

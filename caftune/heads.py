@@ -167,7 +167,7 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
     model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *_keys(heads)}
 
 
-def detach_heads(model: nn.Module) -> AuxiliaryHeads:
+def detach_heads(model: Any) -> AuxiliaryHeads:
     """Undo `attach_heads` and return the heads: the model is an ordinary one again."""
     heads = getattr(model, ATTRIBUTE)
     delattr(model, ATTRIBUTE)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from caftune.data import DataError
 from caftune.objective import IGNORED
@@ -36,7 +36,7 @@ class Sampling:
     batch_size: int = 64
     seed: int = 0
 
-    def generation_config(self, model: PreTrainedModel, tokenizer: Any) -> GenerationConfig:
+    def generation_config(self, model: Any, tokenizer: Any) -> GenerationConfig:
         """These settings for transformers' `generate`, with the model's own end-of-text tokens."""
         eos = model.generation_config.eos_token_id
         pad = tokenizer.pad_token_id
@@ -99,7 +99,7 @@ def refuse_long_prompts(prompts: Sequence[Sequence[int]], room: int) -> None:
 
 
 def generate_labels(
-    model: PreTrainedModel, tokenizer: Any, prompts: Mapping[int, list[int]], path: Path, sampling: Sampling
+    model: Any, tokenizer: Any, prompts: Mapping[int, list[int]], path: Path, sampling: Sampling
 ) -> None:
     """Answer every prompt (row -> token ids) that is not in `path` yet, appending one line per answer as it comes."""
     done = {label.row for label in read_labels(path)} if path.is_file() else set()
@@ -111,12 +111,14 @@ def generate_labels(
     config = sampling.generation_config(model, tokenizer)
     eos = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id or ())
     torch.manual_seed(sampling.seed + len(done))
-    answers = (_answer_continuously if _continuous(model, sampling) else _answer_in_batches)(
-        model, tokenizer, [prompts[row] for row in todo], config, sampling
-    )
+    asked = [prompts[row] for row in todo]
+    if _continuous(model, sampling):
+        answers = _answer_continuously(model, asked, config, sampling)
+    else:
+        answers = answer_in_batches(model, asked, config, batch_size=sampling.batch_size)
     with path.open("a", encoding="utf-8") as file, tqdm(total=len(prompts), initial=len(done), desc="labels") as bar:
         for index, answer in answers:
-            ids, finish = _until_end(answer, eos)
+            ids, finish = until_end(answer, eos)
             row = todo[index]
             label = Label(
                 row=row,
@@ -158,19 +160,48 @@ def label_dataset(labels: Sequence[Label]) -> Dataset:
     )
 
 
-def _continuous(model: PreTrainedModel, sampling: Sampling) -> bool:
+def answer_in_batches(
+    model: Any, prompts: Sequence[list[int]], config: GenerationConfig, *, batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """(index, answer), shortest prompts first, so that the prompts of a batch need little padding.
+
+    Answers may be followed by padding: see `until_end`.
+    """
+    pad = config.pad_token_id if config.pad_token_id is not None else 0
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        width = max(len(prompts[i]) for i in batch)
+        ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch])
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        with torch.inference_mode():
+            output = model.generate(
+                ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+            )
+        yield from zip(batch, output[:, width:].tolist(), strict=True)
+
+
+def until_end(answer: list[int], eos: set[int]) -> tuple[list[int], str]:
+    """The answer up to and with its first end-of-text token, and whether there was one ("stop") or not ("length")."""
+    for position, token in enumerate(answer):
+        if token in eos:
+            return answer[: position + 1], "stop"
+    return answer, "length"
+
+
+def _continuous(model: Any, sampling: Sampling) -> bool:
     """Continuous batching pays on accelerators. On a CPU its attention spans all requests at once: docs/decisions/0003."""
     if sampling.batching == "auto":
         return model.device.type != "cpu" and hasattr(model, "generate_batch") and _has_paged_attention(model)
     return sampling.batching == "continuous"
 
 
-def _has_paged_attention(model: PreTrainedModel) -> bool:
+def _has_paged_attention(model: Any) -> bool:
     return bool(getattr(model, "_supports_attention_backend", False)) and not getattr(model, "_is_stateful", False)
 
 
 def _answer_continuously(
-    model: PreTrainedModel, tokenizer: Any, prompts: list[list[int]], config: GenerationConfig, sampling: Sampling
+    model: Any, prompts: list[list[int]], config: GenerationConfig, sampling: Sampling
 ) -> Iterator[tuple[int, list[int]]]:
     """(index, answer) in the order answers are finished."""
     pages = -(-(max(map(len, prompts)) + sampling.max_new_tokens) // _PAGE) * sampling.batch_size
@@ -200,30 +231,6 @@ def _answer_continuously(
                     f"Generation failed ({result.error}). The rows so far are kept; run the command again."
                 )
             yield index.pop(result.request_id), list(result.generated_tokens)
-
-
-def _answer_in_batches(
-    model: PreTrainedModel, tokenizer: Any, prompts: list[list[int]], config: GenerationConfig, sampling: Sampling
-) -> Iterator[tuple[int, list[int]]]:
-    """(index, answer), shortest prompts first, so that the prompts of a batch need little padding."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), sampling.batch_size):
-        batch = order[start : start + sampling.batch_size]
-        width = max(len(prompts[i]) for i in batch)
-        ids = torch.tensor([[config.pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in batch])
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-        with torch.inference_mode():
-            output = model.generate(
-                ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-            )
-        yield from zip(batch, output[:, width:].tolist(), strict=True)
-
-
-def _until_end(answer: list[int], eos: set[int]) -> tuple[list[int], str]:
-    for position, token in enumerate(answer):
-        if token in eos:
-            return answer[: position + 1], "stop"
-    return answer, "length"
 
 
 def _encode_messages(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:

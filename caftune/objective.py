@@ -21,7 +21,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "reflected_sine": lambda progress: math.sin((1 - progress) * math.pi / 2),
     "sine": lambda progress: math.sin(progress * math.pi / 2),
     "linear": lambda progress: progress,
-    "constant": lambda progress: 1.0,
+    "constant": lambda _: 1.0,
 }
 
 

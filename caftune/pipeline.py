@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 from caftune.checkpoint import export_model, provenance, write_json
+from caftune.config import CAFTConfig
 from caftune.data import DataError, load_rows
 from caftune.labels import (
     Sampling,
@@ -38,7 +39,7 @@ from caftune.labels import (
 from caftune.objective import IGNORED, horizon_targets
 from caftune.progress import show_progress
 from caftune.recipe import Recipe, RecipeError, first_difference, save_recipe, trainer_config
-from caftune.trainer import CAFTConfig, CAFTTrainer, tokenized
+from caftune.trainer import CAFTTrainer, tokenized
 
 _DEFAULT_LENGTH = 1024
 
@@ -145,7 +146,7 @@ def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
     if recipe.model.tuning == "lora":
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(load_model(recipe), source)
+        model: Any = PeftModel.from_pretrained(load_model(recipe), source)
     else:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
         model.config._name_or_path = recipe.model.name  # whose dtype is the published one
@@ -243,7 +244,8 @@ def load_model(recipe: Recipe) -> Any:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     revision = recipe.model.revision or "main"
-    return AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype="auto", revision=revision).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype="auto", revision=revision)
+    return model.to(device).eval()
 
 
 def context_length(recipe: Recipe) -> int | None:

@@ -4,9 +4,7 @@ import sys
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback
-
-_MAIN = ("loss", "eval_loss")
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 
 class StageProgress(TrainerCallback):
@@ -35,11 +33,14 @@ class StageProgress(TrainerCallback):
 
 def show_progress(trainer: Trainer, name: str) -> None:
     """Replace the trainer's own progress output."""
-    trainer.remove_callback(ProgressCallback)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
     trainer.add_callback(StageProgress(name))
 
 
 def log_line(logs: dict[str, float]) -> str:
     """`loss 1.234  h1 1.20  h2 2.34 ...`; empty where the entry holds no loss."""
-    names = [name for name in logs if name in _MAIN or name.endswith("_loss")]
-    return "  ".join(f"{name.removesuffix('_loss') or name} {logs[name]:.3f}" for name in dict.fromkeys(names))
+    names = [name for name in logs if name == "loss" or (name.endswith("_loss") and name != "train_loss")]
+    return "  ".join(
+        f"{name if name.endswith('eval_loss') else name.removesuffix('_loss')} {logs[name]:.3f}" for name in names
+    )

@@ -141,8 +141,12 @@ def trainer_config(recipe: Recipe, section: Literal["pretrain", "trainer"], **ou
     Raises:
         RecipeError: an option CAFTConfig does not have, one that belongs elsewhere, or a value it refuses.
     """
-    from caftune.trainer import CAFTConfig
+    import torch
 
+    from caftune.config import CAFTConfig
+
+    on_gpu = torch.cuda.is_available()
+    defaults = {"report_to": [], "seed": recipe.seed, "bf16": on_gpu, "dataloader_pin_memory": on_gpu}
     known = {field.name for field in dataclasses.fields(CAFTConfig) if field.init}
     options = getattr(recipe, section)
     for name in options:
@@ -151,7 +155,7 @@ def trainer_config(recipe: Recipe, section: Literal["pretrain", "trainer"], **ou
         if name not in known:
             raise RecipeError(f"{section}.{name} is not an option of CAFTConfig.{_nearest(name, known, f'{section}.')}")
     try:
-        return CAFTConfig(**{"report_to": [], "seed": recipe.seed, **options, **ours})
+        return CAFTConfig(**{**defaults, **options, **ours})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{section}: {error}") from error
 

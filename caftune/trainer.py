@@ -1,4 +1,4 @@
-"""`CAFTTrainer`, a drop-in for TRL's `SFTTrainer`, and its `CAFTConfig`.
+"""`CAFTTrainer`, a drop-in for TRL's `SFTTrainer`.
 
 One class serves both stages. Stage 1 (`pretrain_heads=True`) trains the heads alone: the trunk is frozen and runs without a
 graph, beta = 1, gamma constant, and the main loss is left out. Stage 2 trains the model with the auxiliary losses added.
@@ -10,91 +10,27 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.trainer.utils import create_model_from_path
 
 from caftune.backbone import Backbone
 from caftune.checkpoint import export_model, load_heads, read_heads, save_heads
+from caftune.config import CAFTConfig
 from caftune.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
-from caftune.objective import IGNORED, SCHEDULES, AuxiliaryWeights, auxiliary_loss, horizon_targets
+from caftune.objective import IGNORED, auxiliary_loss, horizon_targets
 
 _logger = logging.getLogger(__name__)
 _HALF = (torch.bfloat16, torch.float16)
 _NAMED_ROWS = 5
-
-
-@dataclass
-class CAFTConfig(SFTConfig):
-    """`SFTConfig` and what concept-aware fine-tuning adds. See docs/papers.md for the paper's values.
-
-    Args:
-        heads: folder of pretrained heads. Needed in stage 2 unless `aux_weight` is 0; in stage 1, heads to train further.
-        pretrain_heads: stage 1: train the heads, leave the model as it is.
-        num_heads: stage 1: number of new heads; head i predicts horizon i + 2.
-        head_kind: stage 1: "decoder" (a copy of the last layer) or "mlp".
-        force_heads: accept heads of another base of the same shape.
-        train_heads: stage 2: train the heads along with the model. They are dropped at export either way.
-        aux_weight: beta. None: 0.01 in stage 2, 1 in stage 1.
-        aux_decay: alpha.
-        aux_schedule: gamma: reflected_sine, sine, linear or constant. None: reflected_sine in stage 2, constant in stage 1.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
-
-    heads: str | None = field(default=None, metadata={"help": "Folder of pretrained heads."})
-    pretrain_heads: bool = field(default=False, metadata={"help": "Stage 1: train the heads alone."})
-    num_heads: int = field(default=4, metadata={"help": "Stage 1: number of new heads."})
-    head_kind: str = field(default="decoder", metadata={"help": "Stage 1: decoder or mlp."})
-    force_heads: bool = field(default=False, metadata={"help": "Accept heads of another base of the same shape."})
-    train_heads: bool = field(default=False, metadata={"help": "Stage 2: train the heads along."})
-    aux_weight: float | None = field(default=None, metadata={"help": "beta; None: 0.01, or 1 in stage 1."})
-    aux_decay: float = field(default=0.8, metadata={"help": "alpha."})
-    aux_schedule: str | None = field(
-        default=None,
-        metadata={"help": f"gamma, one of {', '.join(SCHEDULES)}; None: reflected_sine, constant in stage 1."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.aux_weight is None:
-            self.aux_weight = 1.0 if self.pretrain_heads else 0.01
-        if self.aux_schedule is None:
-            self.aux_schedule = "constant" if self.pretrain_heads else "reflected_sine"
-        self.auxiliary_weights  # noqa: B018  (checks the three values)
-        HeadsConfig(self.num_heads, self.head_kind)  # type: ignore[arg-type]
-        if self.pretrain_heads and self.aux_weight == 0:
-            raise ValueError("aux_weight must be above 0 in stage 1 (pretrain_heads=True), got 0.")
-        if not self.pretrain_heads and self.heads is None and self.aux_weight > 0:
-            raise ValueError(
-                "heads must name a folder of pretrained heads, got None. Pretrain some with pretrain_heads=True (or "
-                "`caftune pretrain-heads`), or set aux_weight=0 for plain fine-tuning."
-            )
-        if self.packing and self.packing_strategy == "wrapped":
-            raise ValueError(
-                "packing_strategy must be 'bfd' or 'bfd_split', got 'wrapped', which cuts documents without marking where, "
-                "so heads would be trained to predict into the next document."
-            )
-        if self.label_smoothing_factor > 0 and self.aux_weight > 0:
-            raise ValueError(
-                f"label_smoothing_factor must be 0 with auxiliary losses, got {self.label_smoothing_factor}: "
-                "its forward pass does not reach the heads."
-            )
-
-    @property
-    def auxiliary_weights(self) -> AuxiliaryWeights:
-        """alpha, beta and gamma."""
-        return AuxiliaryWeights(self.aux_weight, self.aux_decay, self.aux_schedule)  # type: ignore[arg-type]
 
 
 class CAFTTrainer(SFTTrainer):
@@ -108,7 +44,11 @@ class CAFTTrainer(SFTTrainer):
         ValueError: options that cannot work together, rows without a trained token, half-precision master weights.
     """
 
-    _tag_names = ["trl", "sft", "caft"]
+    args: CAFTConfig
+    model: Any
+    heads: Any  # AuxiliaryHeads, None where the run has none
+    backbone: Any  # Backbone, None without heads
+    _tag_names: ClassVar[list[str]] = ["trl", "sft", "caft"]
     _name = "CAFT"
 
     def __init__(
@@ -121,17 +61,12 @@ class CAFTTrainer(SFTTrainer):
         quantization_config: Any = None,
         **sft_arguments: Any,
     ) -> None:
-        if not isinstance(args, CAFTConfig):
-            raise TypeError(f"args must be a CAFTConfig, got {type(args).__name__}.")
-        if args.pretrain_heads and peft_config is not None:
-            raise ValueError("peft_config must be None in stage 1: heads are pretrained on the plain base.")
-        if sft_arguments.get("compute_loss_func") is not None:
-            raise ValueError("compute_loss_func must be None: CAFTTrainer computes the loss.")
+        _refuse_arguments(args, peft_config, sft_arguments)
         if isinstance(model, str):
             model = _load_model(model, args, quantization_config)
             quantization_config = None
         if processing_class is None:
-            revision = (args.model_init_kwargs or {}).get("revision")
+            revision = dict(args.model_init_kwargs or {}).get("revision")  # type: ignore[arg-type]
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path, revision=revision)
         _refuse_unfit(model, peft_config, args)
         self.heads, self.backbone = _heads_for(model, args, processing_class)
@@ -148,15 +83,19 @@ class CAFTTrainer(SFTTrainer):
         args.model_init_kwargs = model_init_kwargs
         self._horizon_counts: Tensor | None = None
         self._horizon_sums: dict[str, dict[str, Tensor]] = {}
-        if self.heads is not None and self.backbone is not None:
-            self._refuse_short_context()
-            attach_heads(self.backbone, self.heads.to(self.args.device))
-            if args.pretrain_heads:
-                self.model.requires_grad_(False)
-            trained = args.pretrain_heads or args.train_heads
-            if trained:
-                self.heads.float()  # master weights, also beside a half-precision trunk
-            self.heads.requires_grad_(trained)
+        if self.heads is not None:
+            self._attach()
+
+    def _attach(self) -> None:
+        """Put the heads into the model, after PEFT has wrapped it (so that it leaves them alone)."""
+        self._refuse_short_context()
+        attach_heads(self.backbone, self.heads.to(self.args.device))
+        trained = self.args.pretrain_heads or self.args.train_heads
+        if self.args.pretrain_heads:
+            self.model.requires_grad_(False)
+        if trained:
+            self.heads.float()  # master weights, also beside a half-precision trunk
+        self.heads.requires_grad_(trained)
 
     def export(self, folder: str | os.PathLike[str]) -> None:
         """Write the trained model as an ordinary checkpoint (stage 1: the heads)."""
@@ -199,7 +138,9 @@ class CAFTTrainer(SFTTrainer):
         """The micro-batches of one optimizer step; the targets of every horizon are counted over all of them."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.heads is not None and batches:
-            counts = sum(_count_targets(batch, self.heads.config.horizons) for batch in batches).to(device)  # type: ignore[union-attr]
+            counts = (
+                torch.stack([_count_targets(batch, self.heads.config.horizons) for batch in batches]).sum(0).to(device)
+            )
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 counts = self.accelerator.reduce(counts, reduction="sum")
             self._horizon_counts = counts
@@ -234,7 +175,7 @@ class CAFTTrainer(SFTTrainer):
         return heads if len(table["count"]) == len(heads) else [1, *heads]
 
     def _weights_at(self, step: int) -> list[float]:
-        horizons = self.heads.config.horizons  # type: ignore[union-attr]
+        horizons = self.heads.config.horizons
         return self.args.auxiliary_weights.at(step, max(self.state.max_steps, 1), horizons)
 
     def _auxiliary_loss(self, scores: dict[str, Tensor], num_items_in_batch: Any) -> Tensor:
@@ -277,7 +218,7 @@ class CAFTTrainer(SFTTrainer):
         return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
+        folder = Path(str(output_dir or self.args.output_dir))
         if not self.args.pretrain_heads:
             super()._save(output_dir, state_dict)
         if self.heads is not None and (self.args.pretrain_heads or self.args.train_heads) and self.args.should_save:
@@ -286,7 +227,7 @@ class CAFTTrainer(SFTTrainer):
     def _save_heads(self, folder: Path) -> None:
         stage = {key: getattr(self.args, key) for key in ("learning_rate", "num_train_epochs", "seed", "aux_decay")}
         training = {"stage": 1 if self.args.pretrain_heads else 2, "steps": self.state.global_step, **stage}
-        save_heads(folder, self.heads, self.backbone, self.processing_class, training=training)  # type: ignore[arg-type]
+        save_heads(folder, self.heads, self.backbone, self.processing_class, training=training)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.args.pretrain_heads:
@@ -296,7 +237,7 @@ class CAFTTrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         if not self.args.pretrain_heads:
             super()._load_best_model()
-        self._load_trained_heads(Path(self.state.best_model_checkpoint))  # type: ignore[arg-type]
+        self._load_trained_heads(Path(str(self.state.best_model_checkpoint)))
 
     def _load_trained_heads(self, checkpoint: Path) -> None:
         if self.heads is None or not (self.args.pretrain_heads or self.args.train_heads):
@@ -315,7 +256,7 @@ class CAFTTrainer(SFTTrainer):
         context = min(
             context, getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         )
-        furthest = self.heads.config.horizons[-1]  # type: ignore[union-attr]
+        furthest = self.heads.config.horizons[-1]
         if furthest >= context:
             raise ValueError(
                 f"num_heads must leave horizons below the context of {context} tokens, got horizon {furthest}. "
@@ -332,16 +273,24 @@ def tokenized(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str) 
     # SFTTrainer prepares data in a method; it reads these three attributes and nothing else of the trainer (TRL 1.16).
     trainer = CAFTTrainer.__new__(CAFTTrainer)
     trainer._tokenizer, trainer.chat_template = tokenizer, None
-    trainer.completion_only_loss = args.completion_only_loss
-    if args.completion_only_loss is None:
-        trainer.completion_only_loss = {"prompt", "completion"} <= set(dataset.column_names)
+    paired = {"prompt", "completion"} <= set(dataset.column_names)
+    trainer.completion_only_loss = paired if args.completion_only_loss is None else args.completion_only_loss
     if args.assistant_only_loss and not has_generation_markers(tokenizer.chat_template):
         trainer.chat_template = get_training_chat_template(tokenizer)
     return trainer._prepare_dataset(dataset, tokenizer, args, False, None, name)
 
 
+def _refuse_arguments(args: Any, peft_config: Any, sft_arguments: dict[str, Any]) -> None:
+    if not isinstance(args, CAFTConfig):
+        raise TypeError(f"args must be a CAFTConfig, got {type(args).__name__}.")
+    if args.pretrain_heads and peft_config is not None:
+        raise ValueError("peft_config must be None in stage 1: heads are pretrained on the plain base.")
+    if sft_arguments.get("compute_loss_func") is not None:
+        raise ValueError("compute_loss_func must be None: CAFTTrainer computes the loss.")
+
+
 def _load_model(name: str, args: CAFTConfig, quantization_config: Any) -> PreTrainedModel:
-    options = dict(args.model_init_kwargs or {})
+    options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
@@ -371,7 +320,7 @@ def _heads_for(
     backbone = Backbone.of(model)
     if args.heads is not None:
         return load_heads(args.heads, backbone, tokenizer, force=args.force_heads), backbone
-    return AuxiliaryHeads.build(backbone, HeadsConfig(args.num_heads, args.head_kind)), backbone  # type: ignore[arg-type]
+    return AuxiliaryHeads.build(backbone, HeadsConfig(args.num_heads, args.head_kind)), backbone
 
 
 def _count_targets(batch: dict[str, Tensor], horizons: list[int]) -> Tensor:

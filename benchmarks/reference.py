@@ -1,0 +1,164 @@
+"""caftune against the reference implementation (caft-llm 0.0.1): do they agree, and what does a step cost?
+
+    python benchmarks/reference.py [--reference-python PATH] [--rounds 3] [--steps 3]
+
+The reference needs transformers 4.51.3, which caftune does not run on, so it gets an environment of its own: a throw-away one,
+or the one whose interpreter is named. Linux, CPU, one thread. Prints Markdown; exits with 1 if the two disagree.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from reference_worker import CASES, NUM_HEADS, SCHEDULES, TOTAL_STEPS
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+WORKER = Path(__file__).with_name("reference_worker.py")
+REQUIREMENTS = (f"torch=={importlib.metadata.version('torch').split('+')[0]}", "transformers==4.51.3", "pandas")
+TOLERANCES = {"torch.float32": 1e-6, "torch.float64": 1e-12}
+VOCABULARIES = (8192, 32000)
+# Of one case: its runs' results, one per round.
+Runs = list[dict[str, float]]
+Costs = dict[tuple[int, str, str], Runs]
+
+
+@contextmanager
+def reference_environment(python: str | None) -> Iterator[str]:
+    """The interpreter of an environment with the reference in it, with our version of torch."""
+    if python is not None:
+        yield python
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        print("Installing the reference ...", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        install = [f"{folder}/bin/python", "-m", "pip", "install", "--quiet"]
+        subprocess.run([*install, *REQUIREMENTS], check=True)
+        # --no-deps: it pins torch 2.5.1, and both sides are to be measured on one version of torch.
+        subprocess.run([*install, "--no-deps", "caft-llm==0.0.1"], check=True)
+        yield f"{folder}/bin/python"
+
+
+def worker_output(python: str, *arguments: object) -> str:
+    """What a measurement in a fresh process prints last."""
+    quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [python, str(WORKER), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.rstrip().rpartition("\n")[2]
+
+
+def write_batch(path: Path) -> None:
+    """Random head outputs, and labels of every step: all tokens, and with prompts of 1 to 30 tokens masked."""
+    rows, tokens, vocabulary = 3, 48, 64
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(NUM_HEADS + 1, rows, tokens, vocabulary, generator=generator, dtype=torch.float64)
+    labels = torch.randint(vocabulary, (TOTAL_STEPS, rows, tokens), generator=generator)
+    prompts = torch.randint(1, 31, (TOTAL_STEPS, rows, 1), generator=generator)
+    save_file({"logits": logits, "all": labels, "masked": labels.where(torch.arange(tokens) >= prompts, -100)}, path)
+
+
+def agreement(reference_python: str, folder: Path) -> tuple[str, bool]:
+    """A table of the largest differences, and whether all are within tolerance."""
+    write_batch(folder / "batch.safetensors")
+    sides = {"reference": reference_python, "caftune": sys.executable}
+    for side, python in sides.items():
+        worker_output(python, "agree", side, folder / "batch.safetensors", folder / f"{side}.safetensors")
+    theirs, ours = (load_file(folder / f"{side}.safetensors") for side in sides)
+    lines = [
+        "| precision | schedule | values compared | loss of a horizon | its weight | total | tolerance |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    agrees = True
+    for dtype, tolerance in TOLERANCES.items():
+        for schedule in SCHEDULES:
+            differences = {name: difference(theirs, ours, dtype, schedule, name) for name in ("loss", "weight", "total")}
+            largest = {name: float(values.max()) for name, values in differences.items()}
+            agrees &= all(value <= tolerance for value in largest.values())  # false for NaN
+            count = sum(values.numel() for values in differences.values())
+            cells = " | ".join(f"{value:.1e}" for value in largest.values())
+            lines.append(f"| {dtype.removeprefix('torch.')} | {schedule} | {count} | {cells} | {tolerance:.0e} |")
+    return "\n".join(lines), agrees
+
+
+def difference(
+    theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor], dtype: str, schedule: str, name: str
+) -> torch.Tensor:
+    """|theirs - ours| at every step, on both kinds of labels."""
+    keys = [f"{dtype}/{labels}/{schedule}/{name}" for labels in ("all", "masked")]
+    return torch.cat([(theirs[key] - ours[key]).abs().flatten() for key in keys])
+
+
+def costs(reference_python: str, folder: Path, *, rounds: int, steps: int) -> Costs:
+    """Every case in a fresh process per round, one after the other, so that a slow spell of the machine hits all alike."""
+    for vocabulary in VOCABULARIES:
+        write_model(folder / str(vocabulary), vocabulary)
+    runs: Costs = {(v, labelled, case): [] for v in VOCABULARIES for labelled in ("all", "half") for case in CASES}
+    for number in range(rounds):
+        for (vocabulary, labelled, case), results in runs.items():
+            python = reference_python if case.startswith("reference") else sys.executable
+            result = json.loads(worker_output(python, "cost", case, folder / str(vocabulary), labelled, steps))
+            results.append(result)
+            print(f"round {number + 1}: {vocabulary}, {labelled} labelled, {case}: {result}", file=sys.stderr)
+    for vocabulary in VOCABULARIES:
+        for labelled in ("all", "half"):
+            refuse_different_models([run for case in CASES for run in runs[vocabulary, labelled, case]])
+    return runs
+
+
+def write_model(folder: Path, vocabulary: int) -> None:
+    """A tiny Llama with random weights, in a folder that both versions of transformers read."""
+    torch.manual_seed(0)
+    shape = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shape)).save_pretrained(folder)
+
+
+def refuse_different_models(runs: Runs) -> None:
+    """Raise unless every process began from the same next-token loss on the same batch."""
+    start = [run["start"] for run in runs]
+    if max(start) - min(start) > 1e-5:
+        raise RuntimeError(f"Both sides must start from one model and batch, got next-token losses {start}.")
+
+
+def cost_table(runs: Costs) -> str:
+    """Medians over rounds, and what each is of the reference's with trained heads."""
+    lines = [
+        "| vocabulary | labelled | case | step, s | of the reference's | memory, MiB | of the reference's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (vocabulary, labelled, case), results in runs.items():
+        base = runs[vocabulary, labelled, next(iter(CASES))]
+        seconds, first_seconds = (statistics.median(run["seconds"] for run in some) for some in (results, base))
+        mib, first_mib = (statistics.median(run["mib"] for run in some) for some in (results, base))
+        spread = f"{min(run['seconds'] for run in results):.2f}-{max(run['seconds'] for run in results):.2f}"
+        cells = f"{seconds:.2f} ({spread}) | {seconds / first_seconds:.2f} | {mib:.0f} | {mib / first_mib:.2f} |"
+        lines.append(f"| {vocabulary} | {labelled} | {case} | {cells}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference-python", help="interpreter of an environment with caft-llm 0.0.1")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per case of the cost table")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps per process")
+    arguments = parser.parse_args()
+    with reference_environment(arguments.reference_python) as python, tempfile.TemporaryDirectory() as folder:
+        table, agrees = agreement(python, Path(folder))
+        print(table, flush=True)
+        if not agrees:
+            sys.exit("caftune and the reference disagree by more than the tolerance.")
+        print("\n" + cost_table(costs(python, Path(folder), rounds=arguments.rounds, steps=arguments.steps)))
+
+
+if __name__ == "__main__":
+    main()

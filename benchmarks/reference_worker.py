@@ -1,0 +1,209 @@
+"""One measurement in a process of its own; benchmarks/reference.py runs it with the reference's Python and with ours.
+
+`agree` writes every per-head loss, weight and total of a schedule; `cost` prints what one training step takes. What only
+one of the two environments has is imported inside its own functions.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+ALPHA, BETA, NUM_HEADS, TOTAL_STEPS = 0.8, 0.01, 4, 40
+# The reference's names of the schedules, and ours.
+SCHEDULES = {"rsine": "reflected_sine", "sine": "sine", "linear": "linear", "constant": "constant"}
+BATCH, TOKENS = 4, 256
+# What SFTTrainer asks of TRL's fused head.
+FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")
+
+# Of one step: the losses of all horizons, their weights (that of horizon 1 first), the total.
+Terms = tuple[Tensor, Tensor, Tensor]
+
+
+def reference_terms(logits: Tensor, labels: Tensor, schedule: str, step: int) -> Terms:
+    """What the reference's own `compute_loss` makes of the logits.
+
+    A head's loss is what `torch.nn.CrossEntropyLoss`, the only module it calls, returned; a head's weight is the derivative
+    of its total with respect to that loss. No formula of the reference is repeated here.
+    """
+    compute_loss = reference_compute_loss(schedule, step)
+    losses: list[Tensor] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda _module, _inputs, loss: losses.append(loss))
+    total = compute_loss(lambda **_: logits.requires_grad_(), {"labels": labels})
+    handle.remove()
+    weights = torch.autograd.grad(total, losses)
+    return torch.stack(losses), torch.stack(weights), total
+
+
+def reference_compute_loss(schedule: str, step: int) -> Callable[[Callable[..., Tensor], dict[str, Tensor]], Tensor]:
+    """`Trainer.compute_loss` as the reference replaces it, bound to a trainer that knows nothing but the step."""
+    import transformers
+    import transformers.trainer
+    from caft import add_caft_loss
+
+    add_caft_loss(transformers, caft_heads_coefficient=BETA, caft_decay_coefficient=ALPHA, caft_scheduler=schedule)
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=step, max_steps=TOTAL_STEPS))
+    return lambda model, inputs: transformers.trainer.Trainer.compute_loss(trainer, model, inputs)
+
+
+def caftune_terms(logits: Tensor, labels: Tensor, schedule: str, step: int) -> Terms:
+    """What caftune makes of the logits: `AuxiliaryHeads.forward`, its heads replaced by stored outputs.
+
+    An identity unembedding turns the stored logits into what a head would hand over, so caftune's own targets and
+    cross-entropy are used as in training. Horizon 1, which training leaves to TRL, goes through the same two functions.
+    """
+    from caftune.backbone import LayerCall
+    from caftune.cross_entropy import Unembedding, log_likelihood
+    from caftune.heads import AuxiliaryHeads, HeadsConfig
+    from caftune.objective import IGNORED, AuxiliaryWeights, auxiliary_loss, horizon_targets
+
+    class StoredHead(torch.nn.Module):
+        def __init__(self, output: Tensor) -> None:
+            super().__init__()
+            self.output = output
+
+        def forward(self, _hidden: Tensor, _normed: Tensor) -> Tensor:
+            return self.output
+
+    identity = Unembedding(torch.eye(logits.shape[-1], dtype=logits.dtype))
+    backbone = SimpleNamespace(close=lambda hidden: hidden, unembedding=lambda: identity)
+    heads = AuxiliaryHeads(HeadsConfig(count=NUM_HEADS, kind="mlp"), [StoredHead(output) for output in logits[1:]])
+    scores = heads(backbone, LayerCall(output=logits[0]), labels)
+    targets = horizon_targets(labels, 1)
+    rows = targets != IGNORED
+    main = -log_likelihood(logits[0][rows], identity, targets[rows])[0].mean()
+    weights = AuxiliaryWeights(BETA, ALPHA, SCHEDULES[schedule]).at(step, TOTAL_STEPS, heads.config.horizons)
+    total = main + auxiliary_loss(scores["nll"], scores["count"], weights)
+    return torch.stack([main, *(scores["nll"] / scores["count"])]), torch.tensor([1.0, *weights], dtype=logits.dtype), total
+
+
+def agree(terms: Callable[..., Terms], data: Path, output: Path) -> None:
+    """Every schedule over all its steps, on both kinds of labels, in both precisions."""
+    batch = load_file(data)
+    result: dict[str, Tensor] = {}
+    for dtype in (torch.float32, torch.float64):
+        for labels in ("masked", "all"):
+            for schedule in SCHEDULES:
+                logits = batch["logits"].to(dtype)
+                steps = [terms(logits, batch[labels][step], schedule, step) for step in range(TOTAL_STEPS)]
+                for name, values in zip(("loss", "weight", "total"), zip(*steps, strict=True), strict=True):
+                    result[f"{dtype}/{labels}/{schedule}/{name}"] = torch.stack(values).detach().double()
+    save_file(result, output)
+
+
+def reference_loss(model: torch.nn.Module, ids: Tensor, labels: Tensor, *, train_heads: bool) -> Callable[[], Tensor]:
+    """The reference's model and loss, all else at its defaults."""
+    from caft import add_auxiliary_heads
+
+    add_auxiliary_heads(model, caft_num_heads=NUM_HEADS, requires_grad=train_heads)
+    compute_loss = reference_compute_loss("rsine", step=0)
+    return lambda: compute_loss(model, {"input_ids": ids, "labels": labels})
+
+
+def caftune_loss(model: torch.nn.Module, ids: Tensor, labels: Tensor, *, train_heads: bool) -> Callable[[], Tensor]:
+    """caftune's heads and loss in a plain loop; L_1 comes from TRL's fused head, set up as SFTTrainer does."""
+    from caftune import AuxiliaryHeads, AuxiliaryWeights, Backbone, HeadsConfig, attach_heads, auxiliary_loss
+    from trl.trainer.utils import add_fused_lm_head
+
+    backbone = Backbone.of(model)
+    heads = AuxiliaryHeads.build(backbone, HeadsConfig(count=NUM_HEADS)).requires_grad_(train_heads)
+    add_fused_lm_head(model, outputs=FUSED_OUTPUTS)
+    attach_heads(backbone, heads)
+    weights = AuxiliaryWeights(BETA, ALPHA).at(0, TOTAL_STEPS, heads.config.horizons)
+
+    def loss() -> Tensor:
+        outputs = model(input_ids=ids, labels=labels, fused_lm_head=True, auxiliary="add")
+        scores = outputs["auxiliary"]
+        return outputs.loss + auxiliary_loss(scores["nll"], scores["count"], weights)
+
+    return loss
+
+
+def next_token_loss(model: torch.nn.Module, ids: Tensor, labels: Tensor, *, is_fused: bool) -> Callable[[], Tensor]:
+    """Plain fine-tuning: the same model without heads, with TRL's fused head or the model's own loss."""
+    if not is_fused:
+        return lambda: model(input_ids=ids, labels=labels).loss
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model, outputs=FUSED_OUTPUTS)
+    return lambda: model(input_ids=ids, labels=labels, fused_lm_head=True).loss
+
+
+# Names starting with "reference" run in the reference's environment.
+CASES: dict[str, Callable[[torch.nn.Module, Tensor, Tensor], Callable[[], Tensor]]] = {
+    "reference, heads trained": partial(reference_loss, train_heads=True),
+    "reference, heads frozen": partial(reference_loss, train_heads=False),
+    "caftune, heads trained": partial(caftune_loss, train_heads=True),
+    "caftune, heads frozen": partial(caftune_loss, train_heads=False),
+    "next token only, TRL's fused loss": partial(next_token_loss, is_fused=True),
+    "next token only, transformers' loss": partial(next_token_loss, is_fused=False),
+}
+
+
+def cost(case: str, folder: Path, labelled: str, steps: int) -> dict[str, float]:
+    """Seconds of one training step (median), and by how many MiB the steps raise the memory of the built model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder).train()
+    ids = torch.randint(model.config.vocab_size, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    if labelled == "half":
+        labels[:, : TOKENS // 2] = -100
+    with torch.no_grad():
+        start = model(input_ids=ids[:1], labels=labels[:1]).loss.item()
+    loss_of = CASES[case](model, ids, labels)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    built, highest = resident_mib("VmRSS"), resident_mib("VmHWM")
+    seconds = [step_seconds(loss_of, optimizer) for _ in range(steps + 1)][1:]  # the first one makes AdamW's state
+    peak = resident_mib("VmHWM")
+    if peak <= highest:
+        raise RuntimeError(f"The steps must raise the peak above that of building the model, {highest} MiB, got {peak}.")
+    return {"seconds": statistics.median(seconds), "mib": peak - built, "start": start}
+
+
+def step_seconds(loss_of: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> float:
+    """Forward, backward, AdamW."""
+    begin = time.perf_counter()
+    optimizer.zero_grad()
+    loss_of().backward()
+    optimizer.step()
+    return time.perf_counter() - begin
+
+
+def resident_mib(name: str) -> float:
+    """This process's memory: VmRSS now, VmHWM at its highest. Unlike getrusage, not inherited from the parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name + ":"))
+
+
+def main() -> None:
+    """Run one measurement; `cost` prints its result as JSON on the last line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    modes = parser.add_subparsers(dest="mode", required=True)
+    agreement = modes.add_parser("agree")
+    agreement.add_argument("side", choices=("reference", "caftune"))
+    agreement.add_argument("data", type=Path)
+    agreement.add_argument("output", type=Path)
+    costs = modes.add_parser("cost")
+    costs.add_argument("case", choices=CASES)
+    costs.add_argument("model", type=Path)
+    costs.add_argument("labelled", choices=("all", "half"))
+    costs.add_argument("steps", type=int)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.mode == "agree":
+        agree({"reference": reference_terms, "caftune": caftune_terms}[arguments.side], arguments.data, arguments.output)
+    else:
+        print(json.dumps(cost(arguments.case, arguments.model, arguments.labelled, arguments.steps)))
+
+
+if __name__ == "__main__":
+    main()

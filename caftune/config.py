@@ -1,0 +1,72 @@
+"""`CAFTConfig`: TRL's `SFTConfig` and what concept-aware fine-tuning adds to it."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from caftune.heads import HeadsConfig, Kind
+from caftune.objective import SCHEDULES, AuxiliaryWeights
+
+
+@dataclass
+class CAFTConfig(SFTConfig):
+    """`SFTConfig` and what concept-aware fine-tuning adds. See docs/papers.md for the paper's values.
+
+    Args:
+        heads: folder of pretrained heads. Needed in stage 2 unless `aux_weight` is 0; in stage 1, heads to train further.
+        pretrain_heads: stage 1: train the heads, leave the model as it is.
+        num_heads: stage 1: number of new heads; head i predicts horizon i + 2.
+        head_kind: stage 1: "decoder" (a copy of the last layer) or "mlp".
+        force_heads: accept heads of another base of the same shape.
+        train_heads: stage 2: train the heads along with the model. They are dropped at export either way.
+        aux_weight: beta. None: 0.01 in stage 2, 1 in stage 1.
+        aux_decay: alpha.
+        aux_schedule: gamma: reflected_sine, sine, linear or constant. None: reflected_sine in stage 2, constant in stage 1.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    heads: str | None = field(default=None, metadata={"help": "Folder of pretrained heads."})
+    pretrain_heads: bool = field(default=False, metadata={"help": "Stage 1: train the heads alone."})
+    num_heads: int = field(default=4, metadata={"help": "Stage 1: number of new heads."})
+    head_kind: Kind = field(default="decoder", metadata={"help": "Stage 1: decoder or mlp."})
+    force_heads: bool = field(default=False, metadata={"help": "Accept heads of another base of the same shape."})
+    train_heads: bool = field(default=False, metadata={"help": "Stage 2: train the heads along."})
+    aux_weight: float | None = field(default=None, metadata={"help": "beta; None: 0.01, or 1 in stage 1."})
+    aux_decay: float = field(default=0.8, metadata={"help": "alpha."})
+    aux_schedule: str | None = field(
+        default=None,
+        metadata={"help": f"gamma, one of {', '.join(SCHEDULES)}; None: reflected_sine, constant in stage 1."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.aux_weight is None:
+            self.aux_weight = 1.0 if self.pretrain_heads else 0.01
+        if self.aux_schedule is None:
+            self.aux_schedule = "constant" if self.pretrain_heads else "reflected_sine"
+        self.auxiliary_weights  # noqa: B018  (checks the three values)
+        HeadsConfig(self.num_heads, self.head_kind)
+        if self.pretrain_heads and self.aux_weight == 0:
+            raise ValueError("aux_weight must be above 0 in stage 1 (pretrain_heads=True), got 0.")
+        if not self.pretrain_heads and self.heads is None and self.aux_weight > 0:
+            raise ValueError(
+                "heads must name a folder of pretrained heads, got None. Pretrain some with pretrain_heads=True (or "
+                "`caftune pretrain-heads`), or set aux_weight=0 for plain fine-tuning."
+            )
+        if self.packing and self.packing_strategy == "wrapped":
+            raise ValueError(
+                "packing_strategy must be 'bfd' or 'bfd_split', got 'wrapped', which cuts documents without marking where, "
+                "so heads would be trained to predict into the next document."
+            )
+        if self.label_smoothing_factor > 0 and self.aux_weight > 0:
+            raise ValueError(
+                f"label_smoothing_factor must be 0 with auxiliary losses, got {self.label_smoothing_factor}: "
+                "its forward pass does not reach the heads."
+            )
+
+    @property
+    def auxiliary_weights(self) -> AuxiliaryWeights:
+        """alpha, beta and gamma."""
+        return AuxiliaryWeights(float(self.aux_weight or 0), self.aux_decay, str(self.aux_schedule))

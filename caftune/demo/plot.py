@@ -1,0 +1,37 @@
+"""The losses of the two arms of the demo, as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+_COLOURS = {"next-token": "#6b7280", "CAFT": "#0f766e"}
+
+
+def plot_losses(ntp: Sequence[dict[str, float]], caft: Sequence[dict[str, float]], path: Path) -> None:
+    """Left: the next-token loss L_1 of both arms. Right: CAFT's loss at every horizon, and its weight over time."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(*_series(ntp, "loss"), color=_COLOURS["next-token"], label="next-token", linewidth=3, alpha=0.5)
+    left.plot(*_series(caft, "h1_loss"), color=_COLOURS["CAFT"], label="CAFT", linewidth=2, linestyle="--")
+    left.set(title="Next-token loss on the task", xlabel="optimizer step", ylabel="nats per token")
+    left.legend(frameon=False)
+    horizons = sorted({int(key[1:-5]) for entry in caft for key in entry if key[0] == "h" and key.endswith("_loss")})
+    for position, horizon in enumerate(horizons):
+        shade = 0.25 + 0.75 * (1 - position / max(len(horizons) - 1, 1))
+        right.plot(*_series(caft, f"h{horizon}_loss"), color=_COLOURS["CAFT"], alpha=shade, label=f"h = {horizon}")
+    right.set(title="CAFT: loss by horizon, and the weight of h = 2", xlabel="optimizer step", ylabel="nats per token")
+    right.legend(frameon=False, ncols=2, fontsize=8)
+    weight = right.twinx()
+    weight.plot(*_series(caft, "h2_weight"), color="#b45309", linestyle=":", linewidth=1.5)
+    weight.set_ylabel("β γ(t) α", color="#b45309")
+    weight.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.spines[["top"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    figure.savefig(path, dpi=130)
+
+
+def _series(log: Sequence[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
+    points = [(entry["step"], entry[name]) for entry in log if name in entry]
+    return [step for step, _ in points], [value for _, value in points]

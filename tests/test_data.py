@@ -1,0 +1,91 @@
+"""Reading data: one form out of many, and errors that name the file, the row and the remedy."""
+
+import gzip
+import json
+
+import pytest
+
+from caftune.data import DataError, load_rows
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_every_file_format_gives_the_same_rows(tmp_path):
+    import pandas
+
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    write(tmp_path / "x.jsonl", rows)
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    pandas.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
+    pandas.DataFrame(rows).to_parquet(tmp_path / "x.parquet")
+    with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
+        file.write((tmp_path / "x.jsonl").read_text())
+    for name in ("x.jsonl", "x.json", "x.csv", "x.parquet", "x.jsonl.gz"):
+        assert load_rows(str(tmp_path / name)).to_list() == rows
+
+
+def test_alpaca_rows_become_prompt_and_completion(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"instruction": "Add.", "input": "1 2", "output": "3"}])
+    assert load_rows(path).to_list() == [{"prompt": "Add.\n\n1 2\n\n", "completion": "3"}]
+
+
+def test_alpaca_rows_become_messages_for_a_chat_model(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"instruction": "Add.", "input": "", "response": "3"}])
+    turns = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "3"}]
+    assert load_rows(path, chat=True).to_list() == [{"messages": turns}]
+
+
+def test_sharegpt_rows_become_messages(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}])
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    assert load_rows(path).to_list() == [{"messages": turns}]
+
+
+def test_columns_rename_and_limit_cuts(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"q": "1", "a": "2", "more": 0}, {"q": "3", "a": "4", "more": 0}])
+    rows = load_rows(path, {"prompt": "q", "completion": "a"}, limit=1)
+    assert rows.to_list() == [{"prompt": "1", "completion": "2"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": \n', "line 2: malformed JSON"),
+        ('{"text": "a"}\n\n[1]\n', "line 3: must be a JSON object, got list"),
+        ("", "is empty. Give at least one row"),
+        ('{"a": 1}\n', r"row 0 .* has the columns a, of no form caftune knows"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n', "row 1 .*: completion is missing"),
+        ('{"conversations": [{"from": "bot", "value": "x"}]}\n', "unknown speaker 'bot'"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, content, message):
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_rows(str(tmp_path / "x.jsonl"))
+
+
+@pytest.mark.parametrize("source", ["nothing.jsonl", "./nothing", "/nothing/at/all"])
+def test_a_missing_file_is_refused_without_asking_the_hub(source):
+    with pytest.raises(DataError, match=r"must be an existing file or a hub id \(owner/name\), and there is no such file"):
+        load_rows(source)
+
+
+def test_a_missing_column_is_named(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"q": "1"}])
+    with pytest.raises(DataError, match=r"has no column 'answer'; its columns are q. Mend data.columns"):
+        load_rows(path, {"prompt": "q", "completion": "answer"})
+
+
+def test_an_unknown_ending_is_refused(tmp_path):
+    (tmp_path / "x.txt").write_text("a")
+    with pytest.raises(DataError, match=r"must end in one of .jsonl, .json, .csv, .parquet .* got '.txt'"):
+        load_rows(str(tmp_path / "x.txt"))
+
+
+def test_a_json_file_that_is_no_list_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text('{"text": "a"}')
+    with pytest.raises(DataError, match="must hold a JSON list of objects"):
+        load_rows(str(tmp_path / "x.json"))

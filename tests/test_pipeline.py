@@ -1,0 +1,204 @@
+"""The stages from one recipe, on files, as the command line runs them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from caftune import pipeline
+from caftune.cli import app
+from caftune.data import DataError
+from caftune.demo.chemistry import completion, molecules, prompt
+from caftune.demo.run import BASE
+from caftune.recipe import Recipe, RecipeError
+
+FAST = {"per_device_train_batch_size": 8, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    rows = [{"name": prompt(m), "smiles": completion(m)} for m in molecules(24, seed=5, substituents=(0, 2))]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "output": str(folder / "out"),
+        "model": {"name": str(BASE)},
+        "labels": {"prompts": str(folder / "data.jsonl"), "columns": {"prompt": "name"}, "max_new_tokens": 30},
+        "heads": {"count": 2},
+        "pretrain": {**FAST, "max_steps": 4, "learning_rate": 2e-3},
+        "data": {
+            "train": str(folder / "data.jsonl"),
+            "eval": str(folder / "data.jsonl"),
+            "columns": {"prompt": "name", "completion": "smiles"},
+        },
+        "trainer": {**FAST, "max_steps": 4, "save_steps": 2},
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(values):
+    recipe = Recipe.model_validate(values)
+    pipeline.label(recipe)
+    pipeline.pretrain_heads(recipe)
+    pipeline.finetune(recipe)
+    return Path(values["output"])
+
+
+def recipe_with(values, **sections) -> Recipe:
+    merged = {**values, **{name: {**values.get(name, {}), **part} for name, part in sections.items()}}
+    return Recipe.model_validate(merged)
+
+
+def test_one_recipe_gives_an_ordinary_model(finished):
+    base, model = load_file(BASE / "model.safetensors"), load_file(finished / "model" / "model.safetensors")
+    assert {k: (v.shape, v.dtype) for k, v in model.items()} == {k: (v.shape, v.dtype) for k, v in base.items()}
+    assert any(not torch.equal(model[key], base[key]) for key in base)
+    loaded = AutoModelForCausalLM.from_pretrained(finished / "model")
+    ids = AutoTokenizer.from_pretrained(finished / "model")("Name: ethanol\nSMILES:", return_tensors="pt")["input_ids"]
+    assert loaded.generate(ids, max_new_tokens=3).shape[1] > ids.shape[1]
+
+
+def test_stage_one_lowers_the_loss_of_every_head(finished):
+    rows = [json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]
+    result = next(row for row in rows if row["stage"] == "pretrain-heads")
+    for name in ("h2_loss", "h3_loss"):
+        assert result["after"][name] < result["before"][name]
+
+
+def test_every_stage_leaves_its_recipe_and_provenance(finished):
+    for stage in ("labels", "pretrain", "train"):
+        assert yaml.safe_load((finished / stage / "recipe.yaml").read_text())["seed"] == 42
+        record = json.loads((finished / stage / "provenance.json").read_text())
+        assert {"command", "time", "versions", "git", "device", "data"} <= record.keys()
+        assert all(len(digest) == 64 for digest in record["data"].values())
+
+
+def test_export_again_gives_the_same_weights(finished, values, tmp_path):
+    first = load_file(finished / "model" / "model.safetensors")
+    shutil.copytree(finished, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "model")
+    folder = pipeline.export(Recipe.model_validate({**values, "output": str(tmp_path / "out")}))
+    again = load_file(folder / "model.safetensors")
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_lora_trains_and_exports_merged(finished, values, tmp_path):
+    shared = {"output": str(tmp_path / "lora"), "heads": {"path": str(finished / "heads")}}
+    recipe = Recipe.model_validate({**values, **shared, "model": {"name": str(BASE), "tuning": "lora"}})
+    trained = load_file(pipeline.finetune(recipe) / "model.safetensors")
+    again = load_file(pipeline.export(recipe) / "model.safetensors")
+    base = load_file(BASE / "model.safetensors")
+    assert trained.keys() == base.keys()
+    for key, value in trained.items():
+        torch.testing.assert_close(again[key], value, rtol=0, atol=1e-6)
+    assert any(not torch.equal(trained[key], base[key]) for key in base)
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(finished, values, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    recipe = Recipe.model_validate({**values, "output": str(tmp_path / "out"), "heads": {"path": str(finished / "heads")}})
+    shutil.rmtree(tmp_path / "out" / "train")
+    whole = load_file(pipeline.finetune(recipe) / "model.safetensors")
+    shutil.rmtree(tmp_path / "out" / "model")
+    shutil.rmtree(tmp_path / "out" / "train" / "checkpoint-4")
+    resumed = load_file(pipeline.finetune(recipe) / "model.safetensors")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sections", "difference"),
+    [
+        (pipeline.finetune, {"loss": {"weight": 0.5}}, "loss.weight: 0.01 -> 0.5"),
+        (pipeline.finetune, {"trainer": {"learning_rate": 1.0}}, "trainer.learning_rate: None -> 1.0"),
+        (pipeline.label, {"labels": {"temperature": 0.1}}, "labels.temperature: 0.7 -> 0.1"),
+        (pipeline.pretrain_heads, {"heads": {"kind": "mlp"}}, "heads.kind: 'decoder' -> 'mlp'"),
+    ],
+)
+@pytest.mark.usefixtures("finished")
+def test_the_folder_of_another_run_is_refused(values, stage, sections, difference):
+    with pytest.raises(RecipeError, match=f"of another recipe .{difference}"):
+        stage(recipe_with(values, **sections))
+
+
+def test_a_folder_of_something_else_is_refused(values, tmp_path):
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "thesis.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="holds files of something else than caftune"):
+        pipeline.label(Recipe.model_validate({**values, "output": str(tmp_path)}))
+
+
+@pytest.mark.parametrize(
+    ("stage", "sections", "error", "message"),
+    [
+        (pipeline.label, {"labels": {"prompts": None}}, RecipeError, "labels.prompts must name a file"),
+        (pipeline.label, {"labels": {"max_new_tokens": 255}}, DataError, "24 of 24 prompts"),
+        (pipeline.label, {"model": {"name": "./nothing"}}, RecipeError, "model.name must be a folder with a config.json"),
+        (pipeline.pretrain_heads, {}, RecipeError, "labels.jsonl is missing. Run `caftune label` first"),
+        (pipeline.finetune, {}, RecipeError, "heads is missing. Run `caftune pretrain-heads` first"),
+        (pipeline.finetune, {"loss": {"weight": 0}, "data": {"train": None}}, RecipeError, "data.train must name a file"),
+        (pipeline.finetune, {"loss": {"weight": 0}, "data": {"max_length": 257}}, RecipeError, "at most the model's context of 256"),
+        (
+            pipeline.finetune,
+            {"loss": {"weight": 0}, "data": {"columns": {"prompt": "name"}}},
+            DataError,
+            "prompts and no completions to train on",
+        ),
+        (pipeline.finetune, {"loss": {"weight": 0}, "data": {"max_length": 5}}, ValueError, "24 of 24 rows of the train data"),
+        (pipeline.export, {}, RecipeError, "holds no checkpoint"),
+    ],
+)
+def test_wrong_things_are_refused_before_work_starts(values, tmp_path, stage, sections, error, message):
+    recipe = recipe_with({**values, "output": str(tmp_path / "new")}, **sections)
+    with pytest.raises(error, match=message):
+        stage(recipe)
+    assert not (tmp_path / "new").exists()
+
+
+def test_preview_marks_trained_tokens_and_shifts_targets(values):
+    tokens, trained, targets = next(pipeline.preview(Recipe.model_validate(values), 1))
+    first = trained.index(True)
+    assert tokens[:first] == AutoTokenizer.from_pretrained(BASE).tokenize(
+        json.loads(Path(values["data"]["train"]).read_text().splitlines()[0])["name"], add_special_tokens=True
+    )
+    assert all(trained[first:])
+    assert targets[1][first - 1] == tokens[first]
+    assert targets[3][first] == tokens[first + 3]
+    assert targets[3][-3:] == ["", "", ""]
+
+
+def test_the_command_line_tells_errors_in_one_line(values, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, "output": str(tmp_path / "new")}))
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml"), "los.weight=1"])
+    assert result.exit_code == 2
+    assert "Error: los is not a key of a recipe. Did you mean loss?" in result.output
+
+
+def test_the_command_line_previews(values, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    result = CliRunner().invoke(app, ["preview", str(tmp_path / "recipe.yaml"), "--rows", "1"])
+    assert result.exit_code == 0
+    assert "Row 0:" in result.output
+    assert "h=3" in result.output
+
+
+def test_the_schema_is_json(values):
+    schema = json.loads(CliRunner().invoke(app, ["schema"]).output)
+    assert schema["required"] == ["output", "model"]
+    assert set(values) <= set(schema["properties"])
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys; from typer.testing import CliRunner; from caftune.cli import app; "
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0; "
+        "assert not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules), sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,82 @@
+"""Recipes: strict, overridable, checked before anything is loaded."""
+
+import pytest
+import yaml
+
+from caftune.recipe import Recipe, RecipeError, first_difference, load_recipe, trainer_config
+
+MINIMAL = "output: runs/x\nmodel: {name: some/model}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text=MINIMAL, overrides=()):
+        (tmp_path / "recipe.yaml").write_text(text)
+        return load_recipe(tmp_path / "recipe.yaml", overrides)
+
+    return write
+
+
+def test_defaults_are_the_papers(recipe):
+    loaded = recipe()
+    assert (loaded.loss.weight, loaded.loss.decay, loaded.loss.schedule) == (0.01, 0.8, "reflected_sine")
+    assert (loaded.heads.count, loaded.heads.kind) == (4, "decoder")
+
+
+def test_overrides_reach_any_depth(recipe):
+    loaded = recipe(overrides=["loss.weight=0.5", "model.lora.r=4", "trainer.learning_rate=1e-5", "data.columns={prompt: q}"])
+    assert (loaded.loss.weight, loaded.model.lora.r) == (0.5, 4)
+    assert loaded.trainer == {"learning_rate": 1e-5}
+    assert loaded.data.columns == {"prompt": "q"}
+
+
+def test_scientific_notation_is_a_number(recipe):
+    assert recipe(MINIMAL + "trainer: {learning_rate: 1e-4}").trainer["learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + "los: {weight: 1}", r"los is not a key of a recipe. Did you mean loss\?"),
+        (MINIMAL + "loss: {wieght: 1}", r"loss.wieght is not a key of a recipe. Did you mean loss.weight\?"),
+        (MINIMAL + "loss: {decay: 1.5}", "loss.decay must be less than or equal to 1, got 1.5"),
+        (MINIMAL + "heads: {kind: linear}", "heads.kind must be 'decoder' or 'mlp', got 'linear'"),
+        ("output: x\n", "model must be given"),
+        ("output: [\n", "is not valid YAML"),
+        ("- a\n", "must hold a mapping of sections"),
+    ],
+)
+def test_mistakes_are_named_with_their_place(recipe, text, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe(text)
+
+
+def test_a_missing_recipe_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="must be a recipe file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("override", ["loss.weight", "=1"])
+def test_a_malformed_override_is_refused(recipe, override):
+    with pytest.raises(RecipeError, match=r"An override must be key.sub=value"):
+        recipe(overrides=[override])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rat": 1}, r"trainer.learning_rat is not an option of CAFTConfig. Did you mean trainer.learning_rate\?"),
+        ({"aux_weight": 1}, "trainer.aux_weight is set by loss.weight in a recipe"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "trainer: packing_strategy must be 'bfd'"),
+    ],
+)
+def test_trainer_options_are_checked(options, message):
+    built = Recipe.model_validate({**yaml.safe_load(MINIMAL), "trainer": options})
+    with pytest.raises(RecipeError, match=message):
+        trainer_config(built, "trainer", output_dir="x", aux_weight=0.0)
+
+
+def test_the_first_difference_is_named():
+    assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a.b: 1 -> 2"
+    assert first_difference({"a": 1}, {"a": 1}) is None
+    assert first_difference({}, {"a": 1}) == "a: None -> 1"

@@ -1,0 +1,123 @@
+"""Wrong things are refused early, with one sentence that names the place and the remedy."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from caftune import AuxiliaryHeads, Backbone, CAFTConfig, CAFTTrainer, HeadsConfig, save_heads
+from caftune.checkpoint import HeadsError
+from caftune.demo.run import BASE
+
+OPTIONS = {"report_to": [], "bf16": False, "use_cpu": True, "disable_tqdm": True, "max_length": 32, "max_steps": 1}
+ROWS = Dataset.from_list([{"prompt": "Name: ethanol\nSMILES:", "completion": " CCO"}] * 4)
+
+
+def trainer(folder, *, model=None, rows=ROWS, peft_config=None, **options):
+    args = CAFTConfig(str(folder), **{**OPTIONS, **options})
+    return CAFTTrainer(model or str(BASE), args, train_dataset=rows, peft_config=peft_config)
+
+
+def heads_of(model, folder):
+    backbone = Backbone.of(model)
+    save_heads(folder, AuxiliaryHeads.build(backbone, HeadsConfig(2)), backbone)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "heads must name a folder of pretrained heads, got None"),
+        ({"heads": "x", "aux_weight": -1.0}, r"weight \(beta\) must be a number >= 0, got -1.0"),
+        ({"heads": "x", "aux_decay": 1.5}, r"decay \(alpha\) must be in \(0, 1\], got 1.5"),
+        ({"heads": "x", "aux_schedule": "cosine"}, r"schedule \(gamma\) must be one of reflected_sine, .* got 'cosine'"),
+        ({"pretrain_heads": True, "aux_weight": 0.0}, "aux_weight must be above 0 in stage 1"),
+        ({"pretrain_heads": True, "num_heads": 0}, "count must be at least 1, got 0"),
+        ({"pretrain_heads": True, "head_kind": "linear"}, "kind must be one of decoder, mlp, got 'linear'"),
+        ({"heads": "x", "packing": True, "packing_strategy": "wrapped"}, "packing_strategy must be 'bfd' or 'bfd_split'"),
+        ({"heads": "x", "label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0 with auxiliary losses"),
+    ],
+)
+def test_bad_options_are_refused_where_the_config_is_built(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        CAFTConfig(str(tmp_path), **{**OPTIONS, **options})
+
+
+def test_rows_whose_answer_is_cut_away_are_counted_and_named(tmp_path):
+    long = {"prompt": "Name: " + "methyl" * 40 + "\nSMILES:", "completion": " C"}
+    rows = Dataset.from_list([ROWS[0], long, ROWS[0], long])
+    with pytest.raises(ValueError, match=r"2 of 4 rows of the train data \(counted from 0: 1, 3\).*max_length=32"):
+        trainer(tmp_path, rows=rows, pretrain_heads=True)
+
+
+def test_rows_that_only_lose_their_end_are_told(tmp_path, caplog):
+    rows = Dataset.from_list([{"prompt": "Name: ethanol\nSMILES:", "completion": " " + "C" * 60}, ROWS[0]])
+    trainer(tmp_path, rows=rows, pretrain_heads=True)
+    assert "1 of 2 train rows are longer than max_length=32 and lose their end" in caplog.text
+
+
+def test_horizons_beyond_the_context_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"leave horizons below the context of 32 tokens, got horizon 33"):
+        trainer(tmp_path, pretrain_heads=True, num_heads=32)
+
+
+def test_heads_of_another_base_are_refused(tmp_path):
+    config = LlamaConfig(
+        vocab_size=158, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, pad_token_id=2
+    )
+    folder = heads_of(LlamaForCausalLM(config), tmp_path / "heads")
+    with pytest.raises(HeadsError, match="were trained for llama, and .* differs in its config, unembedding"):
+        trainer(tmp_path / "out", heads=folder)
+
+
+def test_half_precision_weights_are_refused_for_full_fine_tuning(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
+    folder = heads_of(model, tmp_path / "heads")
+    with pytest.raises(ValueError, match="must hold float32 weights for full fine-tuning, got torch.bfloat16"):
+        trainer(tmp_path / "out", model=model, heads=folder)
+
+
+def test_a_model_already_wrapped_by_peft_is_refused(tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="model must be the plain base, got one wrapped by PEFT"):
+        trainer(tmp_path, model=model, pretrain_heads=True)
+
+
+def test_prompt_learning_is_refused(tmp_path):
+    folder = heads_of(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "heads")
+    peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="peft_config must adapt weights"):
+        trainer(tmp_path / "out", heads=folder, peft_config=peft_config)
+
+
+def test_adapters_in_stage_one_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="peft_config must be None in stage 1"):
+        trainer(tmp_path, pretrain_heads=True, peft_config=LoraConfig())
+
+
+def test_a_loss_function_of_the_users_own_is_refused(tmp_path):
+    args = CAFTConfig(str(tmp_path), **OPTIONS, pretrain_heads=True)
+    with pytest.raises(ValueError, match="compute_loss_func must be None"):
+        CAFTTrainer(str(BASE), args, train_dataset=ROWS, compute_loss_func=print)
+
+
+def test_stock_arguments_are_refused(tmp_path):
+    from trl import SFTConfig
+
+    with pytest.raises(TypeError, match="args must be a CAFTConfig, got SFTConfig"):
+        CAFTTrainer(str(BASE), SFTConfig(str(tmp_path), **OPTIONS), train_dataset=ROWS)
+
+
+def test_heads_trained_with_another_tokenizer_are_refused(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    backbone = Backbone.of(model)
+    save_heads(tmp_path / "heads", AuxiliaryHeads.build(backbone, HeadsConfig(2)), backbone, tokenizer)
+    description = json.loads((tmp_path / "heads" / "heads.json").read_text())
+    description["tokenizer"] = "0" * 64
+    (tmp_path / "heads" / "heads.json").write_text(json.dumps(description))
+    with pytest.raises(HeadsError, match="differs in its tokenizer"):
+        trainer(tmp_path / "out", model=model, heads=str(tmp_path / "heads"))

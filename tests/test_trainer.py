@@ -1,0 +1,301 @@
+"""CAFTTrainer against the stock SFTTrainer, and what it may and may not change."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from caftune import Backbone, CAFTConfig, CAFTTrainer, load_heads
+from caftune.demo.chemistry import completion, molecules, prompt
+from caftune.demo.run import BASE
+from caftune.trainer import tokenized
+
+OPTIONS = {
+    "report_to": [],
+    "bf16": False,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "max_length": 128,
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "save_strategy": "no",
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+}
+
+
+@pytest.fixture(scope="module")
+def rows() -> Dataset:
+    drawn = molecules(40, seed=7, substituents=(0, 2))
+    return Dataset.from_list([{"prompt": prompt(m), "completion": completion(m)} for m in drawn])
+
+
+@pytest.fixture(scope="module")
+def heads(rows, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("stage1")
+    trainer = CAFTTrainer(str(BASE), config(folder / "out", pretrain_heads=True, num_heads=3), train_dataset=rows)
+    trainer.train()
+    trainer.export(folder / "heads")
+    return str(folder / "heads")
+
+
+def config(folder, **options) -> CAFTConfig:
+    return CAFTConfig(str(folder), **{**OPTIONS, **options})
+
+
+def stock(folder, rows, peft_config=None, **options):
+    args = SFTConfig(str(folder), **{**OPTIONS, **options})
+    return trained(SFTTrainer(str(BASE), args=args, train_dataset=rows, peft_config=peft_config))
+
+
+def trained(trainer):
+    trainer.train()
+    return trainer
+
+
+def numbers(trainer):
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(trainer):
+    return {k: v for k, v in trainer.model.state_dict().items() if "auxiliary_heads" not in k}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def lora():
+    return LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
+def test_beta_zero_is_the_stock_trainer_step_for_step(rows, heads, tmp_path, tuning, packing):
+    peft_config = lora() if tuning == "lora" else None
+    options = {"packing": packing, "gradient_accumulation_steps": 2}
+    theirs = stock(tmp_path / "a", rows, peft_config, **options)
+    args = config(tmp_path / "b", heads=heads, aux_weight=0.0, **options)
+    ours = trained(CAFTTrainer(str(BASE), args, train_dataset=rows, peft_config=peft_config))
+    assert numbers(ours) == numbers(theirs)
+    assert same(weights(ours), weights(theirs))
+
+
+def test_auxiliary_losses_change_the_steps(rows, heads, tmp_path):
+    theirs = stock(tmp_path / "a", rows)
+    ours = trained(CAFTTrainer(str(BASE), config(tmp_path / "b", heads=heads), train_dataset=rows))
+    assert not same(weights(ours), weights(theirs))
+
+
+def test_total_loss_is_main_plus_weighted_horizons(rows, heads, tmp_path):
+    trainer = trained(CAFTTrainer(str(BASE), config(tmp_path, heads=heads, aux_weight=0.3), train_dataset=rows))
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry in entries:
+        auxiliary = sum(entry[f"h{h}_weight"] * entry[f"h{h}_loss"] for h in (2, 3, 4))
+        assert entry["loss"] == pytest.approx(entry["h1_loss"] + auxiliary, rel=1e-5)  # float32 sums
+    assert [entry["h2_weight"] for entry in entries] == pytest.approx(
+        [0.3 * 0.8 * torch.sin(torch.tensor((4 - t) / 4 * torch.pi / 2)).item() for t in range(4)]
+    )
+
+
+def test_one_batch_of_eight_equals_eight_batches_of_one(rows, heads, tmp_path):
+    states = []
+    for batch, accumulation in ((8, 1), (1, 8), (2, 4)):
+        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 2}
+        args = config(tmp_path / str(batch), heads=heads, aux_weight=1.0, optim="sgd", **options)
+        states.append(weights(trained(CAFTTrainer(str(BASE), args, train_dataset=rows))))
+    for other in states[1:]:
+        for key, value in states[0].items():
+            torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-6)  # float32, another order of sums
+
+
+def test_nothing_global_changes_and_stock_trainers_are_unaffected(rows, heads, tmp_path):
+    watched = [Trainer, SFTTrainer, LlamaForCausalLM, LoraConfig, torch.nn.Module]
+    before = [dict(vars(owner)) for owner in watched]
+    first = stock(tmp_path / "a", rows)
+    trained(CAFTTrainer(str(BASE), config(tmp_path / "b", heads=heads), train_dataset=rows))
+    trained(CAFTTrainer(str(BASE), config(tmp_path / "c", heads=heads), train_dataset=rows, peft_config=lora()))
+    second = stock(tmp_path / "d", rows)
+    assert [dict(vars(owner)) for owner in watched] == before
+    assert numbers(first) == numbers(second)
+    assert same(weights(first), weights(second))
+
+
+def test_a_plain_trainer_is_unaffected_by_a_caft_run(rows, heads, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    ids = [tokenizer(row["prompt"] + row["completion"])["input_ids"][:20] for row in rows]
+    data = Dataset.from_list([{"input_ids": i, "labels": i} for i in ids if len(i) == 20])
+
+    def run(folder):
+        from transformers import TrainingArguments
+
+        names = ("max_length", "gradient_checkpointing")
+        options = {key: value for key, value in OPTIONS.items() if key not in names}
+        model = AutoModelForCausalLM.from_pretrained(BASE)
+        return trained(Trainer(model, TrainingArguments(str(folder), **options), train_dataset=data))
+
+    first = run(tmp_path / "a")
+    trained(CAFTTrainer(str(BASE), config(tmp_path / "b", heads=heads), train_dataset=rows))
+    second = run(tmp_path / "c")
+    assert numbers(first) == numbers(second)
+    assert same(weights(first), weights(second))
+
+
+def test_stage_one_trains_the_heads_and_leaves_the_model(rows, tmp_path):
+    args = config(tmp_path, pretrain_heads=True, max_steps=10, learning_rate=5e-3)
+    trainer = CAFTTrainer(str(BASE), args, train_dataset=rows, eval_dataset=rows)
+    model = copy.deepcopy(weights(trainer))
+    start = {k: v.clone() for k, v in trainer.heads.state_dict().items()}
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert same(weights(trainer), model)
+    assert all(not torch.equal(value, start[key]) for key, value in trainer.heads.state_dict().items())
+    assert after["eval_loss"] < 0.8 * before["eval_loss"]
+
+
+def test_stage_one_saves_only_heads(rows, tmp_path):
+    args = config(tmp_path, pretrain_heads=True, max_steps=2, save_strategy="steps", save_steps=2)
+    trained(CAFTTrainer(str(BASE), args, train_dataset=rows))
+    files = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
+    assert {"heads.safetensors", "heads.json"} <= files
+    assert "model.safetensors" not in files
+
+
+@pytest.mark.parametrize("train_heads", [False, True])
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_stage_two_trains_the_heads_only_when_asked(rows, heads, tmp_path, train_heads, tuning):
+    peft_config = lora() if tuning == "lora" else None
+    args = config(tmp_path, heads=heads, train_heads=train_heads)
+    trainer = CAFTTrainer(str(BASE), args, train_dataset=rows, peft_config=peft_config)
+    start = {k: v.clone() for k, v in trainer.heads.state_dict().items()}
+    trainer.train()
+    moved = [not torch.equal(value, start[key]) for key, value in trainer.heads.state_dict().items()]
+    assert all(moved) if train_heads else not any(moved)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_gets_gradients_from_the_heads(rows, heads, tmp_path, checkpointing):
+    args = config(tmp_path, heads=heads, gradient_checkpointing=checkpointing, aux_weight=1.0, max_steps=1)
+    trainer = CAFTTrainer(str(BASE), args, train_dataset=rows, peft_config=lora())
+    batch = next(iter(trainer.get_train_dataloader()))
+    scores = trainer.model(**batch, auxiliary="add", fused_lm_head=True)["auxiliary"]
+    scores["nll"].sum().backward()
+    reached = {n for n, p in trainer.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert any("layers.0" in name and "lora_B" in name for name in reached)
+    assert not any("auxiliary_heads" in name for name in reached)
+    assert not any("lora" in name for name, _ in trainer.heads.named_parameters())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_resume_equals_the_uninterrupted_run(rows, heads, tmp_path, stage):
+    options = {"pretrain_heads": True} if stage == 1 else {"heads": heads, "train_heads": True}
+    options |= {"save_strategy": "steps", "save_steps": 2, "aux_schedule": "reflected_sine"}
+    whole = trained(CAFTTrainer(str(BASE), config(tmp_path / "a", **options), train_dataset=rows))
+    again = CAFTTrainer(str(BASE), config(tmp_path / "b", **options), train_dataset=rows)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert numbers(again)[-2:] == numbers(whole)[-2:]
+    assert same(again.model.state_dict(), whole.model.state_dict())
+
+
+def test_evaluation_and_best_checkpoint_go_by_the_main_loss(rows, heads, tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    args = config(tmp_path / "a", heads=heads, aux_weight=1.0, load_best_model_at_end=True, **options)
+    trainer = trained(CAFTTrainer(str(BASE), args, train_dataset=rows, eval_dataset=rows))
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.best_metric == min(entry["eval_loss"] for entry in evaluations)
+    best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    reference = SFTTrainer(best, SFTConfig(str(tmp_path / "b"), **OPTIONS), train_dataset=rows, eval_dataset=rows)
+    assert reference.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
+    assert {"eval_h2_loss", "eval_h4_accuracy"} <= evaluations[0].keys()
+
+
+def test_checkpoints_and_saved_models_hold_no_heads(rows, heads, tmp_path):
+    args = config(tmp_path / "run", heads=heads, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer = trained(CAFTTrainer(str(BASE), args, train_dataset=rows))
+    trainer.save_model(str(tmp_path / "saved"))
+    base = load_file(BASE / "model.safetensors").keys()
+    for folder in (tmp_path / "run" / "checkpoint-1", tmp_path / "saved"):
+        assert load_file(folder / "model.safetensors").keys() == base
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_export_is_an_ordinary_model_with_the_trained_logits(rows, heads, tmp_path, tuning):
+    peft_config = lora() if tuning == "lora" else None
+    trainer = trained(CAFTTrainer(str(BASE), config(tmp_path, heads=heads), train_dataset=rows, peft_config=peft_config))
+    trainer.export(tmp_path / "model")
+    exported, base = (load_file(Path(folder) / "model.safetensors") for folder in (tmp_path / "model", BASE))
+    assert {k: (v.shape, v.dtype) for k, v in exported.items()} == {k: (v.shape, v.dtype) for k, v in base.items()}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = tokenizer(rows[0]["prompt"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        theirs, ours = trainer.model.eval()(input_ids=ids).logits, model(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if tuning == "full" else 1e-4)  # LoRA: W + BA is rounded
+    assert model.generate(ids, max_new_tokens=4).shape[1] == ids.shape[1] + 4
+
+
+def test_bfloat16_computes_on_float32_weights(rows, heads, tmp_path):
+    trainer = trained(CAFTTrainer(str(BASE), config(tmp_path, heads=heads, bf16=True), train_dataset=rows))
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    plain = trained(CAFTTrainer(str(BASE), config(tmp_path, heads=heads), train_dataset=rows))
+    for (ours, _), (exact, _) in zip(numbers(trainer), numbers(plain), strict=True):
+        assert ours == pytest.approx(exact, rel=0.02)  # bfloat16 keeps 8 bits
+
+
+def test_heads_train_in_float32_beside_a_half_precision_trunk(rows, tmp_path):
+    args = config(tmp_path, pretrain_heads=True, model_init_kwargs={"dtype": "bfloat16"})
+    trainer = trained(CAFTTrainer(str(BASE), args, train_dataset=rows))
+    assert {p.dtype for p in trainer.heads.parameters()} == {torch.float32}
+    assert {p.dtype for n, p in trainer.model.named_parameters() if "auxiliary_heads" not in n} == {torch.bfloat16}
+    exact = trained(CAFTTrainer(str(BASE), config(tmp_path, pretrain_heads=True), train_dataset=rows))
+    for (ours, _), (full, _) in zip(numbers(trainer), numbers(exact), strict=True):
+        assert ours == pytest.approx(full, rel=0.02)  # bfloat16 keeps 8 bits
+
+
+def test_gradient_checkpointing_changes_nothing(rows, heads, tmp_path):
+    runs = [
+        trained(CAFTTrainer(str(BASE), config(tmp_path, heads=heads, gradient_checkpointing=on), train_dataset=rows))
+        for on in (False, True)
+    ]
+    for plain, checkpointed in zip(*map(numbers, runs), strict=True):
+        assert checkpointed == pytest.approx(plain, rel=1e-5)
+
+
+def test_tokenized_rows_are_those_of_the_trainer(rows, tmp_path):
+    args = config(tmp_path, aux_weight=0.0)
+    theirs = SFTTrainer(str(BASE), SFTConfig(str(tmp_path), **OPTIONS), train_dataset=rows).train_dataset
+    ours = tokenized(rows, AutoTokenizer.from_pretrained(BASE), args, name="train")
+    assert ours["input_ids"][:] == theirs["input_ids"][:]
+    assert ours["labels"][:] == theirs["labels"][:]
+
+
+def test_a_micro_batch_without_targets_adds_zero(rows, heads, tmp_path):
+    trainer = CAFTTrainer(str(BASE), config(tmp_path, heads=heads, max_steps=1), train_dataset=rows)
+    trainer.create_optimizer_and_scheduler(1)
+    trainer.state.max_steps = 1
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    trainer._horizon_counts = torch.zeros(3, dtype=torch.long)
+    loss = trainer.compute_loss(trainer.model.train(), batch, num_items_in_batch=torch.tensor(0))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for n, p in trainer.model.named_parameters() if p.requires_grad)
+
+
+def test_heads_load_for_another_trainer_and_describe_their_training(heads):
+    import json
+
+    backbone = Backbone.of(AutoModelForCausalLM.from_pretrained(BASE))
+    assert load_heads(heads, backbone, AutoTokenizer.from_pretrained(BASE)).config.horizons == [2, 3, 4]
+    training = json.loads(Path(heads, "heads.json").read_text())["training"]
+    assert (training["stage"], training["steps"]) == (1, 4)
