@@ -21,8 +21,6 @@ ALPHA, BETA, NUM_HEADS, TOTAL_STEPS = 0.8, 0.01, 4, 40
 # The reference's names of the schedules, and ours.
 SCHEDULES = {"rsine": "reflected_sine", "sine": "sine", "linear": "linear", "constant": "constant"}
 BATCH, TOKENS = 4, 256
-# What SFTTrainer asks of TRL's fused head.
-FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")
 
 # Of one step: the losses of all horizons, their weights (that of horizon 1 first), the total.
 Terms = tuple[Tensor, Tensor, Tensor]
@@ -82,7 +80,11 @@ def caftune_terms(logits: Tensor, labels: Tensor, schedule: str, step: int) -> T
     main = -log_likelihood(logits[0][rows], identity, targets[rows])[0].mean()
     weights = AuxiliaryWeights(BETA, ALPHA, SCHEDULES[schedule]).at(step, TOTAL_STEPS, heads.config.horizons)
     total = main + auxiliary_loss(scores["nll"], scores["count"], weights)
-    return torch.stack([main, *(scores["nll"] / scores["count"])]), torch.tensor([1.0, *weights], dtype=logits.dtype), total
+    return (
+        torch.stack([main, *(scores["nll"] / scores["count"])]),
+        torch.tensor([1.0, *weights], dtype=logits.dtype),
+        total,
+    )
 
 
 def agree(terms: Callable[..., Terms], data: Path, output: Path) -> None:
@@ -108,19 +110,20 @@ def reference_loss(model: torch.nn.Module, ids: Tensor, labels: Tensor, *, train
     return lambda: compute_loss(model, {"input_ids": ids, "labels": labels})
 
 
-def caftune_loss(model: torch.nn.Module, ids: Tensor, labels: Tensor, *, train_heads: bool) -> Callable[[], Tensor]:
-    """caftune's heads and loss in a plain loop; L_1 comes from TRL's fused head, set up as SFTTrainer does."""
+def caftune_loss(
+    model: torch.nn.Module, ids: Tensor, labels: Tensor, *, train_heads: bool, is_fused: bool
+) -> Callable[[], Tensor]:
+    """caftune's heads and loss in a plain loop. L_1 is TRL's fused one, as in CAFTTrainer, or the model's own."""
     from caftune import AuxiliaryHeads, AuxiliaryWeights, Backbone, HeadsConfig, attach_heads, auxiliary_loss
-    from trl.trainer.utils import add_fused_lm_head
 
     backbone = Backbone.of(model)
     heads = AuxiliaryHeads.build(backbone, HeadsConfig(count=NUM_HEADS)).requires_grad_(train_heads)
-    add_fused_lm_head(model, outputs=FUSED_OUTPUTS)
+    options = main_loss_options(model, is_fused=is_fused)
     attach_heads(backbone, heads)
     weights = AuxiliaryWeights(BETA, ALPHA).at(0, TOTAL_STEPS, heads.config.horizons)
 
     def loss() -> Tensor:
-        outputs = model(input_ids=ids, labels=labels, fused_lm_head=True, auxiliary="add")
+        outputs = model(input_ids=ids, labels=labels, auxiliary="add", **options)
         scores = outputs["auxiliary"]
         return outputs.loss + auxiliary_loss(scores["nll"], scores["count"], weights)
 
@@ -128,23 +131,30 @@ def caftune_loss(model: torch.nn.Module, ids: Tensor, labels: Tensor, *, train_h
 
 
 def next_token_loss(model: torch.nn.Module, ids: Tensor, labels: Tensor, *, is_fused: bool) -> Callable[[], Tensor]:
-    """Plain fine-tuning: the same model without heads, with TRL's fused head or the model's own loss."""
+    """Plain fine-tuning: the same model without heads."""
+    options = main_loss_options(model, is_fused=is_fused)
+    return lambda: model(input_ids=ids, labels=labels, **options).loss
+
+
+def main_loss_options(model: torch.nn.Module, *, is_fused: bool) -> dict[str, bool]:
+    """The forward's argument for TRL's fused loss, after setting it up as SFTTrainer does; none for the model's own."""
     if not is_fused:
-        return lambda: model(input_ids=ids, labels=labels).loss
+        return {}
     from trl.trainer.utils import add_fused_lm_head
 
-    add_fused_lm_head(model, outputs=FUSED_OUTPUTS)
-    return lambda: model(input_ids=ids, labels=labels, fused_lm_head=True).loss
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    return {"fused_lm_head": True}
 
 
 # Names starting with "reference" run in the reference's environment.
 CASES: dict[str, Callable[[torch.nn.Module, Tensor, Tensor], Callable[[], Tensor]]] = {
     "reference, heads trained": partial(reference_loss, train_heads=True),
     "reference, heads frozen": partial(reference_loss, train_heads=False),
-    "caftune, heads trained": partial(caftune_loss, train_heads=True),
-    "caftune, heads frozen": partial(caftune_loss, train_heads=False),
-    "next token only, TRL's fused loss": partial(next_token_loss, is_fused=True),
-    "next token only, transformers' loss": partial(next_token_loss, is_fused=False),
+    "caftune, heads trained": partial(caftune_loss, train_heads=True, is_fused=False),
+    "caftune, heads frozen": partial(caftune_loss, train_heads=False, is_fused=False),
+    "caftune, heads frozen, L_1 by TRL": partial(caftune_loss, train_heads=False, is_fused=True),
+    "next token only": partial(next_token_loss, is_fused=False),
+    "next token only, L_1 by TRL": partial(next_token_loss, is_fused=True),
 }
 
 
@@ -165,7 +175,7 @@ def cost(case: str, folder: Path, labelled: str, steps: int) -> dict[str, float]
     seconds = [step_seconds(loss_of, optimizer) for _ in range(steps + 1)][1:]  # the first one makes AdamW's state
     peak = resident_mib("VmHWM")
     if peak <= highest:
-        raise RuntimeError(f"The steps must raise the peak above that of building the model, {highest} MiB, got {peak}.")
+        raise RuntimeError(f"The steps' peak must be above that of building the model, {highest} MiB, got {peak}.")
     return {"seconds": statistics.median(seconds), "mib": peak - built, "start": start}
 
 
@@ -200,7 +210,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.mode == "agree":
-        agree({"reference": reference_terms, "caftune": caftune_terms}[arguments.side], arguments.data, arguments.output)
+        terms = reference_terms if arguments.side == "reference" else caftune_terms
+        agree(terms, arguments.data, arguments.output)
     else:
         print(json.dumps(cost(arguments.case, arguments.model, arguments.labelled, arguments.steps)))
 

@@ -5,11 +5,11 @@ layer as fingerprints), the tokenizer, the horizons, the fork point and how the 
 of another base. Nothing is pickled.
 """
 
-import copy
 import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -30,6 +30,7 @@ from caftune.heads import ATTRIBUTE, FORK_POINTS, AuxiliaryHeads, HeadsConfig
 FORMAT = 1
 WEIGHTS_FILE, DESCRIPTION_FILE = "heads.safetensors", "heads.json"
 _SAMPLED_ROWS = 64
+_MODULES_TO_SAVE = re.compile(r"\.modules_to_save\.[^.]+\.")
 # What a configuration holds besides the architecture: where it came from, and what trainers are free to set.
 _VOLATILE = {
     *(
@@ -157,44 +158,53 @@ def read_heads(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise HeadsError(f"{path} is not a safetensors file ({error}). Copy or train the heads again.") from error
 
 
-def export_model(model: Any, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
+def export_model(
+    model: Any, folder: str | os.PathLike[str], tokenizer: Any = None, *, base_name: str | None = None
+) -> None:
     """Write `model` as an ordinary checkpoint: the base's keys, shapes and dtypes, no trace of heads or adapters.
 
-    Adapters (PEFT) are merged in a copy, so that training can go on afterwards. Weights are written in the dtype the base
-    was published in (float32 master weights of a bfloat16 base become bfloat16 again).
+    Adapters (PEFT) are merged layer by layer on the way to the file; the model itself is left as it is. Weights are written in
+    the dtype the base was published in (float32 master weights of a bfloat16 base become bfloat16 again).
+
+    Args:
+        base_name: folder or hub id of the base, where the model was loaded from somewhere else (a checkpoint).
     """
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    heads = base._modules.pop(ATTRIBUTE, None)
-    forward = base.__dict__.pop("forward", None)
-    inner = base.__dict__.pop("_caftune_inner_forward", None)
-    try:
-        plain = copy.deepcopy(model)
-    finally:
-        if heads is not None:
-            base._modules[ATTRIBUTE] = heads
-        if forward is not None:
-            base.forward = forward
-        if inner is not None:
-            base._caftune_inner_forward = inner
-    plain = plain.merge_and_unload() if hasattr(plain, "peft_config") else plain
-    dtype = published_dtype(plain)
-    plain = plain.to(dtype) if dtype is not None else plain
-    plain.config.use_cache = True
-    plain.save_pretrained(folder)
+    published = _published_config(base_name or str(getattr(base.config, "_name_or_path", "")))
+    dtype = getattr(published, "dtype", None)
+    state = {
+        name: tensor.to("cpu", dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in _merged_state(base).items()
+    }
+    base.save_pretrained(folder, state_dict=state)
+    # save_pretrained describes the model in memory, whose dtype and cache are those of training.
+    path = Path(folder, "config.json")
+    described = json.loads(path.read_text())
+    described |= {"dtype": str(dtype).removeprefix("torch.")} if dtype is not None else {}
+    described["use_cache"] = getattr(published, "use_cache", True)
+    write_json(path, described)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def published_dtype(model: Any) -> torch.dtype | None:
-    """The dtype that the base's own config.json names, None where it names none or there is no such file."""
-    from transformers import AutoConfig
-
-    name = getattr(model.config, "_name_or_path", "")
-    try:
-        dtype = AutoConfig.from_pretrained(name, local_files_only=True).dtype if name else None
-    except (OSError, ValueError):
-        return None
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+def _merged_state(base: Any) -> dict[str, Tensor]:
+    """The state dict of a causal LM without heads, adapters merged into the layers they adapt (PEFT's layer interface)."""
+    layers = {name: module for name, module in base.named_modules() if hasattr(module, "adapter_layer_names")}
+    adapted = tuple(f"{name}.{part}." for name, layer in layers.items() for part in layer.adapter_layer_names)
+    state = {}
+    for name, tensor in base.state_dict().items():
+        if not name.startswith((f"{ATTRIBUTE}.", *adapted)) and ".original_module." not in name:
+            state[_MODULES_TO_SAVE.sub(".", name.replace(".base_layer.", "."))] = tensor
+    for name, layer in layers.items():
+        original = {part: weight.detach().clone() for part, weight in layer.base_layer.named_parameters()}
+        layer.merge()
+        with torch.no_grad():
+            for part, weight in layer.base_layer.named_parameters():
+                state[f"{name}.{part}"] = weight.detach().to("cpu", copy=True)
+            layer.unmerge()
+            for part, weight in layer.base_layer.named_parameters():
+                weight.copy_(original[part])  # unmerging subtracts, and rounds
+    return state
 
 
 def base_fingerprint(backbone: Backbone) -> dict[str, Any]:
@@ -250,6 +260,16 @@ def package_version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
+        return None
+
+
+def _published_config(name: str) -> Any:
+    """The base's own configuration, None where there is none to be found without a network."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True) if name else None
+    except (OSError, ValueError):
         return None
 
 

@@ -149,9 +149,8 @@ def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
         model: Any = PeftModel.from_pretrained(load_model(recipe), source)
     else:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
-        model.config._name_or_path = recipe.model.name  # whose dtype is the published one
     target = Path(recipe.output, "model")
-    export_model(model, target, load_tokenizer(recipe))
+    export_model(model, target, load_tokenizer(recipe), base_name=recipe.model.name)
     return target
 
 

@@ -1,9 +1,7 @@
 """Tiny models of many families, built from configurations with a fixed seed: no download."""
 
-import functools
-
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 VOCABULARY, WIDTH, DEPTH = 61, 16, 2
 
@@ -66,7 +64,7 @@ def config_of(family, **changes):
     return CONFIG_MAPPING[model_type](**{"vocab_size": VOCABULARY, **special, **settings, **changes})
 
 
-def build(family="llama", *, dtype=torch.float64, attention="eager", seed=0, spread=6.0, **changes):
+def build(family="llama", *, dtype=torch.float64, attention="eager", seed=0, spread=12.0, **changes):
     """A model in eval mode whose weights are `spread` times as wide as at birth, so that errors are not lost in noise."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

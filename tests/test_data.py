@@ -39,7 +39,9 @@ def test_alpaca_rows_become_messages_for_a_chat_model(tmp_path):
 
 
 def test_sharegpt_rows_become_messages(tmp_path):
-    path = write(tmp_path / "x.jsonl", [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}])
+    path = write(
+        tmp_path / "x.jsonl", [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}]
+    )
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     assert load_rows(path).to_list() == [{"messages": turns}]
 
@@ -57,7 +59,10 @@ def test_columns_rename_and_limit_cuts(tmp_path):
         ('{"text": "a"}\n\n[1]\n', "line 3: must be a JSON object, got list"),
         ("", "is empty. Give at least one row"),
         ('{"a": 1}\n', r"row 0 .* has the columns a, of no form caftune knows"),
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n', "row 1 .*: completion is missing"),
+        (
+            '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n',
+            "row 1 .*: completion is missing",
+        ),
         ('{"conversations": [{"from": "bot", "value": "x"}]}\n', "unknown speaker 'bot'"),
     ],
 )
@@ -69,7 +74,9 @@ def test_bad_lines_are_named(tmp_path, content, message):
 
 @pytest.mark.parametrize("source", ["nothing.jsonl", "./nothing", "/nothing/at/all"])
 def test_a_missing_file_is_refused_without_asking_the_hub(source):
-    with pytest.raises(DataError, match=r"must be an existing file or a hub id \(owner/name\), and there is no such file"):
+    with pytest.raises(
+        DataError, match=r"must be an existing file or a hub id \(owner/name\), and there is no such file"
+    ):
         load_rows(source)
 
 

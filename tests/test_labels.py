@@ -137,10 +137,11 @@ def test_messages_need_a_chat_template(tokenizer):
 
 def test_a_chat_prompt_ends_where_the_assistant_speaks():
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}assistant:{% endif %}"
+    rows = Dataset.from_list(
+        [{"messages": [{"role": "user", "content": "CCO"}, {"role": "assistant", "content": "no"}]}]
     )
-    rows = Dataset.from_list([{"messages": [{"role": "user", "content": "CCO"}, {"role": "assistant", "content": "no"}]}])
     assert tokenizer.decode(encode_prompts(rows, tokenizer)[0]) == "user: CCO\nassistant:"
 
 

@@ -104,7 +104,9 @@ def test_lora_trains_and_exports_merged(finished, values, tmp_path):
 
 def test_an_interrupted_training_goes_on_to_the_same_weights(finished, values, tmp_path):
     shutil.copytree(finished, tmp_path / "out")
-    recipe = Recipe.model_validate({**values, "output": str(tmp_path / "out"), "heads": {"path": str(finished / "heads")}})
+    recipe = Recipe.model_validate(
+        {**values, "output": str(tmp_path / "out"), "heads": {"path": str(finished / "heads")}}
+    )
     shutil.rmtree(tmp_path / "out" / "train")
     whole = load_file(pipeline.finetune(recipe) / "model.safetensors")
     shutil.rmtree(tmp_path / "out" / "model")
@@ -140,18 +142,38 @@ def test_a_folder_of_something_else_is_refused(values, tmp_path):
     [
         (pipeline.label, {"labels": {"prompts": None}}, RecipeError, "labels.prompts must name a file"),
         (pipeline.label, {"labels": {"max_new_tokens": 255}}, DataError, "24 of 24 prompts"),
-        (pipeline.label, {"model": {"name": "./nothing"}}, RecipeError, "model.name must be a folder with a config.json"),
+        (
+            pipeline.label,
+            {"model": {"name": "./nothing"}},
+            RecipeError,
+            "model.name must be a folder with a config.json",
+        ),
         (pipeline.pretrain_heads, {}, RecipeError, "labels.jsonl is missing. Run `caftune label` first"),
         (pipeline.finetune, {}, RecipeError, "heads is missing. Run `caftune pretrain-heads` first"),
-        (pipeline.finetune, {"loss": {"weight": 0}, "data": {"train": None}}, RecipeError, "data.train must name a file"),
-        (pipeline.finetune, {"loss": {"weight": 0}, "data": {"max_length": 257}}, RecipeError, "at most the model's context of 256"),
+        (
+            pipeline.finetune,
+            {"loss": {"weight": 0}, "data": {"train": None}},
+            RecipeError,
+            "data.train must name a file",
+        ),
+        (
+            pipeline.finetune,
+            {"loss": {"weight": 0}, "data": {"max_length": 257}},
+            RecipeError,
+            "the model's context of 256",
+        ),
         (
             pipeline.finetune,
             {"loss": {"weight": 0}, "data": {"columns": {"prompt": "name"}}},
             DataError,
             "prompts and no completions to train on",
         ),
-        (pipeline.finetune, {"loss": {"weight": 0}, "data": {"max_length": 5}}, ValueError, "24 of 24 rows of the train data"),
+        (
+            pipeline.finetune,
+            {"loss": {"weight": 0}, "data": {"max_length": 5}},
+            ValueError,
+            "24 of 24 rows of the train data",
+        ),
         (pipeline.export, {}, RecipeError, "holds no checkpoint"),
     ],
 )

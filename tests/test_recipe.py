@@ -24,7 +24,9 @@ def test_defaults_are_the_papers(recipe):
 
 
 def test_overrides_reach_any_depth(recipe):
-    loaded = recipe(overrides=["loss.weight=0.5", "model.lora.r=4", "trainer.learning_rate=1e-5", "data.columns={prompt: q}"])
+    loaded = recipe(
+        overrides=["loss.weight=0.5", "model.lora.r=4", "trainer.learning_rate=1e-5", "data.columns={prompt: q}"]
+    )
     assert (loaded.loss.weight, loaded.model.lora.r) == (0.5, 4)
     assert loaded.trainer == {"learning_rate": 1e-5}
     assert loaded.data.columns == {"prompt": "q"}
@@ -65,7 +67,10 @@ def test_a_malformed_override_is_refused(recipe, override):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learning_rat": 1}, r"trainer.learning_rat is not an option of CAFTConfig. Did you mean trainer.learning_rate\?"),
+        (
+            {"learning_rat": 1},
+            r"trainer.learning_rat is not an option of CAFTConfig. Did you mean trainer.learning_rate\?",
+        ),
         ({"aux_weight": 1}, "trainer.aux_weight is set by loss.weight in a recipe"),
         ({"packing": True, "packing_strategy": "wrapped"}, "trainer: packing_strategy must be 'bfd'"),
     ],

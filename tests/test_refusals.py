@@ -33,11 +33,17 @@ def heads_of(model, folder):
         ({}, "heads must name a folder of pretrained heads, got None"),
         ({"heads": "x", "aux_weight": -1.0}, r"weight \(beta\) must be a number >= 0, got -1.0"),
         ({"heads": "x", "aux_decay": 1.5}, r"decay \(alpha\) must be in \(0, 1\], got 1.5"),
-        ({"heads": "x", "aux_schedule": "cosine"}, r"schedule \(gamma\) must be one of reflected_sine, .* got 'cosine'"),
+        (
+            {"heads": "x", "aux_schedule": "cosine"},
+            r"schedule \(gamma\) must be one of reflected_sine, .* got 'cosine'",
+        ),
         ({"pretrain_heads": True, "aux_weight": 0.0}, "aux_weight must be above 0 in stage 1"),
         ({"pretrain_heads": True, "num_heads": 0}, "count must be at least 1, got 0"),
         ({"pretrain_heads": True, "head_kind": "linear"}, "kind must be one of decoder, mlp, got 'linear'"),
-        ({"heads": "x", "packing": True, "packing_strategy": "wrapped"}, "packing_strategy must be 'bfd' or 'bfd_split'"),
+        (
+            {"heads": "x", "packing": True, "packing_strategy": "wrapped"},
+            "packing_strategy must be 'bfd' or 'bfd_split'",
+        ),
         ({"heads": "x", "label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0 with auxiliary losses"),
     ],
 )

@@ -26,7 +26,10 @@ def recipe(request, shared, tmp_path):
     base = str(shared / "models" / request.param)
     if request.param == "stories260k":
         prompts, length = str(shared / "data" / "instructions" / "rasbt-instruction-data.json"), 160
-        data = {"train": str(shared / "data" / "gsm8k" / "train.jsonl"), "columns": {"prompt": "question", "completion": "answer"}}
+        data = {
+            "train": str(shared / "data" / "gsm8k" / "train.jsonl"),
+            "columns": {"prompt": "question", "completion": "answer"},
+        }
         data |= {"max_length": 512, "limit": 20}
     else:
         prompts, length = str(tmp_path / "smiles.jsonl"), 60
@@ -48,7 +51,9 @@ def test_a_real_model_goes_the_whole_path(recipe, tmp_path):
     pipeline.label(recipe)
     pipeline.pretrain_heads(recipe)
     folder = pipeline.finetune(recipe)
-    result = next(json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines() if "before" in line)
+    result = next(
+        json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines() if "before" in line
+    )
     for horizon in (2, 3, 4, 5):
         assert result["after"][f"h{horizon}_loss"] < 0.75 * result["before"][f"h{horizon}_loss"]
     base = load_file(f"{recipe.model.name}/model.safetensors")

@@ -231,7 +231,9 @@ def test_checkpoints_and_saved_models_hold_no_heads(rows, heads, tmp_path):
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_export_is_an_ordinary_model_with_the_trained_logits(rows, heads, tmp_path, tuning):
     peft_config = lora() if tuning == "lora" else None
-    trainer = trained(CAFTTrainer(str(BASE), config(tmp_path, heads=heads), train_dataset=rows, peft_config=peft_config))
+    trainer = trained(
+        CAFTTrainer(str(BASE), config(tmp_path, heads=heads), train_dataset=rows, peft_config=peft_config)
+    )
     trainer.export(tmp_path / "model")
     exported, base = (load_file(Path(folder) / "model.safetensors") for folder in (tmp_path / "model", BASE))
     assert {k: (v.shape, v.dtype) for k, v in exported.items()} == {k: (v.shape, v.dtype) for k, v in base.items()}

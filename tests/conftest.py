@@ -1,0 +1,30 @@
+"""What every test shares: one thread, a seed, checked shape annotations, and the real data where it is at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Before caftune is imported: from here on a call that breaks a shape annotation of these modules raises.
+_CHECKED = ("caftune.backbone", "caftune.cross_entropy", "caftune.heads", "caftune.objective")
+_HOOK = install_import_hook(_CHECKED, "beartype.beartype")
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same global random state for every test, in any order and on any worker."""
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real data and models: CAFTUNE_SHARED, or `shared` beside the repository."""
+    folder = Path(os.environ.get("CAFTUNE_SHARED") or Path(__file__).parents[2] / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"real data is not here: {folder} does not exist (set CAFTUNE_SHARED)")
+    return folder

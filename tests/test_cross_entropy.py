@@ -1,0 +1,128 @@
+"""log_likelihood equals the computation with all logits, in value, precision and gradient."""
+
+import pytest
+import torch
+
+from caftune import cross_entropy
+from caftune.cross_entropy import Unembedding, log_likelihood
+
+ROWS, WIDTH, VOCABULARY = 23, 8, 37
+TRANSFORMS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"scale": 0.3},
+    "softcap": {"softcap": 1.5},
+    "all": {"bias": True, "scale": 2.0, "softcap": 3.0},
+}
+
+
+def tensors(dtype=torch.float64):
+    hidden = torch.randn(ROWS, WIDTH, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, WIDTH, dtype=torch.float64).to(dtype).requires_grad_()
+    bias = torch.randn(VOCABULARY, dtype=torch.float64).to(dtype).requires_grad_()
+    return hidden, weight, bias, torch.randint(VOCABULARY, (ROWS,))
+
+
+def full(hidden, weight, targets, *, bias=None, scale=1.0, softcap=None):
+    logits = hidden @ weight.T
+    logits = logits if bias is None else logits + bias
+    logits = logits * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    log_p = logits - torch.logsumexp(logits, -1, keepdim=True)
+    return log_p[torch.arange(len(targets)), targets], logits.argmax(-1) == targets
+
+
+def both(name, dtype=torch.float64):
+    hidden, weight, bias, targets = tensors(dtype)
+    settings = dict(TRANSFORMS[name])
+    settings["bias"] = bias if settings.pop("bias", False) else None
+    leaves = [hidden, weight] + ([bias] if settings["bias"] is not None else [])
+    return hidden, weight, targets, settings, leaves
+
+
+@pytest.fixture(params=[1, 3 * VOCABULARY, 7 * VOCABULARY + 5, 2**26], ids=["1row", "3rows", "7rows", "one_chunk"])
+def chunk_values(request, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_CHUNK_VALUES", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_values_and_hits_equal_the_full_computation_at_every_chunk_size(name, chunk_values):
+    hidden, weight, targets, settings, _ = both(name)
+    likelihood, hits = log_likelihood(hidden, Unembedding(weight, **settings), targets)
+    expected, expected_hits = full(hidden, weight, targets, **settings)
+    torch.testing.assert_close(likelihood, expected, rtol=0, atol=1e-9)
+    assert torch.equal(hits, expected_hits)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_gradients_equal_the_full_computation_at_every_chunk_size(name, chunk_values):
+    hidden, weight, targets, settings, leaves = both(name)
+    weighting = torch.randn(ROWS, dtype=torch.float64)  # one loss per row, so that no row's error hides in a sum
+    likelihood, _ = log_likelihood(hidden, Unembedding(weight, **settings), targets)
+    found = torch.autograd.grad((weighting * likelihood).sum(), leaves)
+    expected = torch.autograd.grad((weighting * full(hidden, weight, targets, **settings)[0]).sum(), leaves)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+def test_hits_are_the_rows_whose_target_is_the_most_likely_token():
+    weight = torch.eye(4, dtype=torch.float64)
+    _, hits = log_likelihood(weight[[0, 1, 2]], Unembedding(weight), torch.tensor([0, 3, 2]))
+    assert hits.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_bfloat16_is_no_worse_than_the_plain_computation_in_bfloat16(name):
+    hidden, weight, targets, settings, leaves = both(name, torch.bfloat16)
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    plain = {**settings, "bias": doubles[2] if len(doubles) == 3 else None}
+    truth = full(doubles[0], doubles[1], targets, **plain)[0]
+    ours = log_likelihood(hidden, Unembedding(weight, **settings), targets)[0]
+    naive = full(hidden, weight, targets, **settings)[0]
+    assert ours.dtype == torch.float32
+
+    def error(values, reference):
+        return sum((one.double() - other).abs().mean().item() for one, other in zip(values, reference, strict=True))
+
+    assert error([ours], [truth]) <= error([naive], [truth])
+    exact = torch.autograd.grad(truth.sum(), doubles)
+    assert error(torch.autograd.grad(ours.sum(), leaves), exact) <= 1.05 * error(  # 5%: both round at the same places
+        torch.autograd.grad(naive.sum(), leaves), exact
+    )
+
+
+def test_zero_rows_give_an_empty_result_with_zero_gradients():
+    hidden, weight, bias, targets = tensors()
+    likelihood, hits = log_likelihood(hidden[:0], Unembedding(weight, bias), targets[:0])
+    assert likelihood.shape == hits.shape == (0,)
+    for gradient in torch.autograd.grad(likelihood.sum(), [hidden, weight, bias]):
+        assert not gradient.any()
+
+
+def test_no_more_logits_are_held_for_the_backward_pass_than_hidden_states(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_CHUNK_VALUES", 2 * VOCABULARY)
+    hidden, weight, _, targets = tensors()
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        log_likelihood(hidden, Unembedding(weight), targets)
+    assert not [shape for shape in kept if VOCABULARY in shape and shape != weight.shape]
+
+
+def test_logits_follow_the_documented_order_of_bias_scale_and_softcap():
+    unembedding = Unembedding(torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, -1.0]), scale=2.0, softcap=4.0)
+    expected = 4.0 * torch.tanh(2.0 * torch.tensor([[4.0, 5.0]]) / 4.0)
+    torch.testing.assert_close(unembedding.logits(torch.tensor([[3.0]])), expected)
+
+
+@pytest.mark.parametrize("bad", ["targets", "width"])
+def test_wrong_shapes_are_refused_by_the_annotations(bad):
+    hidden, weight, _, targets = tensors()
+    hidden, targets = (hidden, targets[:-1]) if bad == "targets" else (hidden[:, :-1], targets)
+    with pytest.raises(Exception, match=r"[Tt]ype-check|mat1 and mat2|shape"):
+        log_likelihood(hidden, Unembedding(weight), targets)
