@@ -3,8 +3,8 @@
     python benchmarks/gpu.py [--output gpu.json]            on a GPU
     python benchmarks/gpu.py --device cpu --small           a rehearsal without one: the same code on tiny shapes
 
-Checks: loss and gradients against float64 on the CPU, in float32 and bfloat16 and per attention implementation; time and peak memory
-of a training step against the forward pass of TRL's own SFTTrainer, interleaved, medians.
+Checks: loss and gradients against float64 on the CPU, in float32 and bfloat16 and per attention implementation; time and
+peak memory of a training step against the forward pass of TRL's own SFTTrainer, interleaved, medians.
 """
 
 import argparse

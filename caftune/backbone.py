@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from caftune.cross_entropy import Unembedding
 
@@ -36,10 +37,11 @@ class LayerCall:
 
     def replay(self, layer: nn.Module) -> Float[Tensor, "batch tokens width"]:
         """Call `layer` as the last layer was called, without a cache, and return its hidden states."""
+        args = tuple(None if isinstance(value, Cache) else value for value in self.args)
         kwargs = {name: value for name, value in self.kwargs.items() if name not in _CACHE_ARGUMENTS}
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
-        return _hidden(layer(*self.args, **kwargs))
+        return _hidden(layer(*args, **kwargs))
 
     @property
     def hidden(self) -> Float[Tensor, "batch tokens width"]:
@@ -103,7 +105,7 @@ class Backbone:
             for handle in handles:
                 handle.remove()
 
-    def close(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+    def close(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows unembedding_width"]:
         """What the model does between its last layer and its unembedding (the final norm)."""
         for name in self.closing_names:
             hidden = self.model.get_submodule(name)(hidden)
@@ -120,10 +122,12 @@ def _hidden(output: Any) -> Tensor:
 
 
 def _find_layers(model: Any) -> str:
+    """Name of the list of decoder layers: the outermost of its length within the trunk."""
     depth = model.config.get_text_config().num_hidden_layers
+    trunk = next(name for name, module in model.named_modules() if module is model.base_model)
     names = [
-        name
-        for name, module in model.named_modules()
+        f"{trunk}.{name}" if trunk else name
+        for name, module in model.base_model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth and _is_decoder_stack(module)
     ]
     if not names:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,7 +29,9 @@ from caftune.heads import ATTRIBUTE, FORK_POINTS, AuxiliaryHeads, HeadsConfig
 
 FORMAT = 1
 WEIGHTS_FILE, DESCRIPTION_FILE = "heads.safetensors", "heads.json"
+_WAITING_DESCRIPTION = f".{DESCRIPTION_FILE}.waiting"
 _SAMPLED_ROWS = 64
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MODULES_TO_SAVE = re.compile(r"\.modules_to_save\.[^.]+\.")
 # What a configuration holds besides the architecture: where it came from, and what trainers are free to set.
 _VOLATILE = {
@@ -83,8 +85,10 @@ def save_heads(
         "weights_sha256": file_sha256(partial),
         "caftune": package_version("caftune"),
     }
-    partial.replace(target / WEIGHTS_FILE)
-    write_json(target / DESCRIPTION_FILE, description)
+    waiting = target / _WAITING_DESCRIPTION
+    write_json(waiting, description)
+    partial.replace(target / WEIGHTS_FILE)  # from here on `waiting` describes the weights: see _finish_save
+    waiting.replace(target / DESCRIPTION_FILE)
 
 
 def load_heads(
@@ -120,6 +124,7 @@ def load_heads(
 def describe_heads(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The contents of a folder's heads.json."""
     path = Path(folder)
+    _finish_save(path)
     if not (path / DESCRIPTION_FILE).is_file():
         pickles = [item.name for suffix in ("*.pth", "*.pt", "*.bin", "*.pkl") for item in path.glob(suffix)]
         if pickles:
@@ -133,22 +138,46 @@ def describe_heads(folder: str | os.PathLike[str]) -> dict[str, Any]:
         )
     try:
         description = json.loads((path / DESCRIPTION_FILE).read_text())
-    except json.JSONDecodeError as error:
+        found = description["format"]
+        if found == FORMAT:
+            _check_description(description)
+    except (ValueError, KeyError, TypeError) as error:
         raise HeadsError(f"{path / DESCRIPTION_FILE} is damaged ({error}). Copy or train the heads again.") from error
-    if description.get("format") != FORMAT:
+    if found != FORMAT:
         raise HeadsError(
-            f"{path} has heads of format {description.get('format')}, and this caftune reads format {FORMAT}. "
+            f"{path} has heads of format {found}, and this caftune reads format {FORMAT}. "
             "Update caftune or train the heads again."
         )
     return description
 
 
+def _check_description(description: Mapping[str, Any]) -> None:
+    """Raise ValueError, KeyError or TypeError where a description lacks what loading needs."""
+    config = HeadsConfig(len(description["horizons"]), description["kind"])
+    if description["horizons"] != config.horizons:
+        raise ValueError(f"horizons must be {config.horizons}, got {description['horizons']}")
+    for key in ("weights_sha256", "tokenizer"):
+        description[key]
+    for key in ("name", "model_type", "config", "unembedding", "last_layer"):
+        description["base"][key]
+
+
+def _finish_save(folder: Path) -> None:
+    """Finish a save that was cut off between its two renames."""
+    waiting, weights = folder / _WAITING_DESCRIPTION, folder / WEIGHTS_FILE
+    if waiting.is_file() and weights.is_file():
+        description = json.loads(waiting.read_text())
+        if description["weights_sha256"] == file_sha256(weights):
+            waiting.replace(folder / DESCRIPTION_FILE)
+
+
 def read_heads(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The heads' weights, on the CPU, after checking that the file is whole."""
     path = Path(folder) / WEIGHTS_FILE
+    description = describe_heads(folder)
     if not path.is_file():
         raise HeadsError(f"{folder} has {DESCRIPTION_FILE} but no {WEIGHTS_FILE}. Copy or train the heads again.")
-    if file_sha256(path) != describe_heads(folder)["weights_sha256"]:
+    if file_sha256(path) != description["weights_sha256"]:
         raise HeadsError(
             f"{path} is damaged: its SHA-256 differs from {DESCRIPTION_FILE}. Copy or train the heads again."
         )
@@ -170,13 +199,10 @@ def export_model(
         base_name: folder or hub id of the base, where the model was loaded from somewhere else (a checkpoint).
     """
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    published = _published_config(base_name or str(getattr(base.config, "_name_or_path", "")))
+    name = base_name or str(getattr(base.config, "_name_or_path", ""))
+    published = _published_config(name)
     dtype = getattr(published, "dtype", None)
-    state = {
-        name: tensor.to("cpu", dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in _merged_state(base).items()
-    }
-    base.save_pretrained(folder, state_dict=state)
+    base.save_pretrained(folder, state_dict=_cast(_merged_state(base), dtype, _published_dtypes(name)))
     # save_pretrained describes the model in memory, whose dtype and cache are those of training.
     path = Path(folder, "config.json")
     described = json.loads(path.read_text())
@@ -187,9 +213,22 @@ def export_model(
         tokenizer.save_pretrained(folder)
 
 
+def _cast(
+    state: Mapping[str, Tensor], default: torch.dtype | None, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Tensor]:
+    """Tensors on the CPU in the dtype of their name, else the default; tensors that share memory (tied) still do."""
+    cast: dict[tuple[Any, ...], Tensor] = {}
+    result = {}
+    for name, tensor in state.items():
+        dtype = dtypes.get(name, default or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
+        identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), dtype)
+        result[name] = cast.setdefault(identity, tensor.to("cpu", dtype))
+    return result
+
+
 def _merged_state(base: Any) -> dict[str, Tensor]:
     """The state dict of a causal LM without heads, adapters merged into the layers they adapt (PEFT's layer interface)."""
-    layers = {name: module for name, module in base.named_modules() if hasattr(module, "adapter_layer_names")}
+    layers = {name: module for name, module in base.named_modules() if hasattr(module, "base_layer")}
     adapted = tuple(f"{name}.{part}." for name, layer in layers.items() for part in layer.adapter_layer_names)
     state = {}
     for name, tensor in base.state_dict().items():
@@ -213,7 +252,7 @@ def base_fingerprint(backbone: Backbone) -> dict[str, Any]:
     Weights are sampled after rounding to bfloat16, so a base loaded in float32 and in bfloat16 gives one fingerprint.
     """
     config = backbone.model.config
-    architecture = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
+    architecture = _without_volatile(config.to_dict())
     weights = backbone.layer.state_dict()
     layer = {name.replace(".base_layer.", "."): weights[name] for name in weights if "lora_" not in name}
     return {
@@ -222,6 +261,12 @@ def base_fingerprint(backbone: Backbone) -> dict[str, Any]:
         "unembedding": _sampled_sha256({"weight": backbone.unembedding().weight}),
         "last_layer": _sampled_sha256(layer),
     }
+
+
+def _without_volatile(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_volatile(item) for key, item in value.items() if key not in _VOLATILE}
+    return value
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -271,6 +316,22 @@ def _published_config(name: str) -> Any:
         return AutoConfig.from_pretrained(name, local_files_only=True) if name else None
     except (OSError, ValueError):
         return None
+
+
+def _published_dtypes(name: str) -> dict[str, torch.dtype]:
+    """The dtype of each tensor in the base's own safetensors files, as far as they are on this machine."""
+    from transformers.utils import cached_file
+
+    try:
+        config = cached_file(name, "config.json", local_files_only=True) if name else None
+    except (OSError, ValueError):
+        return {}
+    dtypes: dict[str, torch.dtype] = {}
+    for path in Path(str(config)).parent.glob("*.safetensors") if config else ():
+        with safe_open(path, "pt") as file:
+            kinds = {key: file.get_slice(key).get_dtype() for key in list(file.keys())}
+        dtypes |= {key: _DTYPES[kind] for key, kind in kinds.items() if kind in _DTYPES}
+    return dtypes
 
 
 def _refuse_other_base(folder: Path, description: Mapping[str, Any], backbone: Backbone, tokenizer: Any) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-from caftune.heads import HeadsConfig, Kind
+from caftune.heads import HeadsConfig
 from caftune.objective import SCHEDULES, AuxiliaryWeights
 
 
@@ -30,7 +30,7 @@ class CAFTConfig(SFTConfig):
     heads: str | None = field(default=None, metadata={"help": "Folder of pretrained heads."})
     pretrain_heads: bool = field(default=False, metadata={"help": "Stage 1: train the heads alone."})
     num_heads: int = field(default=4, metadata={"help": "Stage 1: number of new heads."})
-    head_kind: Kind = field(default="decoder", metadata={"help": "Stage 1: decoder or mlp."})
+    head_kind: str = field(default="decoder", metadata={"help": "Stage 1: decoder or mlp."})
     force_heads: bool = field(default=False, metadata={"help": "Accept heads of another base of the same shape."})
     train_heads: bool = field(default=False, metadata={"help": "Stage 2: train the heads along."})
     aux_weight: float | None = field(default=None, metadata={"help": "beta; None: 0.01, or 1 in stage 1."})

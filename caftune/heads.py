@@ -2,11 +2,12 @@
 
 import copy
 import functools
+import inspect
 import types
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +17,6 @@ from caftune.backbone import Backbone, LayerCall, UnsupportedModelError
 from caftune.cross_entropy import log_likelihood
 from caftune.objective import IGNORED, horizon_targets
 
-Kind = Literal["decoder", "mlp"]
 # Where each kind of head leaves the trunk, in stage 1 and stage 2 alike.
 FORK_POINTS: dict[str, str] = {"decoder": "input of the last layer", "mlp": "output of the last layer"}
 # The heads' name inside the model that carries them.
@@ -35,7 +35,7 @@ class HeadsConfig:
     """
 
     count: int = 4
-    kind: Kind = "decoder"
+    kind: str = "decoder"
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -141,26 +141,26 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
     model = backbone.model
     if hasattr(model, ATTRIBUTE):
         raise ValueError("The model already carries auxiliary heads. Call detach_heads(model) first.")
-    inner = model.forward
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
 
     @functools.wraps(type(model).forward)
-    def forward(self: nn.Module, *args: Any, auxiliary: str | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, auxiliary: str | None = None, **kwargs: Any) -> Any:
+        # `self` and not `model`: a deep copy of the model runs its own parts.
+        kwargs |= dict(zip(names, args, strict=False))
         if auxiliary is None:
-            return inner(*args, **kwargs)
+            return self._caftune_inner_forward(**kwargs)
+        if auxiliary not in ("add", "only"):
+            raise ValueError(f"auxiliary must be 'add', 'only' or None, got {auxiliary!r}.")
         if kwargs.get("labels") is None:
             raise ValueError("labels must be given for the auxiliary losses, got none.")
-        with backbone.capture() as call:
-            outputs = inner(*args, **kwargs) if auxiliary == "add" else _run_trunk(backbone, *args, **kwargs)
-        scores = getattr(self, ATTRIBUTE)(
-            backbone,
-            call,
-            kwargs["labels"],
-            position_ids=kwargs.get("position_ids"),
-            attention_mask=kwargs.get("attention_mask"),
-        )
-        outputs["auxiliary"] = scores
+        own = replace(backbone, model=self)
+        with own.capture() as call:
+            outputs = self._caftune_inner_forward(**kwargs) if auxiliary == "add" else _run_trunk(own, **kwargs)
+        where = {name: kwargs.get(name) for name in ("position_ids", "attention_mask")}
+        outputs["auxiliary"] = getattr(self, ATTRIBUTE)(own, call, kwargs["labels"], **where)
         return outputs
 
+    inner = model.forward
     setattr(model, ATTRIBUTE, heads)
     model._caftune_inner_forward = inner
     model.forward = types.MethodType(forward, model)
@@ -183,10 +183,10 @@ def _keys(heads: AuxiliaryHeads) -> list[str]:
     return [f"{ATTRIBUTE}.{key}" for key in heads.state_dict()]
 
 
-def _run_trunk(backbone: Backbone, *args: Any, **kwargs: Any) -> Any:
+def _run_trunk(backbone: Backbone, **kwargs: Any) -> dict[str, Any]:
     kwargs = {name: value for name, value in kwargs.items() if name not in _OUTPUT_ARGUMENTS}
     with torch.no_grad():
-        backbone.trunk(*args, **{**kwargs, "use_cache": False})
+        backbone.trunk(**{**kwargs, "use_cache": False})
     return {}
 
 

@@ -21,7 +21,7 @@ from caftune.data import DataError
 from caftune.objective import IGNORED
 
 _NAMED_ROWS = 5
-_PAGE = 256  # tokens of one page of the paged cache
+_PAGE = 256  # tokens of one page of transformers' paged cache
 
 
 @dataclass(frozen=True)
@@ -204,14 +204,11 @@ def _answer_continuously(
     model: Any, prompts: list[list[int]], config: GenerationConfig, sampling: Sampling
 ) -> Iterator[tuple[int, list[int]]]:
     """(index, answer) in the order answers are finished."""
-    pages = -(-(max(map(len, prompts)) + sampling.max_new_tokens) // _PAGE) * sampling.batch_size
-    sizes = ContinuousBatchingConfig(
-        page_size=_PAGE,
-        num_blocks=pages if model.device.type == "cpu" else None,
-        max_batch_tokens=sampling.batch_size * 8 if model.device.type == "cpu" else None,
-        max_requests_per_batch=sampling.batch_size,
-        seed=sampling.seed,
-    )
+    sizes = ContinuousBatchingConfig(seed=sampling.seed)
+    if model.device.type == "cpu":  # there it would size its cache by the machine's memory
+        pages = -(-(max(map(len, prompts)) + sampling.max_new_tokens) // _PAGE)
+        sizes.num_blocks, sizes.max_requests_per_batch = pages * sampling.batch_size, sampling.batch_size
+        sizes.max_batch_tokens = 8 * sampling.batch_size
     with model.continuous_batching_context_manager(
         generation_config=config, continuous_batching_config=sizes
     ) as manager:

@@ -80,7 +80,8 @@ def horizon_targets(
     if position_ids is not None:
         targets[:, :-horizon].masked_fill_(position_ids[:, horizon:] < horizon, IGNORED)
     if attention_mask is not None and attention_mask.dim() == 2:
-        targets.masked_fill_(attention_mask == 0, IGNORED)
+        padding = attention_mask == 0
+        targets[:, :-horizon].masked_fill_(padding[:, :-horizon] | padding[:, horizon:], IGNORED)
     return targets
 
 

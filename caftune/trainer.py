@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -180,7 +181,10 @@ class CAFTTrainer(SFTTrainer):
 
     def _auxiliary_loss(self, scores: dict[str, Tensor], num_items_in_batch: Any) -> Tensor:
         self._record(scores)
-        if not self.model.training or self._horizon_counts is None:
+        if not self.model.training:  # stage 1: the objective without gamma, so that evaluations can be compared
+            constant = replace(self.args.auxiliary_weights, schedule="constant")
+            return auxiliary_loss(scores["nll"], scores["count"], constant.at(0, 1, self.heads.config.horizons))
+        if self._horizon_counts is None:
             return auxiliary_loss(scores["nll"], scores["count"], self._weights_at(self.state.global_step))
         loss = auxiliary_loss(scores["nll"], self._horizon_counts, self._weights_at(self.state.global_step))
         if num_items_in_batch is None:  # then Trainer divides what compute_loss returns by the number of micro-batches
@@ -304,11 +308,26 @@ def _refuse_unfit(model: PreTrainedModel, peft_config: Any, args: CAFTConfig) ->
         raise ValueError("model must be the plain base, got one wrapped by PEFT. Give the base and a peft_config.")
     if getattr(peft_config, "is_prompt_learning", False) and args.aux_weight:
         raise ValueError(f"peft_config must adapt weights (LoRA and its kin), got {type(peft_config).__name__}.")
+    _refuse_untying(model, peft_config)
     half = next((p.dtype for p in model.parameters() if p.requires_grad and p.dtype in _HALF), None)
     if half is not None and peft_config is None and not args.pretrain_heads:
         raise ValueError(
             f"model must hold float32 weights for full fine-tuning, got {half}: updates below about 1/256 of a weight would "
             "be lost. Load it with dtype='float32'; bf16=True still computes in bfloat16."
+        )
+
+
+def _refuse_untying(model: PreTrainedModel, peft_config: Any) -> None:
+    """A trained copy of one of two tied matrices cannot be written with the base's keys."""
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    embeddings = {model.get_input_embeddings(), model.get_output_embeddings()}
+    tied = {name.rpartition(".")[2] for name, module in model.named_modules() if module in embeddings}
+    saved = tied & set(getattr(peft_config, "modules_to_save", None) or ())
+    if saved:
+        raise ValueError(
+            f"modules_to_save must not hold {', '.join(sorted(saved))}: this base ties its embeddings, and training one of "
+            "two copies would untie them. Leave it out, or use full fine-tuning."
         )
 
 
@@ -330,10 +349,10 @@ def _count_targets(batch: dict[str, Tensor], horizons: list[int]) -> Tensor:
 
 def _refuse_cut_answers(dataset: Dataset, max_length: int, *, name: str) -> None:
     lost, shortened = [], 0
-    for row, labels in enumerate(dataset["labels"]):
-        if all(label == IGNORED for label in labels[:max_length]):
+    for row, example in enumerate(dataset.select_columns("labels").with_format("numpy")):
+        if (example["labels"][:max_length] == IGNORED).all():
             lost.append(row)
-        shortened += len(labels) > max_length
+        shortened += len(example["labels"]) > max_length
     if lost:
         named = ", ".join(map(str, lost[:_NAMED_ROWS])) + (", ..." if len(lost) > _NAMED_ROWS else "")
         raise ValueError(

@@ -1,5 +1,7 @@
 """Tiny models of many families, built from configurations with a fixed seed: no download."""
 
+import types
+
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -76,4 +78,17 @@ def build(family="llama", *, dtype=torch.float64, attention="eager", seed=0, spr
                     parameter.mul_(spread)
                 else:
                     parameter.add_(0.1 * torch.randn_like(parameter))
+    if dtype == torch.float64:
+        for module in model.modules():
+            if type(module).__name__.endswith(("RMSNorm", "CohereLayerNorm")):
+                module.forward = types.MethodType(_norm, module)
     return model.to(dtype).eval()
+
+
+def _norm(self, hidden):
+    """The family's norm in the dtype of its input: transformers' own goes through float32, which hides errors below 1e-7."""
+    eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
+    if type(self).__name__ == "CohereLayerNorm":
+        hidden = hidden - hidden.mean(-1, keepdim=True)
+    weight = 1 + self.weight if type(self).__name__.startswith("Gemma") else self.weight
+    return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps) * weight

@@ -25,8 +25,8 @@ def test_replay_norm_and_unembedding_give_the_models_own_logits(family, use_cach
     with torch.no_grad(), backbone.capture() as call:
         logits = model(input_ids=IDS, use_cache=use_cache).logits
         rebuilt = backbone.unembedding().logits(backbone.close(call.replay(backbone.layer)))
-    tolerance = 1e-5 if family in ("mixtral", "gptj") else 1e-9  # these two compute in float32
-    torch.testing.assert_close(rebuilt, logits, rtol=tolerance, atol=tolerance)
+    tolerance = 1e-5 if family in ("mixtral", "gptj", "mamba") else 1e-9  # these compute (partly) in float32
+    torch.testing.assert_close(rebuilt, logits, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

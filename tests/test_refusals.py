@@ -99,6 +99,13 @@ def test_prompt_learning_is_refused(tmp_path):
         trainer(tmp_path / "out", heads=folder, peft_config=peft_config)
 
 
+def test_untying_the_embeddings_is_refused(tmp_path):
+    folder = heads_of(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "heads")
+    peft_config = LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="modules_to_save must not hold lm_head: this base ties its embeddings"):
+        trainer(tmp_path / "out", heads=folder, peft_config=peft_config)
+
+
 def test_adapters_in_stage_one_are_refused(tmp_path):
     with pytest.raises(ValueError, match="peft_config must be None in stage 1"):
         trainer(tmp_path, pretrain_heads=True, peft_config=LoraConfig())

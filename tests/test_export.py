@@ -1,0 +1,151 @@
+"""export_model writes the base's own kind of checkpoint, whatever the training model carried."""
+
+import json
+
+import pytest
+import torch
+from models import VOCABULARY, build
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from caftune.backbone import Backbone
+from caftune.checkpoint import base_fingerprint, export_model
+from caftune.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
+
+IDS = torch.randint(3, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(9))
+
+
+def layout(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def published(folder, family="llama", dtype=torch.float32, lora=None):
+    """A base on disk, loaded for training in float32 with heads attached."""
+    build(family, dtype=dtype).save_pretrained(folder / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    backbone = Backbone.of(model)
+    heads = AuxiliaryHeads.build(backbone, HeadsConfig(2))
+    adapted = model if lora is None else wrapped(model, **lora)  # the trainer's order: built, wrapped, attached
+    attach_heads(backbone, heads)
+    return adapted
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_an_export_has_the_bases_keys_shapes_and_dtypes(family, dtype, tmp_path):
+    model = published(tmp_path, family, dtype)
+    export_model(model, tmp_path / "out")
+    assert layout(tmp_path / "out") == layout(tmp_path / "base")
+
+
+def test_weights_the_base_keeps_in_float32_stay_in_float32(tmp_path):
+    model = build("llama", dtype=torch.bfloat16)
+    model.model.norm.float()  # as DeepSeek and GLM 4.5 keep their routers' biases
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    export_model(model, tmp_path / "out")
+    assert layout(tmp_path / "out") == layout(tmp_path / "base")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_export_loads_alone_gives_equal_logits_and_generates(family, tmp_path):
+    model = published(tmp_path, family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    export_model(model, tmp_path / "out")
+    found, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(logits_of(found), logits_of(model))
+    assert found.generate(IDS, max_new_tokens=3).shape == (2, 11)
+
+
+def test_the_config_has_no_trace_of_heads(tmp_path):
+    export_model(published(tmp_path), tmp_path / "out")
+    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "base"))
+    assert ours == theirs
+    assert ATTRIBUTE not in (tmp_path / "out/config.json").read_text()
+
+
+def test_an_export_leaves_the_training_model_as_it_was(tmp_path):
+    model = published(tmp_path)
+    model.config.use_cache = False
+    before, keys, logits = dict(vars(model)), list(model.state_dict()), logits_of(model)
+    export_model(model, tmp_path / "out")
+    assert dict(vars(model)) == before
+    assert list(model.state_dict()) == keys
+    assert torch.equal(logits_of(model), logits)
+    assert model.config.use_cache is False
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert model(input_ids=IDS, labels=IDS, auxiliary="add")["auxiliary"]["nll"].isfinite().all()
+
+
+def test_a_failed_export_leaves_the_training_model_as_it_was(tmp_path, monkeypatch):
+    model = published(tmp_path)
+    before = dict(vars(model))
+    monkeypatch.setattr(type(model), "save_pretrained", lambda *_args, **_kwargs: (_ for _ in ()).throw(OSError))
+    with pytest.raises(OSError):  # noqa: PT011
+        export_model(model, tmp_path / "out")
+    assert dict(vars(model)) == before
+    assert ATTRIBUTE in model._modules
+
+
+def wrapped(model, **options):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, **options)
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name or ".modules_to_save." in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return adapted.eval()
+
+
+LORAS = {"lora": {}, "modules_to_save": {"modules_to_save": ["lm_head"]}, "dora": {"use_dora": True}}
+
+
+@pytest.mark.parametrize("kind", LORAS)
+def test_a_lora_export_gives_the_adapters_logits_merged(kind, tmp_path):
+    adapted = published(tmp_path, lora=LORAS[kind])
+    expected = logits_of(adapted)
+    with adapted.disable_adapter():
+        assert not torch.allclose(expected, logits_of(adapted), atol=1e-2)
+    export_model(adapted, tmp_path / "out")
+    assert layout(tmp_path / "out") == layout(tmp_path / "base")
+    found = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)  # float32: W x + B A x against (W + B A) x
+
+
+def test_a_lora_export_leaves_the_training_model_as_it_was(tmp_path):
+    adapted = published(tmp_path, lora={})
+    state = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    trainable = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    logits, before = logits_of(adapted), dict(vars(adapted.get_base_model()))
+    export_model(adapted, tmp_path / "out")
+    assert adapted.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in adapted.state_dict().items())
+    assert [name for name, parameter in adapted.named_parameters() if parameter.requires_grad] == trainable
+    assert torch.equal(logits_of(adapted), logits)
+    assert dict(vars(adapted.get_base_model())) == before
+
+
+def test_an_exported_lora_model_is_free_of_peft(tmp_path):
+    export_model(published(tmp_path, lora={}), tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        path.name for path in (tmp_path / "base").iterdir()
+    )
+
+
+def test_wrapping_in_lora_does_not_change_the_fingerprint_of_the_base():
+    model = build("llama", dtype=torch.float32)
+    backbone = Backbone.of(model)
+    before = base_fingerprint(backbone)
+    pytest.importorskip("peft").get_peft_model(model, pytest.importorskip("peft").LoraConfig(target_modules=["q_proj"]))
+    assert base_fingerprint(backbone) == before
