@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from caftune.backbone import Backbone
-    from caftune.checkpoint import export_model, load_heads, save_heads
+    from caftune.checkpoint import load_heads, save_heads
     from caftune.config import CAFTConfig
+    from caftune.export import export_model
     from caftune.heads import AuxiliaryHeads, HeadsConfig, attach_heads, detach_heads
     from caftune.objective import AuxiliaryWeights, auxiliary_loss
     from caftune.trainer import CAFTTrainer
@@ -27,7 +28,7 @@ _HOME = {
     "auxiliary_loss": "objective",
     "load_heads": "checkpoint",
     "save_heads": "checkpoint",
-    "export_model": "checkpoint",
+    "export_model": "export",
     "CAFTConfig": "config",
     "CAFTTrainer": "trainer",
 }

@@ -73,7 +73,7 @@ class Backbone:
         layers_name = _find_layers(model)
         scale, softcap = _logit_transform(model.config.get_text_config())
         draft = cls(model, f"{layers_name}.{_last_index(model, layers_name)}", (), 0, scale, softcap)
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             return _verified(draft, parent_name=layers_name.rpartition(".")[0])
 
     @property
@@ -159,7 +159,8 @@ def _logit_transform(config: Any) -> tuple[float, float | None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block `model` is in evaluation mode; afterwards every module is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Heads on disk, ordinary checkpoints without them, and the record of how a run was made.
+"""Heads on disk, and the record of how a run was made.
 
 A heads folder holds `heads.safetensors` and `heads.json`. The JSON names the base (configuration, unembedding and last
 layer as fingerprints), the tokenizer, the horizons, the fork point and how the heads were trained; loading refuses heads
@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -20,19 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from caftune.backbone import Backbone
-from caftune.heads import ATTRIBUTE, FORK_POINTS, AuxiliaryHeads, HeadsConfig
+from caftune.heads import FORK_POINTS, AuxiliaryHeads, HeadsConfig
 
 FORMAT = 1
 WEIGHTS_FILE, DESCRIPTION_FILE = "heads.safetensors", "heads.json"
 _WAITING_DESCRIPTION = f".{DESCRIPTION_FILE}.waiting"
 _SAMPLED_ROWS = 64
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MODULES_TO_SAVE = re.compile(r"\.modules_to_save\.[^.]+\.")
 # What a configuration holds besides the architecture: where it came from, and what trainers are free to set.
 _VOLATILE = {
     *(
@@ -187,65 +184,6 @@ def read_heads(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise HeadsError(f"{path} is not a safetensors file ({error}). Copy or train the heads again.") from error
 
 
-def export_model(
-    model: Any, folder: str | os.PathLike[str], tokenizer: Any = None, *, base_name: str | None = None
-) -> None:
-    """Write `model` as an ordinary checkpoint: the base's keys, shapes and dtypes, no trace of heads or adapters.
-
-    Adapters (PEFT) are merged layer by layer on the way to the file; the model itself is left as it is. Weights are written in
-    the dtype the base was published in (float32 master weights of a bfloat16 base become bfloat16 again).
-
-    Args:
-        base_name: folder or hub id of the base, where the model was loaded from somewhere else (a checkpoint).
-    """
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    name = base_name or str(getattr(base.config, "_name_or_path", ""))
-    published = _published_config(name)
-    dtype = getattr(published, "dtype", None)
-    base.save_pretrained(folder, state_dict=_cast(_merged_state(base), dtype, _published_dtypes(name)))
-    # save_pretrained describes the model in memory, whose dtype and cache are those of training.
-    path = Path(folder, "config.json")
-    described = json.loads(path.read_text())
-    described |= {"dtype": str(dtype).removeprefix("torch.")} if dtype is not None else {}
-    described["use_cache"] = getattr(published, "use_cache", True)
-    write_json(path, described)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
-def _cast(
-    state: Mapping[str, Tensor], default: torch.dtype | None, dtypes: Mapping[str, torch.dtype]
-) -> dict[str, Tensor]:
-    """Tensors on the CPU in the dtype of their name, else the default; tensors that share memory (tied) still do."""
-    cast: dict[tuple[Any, ...], Tensor] = {}
-    result = {}
-    for name, tensor in state.items():
-        dtype = dtypes.get(name, default or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
-        identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), dtype)
-        result[name] = cast.setdefault(identity, tensor.to("cpu", dtype))
-    return result
-
-
-def _merged_state(base: Any) -> dict[str, Tensor]:
-    """The state dict of a causal LM without heads, adapters merged into the layers they adapt (PEFT's layer interface)."""
-    layers = {name: module for name, module in base.named_modules() if hasattr(module, "base_layer")}
-    adapted = tuple(f"{name}.{part}." for name, layer in layers.items() for part in layer.adapter_layer_names)
-    state = {}
-    for name, tensor in base.state_dict().items():
-        if not name.startswith((f"{ATTRIBUTE}.", *adapted)) and ".original_module." not in name:
-            state[_MODULES_TO_SAVE.sub(".", name.replace(".base_layer.", "."))] = tensor
-    for name, layer in layers.items():
-        original = {part: weight.detach().clone() for part, weight in layer.base_layer.named_parameters()}
-        layer.merge()
-        with torch.no_grad():
-            for part, weight in layer.base_layer.named_parameters():
-                state[f"{name}.{part}"] = weight.detach().to("cpu", copy=True)
-            layer.unmerge()
-            for part, weight in layer.base_layer.named_parameters():
-                weight.copy_(original[part])  # unmerging subtracts, and rounds
-    return state
-
-
 def base_fingerprint(backbone: Backbone) -> dict[str, Any]:
     """What ties heads to a base: its architecture, and samples of the weights they share or were copied from.
 
@@ -306,32 +244,6 @@ def package_version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _published_config(name: str) -> Any:
-    """The base's own configuration, None where there is none to be found without a network."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name, local_files_only=True) if name else None
-    except (OSError, ValueError):
-        return None
-
-
-def _published_dtypes(name: str) -> dict[str, torch.dtype]:
-    """The dtype of each tensor in the base's own safetensors files, as far as they are on this machine."""
-    from transformers.utils import cached_file
-
-    try:
-        config = cached_file(name, "config.json", local_files_only=True) if name else None
-    except (OSError, ValueError):
-        return {}
-    dtypes: dict[str, torch.dtype] = {}
-    for path in Path(str(config)).parent.glob("*.safetensors") if config else ():
-        with safe_open(path, "pt") as file:
-            kinds = {key: file.get_slice(key).get_dtype() for key in list(file.keys())}
-        dtypes |= {key: _DTYPES[kind] for key, kind in kinds.items() if kind in _DTYPES}
-    return dtypes
 
 
 def _refuse_other_base(folder: Path, description: Mapping[str, Any], backbone: Backbone, tokenizer: Any) -> None:

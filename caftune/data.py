@@ -4,6 +4,7 @@ Rows come out in one of three forms that SFTTrainer knows: `messages`, `prompt` 
 Alpaca (instruction, input, output) and ShareGPT (conversations) rows are turned into the first two.
 """
 
+import csv
 import gzip
 import json
 import re
@@ -11,9 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Json, Value, load_dataset
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
+# Columns that go along with messages, and what stands for them in rows without.
+_EXTRAS: dict[str, Any] = {"tools": None, "chat_template_kwargs": {}}
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -31,7 +34,7 @@ def load_rows(
         source: a file or a hub id.
         columns: our name -> the source's name, for example {"prompt": "question", "completion": "answer"}.
         limit: use the first so many rows.
-        chat: turn alpaca rows into messages (for a base with a chat template) instead of prompt and completion.
+        chat: turn alpaca rows into a conversation (for a base with a chat template) instead of plain text.
 
     Raises:
         DataError: no such file, a malformed line (with its number), no rows, or columns of no known form.
@@ -47,7 +50,23 @@ def load_rows(
                 f"{source} has no column {missing[0]!r}; its columns are {', '.join(rows[0])}. Mend data.columns."
             )
         rows = [{ours: row.get(theirs) for ours, theirs in columns.items()} for row in rows]
-    return Dataset.from_list([_in_form(row, number, source, chat=chat) for number, row in enumerate(rows)])
+    formed = [_in_form(row, number, source, chat=chat) for number, row in enumerate(rows)]
+    return _dataset(formed, source)
+
+
+def _dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
+    """Rows as a Dataset, every value as it was: nested ones as JSON, so that no key is added to a message or a tool."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    form = set(names) - set(_EXTRAS)
+    odd = next((number for number, row in enumerate(rows) if not form <= set(row)), None)
+    if odd is not None:
+        raise DataError(
+            f"{source}, row {odd} (from 0) is of another form than the rows before it. Mend or remove the row."
+        )
+    filled = [{name: row.get(name, _EXTRAS.get(name)) for name in names} for row in rows]
+    nested = {name for name in names if any(isinstance(row[name], list | dict) for row in filled)}
+    features = Features({name: Json() if name in nested else Value("string") for name in names})
+    return Dataset.from_list(filled, features=features)
 
 
 def _read(source: str) -> list[dict[str, Any]]:
@@ -61,7 +80,8 @@ def _read(source: str) -> list[dict[str, Any]]:
     if kind == ".json":
         return _read_list(path)
     if kind == ".csv":
-        return Dataset.from_csv(str(path), keep_in_memory=True).to_list()  # type: ignore[union-attr]
+        with _open(path) as file:
+            return list(csv.DictReader(file))
     if kind == ".parquet":
         return Dataset.from_parquet(str(path), keep_in_memory=True).to_list()  # type: ignore[union-attr]
     raise DataError(f"{source} must end in one of {', '.join(_SUFFIXES)} (or these with .gz), got {path.suffix!r}.")
@@ -111,23 +131,30 @@ def _read_list(path: Path) -> list[dict[str, Any]]:
 
 
 def _in_form(row: dict[str, Any], number: int, source: str, *, chat: bool) -> dict[str, Any]:
+    extras = {name: row[name] for name in _EXTRAS if row.get(name)}
     if "messages" in row:
-        return {"messages": row["messages"]} | ({"tools": row["tools"]} if row.get("tools") else {})
+        return {"messages": row["messages"], **extras}
     if "conversations" in row:
-        return {"messages": [_message(turn, number, source) for turn in row["conversations"]]}
+        return {"messages": [_message(turn, number, source) for turn in row["conversations"]], **extras}
     if "instruction" in row:
         return _from_alpaca(row, number, source, chat=chat)
     for form in (("prompt", "completion"), ("prompt",), ("text",)):
         if set(form) <= set(row):
-            empty = [name for name in form if row[name] is None]
-            if empty:
-                raise DataError(f"{source}, row {number} (from 0): {empty[0]} is missing. Mend or remove the row.")
-            return {name: row[name] for name in form}
+            for name in form:
+                _refuse_no_text(row[name], name, number, source)
+            return {name: row[name] for name in form} | extras
     raise DataError(
         f"{source}, row {number} (from 0) has the columns {', '.join(row)}, of no form caftune knows (messages; prompt and "
         "completion; text; instruction and output; conversations). Name them in data.columns, such as "
         "{prompt: question, completion: answer}."
     )
+
+
+def _refuse_no_text(value: Any, name: str, number: int, source: str) -> None:
+    if value is None:
+        raise DataError(f"{source}, row {number} (from 0): {name} is missing. Mend or remove the row.")
+    if not isinstance(value, str | list):
+        raise DataError(f"{source}, row {number} (from 0): {name} must be text, got {value!r}. Write it in quotes.")
 
 
 def _message(turn: Mapping[str, Any], number: int, source: str) -> dict[str, str]:
@@ -139,9 +166,12 @@ def _message(turn: Mapping[str, Any], number: int, source: str) -> dict[str, str
 
 def _from_alpaca(row: Mapping[str, Any], number: int, source: str, *, chat: bool) -> dict[str, Any]:
     answer = row.get("output", row.get("response"))
-    if row["instruction"] is None or answer is None:
-        raise DataError(f"{source}, row {number} (from 0): instruction or output is missing. Mend or remove the row.")
+    _refuse_no_text(row["instruction"], "instruction", number, source)
+    _refuse_no_text(answer, "output", number, source)
     prompt = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
     if chat:
-        return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+        return {
+            "prompt": [{"role": "user", "content": prompt}],
+            "completion": [{"role": "assistant", "content": answer}],
+        }
     return {"prompt": f"{prompt}\n\n", "completion": answer}

@@ -6,14 +6,14 @@ import inspect
 import types
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from caftune.backbone import Backbone, LayerCall, UnsupportedModelError
+from caftune.backbone import Backbone, LayerCall, UnsupportedModelError, evaluating
 from caftune.cross_entropy import log_likelihood
 from caftune.objective import IGNORED, horizon_targets
 
@@ -153,12 +153,20 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
             raise ValueError(f"auxiliary must be 'add', 'only' or None, got {auxiliary!r}.")
         if kwargs.get("labels") is None:
             raise ValueError("labels must be given for the auxiliary losses, got none.")
+        kwargs["return_dict"] = True
         own = replace(backbone, model=self)
         with own.capture() as call:
-            outputs = self._caftune_inner_forward(**kwargs) if auxiliary == "add" else _run_trunk(own, **kwargs)
+            outputs: Any = None
+            if auxiliary == "add":
+                outputs = self._caftune_inner_forward(**kwargs)
+            else:
+                _run_trunk(own, **kwargs)
         where = {name: kwargs.get(name) for name in ("position_ids", "attention_mask")}
-        outputs["auxiliary"] = getattr(self, ATTRIBUTE)(own, call, kwargs["labels"], **where)
-        return outputs
+        scores = getattr(self, ATTRIBUTE)(own, call, kwargs["labels"], **where)
+        if outputs is None:
+            return {"auxiliary": scores}
+        kind: Any = type(outputs)
+        return _with_auxiliary(kind)(**outputs, auxiliary=scores)
 
     inner = model.forward
     setattr(model, ATTRIBUTE, heads)
@@ -183,11 +191,17 @@ def _keys(heads: AuxiliaryHeads) -> list[str]:
     return [f"{ATTRIBUTE}.{key}" for key in heads.state_dict()]
 
 
-def _run_trunk(backbone: Backbone, **kwargs: Any) -> dict[str, Any]:
+@functools.cache
+def _with_auxiliary(kind: Any) -> Any:
+    """An output class with one more field: DDP takes outputs apart and builds them again by their fields."""
+    return make_dataclass(f"{kind.__name__}WithAuxiliary", [("auxiliary", Any, None)], bases=(kind,))
+
+
+def _run_trunk(backbone: Backbone, **kwargs: Any) -> None:
+    """Run the trunk as a fixed function: no graph, no dropout."""
     kwargs = {name: value for name, value in kwargs.items() if name not in _OUTPUT_ARGUMENTS}
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(backbone.trunk):
         backbone.trunk(**{**kwargs, "use_cache": False})
-    return {}
 
 
 def _copy_of(layer: nn.Module) -> nn.Module:

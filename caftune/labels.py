@@ -8,6 +8,7 @@ Source: METHOD "head pretraining" of arXiv 2506.07833 (pseudo-labels written by 
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,12 +71,17 @@ def encode_prompts(rows: Dataset, tokenizer: Any) -> list[list[int]]:
     Raises:
         DataError: messages for a tokenizer without a chat template.
     """
-    if "messages" in rows.column_names:
+    if is_chat(rows):
         refuse_messages_without_template(tokenizer)
-        return [_encode_messages(messages, tokenizer) for messages in rows["messages"]]
+        return [_encode_messages(row, tokenizer) for row in rows]
     if "prompt" in rows.column_names:
         return [_encode_text(prompt, tokenizer) for prompt in rows["prompt"]]
     return [_encode_text("", tokenizer) for _ in range(len(rows))]
+
+
+def is_chat(rows: Dataset) -> bool:
+    """Whether the rows hold messages, alone or as prompt and completion."""
+    return "messages" in rows.column_names or ("prompt" in rows.column_names and not isinstance(rows[0]["prompt"], str))
 
 
 def refuse_messages_without_template(tokenizer: Any) -> None:
@@ -116,7 +122,11 @@ def generate_labels(
         answers = _answer_continuously(model, asked, config, sampling)
     else:
         answers = answer_in_batches(model, asked, config, batch_size=sampling.batch_size)
-    with path.open("a", encoding="utf-8") as file, tqdm(total=len(prompts), initial=len(done), desc="labels") as bar:
+    with (
+        _only_these_settings(model, config),
+        path.open("a", encoding="utf-8") as file,
+        tqdm(total=len(prompts), initial=len(done), desc="labels") as bar,
+    ):
         for index, answer in answers:
             ids, finish = until_end(answer, eos)
             row = todo[index]
@@ -131,6 +141,16 @@ def generate_labels(
             file.write(json.dumps(asdict(label), ensure_ascii=False) + "\n")
             file.flush()
             bar.update()
+
+
+@contextmanager
+def _only_these_settings(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """`generate` fills what a configuration leaves open from the model's own (a repetition penalty, say): not here."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def read_labels(path: Path) -> list[Label]:
@@ -230,9 +250,12 @@ def _answer_continuously(
             yield index.pop(result.request_id), list(result.generated_tokens)
 
 
-def _encode_messages(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
+def _encode_messages(row: dict[str, Any], tokenizer: Any) -> list[int]:
+    """A conversation up to where the assistant speaks, rendered as SFTTrainer renders it."""
+    messages = row.get("messages") or row["prompt"]
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+    return tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True, **options)["input_ids"]
 
 
 def _encode_text(prompt: str, tokenizer: Any) -> list[int]:

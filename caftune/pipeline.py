@@ -8,29 +8,28 @@
       model/     the result: an ordinary checkpoint
       results.jsonl                                  one line per finished stage
 
-Each stage folder holds the `recipe.yaml` sections it depends on and a `provenance.json`. The same command on the same
-recipe goes on where it stopped; on another recipe it refuses.
+What keeps two runs apart is in run_folder.py.
 """
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
-from caftune.checkpoint import export_model, provenance, write_json
+from caftune.checkpoint import describe_heads, write_json
 from caftune.config import CAFTConfig
 from caftune.data import DataError, load_rows
+from caftune.export import export_model
 from caftune.labels import (
     Sampling,
     encode_prompts,
     generate_labels,
+    is_chat,
     label_dataset,
     read_labels,
     refuse_long_prompts,
@@ -38,10 +37,12 @@ from caftune.labels import (
 )
 from caftune.objective import IGNORED, horizon_targets
 from caftune.progress import show_progress
-from caftune.recipe import Recipe, RecipeError, first_difference, save_recipe, trainer_config
+from caftune.recipe import Recipe, RecipeError, trainer_config
+from caftune.run_folder import last_checkpoint, open_stage, record, refuse_other_stage
 from caftune.trainer import CAFTTrainer, tokenized
 
 _DEFAULT_LENGTH = 1024
+_EXPECTED = "expected.json"  # in the labels folder: how many rows there will be
 
 
 def label(recipe: Recipe) -> Path:
@@ -61,6 +62,7 @@ def label(recipe: Recipe) -> Path:
         refuse_long_prompts(prompts, room)
     asked = {row: prompt for row, prompt in enumerate(prompts) if len(prompt) <= room}
     folder = open_stage(recipe, "labels", {"prompts": recipe.labels.prompts})
+    write_json(folder / _EXPECTED, {"rows": len(asked)})
     settings = recipe.labels.model_dump(include={field.name for field in fields(Sampling)})
     path = folder / "labels.jsonl"
     generate_labels(load_model(recipe), tokenizer, asked, path, Sampling(**settings, seed=recipe.seed))
@@ -83,7 +85,18 @@ def pretrain_heads(recipe: Recipe) -> Path:
     labels = Path(recipe.output, "labels", "labels.jsonl")
     if not labels.is_file():
         raise RecipeError(f"{labels} is missing. Run `caftune label` first.")
-    rows = label_dataset(read_labels(labels))
+    if recipe.heads.path is not None:
+        raise RecipeError(
+            f"heads.path names finished heads ({recipe.heads.path}), which `caftune train` uses as they are. "
+            "Remove heads.path to pretrain new ones."
+        )
+    answers = read_labels(labels)
+    expected = json.loads((labels.parent / _EXPECTED).read_text())["rows"]
+    if len(answers) < expected:
+        raise RecipeError(
+            f"{labels} has {len(answers)} of {expected} rows. Run `caftune label` again: it goes on there."
+        )
+    rows = label_dataset(answers)
     held_out = max(1, round(len(rows) * recipe.heads.held_out))
     if held_out >= len(rows):
         raise DataError(
@@ -102,7 +115,7 @@ def pretrain_heads(recipe: Recipe) -> Path:
     )
     show_progress(trainer, "pretrain-heads")
     before = evaluated(trainer)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     after = evaluated(trainer)
     trainer.export(heads)
     record(recipe, {"stage": "pretrain-heads", "rows": len(split["train"]), "before": before, "after": after})
@@ -114,10 +127,10 @@ def finetune(recipe: Recipe) -> Path:
     tokenizer = load_tokenizer(recipe)
     args = stage_two_config(recipe, Path(recipe.output, "train"))
     files = {"train": recipe.data.train, "eval": recipe.data.eval}
-    train, evaluation = (task_data(recipe, name, tokenizer, args) for name in files)
+    train, evaluation = (task_rows(recipe, name, tokenizer, args) for name in files)
     if train is None:
         raise RecipeError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
-    folder = open_stage(recipe, "train", {name: path for name, path in files.items() if path})
+    folder = open_stage(recipe, "train", {**files, "heads": args.heads and Path(args.heads, "heads.json")})
     trainer = CAFTTrainer(
         recipe.model.name,
         args,
@@ -127,7 +140,7 @@ def finetune(recipe: Recipe) -> Path:
         peft_config=lora_config(recipe),
     )
     show_progress(trainer, "train")
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     metrics = evaluated(trainer) if evaluation is not None else {}
     model = Path(recipe.output, "model")
     trainer.export(model)
@@ -136,13 +149,18 @@ def finetune(recipe: Recipe) -> Path:
 
 
 def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
-    """Write a checkpoint of stage 2 (the last one by default) as an ordinary model. Returns its folder."""
+    """Write a checkpoint of stage 2 (by default the one `train` would) as an ordinary model. Returns its folder."""
     folder = Path(recipe.output, "train")
-    source = checkpoint or (get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    source = checkpoint or _chosen_checkpoint(recipe, folder)
     if source is None or not Path(source).is_dir():
         raise RecipeError(
             f"{checkpoint or folder} holds no checkpoint. Run `caftune train` first, or name another one."
         )
+    heads = recipe.heads.path or str(Path(recipe.output, "heads"))
+    files = {"train": recipe.data.train, "eval": recipe.data.eval}
+    refuse_other_stage(
+        recipe, "train", {**files, "heads": Path(heads, "heads.json") if recipe.loss.weight > 0 else None}
+    )
     if recipe.model.tuning == "lora":
         from peft import PeftModel
 
@@ -150,19 +168,31 @@ def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
     else:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
     target = Path(recipe.output, "model")
-    export_model(model, target, load_tokenizer(recipe), base_name=recipe.model.name)
+    export_model(
+        model, target, load_tokenizer(recipe), base_name=recipe.model.name, base_revision=recipe.model.revision
+    )
     return target
+
+
+def _chosen_checkpoint(recipe: Recipe, folder: Path) -> str | None:
+    """The best checkpoint where the recipe asks for it, else the last."""
+    last = last_checkpoint(folder)
+    if last is None or not recipe.trainer.get("load_best_model_at_end"):
+        return last
+    best = json.loads(Path(last, "trainer_state.json").read_text())["best_model_checkpoint"]
+    return str(folder / Path(best).name) if best else last
 
 
 def preview(recipe: Recipe, count: int = 3) -> Iterator[tuple[list[str], list[bool], dict[int, list[str]]]]:
     """For the first rows of data.train: the tokens, which of them are trained on, and each horizon's target per position."""
     tokenizer = load_tokenizer(recipe)
     args = stage_two_config(recipe, Path(recipe.output, "train"), heads=None, aux_weight=0.0)
-    rows = task_data(recipe, "train", tokenizer, args, limit=count)
+    rows = task_rows(recipe, "train", tokenizer, args, limit=count)
     if rows is None:
         raise RecipeError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
-    horizons = range(1, recipe.heads.count + 2)
-    for row in rows.with_format("torch"):
+    count = len(describe_heads(recipe.heads.path)["horizons"]) if recipe.heads.path else recipe.heads.count
+    horizons = range(1, count + 2)
+    for row in tokenized(rows, tokenizer, args, name="train").with_format("torch"):
         labels = row["labels"][None]
         targets = {h: horizon_targets(labels, h)[0].tolist() for h in horizons}
         yield (
@@ -179,12 +209,11 @@ def stage_one_config(recipe: Recipe, folder: Path) -> CAFTConfig:
         "pretrain",
         output_dir=str(folder),
         pretrain_heads=True,
-        heads=recipe.heads.path,
-        force_heads=recipe.heads.force,
         num_heads=recipe.heads.count,
         head_kind=recipe.heads.kind,
         aux_decay=recipe.loss.decay,
         max_length=None,
+        **_revision(recipe, "pretrain"),
     )
 
 
@@ -196,6 +225,7 @@ def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
         raise RecipeError(
             f"{heads} is missing. Run `caftune pretrain-heads` first, name other heads in heads.path, or set loss.weight=0."
         )
+    _refuse_other_heads(recipe)
     context = context_length(recipe)
     length = recipe.data.max_length or min(_DEFAULT_LENGTH, context or _DEFAULT_LENGTH)
     if context is not None and length > context:
@@ -209,26 +239,52 @@ def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
         "aux_schedule": loss.schedule,
         "max_length": length,
         "output_dir": str(folder),
+        **_revision(recipe, "trainer"),
     }
     return trainer_config(recipe, "trainer", **{**chosen, **ours})
 
 
-def task_data(
+def _revision(recipe: Recipe, section: str) -> dict[str, Any]:
+    """The base's revision, as both stages hand it to `from_pretrained`."""
+    if recipe.model.revision is None:
+        return {}
+    return {
+        "model_init_kwargs": {
+            **getattr(recipe, section).get("model_init_kwargs", {}),
+            "revision": recipe.model.revision,
+        }
+    }
+
+
+def _refuse_other_heads(recipe: Recipe) -> None:
+    """Raise RecipeError where the recipe asks for other heads than heads.path holds."""
+    if recipe.heads.path is None or recipe.loss.weight == 0:
+        return
+    found = describe_heads(recipe.heads.path)
+    for key, value in {"count": len(found["horizons"]), "kind": found["kind"]}.items():
+        if key in recipe.heads.model_fields_set and getattr(recipe.heads, key) != value:
+            raise RecipeError(
+                f"heads.{key} must be {value!r}, as in {recipe.heads.path}, got {getattr(recipe.heads, key)!r}. Remove it."
+            )
+
+
+def task_rows(
     recipe: Recipe, name: str, tokenizer: Any, args: CAFTConfig, *, limit: int | None = None
 ) -> Dataset | None:
-    """data.train or data.eval, tokenized as the trainer will; None where the recipe names none."""
+    """The rows of data.train or data.eval, after a trial of what the trainer will do with them; None where none is named."""
     source = getattr(recipe.data, name)
     if source is None:
         return None
-    chat = bool(getattr(tokenizer, "chat_template", None))
+    chat = bool(getattr(tokenizer, "chat_template", None) or args.chat_template_path)
     rows = load_rows(source, recipe.data.columns, limit=limit or recipe.data.limit, chat=chat)
-    if "messages" in rows.column_names:
+    if is_chat(rows) and not chat:
         refuse_messages_without_template(tokenizer)
-    if rows.column_names == ["prompt"]:
+    if "prompt" in rows.column_names and "completion" not in rows.column_names:
         raise DataError(
             f"data.{name} has prompts and no completions to train on. Name the answers' column in data.columns."
         )
-    return tokenized(rows, tokenizer, args, name=name)
+    tokenized(rows, tokenizer, args, name=name)
+    return rows
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
@@ -269,56 +325,12 @@ def lora_config(recipe: Recipe) -> Any:
     )
 
 
-# The sections of the recipe that each stage's result depends on.
-_DEPENDS_ON: dict[str, Sequence[str]] = {
-    "labels": ("seed", "model.name", "model.revision", "labels"),
-    "pretrain": ("seed", "model.name", "model.revision", "labels", "heads", "loss.decay", "pretrain"),
-    "train": ("seed", "model", "heads", "loss", "data", "trainer"),
-}
-
-
-def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | None]) -> Path:
-    """The folder of a stage, made ready: it is new, or it belongs to this very recipe.
-
-    Raises:
-        RecipeError: the folder holds a stage of another recipe, or files that are not caftune's.
-    """
-    folder = Path(recipe.output, stage)
-    everything = recipe.model_dump()
-    mine = {key: _at(everything, key) for key in _DEPENDS_ON[stage]}
-    kept = folder / "recipe.yaml"
-    if kept.is_file():
-        difference = first_difference(yaml.safe_load(kept.read_text(encoding="utf-8")), mine)
-        if difference:
-            raise RecipeError(
-                f"{folder} holds the {stage} stage of another recipe ({difference}). Use another output, or remove {folder}."
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise RecipeError(f"{folder} holds files of something else than caftune. Use another output.")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_recipe(kept, mine)
-    write_json(folder / "provenance.json", provenance({name: path for name, path in files.items() if path}))
-    return folder
-
-
-def record(recipe: Recipe, result: Mapping[str, Any]) -> None:
-    """Append a line to results.jsonl."""
-    with Path(recipe.output, "results.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
-
-
 def evaluated(trainer: CAFTTrainer) -> dict[str, float]:
     """The losses and accuracies of an evaluation, without timings."""
     metrics = trainer.evaluate()
     entry = next(entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry)
     names = [name for name in {**metrics, **entry} if name.endswith(("_loss", "_accuracy"))]
     return {name.removeprefix("eval_"): {**metrics, **entry}[name] for name in names}
-
-
-def _at(values: Mapping[str, Any], place: str) -> Any:
-    for key in place.split("."):
-        values = values[key]
-    return values
 
 
 def _refuse_missing_model(recipe: Recipe) -> None:

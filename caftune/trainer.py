@@ -6,7 +6,6 @@ With `aux_weight=0` stage 2 is the stock SFTTrainer, step for step.
 """
 
 import copy
-import logging
 import math
 import os
 from collections.abc import Iterator
@@ -24,14 +23,12 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.trainer.utils import create_model_from_path
 
 from caftune.backbone import Backbone
-from caftune.checkpoint import export_model, load_heads, read_heads, save_heads
+from caftune.checkpoint import load_heads, read_heads, save_heads
 from caftune.config import CAFTConfig
+from caftune.export import export_model
 from caftune.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
 from caftune.objective import IGNORED, auxiliary_loss, horizon_targets
-
-_logger = logging.getLogger(__name__)
-_HALF = (torch.bfloat16, torch.float16)
-_NAMED_ROWS = 5
+from caftune.refusals import refuse_arguments, refuse_cut_answers, refuse_unfit
 
 
 class CAFTTrainer(SFTTrainer):
@@ -62,15 +59,18 @@ class CAFTTrainer(SFTTrainer):
         quantization_config: Any = None,
         **sft_arguments: Any,
     ) -> None:
-        _refuse_arguments(args, peft_config, sft_arguments)
+        refuse_arguments(args, peft_config, sft_arguments)
         if isinstance(model, str):
             model = _load_model(model, args, quantization_config)
             quantization_config = None
+        revision = dict(args.model_init_kwargs or {}).get("revision")  # type: ignore[arg-type]
         if processing_class is None:
-            revision = dict(args.model_init_kwargs or {}).get("revision")  # type: ignore[arg-type]
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path, revision=revision)
-        _refuse_unfit(model, peft_config, args)
+        refuse_unfit(model, peft_config, args)
         self.heads, self.backbone = _heads_for(model, args, processing_class)
+        name = str(model.config._name_or_path)
+        # Absolute, because a run may change its folder before it exports.
+        self._base = (str(Path(name).resolve()) if Path(name).is_dir() else name, revision)
         # The model is built: SFTTrainer would warn that these are not used.
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
         super().__init__(
@@ -105,7 +105,9 @@ class CAFTTrainer(SFTTrainer):
         if self.args.pretrain_heads:
             self._save_heads(Path(folder))
         else:
-            export_model(self.accelerator.unwrap_model(self.model), folder, self.processing_class)
+            name, revision = self._base
+            model = self.accelerator.unwrap_model(self.model)
+            export_model(model, folder, self.processing_class, base_name=name, base_revision=revision)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -152,28 +154,36 @@ class CAFTTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         sums = self._horizon_sums.pop(mode, None)
         if sums is not None:
-            logs.update(self._horizon_metrics(sums, mode))
+            # "eval_", or "eval_<name>_" where there are several evaluation sets
+            prefix = (
+                next((key.removesuffix("loss") for key in logs if key.endswith("_loss")), "") if mode == "eval" else ""
+            )
+            metrics = self._horizon_metrics(sums)
+            logs.update({f"{prefix}{name}": value for name, value in metrics.items()})
+            if mode == "train":
+                weights = self._weights_at(max(self.state.global_step - 1, 0))
+                logs.update({f"h{h}_weight": w for h, w in zip(self.heads.config.horizons, weights, strict=True)})
+            elif self.args.pretrain_heads:  # over all tokens, not the mean of the batches' means
+                weights = self._weights_without_gamma()
+                named = zip(self.heads.config.horizons, weights, strict=True)
+                logs[f"{prefix}loss"] = sum(weight * metrics[f"h{h}_loss"] for h, weight in named)
         super().log(logs, start_time)
 
-    def _horizon_metrics(self, sums: dict[str, Tensor], mode: str) -> dict[str, float]:
-        names = sorted(sums)
-        total = self.accelerator.reduce(torch.cat([sums[name].double() for name in names]), reduction="sum").tolist()
-        values = iter(total)
-        table = {name: [next(values) for _ in sums[name]] for name in names}
-        prefix = "eval_" if mode == "eval" else ""
+    def _horizon_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Losses and accuracies of the horizons from sums over all ranks: horizon 1 first where it was computed."""
+        table = {name: self.accelerator.reduce(row, reduction="sum").tolist() for name, row in sorted(sums.items())}
+        horizons = self.heads.config.horizons
+        horizons = horizons if len(table["count"]) == len(horizons) else [1, *horizons]
         metrics = {}
-        for i, horizon in enumerate(self._horizons(table)):
+        for i, horizon in enumerate(horizons):
             count = max(table["count"][i], 1)
-            metrics[f"{prefix}h{horizon}_loss"] = table["nll"][i] / count
-            metrics[f"{prefix}h{horizon}_accuracy"] = table["correct"][i] / count
-        if mode == "train" and self.heads is not None:
-            weights = self._weights_at(max(self.state.global_step - 1, 0))
-            metrics |= {f"h{h}_weight": weight for h, weight in zip(self.heads.config.horizons, weights, strict=True)}
+            metrics[f"h{horizon}_loss"] = table["nll"][i] / count
+            metrics[f"h{horizon}_accuracy"] = table["correct"][i] / count
         return metrics
 
-    def _horizons(self, table: dict[str, list[float]]) -> list[int]:
-        heads = self.heads.config.horizons if self.heads is not None else []
-        return heads if len(table["count"]) == len(heads) else [1, *heads]
+    def _weights_without_gamma(self) -> list[float]:
+        constant = replace(self.args.auxiliary_weights, schedule="constant")
+        return constant.at(0, 1, self.heads.config.horizons)
 
     def _weights_at(self, step: int) -> list[float]:
         horizons = self.heads.config.horizons
@@ -182,8 +192,7 @@ class CAFTTrainer(SFTTrainer):
     def _auxiliary_loss(self, scores: dict[str, Tensor], num_items_in_batch: Any) -> Tensor:
         self._record(scores)
         if not self.model.training:  # stage 1: the objective without gamma, so that evaluations can be compared
-            constant = replace(self.args.auxiliary_weights, schedule="constant")
-            return auxiliary_loss(scores["nll"], scores["count"], constant.at(0, 1, self.heads.config.horizons))
+            return auxiliary_loss(scores["nll"], scores["count"], self._weights_without_gamma())
         if self._horizon_counts is None:
             return auxiliary_loss(scores["nll"], scores["count"], self._weights_at(self.state.global_step))
         loss = auxiliary_loss(scores["nll"], self._horizon_counts, self._weights_at(self.state.global_step))
@@ -218,12 +227,18 @@ class CAFTTrainer(SFTTrainer):
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         if args.max_length is not None and not (packing and args.packing_strategy == "bfd_split"):
-            _refuse_cut_answers(dataset, args.max_length, name=dataset_name)
+            refuse_cut_answers(dataset, args.max_length, name=dataset_name, keep_end=args.truncation_mode == "keep_end")
         return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(str(output_dir or self.args.output_dir))
         if not self.args.pretrain_heads:
+            if state_dict is None and hasattr(
+                self.model, "peft_config"
+            ):  # else bias="all" would save the heads' biases
+                state_dict = {
+                    key: value for key, value in self.model.state_dict().items() if f"{ATTRIBUTE}." not in key
+                }
             super()._save(output_dir, state_dict)
         if self.heads is not None and (self.args.pretrain_heads or self.args.train_heads) and self.args.should_save:
             self._save_heads(folder if self.args.pretrain_heads else folder / "heads")
@@ -269,28 +284,34 @@ class CAFTTrainer(SFTTrainer):
 
 
 def tokenized(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str) -> Dataset:
-    """`input_ids` and `labels` exactly as the trainer would make them, without a model and before packing.
+    """`input_ids` and `labels` as the trainer will make them, without a model, before shuffling and packing.
 
     Raises:
         ValueError: rows whose answer lies wholly beyond `max_length`, counted and named.
     """
     # SFTTrainer prepares data in a method; it reads these three attributes and nothing else of the trainer (TRL 1.16).
     trainer = CAFTTrainer.__new__(CAFTTrainer)
-    trainer._tokenizer, trainer.chat_template = tokenizer, None
+    trainer._tokenizer, trainer.chat_template = copy.deepcopy(tokenizer), None
+    _apply_tokenizer_options(trainer._tokenizer, args)
     paired = {"prompt", "completion"} <= set(dataset.column_names)
     trainer.completion_only_loss = paired if args.completion_only_loss is None else args.completion_only_loss
-    if args.assistant_only_loss and not has_generation_markers(tokenizer.chat_template):
-        trainer.chat_template = get_training_chat_template(tokenizer)
-    return trainer._prepare_dataset(dataset, tokenizer, args, False, None, name)
+    if args.assistant_only_loss and not has_generation_markers(trainer._tokenizer.chat_template):
+        trainer.chat_template = get_training_chat_template(trainer._tokenizer)
+    plain = copy.copy(args)
+    plain.shuffle_dataset = False
+    if args.packing and args.packing_strategy == "bfd_split":
+        plain.max_length = None  # what is beyond max_length becomes a document of its own
+    return trainer._prepare_dataset(dataset, trainer._tokenizer, plain, False, None, name)
 
 
-def _refuse_arguments(args: Any, peft_config: Any, sft_arguments: dict[str, Any]) -> None:
-    if not isinstance(args, CAFTConfig):
-        raise TypeError(f"args must be a CAFTConfig, got {type(args).__name__}.")
-    if args.pretrain_heads and peft_config is not None:
-        raise ValueError("peft_config must be None in stage 1: heads are pretrained on the plain base.")
-    if sft_arguments.get("compute_loss_func") is not None:
-        raise ValueError("compute_loss_func must be None: CAFTTrainer computes the loss.")
+def _apply_tokenizer_options(tokenizer: Any, args: CAFTConfig) -> None:
+    """What SFTTrainer's own __init__ does to the tokenizer before it prepares the data."""
+    if args.eos_token is not None:
+        tokenizer.eos_token = args.eos_token
+    if args.chat_template_path is not None:
+        path = Path(args.chat_template_path)
+        given = path.read_text(encoding="utf-8") if path.is_file() else None
+        tokenizer.chat_template = given or AutoTokenizer.from_pretrained(args.chat_template_path).chat_template
 
 
 def _load_model(name: str, args: CAFTConfig, quantization_config: Any) -> PreTrainedModel:
@@ -301,34 +322,6 @@ def _load_model(name: str, args: CAFTConfig, quantization_config: Any) -> PreTra
         options["device_map"] = None
     options.setdefault("trust_remote_code", args.trust_remote_code)
     return create_model_from_path(name, **options)
-
-
-def _refuse_unfit(model: PreTrainedModel, peft_config: Any, args: CAFTConfig) -> None:
-    if hasattr(model, "peft_config"):
-        raise ValueError("model must be the plain base, got one wrapped by PEFT. Give the base and a peft_config.")
-    if getattr(peft_config, "is_prompt_learning", False) and args.aux_weight:
-        raise ValueError(f"peft_config must adapt weights (LoRA and its kin), got {type(peft_config).__name__}.")
-    _refuse_untying(model, peft_config)
-    half = next((p.dtype for p in model.parameters() if p.requires_grad and p.dtype in _HALF), None)
-    if half is not None and peft_config is None and not args.pretrain_heads:
-        raise ValueError(
-            f"model must hold float32 weights for full fine-tuning, got {half}: updates below about 1/256 of a weight would "
-            "be lost. Load it with dtype='float32'; bf16=True still computes in bfloat16."
-        )
-
-
-def _refuse_untying(model: PreTrainedModel, peft_config: Any) -> None:
-    """A trained copy of one of two tied matrices cannot be written with the base's keys."""
-    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        return
-    embeddings = {model.get_input_embeddings(), model.get_output_embeddings()}
-    tied = {name.rpartition(".")[2] for name, module in model.named_modules() if module in embeddings}
-    saved = tied & set(getattr(peft_config, "modules_to_save", None) or ())
-    if saved:
-        raise ValueError(
-            f"modules_to_save must not hold {', '.join(sorted(saved))}: this base ties its embeddings, and training one of "
-            "two copies would untie them. Leave it out, or use full fine-tuning."
-        )
 
 
 def _heads_for(
@@ -345,25 +338,3 @@ def _heads_for(
 def _count_targets(batch: dict[str, Tensor], horizons: list[int]) -> Tensor:
     where = {"position_ids": batch.get("position_ids"), "attention_mask": batch.get("attention_mask")}
     return torch.stack([(horizon_targets(batch["labels"], h, **where) != IGNORED).sum() for h in horizons])
-
-
-def _refuse_cut_answers(dataset: Dataset, max_length: int, *, name: str) -> None:
-    lost, shortened = [], 0
-    for row, example in enumerate(dataset.select_columns("labels").with_format("numpy")):
-        if (example["labels"][:max_length] == IGNORED).all():
-            lost.append(row)
-        shortened += len(example["labels"]) > max_length
-    if lost:
-        named = ", ".join(map(str, lost[:_NAMED_ROWS])) + (", ..." if len(lost) > _NAMED_ROWS else "")
-        raise ValueError(
-            f"{len(lost)} of {len(dataset)} rows of the {name} data (counted from 0: {named}) have no token to train on within "
-            f"max_length={max_length}. Raise max_length, shorten their prompts, or remove these rows."
-        )
-    if shortened:
-        _logger.warning(
-            "%d of %d %s rows are longer than max_length=%d and lose their end.",
-            shortened,
-            len(dataset),
-            name,
-            max_length,
-        )

@@ -32,10 +32,38 @@ def test_alpaca_rows_become_prompt_and_completion(tmp_path):
     assert load_rows(path).to_list() == [{"prompt": "Add.\n\n1 2\n\n", "completion": "3"}]
 
 
-def test_alpaca_rows_become_messages_for_a_chat_model(tmp_path):
+def test_alpaca_rows_become_a_conversation_for_a_chat_model(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"instruction": "Add.", "input": "", "response": "3"}])
-    turns = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "3"}]
-    assert load_rows(path, chat=True).to_list() == [{"messages": turns}]
+    asked, answered = [{"role": "user", "content": "Add."}], [{"role": "assistant", "content": "3"}]
+    assert load_rows(path, chat=True).to_list() == [{"prompt": asked, "completion": answered}]
+
+
+def test_nested_values_and_tools_stay_as_they_were(tmp_path):
+    def call(**arguments):
+        return [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    path = write(tmp_path / "x.jsonl", [{"messages": call(x=1)}, {"messages": call(y=2), "tools": tools}])
+    rows = load_rows(path)
+    assert [row["messages"] for row in rows] == [call(x=1), call(y=2)]
+    assert [row["tools"] for row in rows] == [None, tools]
+
+
+def test_a_csv_is_text(tmp_path):
+    (tmp_path / "x.csv").write_text("prompt,completion\nagent,007\n")
+    assert load_rows(str(tmp_path / "x.csv")).to_list() == [{"prompt": "agent", "completion": "007"}]
+
+
+def test_an_answer_that_is_a_number_is_refused(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"prompt": "1+2", "completion": 3}])
+    with pytest.raises(DataError, match=r"row 0 \(from 0\): completion must be text, got 3"):
+        load_rows(path)
+
+
+def test_rows_of_another_form_are_refused(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"text": "a"}, {"prompt": "a", "completion": "b"}])
+    with pytest.raises(DataError, match=r"row 0 \(from 0\) is of another form"):
+        load_rows(path)
 
 
 def test_sharegpt_rows_become_messages(tmp_path):

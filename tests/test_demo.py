@@ -1,12 +1,13 @@
 """The embedded default, in small."""
 
 import json
+from fractions import Fraction
+from math import comb
 
 import pytest
-import torch
 
 from caftune.demo.chemistry import molecules
-from caftune.demo.run import BASE, Score, _recipe, demo, score, verdict
+from caftune.demo.run import BASE, Score, _recipe, demo, score, sign_test, verdict
 from caftune.recipe import RecipeError
 
 
@@ -20,12 +21,6 @@ def test_the_demo_runs_from_data_to_verdict(tmp_path, capsys):
     assert (tmp_path / "demo" / "caft" / "model" / "model.safetensors").is_file()
 
 
-def test_the_demo_leaves_other_files_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(RecipeError, match="holds thesis.txt, which is not of a demo"):
-        demo(str(tmp_path))
-
-
 def test_the_base_scores_as_its_provenance_says():
     stated = json.loads((BASE / "provenance.json").read_text())["greedy_decoding"]
     measured = score("base", BASE, molecules(100, seed=2, substituents=(2, 4))).percent
@@ -33,19 +28,29 @@ def test_the_base_scores_as_its_provenance_says():
     assert 100 * stated["300 held-out names with 2 to 4 substituents"]["exact_match"] == pytest.approx(measured, abs=8)
 
 
-def test_the_verdict_follows_the_paired_interval():
+def test_the_verdict_follows_the_sign_test():
     right, wrong = Score("a", [True] * 50 + [False] * 50), Score("b", [True] * 20 + [False] * 80)
-    assert verdict(wrong, right).startswith("In this run CAFT helped: +30.0 points")
+    assert verdict(wrong, right).startswith(
+        "In this run CAFT helped: +30.0 points; right only with CAFT 30, only without 0"
+    )
     assert verdict(right, wrong).startswith("In this run CAFT did harm: -30.0 points")
     assert verdict(right, right).startswith("This run cannot tell whether CAFT helped: +0.0 points")
 
 
-def test_the_interval_is_that_of_paired_differences():
-    one, other = Score("a", [True, False, False, False]), Score("b", [False, True, True, False])
-    differences = torch.tensor([-1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
-    half = 1.96 * differences.std() / 2
-    low, high = 100 * (differences.mean() - half), 100 * (differences.mean() + half)
-    assert f"+25.0 points, 95% interval {low:+.1f} to {high:+.1f}" in verdict(one, other)
+@pytest.mark.parametrize(("gained", "lost"), [(5, 0), (6, 0), (7, 1), (3, 9), (0, 0), (40, 22)])
+def test_the_sign_test_is_the_binomial_one(gained, lost):
+    chances = Fraction(1, 2) ** (gained + lost)
+    as_far = [k for k in range(gained + lost + 1) if abs(2 * k - gained - lost) >= abs(gained - lost)]
+    expected = sum(chances * comb(gained + lost, k) for k in as_far)
+    assert sign_test(gained, lost) == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_the_demo_clears_only_its_own_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "recipe.yaml").write_text("output: x")
+    with pytest.raises(RecipeError, match="holds something else than a demo"):
+        demo(str(tmp_path))
+    assert (tmp_path / "data").is_dir()
 
 
 def test_the_arms_differ_in_the_auxiliary_losses_alone(tmp_path):

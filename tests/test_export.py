@@ -9,7 +9,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from caftune.backbone import Backbone
-from caftune.checkpoint import base_fingerprint, export_model
+from caftune.checkpoint import base_fingerprint
+from caftune.export import export_model
 from caftune.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
 
 IDS = torch.randint(3, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(9))
@@ -121,6 +122,54 @@ def test_a_lora_export_gives_the_adapters_logits_merged(kind, tmp_path):
     assert layout(tmp_path / "out") == layout(tmp_path / "base")
     found = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)  # float32: W x + B A x against (W + B A) x
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # PEFT's own pattern
+@pytest.mark.parametrize("target", ["all-linear", ["q_proj"]])
+def test_lora_on_a_mixture_of_experts_exports_its_experts(target, tmp_path):
+    peft = pytest.importorskip("peft")
+    build("mixtral", dtype=torch.float32).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=target, r=2)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) if "lora_B" in name else 0)
+    expected = logits_of(adapted)
+    export_model(adapted, tmp_path / "out")
+    assert layout(tmp_path / "out") == layout(tmp_path / "base")
+    found = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)  # float32 through two routers
+
+
+def test_trained_token_rows_are_in_the_export(tmp_path):
+    peft = pytest.importorskip("peft")
+    build("llama", dtype=torch.float32).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, trainable_token_indices={"embed_tokens": [5, 6]})
+    adapted = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            parameter.add_(1.0 if "trainable_tokens" in name else 0.0)
+    export_model(adapted, tmp_path / "out")
+    assert layout(tmp_path / "out") == layout(tmp_path / "base")
+    found = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(found, logits_of(adapted), rtol=0, atol=2e-5)
+
+
+def test_weights_of_no_plain_model_are_refused_before_anything_is_written(tmp_path):
+    model = build("llama", dtype=torch.float32)
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="other weights than a plain LlamaForCausalLM .extra.bias and 1 more"):
+        export_model(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_export_is_no_model(tmp_path, monkeypatch):
+    model = published(tmp_path)
+    monkeypatch.setattr("caftune.export.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        export_model(model, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_lora_export_leaves_the_training_model_as_it_was(tmp_path):

@@ -154,3 +154,24 @@ def test_a_line_that_is_no_label_is_named(tmp_path):
     (tmp_path / "x").write_text('{"row": 0}\n')
     with pytest.raises(DataError, match="line 1: not a label"):
         read_labels(tmp_path / "x")
+
+
+def test_penalties_of_the_base_do_not_enter_the_labels(model, tokenizer, prompts, tmp_path):
+    texts = []
+    for name, penalty in (("a", None), ("b", 3.0)):
+        model.generation_config.repetition_penalty = penalty
+        generate_labels(model, tokenizer, prompts, tmp_path / name, GREEDY)
+        texts.append([label.completion for label in read_labels(tmp_path / name)])
+    assert model.generation_config.repetition_penalty == 3.0
+    model.generation_config.repetition_penalty = None
+    assert texts[0] == texts[1]
+
+
+def test_tools_and_conversational_prompts_are_rendered_as_in_training(tokenizer):
+    import copy
+
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{{ tools | length if tools else 0 }}{% for m in messages %}{{ m.content }}{% endfor %}>"
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "CC"}], "tools": tools}])
+    assert chatty.decode(encode_prompts(rows, chatty)[0]) == "1CC>"

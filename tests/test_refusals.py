@@ -134,3 +134,16 @@ def test_heads_trained_with_another_tokenizer_are_refused(tmp_path):
     (tmp_path / "heads" / "heads.json").write_text(json.dumps(description))
     with pytest.raises(HeadsError, match="differs in its tokenizer"):
         trainer(tmp_path / "out", model=model, heads=str(tmp_path / "heads"))
+
+
+def test_an_optimizer_made_before_the_heads_is_refused(tmp_path):
+    args = CAFTConfig(str(tmp_path), **OPTIONS, pretrain_heads=True)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ValueError, match="optimizers must not hold an optimizer where heads are trained"):
+        CAFTTrainer(str(BASE), args, train_dataset=ROWS, optimizers=(optimizer, None))
+
+
+def test_metrics_of_logits_are_refused_in_stage_one(tmp_path):
+    args = CAFTConfig(str(tmp_path), **OPTIONS, pretrain_heads=True)
+    with pytest.raises(ValueError, match="compute_metrics must be None in stage 1"):
+        CAFTTrainer(str(BASE), args, train_dataset=ROWS, compute_metrics=print)

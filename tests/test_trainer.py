@@ -301,3 +301,73 @@ def test_heads_load_for_another_trainer_and_describe_their_training(heads):
     assert load_heads(heads, backbone, AutoTokenizer.from_pretrained(BASE)).config.horizons == [2, 3, 4]
     training = json.loads(Path(heads, "heads.json").read_text())["training"]
     assert (training["stage"], training["steps"]) == (1, 4)
+
+
+def test_outputs_with_heads_survive_being_taken_apart(rows, heads, tmp_path):
+    """As DDP does with find_unused_parameters, which Trainer sets where there is no gradient checkpointing."""
+    from torch.utils._pytree import tree_flatten, tree_unflatten
+
+    trainer = CAFTTrainer(str(BASE), config(tmp_path, heads=heads), train_dataset=rows)
+    batch = next(iter(trainer.get_train_dataloader()))
+    outputs = trainer.model(**batch, fused_lm_head=True, auxiliary="add")
+    again = tree_unflatten(*tree_flatten(outputs))
+    assert torch.equal(again["auxiliary"]["nll"], outputs["auxiliary"]["nll"])
+    assert torch.equal(again.log_probs, outputs.log_probs)
+
+
+def test_truncation_from_the_start_keeps_answers(tmp_path):
+    long = Dataset.from_list([{"prompt": "Name: " + "methyl" * 40 + "\nSMILES:", "completion": " CCO"}] * 4)
+    options = {"max_length": 32, "truncation_mode": "keep_end", "aux_weight": 0.0}
+    trainer = CAFTTrainer(str(BASE), config(tmp_path, **options), train_dataset=long)
+    assert len(trainer.train_dataset) == 4
+
+
+def test_adapters_with_biases_hold_none_of_the_heads(rows, tmp_path):
+    from safetensors.torch import load_file as load
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=158, num_key_value_heads=1, **shape))
+    args = config(tmp_path / "one", pretrain_heads=True, max_steps=1)
+    stage1 = CAFTTrainer(copy.deepcopy(model), args, train_dataset=rows, processing_class=tokenizer)
+    stage1.export(tmp_path / "heads")
+    args = config(tmp_path / "two", heads=str(tmp_path / "heads"), max_steps=1)
+    peft_config = LoraConfig(r=2, target_modules=["q_proj"], bias="all")
+    trainer = CAFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config)
+    trainer.save_model(str(tmp_path / "adapter"))
+    names = load(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert any("bias" in name for name in names)
+    assert not any("auxiliary_heads" in name for name in names)
+
+
+def test_stage_one_evaluation_does_not_depend_on_the_batch_size(rows, tmp_path):
+    losses = []
+    for size in (1, 8):
+        args = config(tmp_path, pretrain_heads=True, per_device_eval_batch_size=size)
+        losses.append(CAFTTrainer(str(BASE), args, train_dataset=rows, eval_dataset=rows).evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_several_evaluation_sets_keep_their_names(rows, heads, tmp_path):
+    sets = {"one": rows.select(range(8)), "two": rows.select(range(8, 16))}
+    trainer = CAFTTrainer(str(BASE), config(tmp_path, heads=heads), train_dataset=rows, eval_dataset=sets)
+    assert {"eval_one_h2_loss", "eval_two_h2_loss"} <= trainer.evaluate().keys()
+
+
+def test_stage_one_reads_the_trunk_without_dropout(rows, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=158, n_embd=16, n_layer=2, n_head=2, n_positions=128, resid_pdrop=0.5)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    args = config(tmp_path, pretrain_heads=True)
+    trainer = CAFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    model.train()
+    model.auxiliary_heads.eval()
+    scores = [model(**batch, auxiliary="only")["auxiliary"]["nll"] for _ in range(2)]
+    assert torch.equal(*scores)
+    assert model.transformer.training

@@ -6,6 +6,7 @@ the same rows in the same order; they differ in the auxiliary losses alone.
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import disable_progress_bars
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +32,8 @@ LONGEST_ANSWER = 100  # tokens
 # The base's training text leaves out the molecules drawn with these seeds: base/provenance.json.
 TRAIN_SEED, TEST_SEED, PROMPT_SEED = 1, 2, 3
 _FOLDERS = ("data", "stage1", "ntp", "caft")
+_MARKER = ".caftune-demo"
+_LEVEL = 0.05
 _ARMS = {"ntp": "next-token", "caft": "CAFT"}
 
 
@@ -92,34 +94,36 @@ def score(name: str, model_folder: Path, test: Sequence[Molecule]) -> Score:
 
 
 def verdict(ntp: Score, caft: Score) -> str:
-    """Whether CAFT helped in this run, with a 95% interval of the difference paired by example (normal approximation)."""
-    differences = torch.tensor(caft.correct, dtype=torch.float64) - torch.tensor(ntp.correct, dtype=torch.float64)
-    mean = 100 * float(differences.mean())
-    half = 196 * float(differences.std() / len(differences) ** 0.5)
-    interval = f"{mean:+.1f} points, 95% interval {mean - half:+.1f} to {mean + half:+.1f}"
-    if mean - half > 0:
-        said = f"In this run CAFT helped: {interval}."
-    elif mean + half < 0:
-        said = f"In this run CAFT did harm: {interval}."
+    """Whether CAFT helped in this run: exact sign test (McNemar) over the names that only one of the two got right."""
+    gained = sum(ours and not theirs for ours, theirs in zip(caft.correct, ntp.correct, strict=True))
+    lost = sum(theirs and not ours for ours, theirs in zip(caft.correct, ntp.correct, strict=True))
+    p_value = sign_test(gained, lost)
+    if p_value >= _LEVEL:
+        said = "This run cannot tell whether CAFT helped"
     else:
-        said = f"This run cannot tell whether CAFT helped: {interval}."
-    return f"{said} One seed; the interval covers the choice of test names, not that of the seed."
+        said = "In this run CAFT helped" if gained > lost else "In this run CAFT did harm"
+    return (
+        f"{said}: {caft.percent - ntp.percent:+.1f} points; right only with CAFT {gained}, only without {lost} "
+        f"(sign test, p = {p_value:.2g}). One seed: another one can turn out otherwise."
+    )
+
+
+def sign_test(gained: int, lost: int) -> float:
+    """Two-sided exact p-value of `gained` against `lost` under equal chances."""
+    total = gained + lost
+    tail = sum(math.comb(total, k) for k in range(min(gained, lost) + 1)) / 2**total
+    return min(1.0, 2 * tail)
 
 
 def _fresh(folder: Path) -> Path:
-    """`folder` without an earlier demo; anything else in it is left alone and refused."""
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"{folder} must be a folder, and is a file. Use another --output.")
-    strange = [
-        item.name
-        for item in folder.glob("*")
-        if item.name not in (*_FOLDERS, "recipe.yaml", "losses.png", "scores.json")
-    ]
-    if strange:
-        raise RecipeError(f"{folder} holds {strange[0]}, which is not of a demo. Use another --output.")
+    """`folder` without an earlier demo in it. A folder that is not empty and not a demo's is refused."""
+    marker = folder / _MARKER
+    if folder.exists() and not (folder.is_dir() and (marker.is_file() or not any(folder.iterdir()))):
+        raise RecipeError(f"{folder} holds something else than a demo. Use another --output.")
     for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text("caftune demo made this folder and clears it when run again.\n")
     return folder
 
 

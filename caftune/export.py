@@ -1,0 +1,137 @@
+"""The result: an ordinary checkpoint with the base's keys, shapes and dtypes, no trace of heads or adapters."""
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from caftune.checkpoint import write_json
+from caftune.heads import ATTRIBUTE
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def export_model(
+    model: Any,
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    base_name: str | None = None,
+    base_revision: str | None = None,
+) -> None:
+    """Write `model` as an ordinary checkpoint: the base's keys, shapes and dtypes, no trace of heads or adapters.
+
+    Adapters are merged by PEFT in a copy (on the CPU), so that training can go on afterwards. Weights are written in the
+    dtype the base was published in (float32 master weights of a bfloat16 base become bfloat16 again). The files are written
+    aside and moved into `folder` when all are there, the configuration last.
+
+    Args:
+        base_name: folder or hub id of the base, where the model was loaded from somewhere else (a checkpoint).
+        base_revision: the base's revision on the hub.
+
+    Raises:
+        RuntimeError: the merged weights are not those of a plain model of this class.
+    """
+    plain = _merged_copy(model) if hasattr(model, "peft_config") else model
+    name = base_name or str(getattr(plain.config, "_name_or_path", ""))
+    published = _published_config(name, base_revision)
+    dtype = getattr(published, "dtype", None)
+    state = {key: tensor for key, tensor in plain.state_dict().items() if not key.startswith(f"{ATTRIBUTE}.")}
+    _refuse_strange_state(plain, state)
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target, prefix=".export-") as aside:
+        plain.save_pretrained(aside, state_dict=_cast(state, dtype, _published_dtypes(name, base_revision)))
+        # save_pretrained describes the model in memory, whose dtype and cache are those of training.
+        path = Path(aside, "config.json")
+        described = json.loads(path.read_text())
+        described |= {"dtype": str(dtype).removeprefix("torch.")} if dtype is not None else {}
+        described["use_cache"] = getattr(published, "use_cache", True)
+        if _is_untied(plain):
+            described["tie_word_embeddings"] = False
+        write_json(path, described)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+        for file in sorted(Path(aside).iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(target / file.name)
+
+
+def _merged_copy(model: Any) -> Any:
+    """A copy of a PEFT model with its adapters merged, on the CPU where the model is on one device."""
+    device = next(model.parameters()).device
+    movable = not hasattr(model.get_base_model(), "hf_device_map")
+    if movable:
+        model.to("cpu")
+    heads = model.get_base_model()._modules.pop(ATTRIBUTE, None)
+    try:
+        return copy.deepcopy(model).merge_and_unload()
+    finally:
+        if heads is not None:
+            setattr(model.get_base_model(), ATTRIBUTE, heads)
+        if movable:
+            model.to(device)
+
+
+def _refuse_strange_state(plain: Any, state: Mapping[str, Tensor]) -> None:
+    """Compare with a plain model of the same class and configuration, built without memory."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        expected = set(type(plain)(plain.config).state_dict())
+    if expected != set(state):
+        odd = sorted(expected ^ set(state))
+        raise RuntimeError(
+            f"The merged model has other weights than a plain {type(plain).__name__} ({odd[0]} and {len(odd) - 1} more). "
+            "Nothing was written; the checkpoints are untouched. Load the adapter with PEFT instead of exporting it."
+        )
+
+
+def _is_untied(model: Any) -> bool:
+    """Whether the configuration says that input and output embeddings are one, and they are not (any more)."""
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return False
+    return not torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+
+
+def _cast(
+    state: Mapping[str, Tensor], default: torch.dtype | None, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Tensor]:
+    """Tensors on the CPU in the dtype of their name, else the default; tensors that share memory (tied) still do."""
+    cast: dict[tuple[Any, ...], Tensor] = {}
+    result = {}
+    for name, tensor in state.items():
+        dtype = dtypes.get(name, default or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
+        identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), dtype)
+        result[name] = cast.setdefault(identity, tensor.to("cpu", dtype))
+    return result
+
+
+def _published_config(name: str, revision: str | None) -> Any:
+    """The base's own configuration, None where there is none to be found without a network."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision or "main", local_files_only=True) if name else None
+    except (OSError, ValueError):
+        return None
+
+
+def _published_dtypes(name: str, revision: str | None) -> dict[str, torch.dtype]:
+    """The dtype of each tensor in the base's own safetensors files, as far as they are on this machine."""
+    from transformers.utils import cached_file
+
+    try:
+        config = cached_file(name, "config.json", revision=revision, local_files_only=True) if name else None
+    except (OSError, ValueError):
+        return {}
+    dtypes: dict[str, torch.dtype] = {}
+    for path in Path(str(config)).parent.glob("*.safetensors") if config else ():
+        with safe_open(path, "pt") as file:
+            kinds = {key: file.get_slice(key).get_dtype() for key in list(file.keys())}
+        dtypes |= {key: _DTYPES[kind] for key, kind in kinds.items() if kind in _DTYPES}
+    return dtypes

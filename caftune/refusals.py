@@ -1,0 +1,85 @@
+"""What CAFTTrainer refuses before it starts, each in one sentence with a remedy."""
+
+import logging
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from caftune.config import CAFTConfig
+from caftune.objective import IGNORED
+
+_logger = logging.getLogger(__name__)
+_HALF = (torch.bfloat16, torch.float16)
+_NAMED_ROWS = 5
+
+
+def refuse_arguments(args: Any, peft_config: Any, sft_arguments: dict[str, Any]) -> None:
+    """Arguments of the trainer that cannot work together."""
+    if not isinstance(args, CAFTConfig):
+        raise TypeError(f"args must be a CAFTConfig, got {type(args).__name__}.")
+    if args.pretrain_heads and peft_config is not None:
+        raise ValueError("peft_config must be None in stage 1: heads are pretrained on the plain base.")
+    if sft_arguments.get("compute_loss_func") is not None:
+        raise ValueError("compute_loss_func must be None: CAFTTrainer computes the loss.")
+    if sft_arguments.get("optimizers", (None, None))[0] is not None and (args.pretrain_heads or args.train_heads):
+        raise ValueError(
+            "optimizers must not hold an optimizer where heads are trained: it was made before they exist. "
+            "Use optimizer_cls_and_kwargs."
+        )
+    if sft_arguments.get("compute_metrics") is not None and args.pretrain_heads:
+        raise ValueError("compute_metrics must be None in stage 1: there are no logits of the model to measure.")
+
+
+def refuse_unfit(model: PreTrainedModel, peft_config: Any, args: CAFTConfig) -> None:
+    """Models that cannot be trained as they are."""
+    if hasattr(model, "peft_config"):
+        raise ValueError("model must be the plain base, got one wrapped by PEFT. Give the base and a peft_config.")
+    if getattr(peft_config, "is_prompt_learning", False) and args.aux_weight:
+        raise ValueError(f"peft_config must adapt weights (LoRA and its kin), got {type(peft_config).__name__}.")
+    _refuse_untying(model, peft_config)
+    half = next((p.dtype for p in model.parameters() if p.requires_grad and p.dtype in _HALF), None)
+    if half is not None and peft_config is None and not args.pretrain_heads:
+        raise ValueError(
+            f"model must hold float32 weights for full fine-tuning, got {half}: updates below about 1/256 of a weight would "
+            "be lost. Load it with dtype='float32'; bf16=True still computes in bfloat16."
+        )
+
+
+def _refuse_untying(model: PreTrainedModel, peft_config: Any) -> None:
+    """A trained copy of one of two tied matrices cannot be written with the base's keys."""
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    embeddings = {model.get_input_embeddings(), model.get_output_embeddings()}
+    tied = {name.rpartition(".")[2] for name, module in model.named_modules() if module in embeddings}
+    saved = tied & set(getattr(peft_config, "modules_to_save", None) or ())
+    if saved:
+        raise ValueError(
+            f"modules_to_save must not hold {', '.join(sorted(saved))}: this base ties its embeddings, and training one of "
+            "two copies would untie them. Leave it out, or use full fine-tuning."
+        )
+
+
+def refuse_cut_answers(dataset: Dataset, max_length: int, *, name: str, keep_end: bool) -> None:
+    """Rows that truncation to `max_length` leaves without a trained token; rows it shortens are told."""
+    kept = slice(-max_length, None) if keep_end else slice(max_length)
+    lost, shortened = [], 0
+    for row, example in enumerate(dataset.select_columns("labels").with_format("numpy")):
+        if (example["labels"][kept] == IGNORED).all():
+            lost.append(row)
+        shortened += len(example["labels"]) > max_length
+    if lost:
+        named = ", ".join(map(str, lost[:_NAMED_ROWS])) + (", ..." if len(lost) > _NAMED_ROWS else "")
+        raise ValueError(
+            f"{len(lost)} of {len(dataset)} rows of the {name} data (counted from 0: {named}) have no token to train on within "
+            f"max_length={max_length}. Raise max_length, shorten their prompts, or remove these rows."
+        )
+    if shortened:
+        _logger.warning(
+            "%d of %d %s rows are longer than max_length=%d and lose their end.",
+            shortened,
+            len(dataset),
+            name,
+            max_length,
+        )

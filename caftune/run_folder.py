@@ -1,0 +1,92 @@
+"""The folder of a run: which stage is in it, made from what, and what came out.
+
+A stage folder holds `recipe.yaml`, the sections of the recipe and the hashes of the files the stage was made from, and
+`provenance.json`. The same command on the same recipe and files goes on where it stopped; on others it refuses.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from caftune.checkpoint import file_sha256, provenance, write_json
+from caftune.recipe import Recipe, RecipeError, first_difference, save_recipe
+
+# The sections of the recipe that each stage's result depends on.
+_DEPENDS_ON: dict[str, Sequence[str]] = {
+    "labels": ("seed", "model.name", "model.revision", "labels"),
+    "pretrain": ("seed", "model.name", "model.revision", "heads", "loss.decay", "pretrain"),
+    "train": ("seed", "model", "heads", "loss", "data", "trainer"),
+}
+
+
+def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> Path:
+    """The folder of a stage, made ready: it is new, or it belongs to this very recipe and these very files.
+
+    Raises:
+        RecipeError: the folder holds a stage made from something else, or files that are not caftune's.
+    """
+    folder = Path(recipe.output, stage)
+    if (folder / "recipe.yaml").is_file():
+        refuse_other_stage(recipe, stage, files)
+        return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise RecipeError(f"{folder} holds files of something else than caftune. Use another output.")
+    if is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "provenance.json", provenance(_present(files)))
+        save_recipe(folder / "recipe.yaml", _identity(recipe, stage, files))
+    return folder
+
+
+def refuse_other_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> None:
+    """Raise RecipeError where the folder of a stage was made from another recipe or other files."""
+    folder = Path(recipe.output, stage)
+    kept = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    difference = first_difference(kept, _identity(recipe, stage, files))
+    if difference:
+        raise RecipeError(
+            f"{folder} holds the {stage} stage of another recipe ({difference}). Use another output, or remove {folder}."
+        )
+
+
+def record(recipe: Recipe, result: Mapping[str, Any]) -> None:
+    """Write a stage's result to results.jsonl, in the place of an earlier one of the same stage."""
+    if not is_main_process():
+        return
+    path = Path(recipe.output, "results.jsonl")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    others = [line for line in lines if json.loads(line)["stage"] != result["stage"]]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(f"{line}\n" for line in [*others, json.dumps(result)]), encoding="utf-8")
+    partial.replace(path)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint: one whose `trainer_state.json`, which is written last, is there."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes, under torchrun and accelerate."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _identity(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> dict[str, Any]:
+    everything = recipe.model_dump()
+    sections = {key: _at(everything, key) for key in _DEPENDS_ON[stage]}
+    return {**sections, "files": {name: file_sha256(path) for name, path in _present(files).items()}}
+
+
+def _present(files: Mapping[str, str | Path | None]) -> dict[str, str | Path]:
+    return {name: path for name, path in files.items() if path is not None and Path(path).is_file()}
+
+
+def _at(values: Mapping[str, Any], place: str) -> Any:
+    for key in place.split("."):
+        values = values[key]
+    return values

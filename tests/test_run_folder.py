@@ -1,0 +1,165 @@
+"""A run folder keeps two runs apart: by recipe, by the files it was made from, by what is finished."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from caftune import pipeline
+from caftune.demo.chemistry import completion, molecules, prompt
+from caftune.demo.run import BASE
+from caftune.recipe import Recipe, RecipeError
+from caftune.run_folder import last_checkpoint
+
+FAST = {"per_device_train_batch_size": 8, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run and its data, to be copied and changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    write(folder / "data.jsonl", seed=5)
+    recipe = recipe_in(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        pipeline.label(recipe)
+        pipeline.pretrain_heads(recipe)
+        pipeline.finetune(recipe)
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def write(path, *, seed, count=24):
+    rows = [
+        {"prompt": prompt(m), "completion": completion(m)} for m in molecules(count, seed=seed, substituents=(0, 2))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def recipe_in(folder, **sections):
+    # Relative, so that a copied folder is the same run.
+    values = {
+        "output": str(folder / "out"),
+        "model": {"name": str(BASE)},
+        "labels": {"prompts": "data.jsonl", "max_new_tokens": 30},
+        "heads": {"count": 2},
+        "pretrain": {**FAST, "max_steps": 2, "save_steps": 2},
+        "data": {"train": "data.jsonl"},
+        "trainer": {**FAST, "max_steps": 4, "save_steps": 2},
+    }
+    merged = {
+        name: {**part, **sections.get(name, {})} if isinstance(part, dict) else part for name, part in values.items()
+    }
+    return Recipe.model_validate(merged)
+
+
+@pytest.fixture(autouse=True)
+def _in_the_folder(request, monkeypatch):
+    if "copied" in request.fixturenames:
+        monkeypatch.chdir(request.getfixturevalue("copied"))
+
+
+def test_a_stage_whose_data_file_changed_is_refused(copied):
+    write(copied / "data.jsonl", seed=6)
+    for stage in (pipeline.label, pipeline.finetune):
+        with pytest.raises(RecipeError, match=r"of another recipe \(files\.(prompts|train): "):
+            stage(recipe_in(copied))
+
+
+def test_training_on_other_heads_than_before_is_refused(copied):
+    shutil.rmtree(copied / "out" / "pretrain")
+    shutil.rmtree(copied / "out" / "heads")
+    recipe = recipe_in(copied, pretrain={"learning_rate": 0.01})
+    pipeline.pretrain_heads(recipe)
+    with pytest.raises(RecipeError, match=r"of another recipe \(files\.heads: "):
+        pipeline.finetune(recipe)
+
+
+def test_pretraining_waits_for_all_labels(copied):
+    path = copied / "out" / "labels" / "labels.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:7]))
+    shutil.rmtree(copied / "out" / "pretrain")
+    with pytest.raises(RecipeError, match="has 7 of 24 rows. Run `caftune label` again"):
+        pipeline.pretrain_heads(recipe_in(copied))
+
+
+def test_pretraining_on_changed_labels_is_refused(copied):
+    path = copied / "out" / "labels" / "labels.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[1:] + lines[:1]))
+    with pytest.raises(RecipeError, match=r"of another recipe \(files\.labels: "):
+        pipeline.pretrain_heads(recipe_in(copied))
+
+
+def test_pretraining_with_finished_heads_named_is_refused(copied):
+    with pytest.raises(RecipeError, match="heads.path names finished heads"):
+        pipeline.pretrain_heads(recipe_in(copied, heads={"path": "heads"}))
+
+
+@pytest.mark.parametrize(("key", "value", "found"), [("count", 7, "2"), ("kind", "mlp", "'decoder'")])
+def test_heads_that_differ_from_those_named_are_refused(copied, key, value, found):
+    heads = {"count": 2, "path": str(copied / "out" / "heads"), key: value}
+    with pytest.raises(RecipeError, match=f"heads.{key} must be {found}"):
+        pipeline.finetune(recipe_in(copied, heads=heads))
+
+
+def test_export_with_another_recipe_is_refused(copied):
+    with pytest.raises(RecipeError, match=r"of another recipe \(trainer.learning_rate: None -> 1.0\)"):
+        pipeline.export(recipe_in(copied, trainer={"learning_rate": 1.0}))
+
+
+def test_a_finished_stage_run_again_changes_nothing(copied):
+    before = load_file(copied / "out" / "model" / "model.safetensors")
+    provenance = (copied / "out" / "train" / "provenance.json").read_text()
+    pipeline.finetune(recipe_in(copied))
+    after = load_file(copied / "out" / "model" / "model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert (copied / "out" / "train" / "provenance.json").read_text() == provenance
+    stages = [json.loads(line)["stage"] for line in (copied / "out" / "results.jsonl").read_text().splitlines()]
+    assert sorted(stages) == ["label", "pretrain-heads", "train"]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "train"])
+def test_a_half_written_checkpoint_is_passed_over(copied, stage):
+    newest = Path(last_checkpoint(copied / "out" / stage))
+    half = newest.with_name("checkpoint-99")
+    half.mkdir()
+    (half / "rng_state.pth").write_bytes(b"half")
+    assert last_checkpoint(copied / "out" / stage) == str(newest)
+    (pipeline.pretrain_heads if stage == "pretrain" else pipeline.finetune)(recipe_in(copied))
+
+
+def test_export_takes_the_best_checkpoint_where_training_did(copied):
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 1e-3}
+    options |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # so that the best is not the last
+    shutil.rmtree(copied / "out" / "train")
+    recipe = recipe_in(copied, trainer=options, data={"eval": "data.jsonl"})
+    best = load_file(pipeline.finetune(recipe) / "model.safetensors")
+    state = json.loads((copied / "out" / "train" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"].endswith("checkpoint-2")  # or the test would not see the difference
+    again = load_file(pipeline.export(recipe) / "model.safetensors")
+    assert all(torch.equal(best[key], again[key]) for key in best)
+
+
+def test_the_revision_reaches_both_stages(copied):
+    recipe = recipe_in(copied, model={"name": str(BASE), "revision": "v1"})
+    one = pipeline.stage_one_config(recipe, copied)
+    two = pipeline.stage_two_config(recipe, copied)
+    assert one.model_init_kwargs == two.model_init_kwargs == {"revision": "v1"}
+
+
+def test_the_pipeline_prepares_rows_as_the_trainer_does(copied):
+    options = {"packing": True, "packing_strategy": "bfd_split", "shuffle_dataset": True}
+    recipe = recipe_in(copied, trainer=options, data={"max_length": 24}, loss={"weight": 0})
+    shutil.rmtree(copied / "out" / "train")
+    pipeline.finetune(recipe)  # truncating first would leave rows without an answer, which is refused
+    row = json.loads(Path("out/results.jsonl").read_text().splitlines()[-1])
+    assert row["rows"] == 24
