@@ -164,7 +164,9 @@ def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
     if recipe.model.tuning == "lora":
         from peft import PeftModel
 
-        model: Any = PeftModel.from_pretrained(load_model(recipe), source)
+        revision = recipe.model.revision or "main"
+        base = AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype="float32", revision=revision)
+        model: Any = PeftModel.from_pretrained(base, source)
     else:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
     target = Path(recipe.output, "model")

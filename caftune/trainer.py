@@ -141,9 +141,8 @@ class CAFTTrainer(SFTTrainer):
         """The micro-batches of one optimizer step; the targets of every horizon are counted over all of them."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.heads is not None and batches:
-            counts = (
-                torch.stack([_count_targets(batch, self.heads.config.horizons) for batch in batches]).sum(0).to(device)
-            )
+            horizons = self.heads.config.horizons
+            counts = torch.stack([_count_targets(batch, horizons) for batch in batches]).sum(0).to(device)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 counts = self.accelerator.reduce(counts, reduction="sum")
             self._horizon_counts = counts
@@ -155,9 +154,8 @@ class CAFTTrainer(SFTTrainer):
         sums = self._horizon_sums.pop(mode, None)
         if sums is not None:
             # "eval_", or "eval_<name>_" where there are several evaluation sets
-            prefix = (
-                next((key.removesuffix("loss") for key in logs if key.endswith("_loss")), "") if mode == "eval" else ""
-            )
+            named = (key.removesuffix("loss") for key in logs if key.endswith("_loss"))
+            prefix = next(named, "") if mode == "eval" else ""
             metrics = self._horizon_metrics(sums)
             logs.update({f"{prefix}{name}": value for name, value in metrics.items()})
             if mode == "train":
@@ -165,8 +163,8 @@ class CAFTTrainer(SFTTrainer):
                 logs.update({f"h{h}_weight": w for h, w in zip(self.heads.config.horizons, weights, strict=True)})
             elif self.args.pretrain_heads:  # over all tokens, not the mean of the batches' means
                 weights = self._weights_without_gamma()
-                named = zip(self.heads.config.horizons, weights, strict=True)
-                logs[f"{prefix}loss"] = sum(weight * metrics[f"h{h}_loss"] for h, weight in named)
+                terms = zip(self.heads.config.horizons, weights, strict=True)
+                logs[f"{prefix}loss"] = sum(weight * metrics[f"h{h}_loss"] for h, weight in terms)
         super().log(logs, start_time)
 
     def _horizon_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
@@ -213,8 +211,9 @@ class CAFTTrainer(SFTTrainer):
         main = self.__dict__.pop("_main", None)
         kept = self._horizon_sums.setdefault("train" if self.model.training else "eval", {})
         for name, value in scores.items():
-            row = value.detach().double()
-            row = row if main is None else torch.cat([main[name].double()[None], row])
+            exact = torch.float32 if value.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+            row = value.detach().to(exact)
+            row = row if main is None else torch.cat([main[name].to(exact)[None], row])
             kept[name] = kept[name] + row if name in kept else row
 
     def _prepare_dataset(
@@ -233,12 +232,9 @@ class CAFTTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(str(output_dir or self.args.output_dir))
         if not self.args.pretrain_heads:
-            if state_dict is None and hasattr(
-                self.model, "peft_config"
-            ):  # else bias="all" would save the heads' biases
-                state_dict = {
-                    key: value for key, value in self.model.state_dict().items() if f"{ATTRIBUTE}." not in key
-                }
+            if state_dict is None and hasattr(self.model, "peft_config"):  # PEFT's bias="all" takes every bias it sees
+                whole = self.model.state_dict()
+                state_dict = {key: value for key, value in whole.items() if f"{ATTRIBUTE}." not in key}
             super()._save(output_dir, state_dict)
         if self.heads is not None and (self.args.pretrain_heads or self.args.train_heads) and self.args.should_save:
             self._save_heads(folder if self.args.pretrain_heads else folder / "heads")
@@ -271,10 +267,8 @@ class CAFTTrainer(SFTTrainer):
         )
 
     def _refuse_short_context(self) -> None:
-        context = self.args.max_length or math.inf
-        context = min(
-            context, getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        )
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = min(self.args.max_length or math.inf, positions or math.inf)
         furthest = self.heads.config.horizons[-1]
         if furthest >= context:
             raise ValueError(
