@@ -110,7 +110,7 @@ def _errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        console.print("Stopped. Labels and checkpoints written so far are kept.")
+        console.print("\nStopped. Labels and checkpoints written so far are kept; the same command goes on from there.")
         sys.exit(130)
     except ValueError as error:
         if os.environ.get("CAFTUNE_TRACEBACK"):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from caftune.heads import HeadsConfig
@@ -41,6 +42,8 @@ class CAFTConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.bf16 is None and not is_torch_bf16_gpu_available():
+            self.bf16 = False  # SFTConfig's own default, True, stops on a CPU
         super().__post_init__()
         if self.aux_weight is None:
             self.aux_weight = 1.0 if self.pretrain_heads else 0.01

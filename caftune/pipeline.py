@@ -36,7 +36,7 @@ from caftune.labels import (
     refuse_messages_without_template,
 )
 from caftune.objective import IGNORED, horizon_targets
-from caftune.progress import show_progress
+from caftune.progress import show_progress, told
 from caftune.recipe import Recipe, RecipeError, trainer_config
 from caftune.run_folder import last_checkpoint, open_stage, record, refuse_other_stage
 from caftune.trainer import CAFTTrainer, tokenized
@@ -58,6 +58,11 @@ def label(recipe: Recipe) -> Path:
     )
     prompts = encode_prompts(rows, tokenizer)
     room = (context_length(recipe) or sys.maxsize) - recipe.labels.max_new_tokens
+    if room < 1:
+        raise RecipeError(
+            f"labels.max_new_tokens must be below the model's context of {context_length(recipe)} tokens, "
+            f"got {recipe.labels.max_new_tokens}."
+        )
     if not recipe.labels.skip_long_prompts:
         refuse_long_prompts(prompts, room)
     asked = {row: prompt for row, prompt in enumerate(prompts) if len(prompt) <= room}
@@ -115,7 +120,7 @@ def pretrain_heads(recipe: Recipe) -> Path:
     )
     show_progress(trainer, "pretrain-heads")
     before = evaluated(trainer)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=told(last_checkpoint(folder)))
     after = evaluated(trainer)
     trainer.export(heads)
     record(recipe, {"stage": "pretrain-heads", "rows": len(split["train"]), "before": before, "after": after})
@@ -140,7 +145,7 @@ def finetune(recipe: Recipe) -> Path:
         peft_config=lora_config(recipe),
     )
     show_progress(trainer, "train")
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=told(last_checkpoint(folder)))
     metrics = evaluated(trainer) if evaluation is not None else {}
     model = Path(recipe.output, "model")
     trainer.export(model)
@@ -194,7 +199,8 @@ def preview(recipe: Recipe, count: int = 3) -> Iterator[tuple[list[str], list[bo
         raise RecipeError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
     count = len(describe_heads(recipe.heads.path)["horizons"]) if recipe.heads.path else recipe.heads.count
     horizons = range(1, count + 2)
-    for row in tokenized(rows, tokenizer, args, name="train").with_format("torch"):
+    prepared = rows if "input_ids" in rows.column_names else tokenized(rows, tokenizer, args, name="train")
+    for row in prepared.with_format("torch"):
         labels = row["labels"][None]
         targets = {h: horizon_targets(labels, h)[0].tolist() for h in horizons}
         yield (
@@ -285,8 +291,12 @@ def task_rows(
         raise DataError(
             f"data.{name} has prompts and no completions to train on. Name the answers' column in data.columns."
         )
-    tokenized(rows, tokenizer, args, name=name)
-    return rows
+    if recipe.data.separator and "prompt" in rows.column_names and not is_chat(rows):
+        rows = rows.map(lambda row: {"prompt": row["prompt"] + recipe.data.separator})
+    prepared = tokenized(rows, tokenizer, args, name=name)
+    # Where SFTTrainer would do more than this, it gets the rows as they are.
+    more = args.shuffle_dataset or args.packing_strategy == "bfd_split" or args.eos_token or args.chat_template_path
+    return rows if more else prepared
 
 
 def load_tokenizer(recipe: Recipe) -> Any:

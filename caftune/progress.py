@@ -27,6 +27,13 @@ def show_progress(trainer: Trainer, name: str) -> None:
     trainer.add_callback(StageProgress(name))
 
 
+def told(checkpoint: str | None) -> str | None:
+    """Say from which checkpoint a stage goes on, if from any."""
+    if checkpoint is not None:
+        tqdm.write(f"Going on from {checkpoint}.", file=sys.stderr)
+    return checkpoint
+
+
 def log_line(logs: dict[str, float]) -> str:
     """`loss 1.234  h1 1.200  h2 2.340 ...`; empty where the entry holds no loss."""
     names = [name for name in logs if name == "loss" or (name.endswith("_loss") and name != "train_loss")]

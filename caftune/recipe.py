@@ -94,6 +94,7 @@ class DataSection(_Section):
     train: str | None = Field(None, description="A file or hub id.")
     eval: str | None = None
     columns: dict[str, str] = Field({}, description="Our name: the file's name.")
+    separator: str = Field("", description="Put between prompt and completion, where these are text.")
     max_length: int | None = Field(None, gt=1, description="In tokens. None: the model's context, at most 1024.")
     limit: int | None = Field(None, gt=0, description="Use the first so many rows.")
 
@@ -123,8 +124,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path} must be a recipe file (YAML), and there is no such file.")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(
+            f"{path}, line {line}: is not valid YAML ({error.problem}). Mend the line or the one before."
+        ) from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold a mapping of sections (output, model, ...), got {type(values).__name__}.")
     for override in overrides:
@@ -145,19 +149,29 @@ def trainer_config(recipe: Recipe, section: Literal["pretrain", "trainer"], **ou
 
     from caftune.config import CAFTConfig
 
-    on_gpu = torch.cuda.is_available()
-    defaults = {"report_to": [], "seed": recipe.seed, "bf16": on_gpu, "dataloader_pin_memory": on_gpu}
-    known = {field.name for field in dataclasses.fields(CAFTConfig) if field.init}
+    defaults = {"report_to": [], "seed": recipe.seed, "dataloader_pin_memory": torch.cuda.is_available()}
+    known = {field.name: field.default for field in dataclasses.fields(CAFTConfig) if field.init}
     options = getattr(recipe, section)
-    for name in options:
+    if not any(name.startswith("save_") for name in options):
+        defaults |= {"save_strategy": "epoch", "save_total_limit": 2}  # so that a stopped run has where to go on from
+    for name, value in options.items():
         if name in _SET_ELSEWHERE:
             raise RecipeError(f"{section}.{name} is set by {_SET_ELSEWHERE[name]} in a recipe. Remove it.")
         if name not in known:
             raise RecipeError(f"{section}.{name} is not an option of CAFTConfig.{_nearest(name, known, f'{section}.')}")
+        _refuse_other_type(f"{section}.{name}", value, known[name])
     try:
         return CAFTConfig(**{**defaults, **options, **ours})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{section}: {error}") from error
+
+
+def _refuse_other_type(place: str, value: Any, default: Any) -> None:
+    """CAFTConfig takes any type, and fails late: numbers and switches are checked here against its defaults."""
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise RecipeError(f"{place} must be true or false, got {value!r}.")
+    if isinstance(default, int | float) and not isinstance(default, bool) and not isinstance(value, int | float):
+        raise RecipeError(f"{place} must be a number, got {value!r}.")
 
 
 def save_recipe(path: Path, sections: Mapping[str, Any]) -> None:
@@ -208,6 +222,9 @@ def _explain(error: ValidationError) -> str:
         return f"{place} is not a key of a recipe.{_nearest(str(key), _keys_of(sections), '.'.join([*map(str, sections), '']))}"
     if problem["type"] == "missing":
         return f"{place} must be given. Add it to the recipe."
+    if problem["type"] in ("model_type", "dict_type"):
+        keys = ", ".join(_keys_of(problem["loc"])) if problem["type"] == "model_type" else "names of options"
+        return f"{place} must be a section (with {keys}), got {problem['input']!r}."
     message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{place} must be {message}, got {problem['input']!r}."
 

@@ -152,7 +152,7 @@ class CAFTTrainer(SFTTrainer):
         """Add each horizon's loss in nats, top-1 accuracy and (in training) present weight."""
         mode = "train" if self.model.training else "eval"
         sums = self._horizon_sums.pop(mode, None)
-        if sums is not None:
+        if sums is not None and "train_runtime" not in logs:  # the summary of a run is no step of its own
             # "eval_", or "eval_<name>_" where there are several evaluation sets
             named = (key.removesuffix("loss") for key in logs if key.endswith("_loss"))
             prefix = next(named, "") if mode == "eval" else ""

@@ -13,7 +13,7 @@ from caftune.recipe import RecipeError
 
 def test_the_demo_runs_from_data_to_verdict(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    scores = demo(str(tmp_path / "demo"), train_rows=32, test_rows=8, prompts=16)
+    scores = demo(str(tmp_path / "demo"), train_rows=176, test_rows=8, prompts=16)
     assert [item.name for item in scores] == ["base", "next-token", "CAFT"]
     said = json.loads((tmp_path / "demo" / "scores.json").read_text())["verdict"]
     assert said.split(":")[0] in " ".join(capsys.readouterr().out.split())

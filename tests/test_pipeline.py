@@ -224,3 +224,24 @@ def test_help_imports_neither_torch_nor_transformers():
         "assert not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules), sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_separator_stands_between_prompt_and_completion(values):
+    plain = next(pipeline.preview(recipe_with(values), 1))
+    separated = next(pipeline.preview(recipe_with(values, data={"separator": " #"}), 1))
+    joined = ["".join(tokens) for tokens, _, _ in (plain, separated)]
+    assert "#" not in joined[0]
+    assert "#" in joined[1]
+    assert sum(separated[1]) == sum(plain[1])  # the separator is not trained on
+
+
+def test_a_stopped_training_goes_on_from_its_last_epoch(values, tmp_path, capsys):
+    trainer = {key: value for key, value in values["trainer"].items() if key not in ("max_steps", "save_steps")}
+    recipe = Recipe.model_validate(
+        {**values, "output": str(tmp_path), "loss": {"weight": 0}, "trainer": {**trainer, "num_train_epochs": 2}}
+    )
+    whole = load_file(pipeline.finetune(recipe) / "model.safetensors")
+    shutil.rmtree(tmp_path / "train" / "checkpoint-6")
+    resumed = load_file(pipeline.finetune(recipe) / "model.safetensors")
+    assert "Going on from" in capsys.readouterr().err
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)

@@ -44,7 +44,9 @@ def test_scientific_notation_is_a_number(recipe):
         (MINIMAL + "loss: {decay: 1.5}", "loss.decay must be less than or equal to 1, got 1.5"),
         (MINIMAL + "heads: {kind: linear}", "heads.kind must be 'decoder' or 'mlp', got 'linear'"),
         ("output: x\n", "model must be given"),
-        ("output: [\n", "is not valid YAML"),
+        ("output: [\n", r"line 2: is not valid YAML \(.*\). Mend the line"),
+        (MINIMAL + "heads: runs/x/heads", r"heads must be a section \(with count, kind, path, .*got 'runs/x/heads'"),
+        (MINIMAL + "trainer: fast", r"trainer must be a section \(with names of options\), got 'fast'"),
         ("- a\n", "must hold a mapping of sections"),
     ],
 )
@@ -71,6 +73,8 @@ def test_a_malformed_override_is_refused(recipe, override):
             {"learning_rat": 1},
             r"trainer.learning_rat is not an option of CAFTConfig. Did you mean trainer.learning_rate\?",
         ),
+        ({"learning_rate": "fast"}, "trainer.learning_rate must be a number, got 'fast'"),
+        ({"packing": "yes"}, "trainer.packing must be true or false, got 'yes'"),
         ({"aux_weight": 1}, "trainer.aux_weight is set by loss.weight in a recipe"),
         ({"packing": True, "packing_strategy": "wrapped"}, "trainer: packing_strategy must be 'bfd'"),
     ],
@@ -85,3 +89,13 @@ def test_the_first_difference_is_named():
     assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a.b: 1 -> 2"
     assert first_difference({"a": 1}, {"a": 1}) is None
     assert first_difference({}, {"a": 1}) == "a: None -> 1"
+
+
+def test_a_stage_is_saved_every_epoch_unless_the_recipe_says_otherwise():
+    def strategy(options):
+        built = Recipe.model_validate({**yaml.safe_load(MINIMAL), "trainer": options})
+        return str(trainer_config(built, "trainer", output_dir="x", aux_weight=0.0).save_strategy.value)
+
+    assert strategy({}) == "epoch"
+    assert strategy({"save_steps": 5}) == "steps"
+    assert strategy({"save_strategy": "no"}) == "no"

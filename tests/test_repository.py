@@ -75,7 +75,7 @@ def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch):
     rows = [{"prompt": prompt(m), "completion": completion(m)} for m in molecules(8, seed=7, substituents=(0, 1))]
     code = blocks("python")[0].replace("Qwen/Qwen3-0.6B", str(BASE))
     # the snippet as printed, made small: two steps on a CPU
-    small = {"max_steps": 2, "use_cpu": True, "bf16": False, "report_to": [], "dataloader_pin_memory": False}
+    small = {"max_steps": 2, "use_cpu": True, "report_to": [], "dataloader_pin_memory": False}
     original = caftune.config.CAFTConfig.__init__
     monkeypatch.setattr(
         caftune.config.CAFTConfig,

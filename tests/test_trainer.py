@@ -371,3 +371,7 @@ def test_stage_one_reads_the_trunk_without_dropout(rows, tmp_path):
     scores = [model(**batch, auxiliary="only")["auxiliary"]["nll"] for _ in range(2)]
     assert torch.equal(*scores)
     assert model.transformer.training
+
+
+def test_the_config_needs_no_precision_on_a_cpu(heads, tmp_path):
+    assert CAFTConfig(str(tmp_path), heads=heads, use_cpu=True).bf16 is False

@@ -21,7 +21,7 @@ def plot_losses(ntp: Sequence[dict[str, float]], caft: Sequence[dict[str, float]
         shade = 0.25 + 0.75 * (1 - position / max(len(horizons) - 1, 1))
         right.plot(*_series(caft, f"h{horizon}_loss"), color=_COLOURS["CAFT"], alpha=shade, label=f"h = {horizon}")
     right.set(title="CAFT: loss by horizon, and the weight of h = 2", xlabel="optimizer step", ylabel="nats per token")
-    right.legend(frameon=False, ncols=2, fontsize=8)
+    right.legend(frameon=False, ncols=5, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     weight = right.twinx()
     weight.plot(*_series(caft, "h2_weight"), color="#b45309", linestyle=":", linewidth=1.5)
     weight.set_ylabel("β γ(t) α", color="#b45309")
