@@ -245,3 +245,13 @@ def test_a_stopped_training_goes_on_from_its_last_epoch(values, tmp_path, capsys
     resumed = load_file(pipeline.finetune(recipe) / "model.safetensors")
     assert "Going on from" in capsys.readouterr().err
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_messages_for_a_base_without_a_chat_template_are_refused(values, tmp_path):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    chat = {"train": str(tmp_path / "chat.jsonl"), "eval": None, "columns": {}}
+    recipe = recipe_with({**values, "output": str(tmp_path / "new"), "data": chat}, loss={"weight": 0})
+    with pytest.raises(DataError, match="The data has messages, and .* has no chat template"):
+        pipeline.finetune(recipe)
+    assert not (tmp_path / "new").exists()
