@@ -375,3 +375,32 @@ def test_stage_one_reads_the_trunk_without_dropout(rows, tmp_path):
 
 def test_the_config_needs_no_precision_on_a_cpu(heads, tmp_path):
     assert CAFTConfig(str(tmp_path), heads=heads, use_cpu=True).bf16 is False
+
+
+def test_accumulation_is_right_for_models_that_take_no_loss_arguments(rows, tmp_path):
+    states = []
+    for batch, accumulation in ((8, 1), (1, 8)):
+        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 2}
+        args = config(tmp_path / str(batch), pretrain_heads=True, optim="sgd", **options)
+        trainer = CAFTTrainer(str(BASE), args, train_dataset=rows)
+        trainer.model_accepts_loss_kwargs = False  # as for Mamba and others: Trainer then divides the loss itself
+        states.append({key: value.clone() for key, value in trained(trainer).heads.state_dict().items()})
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-6)  # float32, another order of sums
+
+
+def test_beta_zero_leaves_the_random_numbers_of_dropout_alone(rows, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=158, n_embd=16, n_layer=2, n_head=2, n_positions=128))
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    args = config(tmp_path / "one", pretrain_heads=True, max_steps=1)
+    stage1 = CAFTTrainer(copy.deepcopy(model), args, train_dataset=rows, processing_class=tokenizer)
+    stage1.export(tmp_path / "heads")
+    args = SFTConfig(str(tmp_path / "two"), **OPTIONS)
+    theirs = trained(SFTTrainer(copy.deepcopy(model), args, train_dataset=rows, processing_class=tokenizer))
+    args = config(tmp_path / "three", heads=str(tmp_path / "heads"), aux_weight=0.0)
+    ours = trained(CAFTTrainer(copy.deepcopy(model), args, train_dataset=rows, processing_class=tokenizer))
+    assert model.config.resid_pdrop > 0
+    assert numbers(ours) == numbers(theirs)
