@@ -28,3 +28,27 @@ def shared():
     if not folder.is_dir():
         pytest.skip(f"real data is not here: {folder} does not exist (set CAFTUNE_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def rows():
+    from datasets import Dataset
+
+    from caftune.demo.chemistry import completion, molecules, prompt
+
+    drawn = molecules(40, seed=7, substituents=(0, 2))
+    return Dataset.from_list([{"prompt": prompt(m), "completion": completion(m)} for m in drawn])
+
+
+@pytest.fixture(scope="session")
+def heads(rows, tmp_path_factory):
+    from training import config
+
+    from caftune import CAFTTrainer
+    from caftune.demo.run import BASE
+
+    folder = tmp_path_factory.mktemp("stage1")
+    trainer = CAFTTrainer(str(BASE), config(folder / "out", pretrain_heads=True, num_heads=3), train_dataset=rows)
+    trainer.train()
+    trainer.export(folder / "heads")
+    return str(folder / "heads")

@@ -8,73 +8,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
+from training import OPTIONS, config, lora, numbers, same, stock, trained, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from caftune import Backbone, CAFTConfig, CAFTTrainer, load_heads
-from caftune.demo.chemistry import completion, molecules, prompt
+from caftune import CAFTConfig, CAFTTrainer
 from caftune.demo.run import BASE
 from caftune.trainer import tokenized
-
-OPTIONS = {
-    "report_to": [],
-    "bf16": False,
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "max_length": 128,
-    "max_steps": 4,
-    "per_device_train_batch_size": 4,
-    "logging_steps": 1,
-    "learning_rate": 1e-3,
-    "save_strategy": "no",
-    "gradient_checkpointing": False,
-    "dataloader_pin_memory": False,
-}
-
-
-@pytest.fixture(scope="module")
-def rows() -> Dataset:
-    drawn = molecules(40, seed=7, substituents=(0, 2))
-    return Dataset.from_list([{"prompt": prompt(m), "completion": completion(m)} for m in drawn])
-
-
-@pytest.fixture(scope="module")
-def heads(rows, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("stage1")
-    trainer = CAFTTrainer(str(BASE), config(folder / "out", pretrain_heads=True, num_heads=3), train_dataset=rows)
-    trainer.train()
-    trainer.export(folder / "heads")
-    return str(folder / "heads")
-
-
-def config(folder, **options) -> CAFTConfig:
-    return CAFTConfig(str(folder), **{**OPTIONS, **options})
-
-
-def stock(folder, rows, peft_config=None, **options):
-    args = SFTConfig(str(folder), **{**OPTIONS, **options})
-    return trained(SFTTrainer(str(BASE), args=args, train_dataset=rows, peft_config=peft_config))
-
-
-def trained(trainer):
-    trainer.train()
-    return trainer
-
-
-def numbers(trainer):
-    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
-
-
-def weights(trainer):
-    return {k: v for k, v in trainer.model.state_dict().items() if "auxiliary_heads" not in k}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-def lora():
-    return LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True)
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
@@ -148,27 +88,6 @@ def test_a_plain_trainer_is_unaffected_by_a_caft_run(rows, heads, tmp_path):
     second = run(tmp_path / "c")
     assert numbers(first) == numbers(second)
     assert same(weights(first), weights(second))
-
-
-def test_stage_one_trains_the_heads_and_leaves_the_model(rows, tmp_path):
-    args = config(tmp_path, pretrain_heads=True, max_steps=10, learning_rate=5e-3)
-    trainer = CAFTTrainer(str(BASE), args, train_dataset=rows, eval_dataset=rows)
-    model = copy.deepcopy(weights(trainer))
-    start = {k: v.clone() for k, v in trainer.heads.state_dict().items()}
-    before = trainer.evaluate()
-    trainer.train()
-    after = trainer.evaluate()
-    assert same(weights(trainer), model)
-    assert all(not torch.equal(value, start[key]) for key, value in trainer.heads.state_dict().items())
-    assert after["eval_loss"] < 0.8 * before["eval_loss"]
-
-
-def test_stage_one_saves_only_heads(rows, tmp_path):
-    args = config(tmp_path, pretrain_heads=True, max_steps=2, save_strategy="steps", save_steps=2)
-    trained(CAFTTrainer(str(BASE), args, train_dataset=rows))
-    files = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
-    assert {"heads.safetensors", "heads.json"} <= files
-    assert "model.safetensors" not in files
 
 
 @pytest.mark.parametrize("train_heads", [False, True])
@@ -254,16 +173,6 @@ def test_bfloat16_computes_on_float32_weights(rows, heads, tmp_path):
         assert ours == pytest.approx(exact, rel=0.02)  # bfloat16 keeps 8 bits
 
 
-def test_heads_train_in_float32_beside_a_half_precision_trunk(rows, tmp_path):
-    args = config(tmp_path, pretrain_heads=True, model_init_kwargs={"dtype": "bfloat16"})
-    trainer = trained(CAFTTrainer(str(BASE), args, train_dataset=rows))
-    assert {p.dtype for p in trainer.heads.parameters()} == {torch.float32}
-    assert {p.dtype for n, p in trainer.model.named_parameters() if "auxiliary_heads" not in n} == {torch.bfloat16}
-    exact = trained(CAFTTrainer(str(BASE), config(tmp_path, pretrain_heads=True), train_dataset=rows))
-    for (ours, _), (full, _) in zip(numbers(trainer), numbers(exact), strict=True):
-        assert ours == pytest.approx(full, rel=0.02)  # bfloat16 keeps 8 bits
-
-
 def test_gradient_checkpointing_changes_nothing(rows, heads, tmp_path):
     runs = [
         trained(CAFTTrainer(str(BASE), config(tmp_path, heads=heads, gradient_checkpointing=on), train_dataset=rows))
@@ -292,15 +201,6 @@ def test_a_micro_batch_without_targets_adds_zero(rows, heads, tmp_path):
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for n, p in trainer.model.named_parameters() if p.requires_grad)
-
-
-def test_heads_load_for_another_trainer_and_describe_their_training(heads):
-    import json
-
-    backbone = Backbone.of(AutoModelForCausalLM.from_pretrained(BASE))
-    assert load_heads(heads, backbone, AutoTokenizer.from_pretrained(BASE)).config.horizons == [2, 3, 4]
-    training = json.loads(Path(heads, "heads.json").read_text())["training"]
-    assert (training["stage"], training["steps"]) == (1, 4)
 
 
 def test_outputs_with_heads_survive_being_taken_apart(rows, heads, tmp_path):
@@ -341,52 +241,14 @@ def test_adapters_with_biases_hold_none_of_the_heads(rows, tmp_path):
     assert not any("auxiliary_heads" in name for name in names)
 
 
-def test_stage_one_evaluation_does_not_depend_on_the_batch_size(rows, tmp_path):
-    losses = []
-    for size in (1, 8):
-        args = config(tmp_path, pretrain_heads=True, per_device_eval_batch_size=size)
-        losses.append(CAFTTrainer(str(BASE), args, train_dataset=rows, eval_dataset=rows).evaluate()["eval_loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
 def test_several_evaluation_sets_keep_their_names(rows, heads, tmp_path):
     sets = {"one": rows.select(range(8)), "two": rows.select(range(8, 16))}
     trainer = CAFTTrainer(str(BASE), config(tmp_path, heads=heads), train_dataset=rows, eval_dataset=sets)
     assert {"eval_one_h2_loss", "eval_two_h2_loss"} <= trainer.evaluate().keys()
 
 
-def test_stage_one_reads_the_trunk_without_dropout(rows, tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=158, n_embd=16, n_layer=2, n_head=2, n_positions=128, resid_pdrop=0.5)
-    )
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    args = config(tmp_path, pretrain_heads=True)
-    trainer = CAFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
-    batch = next(iter(trainer.get_train_dataloader()))
-    model.train()
-    model.auxiliary_heads.eval()
-    scores = [model(**batch, auxiliary="only")["auxiliary"]["nll"] for _ in range(2)]
-    assert torch.equal(*scores)
-    assert model.transformer.training
-
-
 def test_the_config_needs_no_precision_on_a_cpu(heads, tmp_path):
     assert CAFTConfig(str(tmp_path), heads=heads, use_cpu=True).bf16 is False
-
-
-def test_accumulation_is_right_for_models_that_take_no_loss_arguments(rows, tmp_path):
-    states = []
-    for batch, accumulation in ((8, 1), (1, 8)):
-        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 2}
-        args = config(tmp_path / str(batch), pretrain_heads=True, optim="sgd", **options)
-        trainer = CAFTTrainer(str(BASE), args, train_dataset=rows)
-        trainer.model_accepts_loss_kwargs = False  # as for Mamba and others: Trainer then divides the loss itself
-        states.append({key: value.clone() for key, value in trained(trainer).heads.state_dict().items()})
-    for key, value in states[0].items():
-        torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-6)  # float32, another order of sums
 
 
 def test_beta_zero_leaves_the_random_numbers_of_dropout_alone(rows, tmp_path):
