@@ -1,8 +1,8 @@
 """Heads on disk, and the record of how a run was made.
 
-A heads folder holds `heads.safetensors` and `heads.json`. The JSON names the base (configuration, unembedding and last
-layer as fingerprints), the tokenizer, the horizons, the fork point and how the heads were trained; loading refuses heads
-of another base. Nothing is pickled.
+A heads folder holds `heads.safetensors` and `heads.json`. The JSON names the base (its configuration, and fingerprints of
+its unembedding and last layer), the tokenizer, the horizons, the fork point and how the heads were trained; loading refuses
+heads of another base. Nothing is pickled.
 """
 
 import hashlib
@@ -30,7 +30,9 @@ FORMAT = 1
 WEIGHTS_FILE, DESCRIPTION_FILE = "heads.safetensors", "heads.json"
 _WAITING_DESCRIPTION = f".{DESCRIPTION_FILE}.waiting"
 _SAMPLED_ROWS = 64
-# What a configuration holds besides the architecture: where it came from, and what trainers are free to set.
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# What a configuration holds besides the architecture: where it came from, what trainers are free to set, and the size of
+# the vocabulary, which the heads never see.
 _VOLATILE = {
     *(
         "_name_or_path",
@@ -49,7 +51,9 @@ _VOLATILE = {
         "router_aux_loss_coef",
         "id2label",
         "label2id",
+        "vocab_size",
     ),
+    *("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout"),
 }
 
 
@@ -96,14 +100,14 @@ def load_heads(
     Args:
         folder: what `save_heads` wrote.
         tokenizer: compared with the tokenizer the heads were trained with, where both are known.
-        force: accept heads of another base whose weights have the right shapes.
+        force: accept heads of a relative: a base of the same architecture and tokenizer with other weights (the parent of
+            a fine-tuned model).
 
     Raises:
         HeadsError: no such folder, a pickle, a damaged file, or heads of another base or tokenizer.
     """
     description = describe_heads(folder)
-    if not force:
-        _refuse_other_base(Path(folder), description, backbone, tokenizer)
+    _refuse_other_base(Path(folder), description, backbone, tokenizer, force=force)
     weights = read_heads(folder)
     heads = AuxiliaryHeads.build(backbone, HeadsConfig(len(description["horizons"]), description["kind"]))
     expected = {name: tensor.shape for name, tensor in heads.state_dict().items()}
@@ -155,7 +159,7 @@ def _check_description(description: Mapping[str, Any]) -> None:
         raise ValueError(f"horizons must be {config.horizons}, got {description['horizons']}")
     for key in ("weights_sha256", "tokenizer"):
         description[key]
-    for key in ("name", "model_type", "config", "unembedding", "last_layer"):
+    for key in ("name", "model_type", "architecture", "unembedding", "last_layer"):
         description["base"][key]
 
 
@@ -187,17 +191,18 @@ def read_heads(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
 def base_fingerprint(backbone: Backbone) -> dict[str, Any]:
     """What ties heads to a base: its architecture, and samples of the weights they share or were copied from.
 
-    Weights are sampled after rounding to bfloat16, so a base loaded in float32 and in bfloat16 gives one fingerprint.
+    Weights are sampled after rounding to bfloat16, so a base loaded in float32 and in bfloat16 gives one fingerprint. The
+    last layer of a quantised base has none (None).
     """
     config = backbone.model.config
-    architecture = _without_volatile(config.to_dict())
     weights = backbone.layer.state_dict()
     layer = {name.replace(".base_layer.", "."): weights[name] for name in weights if "lora_" not in name}
+    is_plain = all(parameter.dtype in _PLAIN for parameter in backbone.layer.parameters())
     return {
         "model_type": config.model_type,
-        "config": _sha256(json.dumps(architecture, sort_keys=True, default=str).encode()),
+        "architecture": json.loads(json.dumps(_without_volatile(config.to_dict()), default=str)),
         "unembedding": _sampled_sha256({"weight": backbone.unembedding().weight}),
-        "last_layer": _sampled_sha256(layer),
+        "last_layer": _sampled_sha256(layer) if is_plain else None,
     }
 
 
@@ -246,17 +251,40 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def _refuse_other_base(folder: Path, description: Mapping[str, Any], backbone: Backbone, tokenizer: Any) -> None:
+def _refuse_other_base(
+    folder: Path, description: Mapping[str, Any], backbone: Backbone, tokenizer: Any, *, force: bool
+) -> None:
     expected, found = description["base"], base_fingerprint(backbone)
-    differing = [key for key in found if found[key] != expected[key]]
+    kind = _differences(expected["architecture"], found["architecture"])
+    if expected["model_type"] != found["model_type"]:
+        kind = [f"model_type ({expected['model_type']} -> {found['model_type']})"]
     if tokenizer is not None and description["tokenizer"] not in (None, tokenizer_fingerprint(tokenizer)):
-        differing.append("tokenizer")
-    if differing:
-        this = getattr(backbone.model.config, "_name_or_path", "") or type(backbone.model).__name__
-        raise HeadsError(
-            f"The heads in {folder} were trained for {expected['name'] or expected['model_type']}, and {this} differs in its "
-            f"{', '.join(differing)}. Use heads of this model, or force=True (recipe: heads.force) if it is a close relative."
-        )
+        kind.append("tokenizer")
+    known = [key for key in ("unembedding", "last_layer") if None not in (expected[key], found[key])]
+    weights = [key for key in known if expected[key] != found[key]]
+    if not kind and (force or not weights):
+        return
+    this = getattr(backbone.model.config, "_name_or_path", "") or type(backbone.model).__name__
+    remedy = (
+        "Train heads for this model; only heads of the same architecture and tokenizer can be carried over."
+        if kind
+        else "Use heads of this model, or force=True (recipe: heads.force) if one is a fine-tuned version of the other."
+    )
+    raise HeadsError(
+        f"The heads in {folder} were trained for {expected['name'] or expected['model_type']}, and {this} differs in its "
+        f"{', '.join(kind + weights)}. {remedy}"
+    )
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any], place: str = "") -> list[str]:
+    """Where two configurations differ, as `key (one -> other)`; keys that only one of two library versions knows are not."""
+    found = []
+    for key in sorted(set(one) & set(other)):
+        if isinstance(one[key], dict) and isinstance(other[key], dict):
+            found += _differences(one[key], other[key], f"{place}{key}.")
+        elif one[key] != other[key]:
+            found.append(f"{place}{key} ({one[key]!r} -> {other[key]!r})")
+    return found
 
 
 def _sampled_sha256(tensors: Mapping[str, Tensor]) -> str:

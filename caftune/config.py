@@ -18,7 +18,7 @@ class CAFTConfig(SFTConfig):
         pretrain_heads: stage 1: train the heads, leave the model as it is.
         num_heads: stage 1: number of new heads; head i predicts horizon i + 2.
         head_kind: stage 1: "decoder" (a copy of the last layer) or "mlp".
-        force_heads: accept heads of another base of the same shape.
+        force_heads: accept heads of a relative: same architecture and tokenizer, other weights (a fine-tuned child).
         train_heads: stage 2: train the heads along with the model. They are dropped at export either way.
         aux_weight: beta. None: 0.01 in stage 2, 1 in stage 1.
         aux_decay: alpha.
@@ -32,7 +32,9 @@ class CAFTConfig(SFTConfig):
     pretrain_heads: bool = field(default=False, metadata={"help": "Stage 1: train the heads alone."})
     num_heads: int = field(default=4, metadata={"help": "Stage 1: number of new heads."})
     head_kind: str = field(default="decoder", metadata={"help": "Stage 1: decoder or mlp."})
-    force_heads: bool = field(default=False, metadata={"help": "Accept heads of another base of the same shape."})
+    force_heads: bool = field(
+        default=False, metadata={"help": "Accept heads of a base of the same kind."}
+    )
     train_heads: bool = field(default=False, metadata={"help": "Stage 2: train the heads along."})
     aux_weight: float | None = field(default=None, metadata={"help": "beta; None: 0.01, or 1 in stage 1."})
     aux_decay: float = field(default=0.8, metadata={"help": "alpha."})

@@ -75,7 +75,7 @@ class HeadsSection(_Section):
     count: int = Field(4, gt=0)
     kind: Literal["decoder", "mlp"] = "decoder"
     path: str | None = Field(None, description="Take these heads instead of training some.")
-    force: bool = Field(False, description="Accept heads of another base of the same shape.")
+    force: bool = Field(False, description="Accept heads of a base with the same architecture and tokenizer.")
     train: bool = Field(False, description="Train the heads along in stage 2.")
     held_out: float = Field(0.1, gt=0, lt=1, description="Share of the labels kept for evaluating the heads.")
 

@@ -108,11 +108,8 @@ def altered_config(backbone):
     backbone.model.config.rope_parameters["rope_theta"] = 777.0
 
 
-@pytest.mark.parametrize(
-    ("alter", "named"),
-    [(altered_layer, "last_layer"), (altered_unembedding, "unembedding"), (altered_config, "config")],
-)
-def test_heads_of_another_base_are_refused_and_forced(alter, named, saved):
+@pytest.mark.parametrize(("alter", "named"), [(altered_layer, "last_layer"), (altered_unembedding, "unembedding")])
+def test_heads_of_a_base_are_carried_to_its_fine_tuned_child_only_when_asked(alter, named, saved):
     backbone = base()
     alter(backbone)
     with pytest.raises(HeadsError, match=rf"were trained for llama, and .* differs in its {named}\. Use heads of this"):
@@ -122,11 +119,36 @@ def test_heads_of_another_base_are_refused_and_forced(alter, named, saved):
     assert torch.equal(found.state_dict()[name], load_file(saved / "heads.safetensors")[name])
 
 
-def test_heads_of_another_tokenizer_are_refused_and_forced(saved):
-    with pytest.raises(HeadsError, match=r"differs in its tokenizer\."):
-        load_heads(saved, base(), Tokenizer("a", "c", "b"))
-    load_heads(saved, base(), Tokenizer("a", "c", "b"), force=True)
+@pytest.mark.parametrize("force", [False, True])
+def test_heads_of_another_architecture_are_refused_also_when_forced(force, saved):
+    backbone = base()
+    altered_config(backbone)
+    named = r"its rope_parameters\.rope_theta \(10000\.0 -> 777\.0\)\. Train heads for this model"
+    with pytest.raises(HeadsError, match=named):
+        load_heads(saved, backbone, TOKENIZER, force=force)
+    with pytest.raises(HeadsError, match=r"differs in its model_type \(llama -> mistral\)"):
+        load_heads(saved, Backbone.of(build("mistral", dtype=torch.float32)), TOKENIZER, force=force)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_heads_of_another_tokenizer_are_refused_also_when_forced(force, saved):
+    with pytest.raises(HeadsError, match=r"differs in its tokenizer\. Train heads for this model"):
+        load_heads(saved, base(), Tokenizer("a", "c", "b"), force=force)
     load_heads(saved, base())  # no tokenizer to compare
+
+
+def test_a_configuration_written_by_another_version_of_transformers_is_still_the_same(saved):
+    backbone = base()
+    backbone.model.config.key_of_a_later_version = True
+    load_heads(saved, backbone, TOKENIZER)
+
+
+def test_a_vocabulary_padded_for_speed_is_the_same_architecture(saved):
+    backbone = base()
+    backbone.model.resize_token_embeddings(64)
+    with pytest.raises(HeadsError, match=r"differs in its unembedding\. Use heads of this model, or force"):
+        load_heads(saved, backbone, TOKENIZER)
+    load_heads(saved, backbone, TOKENIZER, force=True)
 
 
 def test_what_training_may_set_in_a_config_does_not_matter(saved):
@@ -136,8 +158,8 @@ def test_what_training_may_set_in_a_config_does_not_matter(saved):
     load_heads(saved, backbone, TOKENIZER)
 
 
-def test_heads_of_another_shape_are_refused_even_with_force(saved):
-    with pytest.raises(HeadsError, match="do not fit LlamaForCausalLM: .* differ in name or shape"):
+def test_heads_of_another_shape_are_refused_also_when_forced(saved):
+    with pytest.raises(HeadsError, match=r"differs in its intermediate_size \(24 -> 32\)"):
         load_heads(saved, base(intermediate_size=32), TOKENIZER, force=True)
 
 
