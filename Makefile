@@ -5,7 +5,7 @@ BIN := .venv/bin
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,report,test,check]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,report,qlora,test,check]"
 	touch $@
 
 .PHONY: demo test check

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 
 from caftune.cross_entropy import Unembedding
@@ -112,9 +114,16 @@ class Backbone:
         return hidden
 
     def unembedding(self) -> Unembedding:
-        """The output projection as it stands now."""
+        """The output projection as it stands now; within a forward pass, whole where FSDP2 has sharded it."""
         head = self.model.get_output_embeddings()
+        if isinstance(head.weight, DTensor) and isinstance(head, FSDPModule):
+            head.unshard()  # its own forward, which would gather the weight, is not called
         return Unembedding(head.weight, getattr(head, "bias", None), self.scale, self.softcap)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, gathered where FSDP2 has sharded it (then every rank must call)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _hidden(output: Any) -> Tensor:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from caftune.backbone import Backbone
+from caftune.backbone import Backbone, whole
 from caftune.heads import FORK_POINTS, AuxiliaryHeads, HeadsConfig
 
 FORMAT = 1
@@ -68,11 +68,23 @@ def save_heads(
     tokenizer: Any = None,
     *,
     training: Mapping[str, Any] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    write: bool = True,
 ) -> None:
-    """Write `heads` and what they belong to. A crash leaves the old folder or the new one, never half of each."""
+    """Write `heads` and what they belong to. A crash leaves the old folder or the new one, never half of each.
+
+    Args:
+        training: how they were trained, for the record.
+        state: the heads' weights, where these are not `heads.state_dict()` (sharded, or with a LoRA to merge).
+        write: False on the ranks that only take part in gathering a sharded model.
+    """
+    base = {"name": getattr(backbone.model.config, "_name_or_path", ""), **base_fingerprint(backbone)}
+    if not write:
+        return
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in heads.state_dict().items()}
+    found = heads.state_dict() if state is None else state
+    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in found.items()}
     partial = target / f".{WEIGHTS_FILE}.partial"
     save_file(weights, partial, metadata={"format": "pt"})
     description = {
@@ -80,7 +92,7 @@ def save_heads(
         "kind": heads.config.kind,
         "horizons": heads.config.horizons,
         "fork_point": FORK_POINTS[heads.config.kind],
-        "base": {"name": getattr(backbone.model.config, "_name_or_path", ""), **base_fingerprint(backbone)},
+        "base": base,
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
         "training": dict(training or {}),
         "weights_sha256": file_sha256(partial),
@@ -201,7 +213,7 @@ def base_fingerprint(backbone: Backbone) -> dict[str, Any]:
     return {
         "model_type": config.model_type,
         "architecture": json.loads(json.dumps(_without_volatile(config.to_dict()), default=str)),
-        "unembedding": _sampled_sha256({"weight": backbone.unembedding().weight}),
+        "unembedding": _sampled_sha256({"weight": backbone.model.get_output_embeddings().weight}),
         "last_layer": _sampled_sha256(layer) if is_plain else None,
     }
 
@@ -290,7 +302,7 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any], place: str = 
 def _sampled_sha256(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach()
+        tensor = whole(tensors[name].detach())
         rows = (
             torch.linspace(0, tensor.shape[0] - 1, min(_SAMPLED_ROWS, tensor.shape[0])).long() if tensor.dim() else None
         )

@@ -20,6 +20,10 @@ class CAFTConfig(SFTConfig):
         head_kind: stage 1: "decoder" (a copy of the last layer) or "mlp".
         force_heads: accept heads of a relative: same architecture and tokenizer, other weights (a fine-tuned child).
         train_heads: stage 2: train the heads along with the model. They are dropped at export either way.
+        heads_lora_rank: with train_heads: train a LoRA of this rank on the heads instead of all their weights.
+        heads_learning_rate: with train_heads: their learning rate, under the same scheduler. None: learning_rate.
+        heads_max_grad_norm: with train_heads: the norm their gradients are clipped to, apart from the model's. None:
+            max_grad_norm. (DeepSpeed clips everything together.)
         aux_weight: beta. None: 0.01 in stage 2, 1 in stage 1.
         aux_decay: alpha.
         aux_schedule: gamma: reflected_sine, sine, linear or constant. None: reflected_sine in stage 2, constant in stage 1.
@@ -32,10 +36,11 @@ class CAFTConfig(SFTConfig):
     pretrain_heads: bool = field(default=False, metadata={"help": "Stage 1: train the heads alone."})
     num_heads: int = field(default=4, metadata={"help": "Stage 1: number of new heads."})
     head_kind: str = field(default="decoder", metadata={"help": "Stage 1: decoder or mlp."})
-    force_heads: bool = field(
-        default=False, metadata={"help": "Accept heads of a base of the same kind."}
-    )
+    force_heads: bool = field(default=False, metadata={"help": "Accept heads of a base of the same kind."})
     train_heads: bool = field(default=False, metadata={"help": "Stage 2: train the heads along."})
+    heads_lora_rank: int | None = field(default=None, metadata={"help": "Train a LoRA of this rank on the heads."})
+    heads_learning_rate: float | None = field(default=None, metadata={"help": "None: learning_rate."})
+    heads_max_grad_norm: float | None = field(default=None, metadata={"help": "None: max_grad_norm."})
     aux_weight: float | None = field(default=None, metadata={"help": "beta; None: 0.01, or 1 in stage 1."})
     aux_decay: float = field(default=0.8, metadata={"help": "alpha."})
     aux_schedule: str | None = field(
@@ -53,6 +58,7 @@ class CAFTConfig(SFTConfig):
             self.aux_schedule = "constant" if self.pretrain_heads else "reflected_sine"
         self.auxiliary_weights  # noqa: B018  (checks the three values)
         HeadsConfig(self.num_heads, self.head_kind)
+        self._check_training_of_heads()
         if self.pretrain_heads and self.aux_weight == 0:
             raise ValueError("aux_weight must be above 0 in stage 1 (pretrain_heads=True), got 0.")
         if not self.pretrain_heads and self.heads is None and self.aux_weight > 0:
@@ -70,6 +76,18 @@ class CAFTConfig(SFTConfig):
                 f"label_smoothing_factor must be 0 with auxiliary losses, got {self.label_smoothing_factor}: "
                 "its forward pass does not reach the heads."
             )
+
+    def _check_training_of_heads(self) -> None:
+        for name in ("heads_lora_rank", "heads_learning_rate", "heads_max_grad_norm"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not self.train_heads or self.pretrain_heads:
+                raise ValueError(
+                    f"{name} must be None unless stage 2 trains the heads (train_heads=True), got {value}."
+                )
+            if value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}.")
 
     @property
     def auxiliary_weights(self) -> AuxiliaryWeights:

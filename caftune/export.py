@@ -2,19 +2,27 @@
 
 import copy
 import json
+import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import cached_file
 
 from caftune.checkpoint import write_json
 from caftune.heads import ATTRIBUTE
 
+_logger = logging.getLogger(__name__)
+_LAYER_KEY = re.compile(r"^model\.(?:language_model\.)?layers\.(\d+)\.")
+_MTP_KEY = re.compile(r"(?:^|\.)(?:mtp|nextn)\w*\.")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -25,16 +33,22 @@ def export_model(
     *,
     base_name: str | None = None,
     base_revision: str | None = None,
-) -> None:
+) -> list[str]:
     """Write `model` as an ordinary checkpoint: the base's keys, shapes and dtypes, no trace of heads or adapters.
 
     Adapters are merged by PEFT in a copy (on the CPU), so that training can go on afterwards. Weights are written in the
     dtype the base was published in (float32 master weights of a bfloat16 base become bfloat16 again). The files are written
     aside and moved into `folder` when all are there, the configuration last.
 
+    Multi-token modules that the base brought along (DeepSeek, GLM, Qwen3-Next), which transformers does not load for
+    training, are copied from the base unchanged, and a warning says so.
+
     Args:
         base_name: folder or hub id of the base, where the model was loaded from somewhere else (a checkpoint).
         base_revision: the base's revision on the hub.
+
+    Returns:
+        The names of the base's own multi-token tensors that were copied.
 
     Raises:
         RuntimeError: the merged weights are not those of a plain model of this class.
@@ -42,13 +56,15 @@ def export_model(
     plain = _merged_copy(model) if hasattr(model, "peft_config") else model
     name = base_name or str(getattr(plain.config, "_name_or_path", ""))
     published = _published_config(name, base_revision)
+    files = _published_files(name, base_revision)
     dtype = getattr(published, "dtype", None)
+    native = _native_modules(plain, files)
     state = {key: tensor for key, tensor in plain.state_dict().items() if not key.startswith(f"{ATTRIBUTE}.")}
     _refuse_strange_state(plain, state)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target, prefix=".export-") as aside:
-        plain.save_pretrained(aside, state_dict=_cast(state, dtype, _published_dtypes(name, base_revision)))
+        plain.save_pretrained(aside, state_dict=_cast(state, dtype, _dtypes(files)) | native)
         # save_pretrained describes the model in memory, whose dtype and cache are those of training.
         path = Path(aside, "config.json")
         described = json.loads(path.read_text())
@@ -61,6 +77,32 @@ def export_model(
             tokenizer.save_pretrained(aside)
         for file in sorted(Path(aside).iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(target / file.name)
+    if native:
+        _logger.warning(
+            "The base's own multi-token modules (%d tensors, such as %s) are in %s as they were: the training left them "
+            "out, so as drafts for speculative decoding they may be accepted less often than on the base.",
+            len(native),
+            next(iter(native)),
+            folder,
+        )
+    return list(native)
+
+
+def load_trained(folder: str | os.PathLike[str], base_name: str, base_revision: str | None = None) -> Any:
+    """A checkpoint of stage 2 on the CPU in float32: a whole model, or an adapter on the unquantised base."""
+    if not Path(folder, "adapter_config.json").is_file():
+        return _class_of(str(folder), None).from_pretrained(folder, dtype=torch.float32)
+    from peft import PeftModel
+
+    kind = _class_of(base_name, base_revision)
+    base = kind.from_pretrained(base_name, dtype=torch.float32, revision=base_revision or "main")
+    return PeftModel.from_pretrained(base, folder)
+
+
+def _class_of(name: str, revision: str | None) -> Any:
+    """The class a model was published as: for some families it is not the one AutoModelForCausalLM picks."""
+    names = AutoConfig.from_pretrained(name, revision=revision or "main").architectures or [""]
+    return getattr(transformers, names[0], AutoModelForCausalLM)
 
 
 def _merged_copy(model: Any) -> Any:
@@ -113,25 +155,39 @@ def _cast(
 
 def _published_config(name: str, revision: str | None) -> Any:
     """The base's own configuration, None where there is none to be found without a network."""
-    from transformers import AutoConfig
-
     try:
         return AutoConfig.from_pretrained(name, revision=revision or "main", local_files_only=True) if name else None
     except (OSError, ValueError):
         return None
 
 
-def _published_dtypes(name: str, revision: str | None) -> dict[str, torch.dtype]:
-    """The dtype of each tensor in the base's own safetensors files, as far as they are on this machine."""
-    from transformers.utils import cached_file
-
+def _published_files(name: str, revision: str | None) -> list[Path]:
+    """The base's own safetensors files, as far as they are on this machine."""
     try:
         config = cached_file(name, "config.json", revision=revision, local_files_only=True) if name else None
     except (OSError, ValueError):
-        return {}
+        return []
+    return sorted(Path(str(config)).parent.glob("*.safetensors")) if config else []
+
+
+def _dtypes(files: list[Path]) -> dict[str, torch.dtype]:
     dtypes: dict[str, torch.dtype] = {}
-    for path in Path(str(config)).parent.glob("*.safetensors") if config else ():
+    for path in files:
         with safe_open(path, "pt") as file:
             kinds = {key: file.get_slice(key).get_dtype() for key in list(file.keys())}
         dtypes |= {key: _DTYPES[kind] for key, kind in kinds.items() if kind in _DTYPES}
     return dtypes
+
+
+def _native_modules(plain: Any, files: list[Path]) -> dict[str, Tensor]:
+    """Tensors of the base's files that belong to multi-token modules: named mtp, or layers past the last decoder layer."""
+    depth = plain.config.get_text_config().num_hidden_layers
+    found = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for key in list(file.keys()):
+                layer = _LAYER_KEY.search(key)
+                if _MTP_KEY.search(key) or (layer and int(layer[1]) >= depth):
+                    found[key] = file.get_tensor(key)
+    loaded = set(plain.state_dict())
+    return {key: tensor for key, tensor in found.items() if key not in loaded}

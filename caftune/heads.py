@@ -22,6 +22,7 @@ FORK_POINTS: dict[str, str] = {"decoder": "input of the last layer", "mlp": "out
 # The heads' name inside the model that carries them.
 ATTRIBUTE = "auxiliary_heads"
 _HALF = (torch.bfloat16, torch.float16)
+_PLAIN = (*_HALF, torch.float32, torch.float64)
 # Arguments of a causal LM that its trunk does not take.
 _OUTPUT_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head", "logits_to_keep")
 
@@ -155,6 +156,7 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
             raise ValueError("labels must be given for the auxiliary losses, got none.")
         kwargs["return_dict"] = True
         own = replace(backbone, model=self)
+        own.unembedding()  # FSDP2 gathers it here, before TRL's fused head would, whose gradient stays on its rank (TRL 1.16)
         with own.capture() as call:
             outputs: Any = None
             if auxiliary == "add":
@@ -214,7 +216,33 @@ def _copy_of(layer: nn.Module) -> nn.Module:
         if module.__dict__.pop("_hf_hook", None) is not None:  # accelerate's placement wraps forward on the instance
             module.__dict__.pop("forward", None)
             module.__dict__.pop("_old_forward", None)
+    _dequantise(twin)
     return twin.requires_grad_(True)
+
+
+def _dequantise(layer: nn.Module) -> None:
+    """Put plain linear layers, in the dtype of the layer's norms, in the place of bitsandbytes' 4-bit and 8-bit ones."""
+    plain = next((p.dtype for p in layer.parameters() if p.dtype in _PLAIN), torch.get_default_dtype())
+    for name, module in list(layer.named_modules()):
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.dtype in _PLAIN:
+            continue
+        if not isinstance(module, nn.Linear) or type(weight).__name__ not in ("Params4bit", "Int8Params"):
+            raise UnsupportedModelError(
+                f"A decoder head is a copy of the last layer, whose weights are {weight.dtype} here, a quantisation that "
+                "caftune cannot undo. Use head kind mlp, or load the base in 4 bits with bitsandbytes, or unquantised."
+            )
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # it needs bitsandbytes
+
+        values = dequantize_bnb_weight(weight, getattr(module, "state", None))
+        linear = nn.utils.skip_init(
+            nn.Linear, module.in_features, module.out_features, bias=module.bias is not None, device=weight.device
+        ).to(plain)
+        with torch.no_grad():
+            linear.weight.copy_(values)
+            if module.bias is not None:
+                linear.bias.copy_(module.bias)
+        layer.set_submodule(name, linear)
 
 
 def _autocast_like(hidden: Tensor) -> AbstractContextManager[Any]:

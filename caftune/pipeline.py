@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
 
 from caftune.checkpoint import describe_heads, write_json
 from caftune.config import CAFTConfig
 from caftune.data import DataError, load_rows
-from caftune.export import export_model
+from caftune.export import export_model, load_trained
 from caftune.labels import (
     Sampling,
     encode_prompts,
@@ -36,10 +37,11 @@ from caftune.labels import (
     refuse_messages_without_template,
 )
 from caftune.objective import IGNORED, horizon_targets
-from caftune.progress import show_progress, told
+from caftune.progress import run, show_progress
 from caftune.recipe import Recipe, RecipeError, trainer_config
 from caftune.run_folder import last_checkpoint, open_stage, record, refuse_other_stage
-from caftune.trainer import CAFTTrainer, tokenized
+from caftune.tokenization import tokenized
+from caftune.trainer import CAFTTrainer
 
 _DEFAULT_LENGTH = 1024
 _EXPECTED = "expected.json"  # in the labels folder: how many rows there will be
@@ -108,9 +110,9 @@ def pretrain_heads(recipe: Recipe) -> Path:
             f"{labels} has {len(rows)} rows, too few to train on some and evaluate on others. Label more prompts."
         )
     split = rows.train_test_split(test_size=held_out, seed=recipe.seed)
+    args = stage_one_config(recipe, Path(recipe.output, "pretrain"))
     folder = open_stage(recipe, "pretrain", {"labels": str(labels)})
     heads = Path(recipe.output, "heads")
-    args = stage_one_config(recipe, folder)
     trainer = CAFTTrainer(
         recipe.model.name,
         args,
@@ -120,7 +122,7 @@ def pretrain_heads(recipe: Recipe) -> Path:
     )
     show_progress(trainer, "pretrain-heads")
     before = evaluated(trainer)
-    trainer.train(resume_from_checkpoint=told(last_checkpoint(folder)))
+    run(trainer, checkpoint=last_checkpoint(folder))
     after = evaluated(trainer)
     trainer.export(heads)
     record(recipe, {"stage": "pretrain-heads", "rows": len(split["train"]), "before": before, "after": after})
@@ -143,13 +145,17 @@ def finetune(recipe: Recipe) -> Path:
         eval_dataset=evaluation,
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
+        quantization_config=quantization(recipe),
     )
     show_progress(trainer, "train")
-    trainer.train(resume_from_checkpoint=told(last_checkpoint(folder)))
+    run(trainer, checkpoint=last_checkpoint(folder))
     metrics = evaluated(trainer) if evaluation is not None else {}
     model = Path(recipe.output, "model")
-    trainer.export(model)
-    record(recipe, {"stage": "train", "rows": len(train), "metrics": metrics, "log": trainer.state.log_history})
+    native = trainer.export(model, merged=recipe.model.lora.merge)
+    copied = {"native_multi_token_modules": f"{len(native)} tensors, copied from the base unchanged"} if native else {}
+    record(
+        recipe, {"stage": "train", "rows": len(train), "metrics": metrics, **copied, "log": trainer.state.log_history}
+    )
     return model
 
 
@@ -166,14 +172,7 @@ def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
     refuse_other_stage(
         recipe, "train", {**files, "heads": Path(heads, "heads.json") if recipe.loss.weight > 0 else None}
     )
-    if recipe.model.tuning == "lora":
-        from peft import PeftModel
-
-        revision = recipe.model.revision or "main"
-        base = AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype="float32", revision=revision)
-        model: Any = PeftModel.from_pretrained(base, source)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
+    model = load_trained(source, recipe.model.name, recipe.model.revision)
     target = Path(recipe.output, "model")
     export_model(
         model, target, load_tokenizer(recipe), base_name=recipe.model.name, base_revision=recipe.model.revision
@@ -242,6 +241,9 @@ def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
         "heads": heads if loss.weight > 0 else None,
         "force_heads": recipe.heads.force,
         "train_heads": recipe.heads.train,
+        "heads_lora_rank": recipe.heads.lora_rank,
+        "heads_learning_rate": recipe.heads.learning_rate,
+        "heads_max_grad_norm": recipe.heads.max_grad_norm,
         "aux_weight": loss.weight,
         "aux_decay": loss.decay,
         "aux_schedule": loss.schedule,
@@ -333,7 +335,23 @@ def lora_config(recipe: Recipe) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save or None,
+        use_dora=lora.dora,
         task_type="CAUSAL_LM",
+    )
+
+
+def quantization(recipe: Recipe) -> Any:
+    """Four bits with the settings of the QLoRA paper (NormalFloat4, double quantisation, bfloat16), None for other tunings."""
+    if recipe.model.tuning != "qlora":
+        return None
+    if not is_bitsandbytes_available():
+        raise RecipeError("model.tuning=qlora needs bitsandbytes. Install it with `pip install caftune[qlora]`.")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16",
     )
 
 

@@ -1,10 +1,43 @@
-"""What a person sees while a stage runs: transformers' bars, and one short line per log entry."""
+"""A running stage and the world: what a person sees of it, and how it is stopped."""
 
+import signal
 import sys
+import threading
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+
+class StopOnSigterm(TrainerCallback):
+    """On SIGTERM, which schedulers send before they kill: finish the step, write a checkpoint, stop.
+
+    With several processes all stop at the same step, whichever of them got the signal. transformers' own
+    `enable_jit_checkpoint` (5.23) saves before the optimizer step, when the batch has been drawn, and waits three seconds.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._asked = False
+        self._before: Any = None
+        self.stopped = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._asked:
+            self._trainer.accelerator.set_trigger()
+        if self._trainer.accelerator.check_trigger():
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
 
 
 class StageProgress(ProgressCallback):
@@ -27,11 +60,24 @@ def show_progress(trainer: Trainer, name: str) -> None:
     trainer.add_callback(StageProgress(name))
 
 
-def told(checkpoint: str | None) -> str | None:
-    """Say from which checkpoint a stage goes on, if from any."""
+def run(trainer: Trainer, *, checkpoint: str | None) -> None:
+    """Train, from `checkpoint` on where there is one.
+
+    Raises:
+        SystemExit: SIGTERM came; the checkpoint is written.
+    """
     if checkpoint is not None:
         tqdm.write(f"Going on from {checkpoint}.", file=sys.stderr)
-    return checkpoint
+    stop = StopOnSigterm(trainer)
+    trainer.add_callback(stop)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.stopped:
+        tqdm.write(
+            f"Stopped by SIGTERM after step {trainer.state.global_step}, with a checkpoint in {trainer.args.output_dir}. "
+            "The same command goes on from there.",
+            file=sys.stderr,
+        )
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 def log_line(logs: dict[str, float]) -> str:

@@ -20,6 +20,9 @@ _SET_ELSEWHERE = {
     "head_kind": "heads.kind",
     "force_heads": "heads.force",
     "train_heads": "heads.train",
+    "heads_lora_rank": "heads.lora_rank",
+    "heads_learning_rate": "heads.learning_rate",
+    "heads_max_grad_norm": "heads.max_grad_norm",
     "aux_weight": "loss.weight",
     "aux_decay": "loss.decay",
     "aux_schedule": "loss.schedule",
@@ -43,6 +46,9 @@ class LoraSection(_Section):
     alpha: int = Field(16, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
+    modules_to_save: list[str] = Field([], description="Modules trained in full, such as lm_head.")
+    dora: bool = Field(False, description="DoRA: a trained magnitude beside the low-rank direction.")
+    merge: bool = Field(True, description="Export the base with the adapter merged; false: the adapter alone.")
 
 
 class ModelSection(_Section):
@@ -50,7 +56,7 @@ class ModelSection(_Section):
 
     name: str = Field(description="A folder or a hub id.")
     revision: str | None = None
-    tuning: Literal["full", "lora"] = "full"
+    tuning: Literal["full", "lora", "qlora"] = Field("full", description="qlora: LoRA on a base in 4 bits.")
     lora: LoraSection = LoraSection()
 
 
@@ -77,6 +83,9 @@ class HeadsSection(_Section):
     path: str | None = Field(None, description="Take these heads instead of training some.")
     force: bool = Field(False, description="Accept heads of a base with the same architecture and tokenizer.")
     train: bool = Field(False, description="Train the heads along in stage 2.")
+    lora_rank: int | None = Field(None, gt=0, description="Train them through a LoRA of this rank.")
+    learning_rate: float | None = Field(None, gt=0, description="Theirs in stage 2. None: trainer.learning_rate.")
+    max_grad_norm: float | None = Field(None, gt=0, description="Theirs in stage 2. None: trainer.max_grad_norm.")
     held_out: float = Field(0.1, gt=0, lt=1, description="Share of the labels kept for evaluating the heads.")
 
 

@@ -26,19 +26,24 @@ _DEPENDS_ON: dict[str, Sequence[str]] = {
 def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> Path:
     """The folder of a stage, made ready: it is new, or it belongs to this very recipe and these very files.
 
+    With several processes the main one makes it, and the others find it made.
+
     Raises:
         RecipeError: the folder holds a stage made from something else, or files that are not caftune's.
     """
-    folder = Path(recipe.output, stage)
-    if (folder / "recipe.yaml").is_file():
-        refuse_other_stage(recipe, stage, files)
-        return folder
-    if folder.exists() and any(folder.iterdir()):
-        raise RecipeError(f"{folder} holds files of something else than caftune. Use another output.")
-    if is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "provenance.json", provenance(_present(files)))
-        save_recipe(folder / "recipe.yaml", _identity(recipe, stage, files))
+    from accelerate import PartialState
+
+    with PartialState().main_process_first():
+        folder = Path(recipe.output, stage)
+        if (folder / "recipe.yaml").is_file():
+            refuse_other_stage(recipe, stage, files)
+        elif folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
+            raise RecipeError(f"{folder} holds files of something else than caftune. Use another output.")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_recipe(folder / "recipe.yaml", _identity(recipe, stage, files))  # first: it makes the folder ours
+        if is_main_process() and not (folder / "provenance.json").is_file():
+            write_json(folder / "provenance.json", provenance(_present(files)))
     return folder
 
 
@@ -66,14 +71,22 @@ def record(recipe: Recipe, result: Mapping[str, Any]) -> None:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint: one whose `trainer_state.json`, which is written last, is there."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    """The newest whole checkpoint: one whose `trainer_state.json`, which is written last, is there and can be read."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def is_main_process() -> bool:
     """Whether this process is the one that writes, under torchrun and accelerate."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def _identity(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> dict[str, Any]:

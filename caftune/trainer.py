@@ -11,24 +11,32 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from trl import SFTTrainer
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.trainer.utils import create_model_from_path
 
 from caftune.backbone import Backbone
 from caftune.checkpoint import load_heads, read_heads, save_heads
 from caftune.config import CAFTConfig
-from caftune.export import export_model
+from caftune.export import export_model, load_trained
 from caftune.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
 from caftune.objective import IGNORED, auxiliary_loss, horizon_targets
+from caftune.packing import RefuseLeaks
 from caftune.refusals import refuse_arguments, refuse_cut_answers, refuse_unfit
+from caftune.training_heads import (
+    give_own_learning_rate,
+    load_state,
+    make_trainable,
+    merged_state,
+    save_adapter,
+)
 
 
 class CAFTTrainer(SFTTrainer):
@@ -67,6 +75,9 @@ class CAFTTrainer(SFTTrainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path, revision=revision)
         refuse_unfit(model, peft_config, args)
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes 0.50: an evaluation on a CPU would pack the
+                module.support_avx512bf16_for_cpu = False  # weights into a layout that has no gradient
         self.heads, self.backbone = _heads_for(model, args, processing_class)
         name = str(model.config._name_or_path)
         # Absolute, because a run may change its folder before it exports.
@@ -82,6 +93,7 @@ class CAFTTrainer(SFTTrainer):
             **sft_arguments,
         )
         args.model_init_kwargs = model_init_kwargs
+        self.add_callback(RefuseLeaks(self))
         self._horizon_counts: Tensor | None = None
         self._horizon_sums: dict[str, dict[str, Tensor]] = {}
         if self.heads is not None:
@@ -90,24 +102,71 @@ class CAFTTrainer(SFTTrainer):
     def _attach(self) -> None:
         """Put the heads into the model, after PEFT has wrapped it (so that it leaves them alone)."""
         self._refuse_short_context()
-        attach_heads(self.backbone, self.heads.to(self.args.device))
-        trained = self.args.pretrain_heads or self.args.train_heads
         if self.args.pretrain_heads:
             self.model.requires_grad_(False)
-        if trained:
-            self.heads.float()  # master weights, also beside a half-precision trunk
-        self.heads.requires_grad_(trained)
+        self.heads.requires_grad_(False)
+        if self._trains_heads:
+            make_trainable(self.heads, lora_rank=self.args.heads_lora_rank)
+        attach_heads(self.backbone, self.heads.to(self.args.device))
 
-    def export(self, folder: str | os.PathLike[str]) -> None:
-        """Write the trained model as an ordinary checkpoint (stage 1: the heads)."""
-        if not self.is_world_process_zero():
-            return
+    @property
+    def _trains_heads(self) -> bool:
+        return self.heads is not None and (self.args.pretrain_heads or self.args.train_heads)
+
+    def export(self, folder: str | os.PathLike[str], *, merged: bool = True) -> list[str]:
+        """Write the trained model as an ordinary checkpoint (stage 1: the heads). With several processes, call it on all.
+
+        Args:
+            merged: write the base with its adapters merged; False: write the adapter alone, as PEFT does.
+
+        Returns:
+            The names of the base's own multi-token tensors, which were copied unchanged (see `export_model`).
+        """
+        native: list[str] = []
         if self.args.pretrain_heads:
             self._save_heads(Path(folder))
+        elif hasattr(self.model, "peft_config") and not merged:
+            self.save_model(str(folder), _internal_call=True)
         else:
-            name, revision = self._base
-            model = self.accelerator.unwrap_model(self.model)
-            export_model(model, folder, self.processing_class, base_name=name, base_revision=revision)
+            native = self._export_whole(Path(folder))
+        self.accelerator.wait_for_everyone()
+        return native
+
+    def _export_whole(self, folder: Path) -> list[str]:
+        name, revision = self._base
+        model = self.accelerator.unwrap_model(self.model)
+        plugin = self.accelerator.state.deepspeed_plugin
+        is_sharded = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+        if is_sharded or getattr(model, "is_quantized", False):
+            with (
+                TemporaryDirectory() as saved
+            ):  # the plain base, unsharded and unquantised, takes the trained weights up
+                state = self.accelerator.get_state_dict(self.model_wrapped) if is_sharded else None
+                if self.is_world_process_zero():
+                    self._save(saved, state)
+                    model = load_trained(saved, name, revision)
+        if not self.is_world_process_zero():
+            return []
+        return export_model(model, folder, self.processing_class, base_name=name, base_revision=revision)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """SFTTrainer's optimizer; trained heads get their own learning rate where one is given."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self._trains_heads and self.args.heads_learning_rate is not None:
+            give_own_learning_rate(optimizer, self.heads, self.args.heads_learning_rate)
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip the heads' gradients apart from the model's, so that training them along leaves its steps' size alone."""
+        if not self._trains_heads or self.args.pretrain_heads:
+            return super()._clip_grad_norm(model)
+        own = {id(parameter) for parameter in self.heads.parameters()}
+        trunk = [parameter for parameter in model.parameters() if id(parameter) not in own]
+        norm = self.accelerator.clip_grad_norm_(trunk, self.args.max_grad_norm)
+        limit = self.args.heads_max_grad_norm or self.args.max_grad_norm
+        nn.utils.clip_grad_norm_(self.heads.parameters(), limit)  # the call above has undone float16's loss scaling
+        return norm
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -229,20 +288,29 @@ class CAFTTrainer(SFTTrainer):
             refuse_cut_answers(dataset, args.max_length, name=dataset_name, keep_end=args.truncation_mode == "keep_end")
         return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As SFTTrainer; heads that are trained are saved beside the model (stage 1: in its place)."""
         folder = Path(str(output_dir or self.args.output_dir))
         if not self.args.pretrain_heads:
-            if state_dict is None and hasattr(self.model, "peft_config"):  # PEFT's bias="all" takes every bias it sees
-                whole = self.model.state_dict()
-                state_dict = {key: value for key, value in whole.items() if f"{ATTRIBUTE}." not in key}
-            super()._save(output_dir, state_dict)
-        if self.heads is not None and (self.args.pretrain_heads or self.args.train_heads) and self.args.should_save:
+            super().save_model(str(folder), _internal_call)
+        if self._trains_heads:
             self._save_heads(folder if self.args.pretrain_heads else folder / "heads")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is None and hasattr(self.model, "peft_config"):  # PEFT's bias="all" takes every bias it sees
+            state_dict = self.model.state_dict()
+        if state_dict is not None:
+            state_dict = {key: value for key, value in state_dict.items() if f"{ATTRIBUTE}." not in key}
+        super()._save(output_dir, state_dict)
 
     def _save_heads(self, folder: Path) -> None:
         stage = {key: getattr(self.args, key) for key in ("learning_rate", "num_train_epochs", "seed", "aux_decay")}
         training = {"stage": 1 if self.args.pretrain_heads else 2, "steps": self.state.global_step, **stage}
-        save_heads(folder, self.heads, self.backbone, self.processing_class, training=training)
+        state, write = merged_state(self.heads), self.args.should_save
+        save_heads(
+            folder, self.heads, self.backbone, self.processing_class, training=training, state=state, write=write
+        )
+        save_adapter(folder, self.heads, write=write)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.args.pretrain_heads:
@@ -255,10 +323,9 @@ class CAFTTrainer(SFTTrainer):
         self._load_trained_heads(Path(str(self.state.best_model_checkpoint)))
 
     def _load_trained_heads(self, checkpoint: Path) -> None:
-        if self.heads is None or not (self.args.pretrain_heads or self.args.train_heads):
-            return
-        folder = checkpoint if self.args.pretrain_heads else checkpoint / "heads"
-        self.heads.load_state_dict(read_heads(folder))
+        if self._trains_heads:
+            folder = checkpoint if self.args.pretrain_heads else checkpoint / "heads"
+            load_state(self.heads, folder, read_heads(folder))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         missing = [key for key in load_result.missing_keys if not key.startswith(f"{ATTRIBUTE}.")]
@@ -275,37 +342,6 @@ class CAFTTrainer(SFTTrainer):
                 f"num_heads must leave horizons below the context of {context} tokens, got horizon {furthest}. "
                 "Use fewer heads or a larger max_length."
             )
-
-
-def tokenized(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str) -> Dataset:
-    """`input_ids` and `labels` as the trainer will make them, without a model, before shuffling and packing.
-
-    Raises:
-        ValueError: rows whose answer lies wholly beyond `max_length`, counted and named.
-    """
-    # SFTTrainer prepares data in a method; it reads these three attributes and nothing else of the trainer (TRL 1.16).
-    trainer = CAFTTrainer.__new__(CAFTTrainer)
-    trainer._tokenizer, trainer.chat_template = copy.deepcopy(tokenizer), None
-    _apply_tokenizer_options(trainer._tokenizer, args)
-    paired = {"prompt", "completion"} <= set(dataset.column_names)
-    trainer.completion_only_loss = paired if args.completion_only_loss is None else args.completion_only_loss
-    if args.assistant_only_loss and not has_generation_markers(trainer._tokenizer.chat_template):
-        trainer.chat_template = get_training_chat_template(trainer._tokenizer)
-    plain = copy.copy(args)
-    plain.shuffle_dataset = False
-    if args.packing and args.packing_strategy == "bfd_split":
-        plain.max_length = None  # what is beyond max_length becomes a document of its own
-    return trainer._prepare_dataset(dataset, trainer._tokenizer, plain, False, None, name)
-
-
-def _apply_tokenizer_options(tokenizer: Any, args: CAFTConfig) -> None:
-    """What SFTTrainer's own __init__ does to the tokenizer before it prepares the data."""
-    if args.eos_token is not None:
-        tokenizer.eos_token = args.eos_token
-    if args.chat_template_path is not None:
-        path = Path(args.chat_template_path)
-        given = path.read_text(encoding="utf-8") if path.is_file() else None
-        tokenizer.chat_template = given or AutoTokenizer.from_pretrained(args.chat_template_path).chat_template
 
 
 def _load_model(name: str, args: CAFTConfig, quantization_config: Any) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from caftune import CAFTConfig, CAFTTrainer
 from caftune.demo.run import BASE
-from caftune.trainer import tokenized
+from caftune.tokenization import tokenized
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

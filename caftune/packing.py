@@ -1,0 +1,61 @@
+"""Whether a model keeps packed documents apart: asked of the model itself, before the first step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from caftune.backbone import evaluating
+
+_TOKENS = 8
+# As a share of the largest logit. Documents that are kept apart differ by rounding only; those that are not, by far more.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+_HALF_TOLERANCE = 2e-2
+
+
+class RefuseLeaks(TrainerCallback):
+    """Before the first step of a run with packed rows: two forward passes that differ in the first of two documents.
+
+    If what the model says within the second document moves, it sees across documents, with this attention
+    implementation, and the run is refused.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        model = self._trainer.model
+        if not self._trainer.padding_free:
+            return
+        moved, tolerance = _movement(self._trainer)
+        if moved > tolerance:
+            attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
+            raise ValueError(
+                f"packing and padding_free must be False for this model with attention {attention!r}: what it says within a "
+                f"document changes with the document before it in the row (by {moved:.1%} of its largest logit), so it would "
+                "be trained on text it should not see. Try attn_implementation='flash_attention_2' on a GPU."
+            )
+
+
+def _movement(trainer: Any) -> tuple[float, float]:
+    """The largest change of a logit of the second document, as a share of the largest logit; and what rounding explains."""
+    vocabulary = trainer.model.get_input_embeddings().num_embeddings
+    numbers = torch.arange(1, _TOKENS + 1)
+    one, other, second = ((numbers * factor % vocabulary).tolist() for factor in (1, 3, 2))
+    with evaluating(trainer.model), torch.no_grad(), trainer.compute_loss_context_manager():
+        logits, changed = (_second_logits(trainer, first, second) for first in (one, other))
+    tolerance = _TOLERANCE.get(logits.dtype, _HALF_TOLERANCE)
+    if torch.is_autocast_enabled(logits.device.type) or trainer.args.bf16 or trainer.args.fp16:
+        tolerance = _HALF_TOLERANCE
+    return float((logits - changed).abs().max() / logits.abs().max()), tolerance
+
+
+def _second_logits(trainer: Any, first: list[int], second: list[int]) -> Tensor:
+    """Logits at the second of two documents, in a batch as the trainer packs it."""
+    batch = trainer.data_collator([{"input_ids": ids, "labels": ids} for ids in (first, second)])
+    batch = {
+        name: value.to(trainer.args.device) if isinstance(value, Tensor) else value for name, value in batch.items()
+    }
+    del batch["labels"]
+    return trainer.model_wrapped(**batch, use_cache=False).logits[0, len(first) :]
