@@ -76,7 +76,9 @@ class CAFTTrainer(SFTTrainer):
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path, revision=revision)
         refuse_unfit(model, peft_config, args)
         for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes 0.50: an evaluation on a CPU would pack the
+            if hasattr(
+                module, "support_avx512bf16_for_cpu"
+            ):  # bitsandbytes 0.50: an evaluation on a CPU would pack the
                 module.support_avx512bf16_for_cpu = False  # weights into a layout that has no gradient
         self.heads, self.backbone = _heads_for(model, args, processing_class)
         name = str(model.config._name_or_path)
