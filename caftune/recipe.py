@@ -160,7 +160,10 @@ def trainer_config(recipe: Recipe, section: Literal["pretrain", "trainer"], **ou
 
     defaults = {"report_to": [], "seed": recipe.seed, "dataloader_pin_memory": torch.cuda.is_available()}
     known = {field.name: field.default for field in dataclasses.fields(CAFTConfig) if field.init}
-    options = getattr(recipe, section)
+    options = dict(getattr(recipe, section))
+    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if options.get(name) is False:  # YAML 1.1 reads `no` as false
+            options[name] = "no"
     if not any(name.startswith("save_") for name in options):
         defaults |= {"save_strategy": "epoch", "save_total_limit": 2}  # so that a stopped run has where to go on from
     for name, value in options.items():

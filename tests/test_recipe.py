@@ -99,3 +99,8 @@ def test_a_stage_is_saved_every_epoch_unless_the_recipe_says_otherwise():
     assert strategy({}) == "epoch"
     assert strategy({"save_steps": 5}) == "steps"
     assert strategy({"save_strategy": "no"}) == "no"
+
+
+def test_no_means_no_in_a_strategy(recipe):
+    loaded = recipe(MINIMAL + "trainer: {save_strategy: no, use_cpu: true}\nloss: {weight: 0}")
+    assert trainer_config(loaded, "trainer", output_dir="x", aux_weight=0.0).save_strategy == "no"
