@@ -182,9 +182,10 @@ def test_the_last_smaller_window_is_a_smaller_batch(runs):
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_left_padding_equals_right_padding_in_a_loop_of_ones_own(base, tuning):
     right, left = (own_loop(base, tuning, side=side) for side in ("right", "left"))
-    assert right[0] == pytest.approx(left[0], rel=1e-9)
+    tolerance = {"llama": 1e-7, "gpt2": 1e-9}[base]  # transformers computes rotary phases in float32
+    assert right[0] == pytest.approx(left[0], rel=tolerance)
     for key, value in right[1].items():
-        torch.testing.assert_close(value, left[1][key], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(value, left[1][key], rtol=tolerance, atol=tolerance)
 
 
 def own_loop(base, tuning, *, side):
