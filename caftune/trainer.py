@@ -28,7 +28,7 @@ from caftune.config import CAFTConfig
 from caftune.export import export_model
 from caftune.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
 from caftune.objective import IGNORED, auxiliary_loss, horizon_targets
-from caftune.refusals import refuse_arguments, refuse_cut_answers, refuse_unfit
+from caftune.refusals import refuse_arguments, refuse_cut_answers, refuse_missing_parts, refuse_unfit
 
 
 class CAFTTrainer(SFTTrainer):
@@ -222,6 +222,8 @@ class CAFTTrainer(SFTTrainer):
         """As SFTTrainer, but rows whose answer max_length would cut away are refused instead of dropped in silence."""
         if isinstance(dataset, IterableDataset):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if formatting_func is None:
+            refuse_missing_parts(dataset, args, name=dataset_name)
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
