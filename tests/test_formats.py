@@ -180,25 +180,33 @@ def test_packing_keeps_the_labels_of_every_document(strategy, tokenizer, tmp_pat
     assert decoded(packed[0], tokenizer) == (text, ["Two.</s>", "Five.</s>", "Two.</s>"])
 
 
-def test_horizons_are_held_to_the_assistants_turns_alone(tokenizer, tmp_path):
-    """The target of horizon h is h tokens on, and labelled: never the user's, never a token of the next document."""
-    import torch
+def held_to(batch, horizon):
+    """Which positions of a packed batch have a target at a horizon, and these targets."""
+    targets = horizon_targets(batch["labels"], horizon, position_ids=batch["position_ids"])[0]
+    held = (targets != IGNORED).nonzero().flatten()
+    return held, targets[held]
 
+
+@pytest.mark.parametrize("horizon", range(1, 6))
+def test_horizons_are_held_to_the_assistants_turns_alone(horizon, tokenizer, tmp_path):
     rows = load_rows(write(tmp_path, [{"messages": TURNS}, {"messages": [ASKED, ANSWERED]}]))
     trainer = trainer_for(rows, tmp_path / "run", tokenizer, packing=True, assistant_only_loss=True)
     batch = next(iter(trainer.get_train_dataloader()))
-    ids, row = batch["input_ids"][0], trainer.train_dataset[0]
-    spoken = [
-        len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in ("Two.</s>", "Five.</s>", "Two.</s>")
-    ]
-    second = row["seq_lengths"][0]
-    for horizon in range(1, 6):
-        targets = horizon_targets(batch["labels"], horizon, position_ids=batch["position_ids"])[0]
-        held = (targets != IGNORED).nonzero().flatten()
-        assert torch.equal(targets[held], ids[held + horizon])
-        assert tokenizer.decode(targets[held]) == "Two.</s>Five.</s>Two.</s>"
-        assert len(held) == sum(spoken)
-        assert not any(at < second <= at + horizon for at in held.tolist())
+    held, targets = held_to(batch, horizon)
+    assert targets.tolist() == batch["input_ids"][0][held + horizon].tolist()
+    assert tokenizer.decode(targets) == "Two.</s>Five.</s>Two.</s>"
+
+
+@pytest.mark.parametrize(
+    ("horizon", "expected"),
+    [(1, "CCO.</s>CN</s>"), (2, "CO.</s>N</s>"), (3, "O.</s></s>"), (4, ".</s>"), (5, "</s>"), (6, "")],
+)
+def test_horizons_stay_in_their_document(horizon, expected, tokenizer, tmp_path):
+    rows = load_rows(write(tmp_path, [{"text": "CCO."}, {"text": "CN"}]))
+    trainer = trainer_for(rows, tmp_path / "run", tokenizer, packing=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]]
+    assert tokenizer.decode(held_to(batch, horizon)[1]) == expected
 
 
 @pytest.mark.parametrize("name", ["messages, assistant only", "tools"])
