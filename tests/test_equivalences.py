@@ -221,6 +221,21 @@ def own_loop(base, tuning, *, side):
     return losses, end
 
 
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+def test_a_packed_row_in_a_loop_of_ones_own_is_its_documents_one_by_one(base):
+    model = models.build(base, attention="sdpa")
+    backbone = Backbone.of(model)
+    attach_heads(backbone, AuxiliaryHeads.build(backbone, HeadsConfig(HEADS)))
+    documents = [{k: v for k, v in padded([length], "right").items() if k != "attention_mask"} for length in (9, 2, 12)]
+    packed = {name: torch.cat([document[name] for document in documents], 1) for name in documents[0]}
+    together = model(**packed, auxiliary="add")
+    apart = [model(**document, auxiliary="add") for document in documents]
+    nll, logits = sum(one["auxiliary"]["nll"] for one in apart), torch.cat([one.logits for one in apart], 1)
+    torch.testing.assert_close(together["auxiliary"]["nll"], nll, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(together.logits, logits, rtol=1e-9, atol=1e-9)
+    assert together["auxiliary"]["count"].tolist() == [17, 15, 13]  # 9 - h, none of 2 tokens, and 12 - h
+
+
 def padded(lengths, side):
     """Rows whose first token has no label: on the left, padding stands before it, and transformers' L_1 would use that."""
     batch = {name: [] for name in ("input_ids", "labels", "attention_mask", "position_ids")}
