@@ -18,6 +18,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
 # Columns that go along with messages, and what stands for them in rows without.
 _EXTRAS: dict[str, Any] = {"tools": None, "chat_template_kwargs": {}}
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -57,8 +59,9 @@ def load_rows(
 def _dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
     """Rows as a Dataset, every value as it was: nested ones as JSON, so that no key is added to a message or a tool."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    form = set(names) - set(_EXTRAS)
-    odd = next((number for number, row in enumerate(rows) if not form <= set(row)), None)
+    # The columns, and whether each holds messages or text.
+    forms = [{name: isinstance(row[name], list) for name in row if name not in _EXTRAS} for row in rows]
+    odd = next((number for number, form in enumerate(forms) if form != forms[0]), None)
     if odd is not None:
         raise DataError(
             f"{source}, row {odd} (from 0) is of another form than the rows before it. Mend or remove the row."
@@ -132,22 +135,42 @@ def _read_list(path: Path) -> list[dict[str, Any]]:
 
 def _in_form(row: dict[str, Any], number: int, source: str, *, chat: bool) -> dict[str, Any]:
     extras = {name: row[name] for name in _EXTRAS if row.get(name)}
+    _refuse_media(row, number, source)
     if "messages" in row:
-        return {"messages": row["messages"], **extras}
+        return {"messages": _conversation(row["messages"], "messages", number, source), **extras}
     if "conversations" in row:
-        return {"messages": [_message(turn, number, source) for turn in row["conversations"]], **extras}
+        turns = [_message(turn, number, source) for turn in row["conversations"] or []]
+        return {"messages": _conversation(turns, "conversations", number, source), **extras}
     if "instruction" in row:
         return _from_alpaca(row, number, source, chat=chat)
     for form in (("prompt", "completion"), ("prompt",), ("text",)):
         if set(form) <= set(row):
-            for name in form:
-                _refuse_no_text(row[name], name, number, source)
+            _refuse_no_texts({name: row[name] for name in form}, number, source)
             return {name: row[name] for name in form} | extras
     raise DataError(
         f"{source}, row {number} (from 0) has the columns {', '.join(row)}, of no form caftune knows (messages; prompt and "
         "completion; text; instruction and output; conversations). Name them in data.columns, such as "
         "{prompt: question, completion: answer}."
     )
+
+
+def _refuse_media(row: Mapping[str, Any], number: int, source: str) -> None:
+    media = [name for name in _MEDIA if row.get(name)]
+    if media:
+        raise DataError(
+            f"{source}, row {number} (from 0) has {media[0]}, and caftune trains on text alone. Remove the row, or the column."
+        )
+
+
+def _refuse_no_texts(values: Mapping[str, Any], number: int, source: str) -> None:
+    for name, value in values.items():
+        _refuse_no_text(value, name, number, source)
+        if isinstance(value, list):
+            _conversation(value, name, number, source)
+    if len({type(value) for value in values.values()}) > 1:
+        raise DataError(
+            f"{source}, row {number} (from 0): {' and '.join(values)} must both be text or both messages. Mend the row."
+        )
 
 
 def _refuse_no_text(value: Any, name: str, number: int, source: str) -> None:
@@ -157,11 +180,36 @@ def _refuse_no_text(value: Any, name: str, number: int, source: str) -> None:
         raise DataError(f"{source}, row {number} (from 0): {name} must be text, got {value!r}. Write it in quotes.")
 
 
-def _message(turn: Mapping[str, Any], number: int, source: str) -> dict[str, str]:
+def _conversation(turns: Any, name: str, number: int, source: str) -> list[Any]:
+    """`turns` as they are, where every one can be written by a chat template."""
+    place = f"{source}, row {number} (from 0)"
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{place}: {name} must be a list of messages, got {turns!r}. Mend or remove the row.")
+    for turn in turns:
+        role = turn.get("role") if isinstance(turn, dict) else None
+        if role not in _ROLES:
+            raise DataError(
+                f"{place}: a role in {name} must be one of {', '.join(_ROLES)}, got {role!r}. Mend the row."
+            )
+        content = turn.get("content")
+        said = [value for key, value in turn.items() if key != "role" and value is not None]
+        if not said or not isinstance(content, str | list | None):
+            raise DataError(f"{place}: content in {name} must be text, got {content!r}. Mend or remove the row.")
+        kinds = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+        if set(kinds) - {"text"}:
+            raise DataError(
+                f"{place}: {name} has a part of type {kinds}, and caftune trains on text alone. Remove the row."
+            )
+    return turns
+
+
+def _message(turn: Any, number: int, source: str) -> Any:
+    if not isinstance(turn, dict) or "role" in turn:
+        return turn  # ChatML under ShareGPT's name
     role = _SHAREGPT_ROLES.get(turn.get("from", ""))
     if role is None:
         raise DataError(f"{source}, row {number} (from 0): unknown speaker {turn.get('from')!r} in conversations.")
-    return {"role": role, "content": turn["value"]}
+    return {"role": role, "content": turn.get("value")}
 
 
 def _from_alpaca(row: Mapping[str, Any], number: int, source: str, *, chat: bool) -> dict[str, Any]:

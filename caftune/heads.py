@@ -155,6 +155,7 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
         if kwargs.get("labels") is None:
             raise ValueError("labels must be given for the auxiliary losses, got none.")
         kwargs["return_dict"] = True
+        kwargs.setdefault("use_cache", False)  # with a cache transformers would not tell packed documents apart
         own = replace(backbone, model=self)
         own.unembedding()  # FSDP2 gathers it here, before TRL's fused head would, whose gradient stays on its rank (TRL 1.16)
         with own.capture() as call:

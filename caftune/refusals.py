@@ -61,6 +61,34 @@ def _refuse_untying(model: PreTrainedModel, peft_config: Any) -> None:
         )
 
 
+def refuse_missing_parts(dataset: Dataset, args: CAFTConfig, *, name: str) -> None:
+    """Rows without the part that is to be trained on."""
+    if "input_ids" in dataset.column_names:
+        return
+    if "prompt" in dataset.column_names and "completion" not in dataset.column_names:
+        raise ValueError(
+            f"The {name} data has prompts and no completions to train on; its columns are {', '.join(dataset.column_names)}. "
+            "Name the answers completion (of preference pairs, the chosen ones)."
+        )
+    if args.completion_only_loss and "completion" not in dataset.column_names:
+        raise ValueError(
+            f"completion_only_loss must not be set where rows have no completion, as in the {name} data: every token would be "
+            "trained on. Use assistant_only_loss for messages, or leave it out."
+        )
+    if args.assistant_only_loss and "messages" in dataset.column_names:
+        talks = enumerate(dataset["messages"])
+        silent = [row for row, talk in talks if not any(message["role"] == "assistant" for message in talk)]
+        if silent:
+            raise ValueError(
+                f"{len(silent)} of {len(dataset)} rows of the {name} data (counted from 0: {_named(silent)}) have no assistant "
+                "turn, on which assistant_only_loss trains. Remove these rows, or leave assistant_only_loss out."
+            )
+
+
+def _named(rows: list[int]) -> str:
+    return ", ".join(map(str, rows[:_NAMED_ROWS])) + (", ..." if len(rows) > _NAMED_ROWS else "")
+
+
 def refuse_cut_answers(dataset: Dataset, max_length: int, *, name: str, keep_end: bool) -> None:
     """Rows that truncation to `max_length` leaves without a trained token; rows it shortens are told."""
     kept = slice(-max_length, None) if keep_end else slice(max_length)
@@ -70,10 +98,9 @@ def refuse_cut_answers(dataset: Dataset, max_length: int, *, name: str, keep_end
             lost.append(row)
         shortened += len(example["labels"]) > max_length
     if lost:
-        named = ", ".join(map(str, lost[:_NAMED_ROWS])) + (", ..." if len(lost) > _NAMED_ROWS else "")
         raise ValueError(
-            f"{len(lost)} of {len(dataset)} rows of the {name} data (counted from 0: {named}) have no token to train on within "
-            f"max_length={max_length}. Raise max_length, shorten their prompts, or remove these rows."
+            f"{len(lost)} of {len(dataset)} rows of the {name} data (counted from 0: {_named(lost)}) have no token to train on "
+            f"within max_length={max_length}. Raise max_length, shorten their prompts, or remove these rows."
         )
     if shortened:
         _logger.warning(

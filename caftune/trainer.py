@@ -29,7 +29,7 @@ from caftune.export import export_model, load_trained
 from caftune.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
 from caftune.objective import IGNORED, auxiliary_loss, horizon_targets
 from caftune.packing import RefuseLeaks
-from caftune.refusals import refuse_arguments, refuse_cut_answers, refuse_unfit
+from caftune.refusals import refuse_arguments, refuse_cut_answers, refuse_missing_parts, refuse_unfit
 from caftune.training_heads import (
     give_own_learning_rate,
     load_state,
@@ -75,11 +75,7 @@ class CAFTTrainer(SFTTrainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path, revision=revision)
         refuse_unfit(model, peft_config, args)
-        for module in model.modules():
-            if hasattr(
-                module, "support_avx512bf16_for_cpu"
-            ):  # bitsandbytes 0.50: an evaluation on a CPU would pack the
-                module.support_avx512bf16_for_cpu = False  # weights into a layout that has no gradient
+        _keep_trainable_on_cpu(model)
         self.heads, self.backbone = _heads_for(model, args, processing_class)
         name = str(model.config._name_or_path)
         # Absolute, because a run may change its folder before it exports.
@@ -104,6 +100,7 @@ class CAFTTrainer(SFTTrainer):
     def _attach(self) -> None:
         """Put the heads into the model, after PEFT has wrapped it (so that it leaves them alone)."""
         self._refuse_short_context()
+        self._refuse_split_rows()
         if self.args.pretrain_heads:
             self.model.requires_grad_(False)
         self.heads.requires_grad_(False)
@@ -283,6 +280,8 @@ class CAFTTrainer(SFTTrainer):
         """As SFTTrainer, but rows whose answer max_length would cut away are refused instead of dropped in silence."""
         if isinstance(dataset, IterableDataset):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if formatting_func is None:
+            refuse_missing_parts(dataset, args, name=dataset_name)
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
@@ -335,6 +334,14 @@ class CAFTTrainer(SFTTrainer):
             SimpleNamespace(missing_keys=missing, unexpected_keys=load_result.unexpected_keys)
         )
 
+    def _refuse_split_rows(self) -> None:
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError(
+                "cp_size and sp_size must be 1: context and sequence parallelism cut rows into pieces, and a head's target may "
+                "lie in the next one. Use FSDP2 or DeepSpeed ZeRO for memory, or a smaller max_length."
+            )
+
     def _refuse_short_context(self) -> None:
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         context = min(self.args.max_length or math.inf, positions or math.inf)
@@ -354,6 +361,13 @@ def _load_model(name: str, args: CAFTConfig, quantization_config: Any) -> PreTra
         options["device_map"] = None
     options.setdefault("trust_remote_code", args.trust_remote_code)
     return create_model_from_path(name, **options)
+
+
+def _keep_trainable_on_cpu(model: Any) -> None:
+    """bitsandbytes 0.50 packs 4-bit weights in an evaluation on a CPU, into a layout through which no gradient flows."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _heads_for(

@@ -62,7 +62,7 @@ def test_an_answer_that_is_a_number_is_refused(tmp_path):
 
 def test_rows_of_another_form_are_refused(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"text": "a"}, {"prompt": "a", "completion": "b"}])
-    with pytest.raises(DataError, match=r"row 0 \(from 0\) is of another form"):
+    with pytest.raises(DataError, match=r"row 1 \(from 0\) is of another form"):
         load_rows(path)
 
 

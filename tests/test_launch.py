@@ -90,9 +90,8 @@ def test_a_model_sharded_by_fsdp2_learns_resumes_and_exports_as_one_process_does
         for ours, theirs in zip(found, steps[0], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4)  # float32, another order of sums
     file = "heads.safetensors" if name == "stage_one" else "model.safetensors"
-    start = load_file(
-        sharded / ("untied-heads" if name == "stage_one" else CASES[name][0] and "tied" or "untied") / file
-    )
+    before = "untied-heads" if name == "stage_one" else ("tied" if CASES[name][0] else "untied")
+    start = load_file(sharded / before / file)
     expected = load_file(one / "model" / file)
     assert any(not torch.equal(expected[key], start[key]) for key in start)
     for run in runs[1:]:

@@ -1,0 +1,35 @@
+"""Two bases with the demo's tokenizer, one with rotary positions and one without, and heads that differ from each other."""
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from caftune import AuxiliaryHeads, Backbone, HeadsConfig, save_heads
+from caftune.demo.run import BASE
+
+HEADS = 3
+
+
+def load_base(name, attention="sdpa"):
+    """The embedded Llama, or a GPT-2 of the same vocabulary without dropout and with weights wide enough to matter."""
+    if name == "llama":
+        return AutoModelForCausalLM.from_pretrained(BASE, attn_implementation=attention)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shape = {"vocab_size": 158, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+        model = GPT2LMHeadModel(GPT2Config(**shape, **dropout, **ends, initializer_range=0.2))
+    model.set_attn_implementation(attention)
+    return model
+
+
+def write_heads(name, folder):
+    """Heads for a base, each moved from the copy it starts as, so that a mix-up of horizons shows."""
+    backbone = Backbone.of(load_base(name))
+    heads = AuxiliaryHeads.build(backbone, HeadsConfig(HEADS))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    save_heads(folder, heads, backbone, AutoTokenizer.from_pretrained(BASE))
+    return str(folder)

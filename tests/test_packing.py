@@ -1,0 +1,61 @@
+"""Packed training is refused where a model sees across documents, and only there."""
+
+import pytest
+import torch
+from datasets import Dataset
+from models import build
+from training import config, numbers, trained
+from transformers import AutoTokenizer
+
+from caftune import CAFTTrainer
+from caftune.demo.run import BASE
+from caftune.packing import _movement
+
+KEEPS_APART = ["llama", "qwen3", "gpt2", "mixtral"]
+LEAKS = ["bloom", "mpt", "mamba"]
+
+
+def trainer_of(family, rows, folder, *, attention="eager", **options):
+    model = build(family, dtype=torch.float32, attention=attention, vocab_size=158).train()
+    args = config(folder, aux_weight=0.0, max_steps=1, **options)
+    return CAFTTrainer(model, args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(BASE))
+
+
+@pytest.fixture
+def short(rows):
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    ids = [tokenizer(row["prompt"])["input_ids"][:9] for row in rows]
+    return Dataset.from_list([{"input_ids": i, "labels": i} for i in ids])
+
+
+@pytest.mark.filterwarnings("ignore:.*flash:UserWarning", "ignore:.*attention implementation:UserWarning")
+@pytest.mark.parametrize("options", [{"packing": True, "max_length": 30}, {"padding_free": True, "max_length": None}])
+@pytest.mark.parametrize("family", LEAKS)
+def test_a_model_that_sees_across_documents_is_refused_before_the_first_step(family, options, short, tmp_path):
+    trainer = trainer_of(family, short, tmp_path, **options)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match="packing and padding_free must be False for this model with attention"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", KEEPS_APART)
+def test_a_model_that_keeps_documents_apart_is_trained(family, attention, short, tmp_path):
+    trainer = trainer_of(family, short, tmp_path, attention=attention, packing=True, max_length=30)
+    moved, tolerance = _movement(trainer)
+    assert moved < tolerance / 10  # by rounding at most
+    assert trainer.model.training
+    assert numbers(trained(trainer))
+
+
+@pytest.mark.filterwarnings("ignore:.*flash:UserWarning", "ignore:.*attention implementation:UserWarning")
+@pytest.mark.parametrize("family", LEAKS)
+def test_a_leak_is_no_matter_of_rounding(family, short, tmp_path):
+    moved, tolerance = _movement(trainer_of(family, short, tmp_path, packing=True, max_length=30))
+    assert moved > 10 * tolerance
+
+
+def test_a_padded_run_of_a_model_that_would_leak_is_trained(short, tmp_path):
+    assert numbers(trained(trainer_of("bloom", short, tmp_path)))
