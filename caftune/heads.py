@@ -64,10 +64,13 @@ class MLPHead(nn.Module):
             self.down.weight.zero_()
 
     def forward(
-        self, hidden: Float[Tensor, "batch tokens width"], normed: Float[Tensor, "batch tokens normed_width"]
-    ) -> Float[Tensor, "batch tokens width"]:
-        """Hidden states in the place of the last layer's output."""
-        return hidden + self.down(nn.functional.silu(self.up(normed)))
+        self,
+        hidden: Float[Tensor, "batch tokens *streams width"],
+        normed: Float[Tensor, "batch tokens normed_width"],
+    ) -> Float[Tensor, "batch tokens *streams width"]:
+        """Hidden states in the place of the last layer's output; where that has several streams, each gets the same change."""
+        change = self.down(nn.functional.silu(self.up(normed)))
+        return hidden + (change if hidden.dim() == change.dim() else change.unsqueeze(-2))
 
 
 class AuxiliaryHeads(nn.Module):
@@ -85,7 +88,7 @@ class AuxiliaryHeads(nn.Module):
         Call it before PEFT wraps the model: a copy made later would carry adapters.
 
         Raises:
-            UnsupportedModelError: the model is already wrapped by PEFT.
+            UnsupportedModelError: the model is already wrapped by PEFT, or its last layer cannot be copied.
         """
         if any("lora_" in name for name, _ in backbone.model.named_parameters()):
             raise UnsupportedModelError(
@@ -93,6 +96,11 @@ class AuxiliaryHeads(nn.Module):
                 "or give CAFTTrainer the plain model and a peft_config."
             )
         if config.kind == "decoder":
+            if backbone.copy_refusal is not None:
+                raise UnsupportedModelError(
+                    f"{backbone.copy_refusal}, so it cannot carry decoder heads. Use MLP heads: "
+                    "head_kind='mlp' (recipe: heads.kind)."
+                )
             return cls(config, [_copy_of(backbone.layer) for _ in config.horizons])
         return cls(config, [MLPHead(backbone.width, backbone.unembedding().weight, seed=h) for h in config.horizons])
 
