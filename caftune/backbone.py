@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from caftune.cross_entropy import Unembedding
 
 # Keyword arguments that would let a replayed layer read or write a cache. All are optional in every decoder layer.
-_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache_position")
+_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache_position", "state")
 _PROBE_TOKENS = 8
 
 
@@ -80,7 +80,7 @@ class Backbone:
             except UnsupportedModelError as error:
                 refusal = str(error)
             try:
-                return _verified(replace(draft, layer_name=_trunk_name(model), copy_refusal=refusal))
+                return _verified(replace(draft, layer_name=_name_of(draft.trunk, model), copy_refusal=refusal))
             except UnsupportedModelError:
                 raise UnsupportedModelError(f"{refusal}, so it cannot carry auxiliary heads.") from None
 
@@ -92,7 +92,7 @@ class Backbone:
     @property
     def trunk(self) -> nn.Module:
         """The model without its unembedding."""
-        return self.model.base_model
+        return _trunk(self.model)
 
     @contextmanager
     def capture(self) -> Iterator[LayerCall]:
@@ -113,7 +113,7 @@ class Backbone:
             for handle in handles:
                 handle.remove()
 
-    def close(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows unembedding_width"]:
+    def close(self, hidden: Float[Tensor, "... width"]) -> Float[Tensor, "... unembedding_width"]:
         """What the model does between its last layer and its unembedding (the final norm)."""
         for name in self.closing_names:
             hidden = self.model.get_submodule(name)(hidden)
@@ -129,19 +129,27 @@ def _hidden(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _trunk_name(model: Any) -> str:
-    return next(name for name, module in model.named_modules() if module is model.base_model)
+def _trunk(model: Any) -> nn.Module:
+    """The base model; where the class names none (Mllama), the part that holds the input embeddings."""
+    if model.base_model is not model:
+        return model.base_model
+    embeddings = model.get_input_embeddings()
+    return next(part for part in model.children() if embeddings in part.modules())
+
+
+def _name_of(part: nn.Module, model: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
 
 
 def _last_layer(model: Any) -> str:
     """Name of the last decoder layer: the end of the outermost list of as many modules as the configuration has layers."""
-    config, trunk = model.config.get_text_config(), _trunk_name(model)
+    config, trunk = model.config.get_text_config(), _trunk(model)
     # A layer can hold several attention layers, which num_hidden_layers then counts and num_layers does not (LongCat),
     # and the decoder of an encoder-decoder counts its own (BART).
     depths = (config.num_hidden_layers, getattr(config, "num_layers", None), getattr(config, "decoder_layers", None))
     stacks = {
         name: len(module)
-        for name, module in model.base_model.named_modules()
+        for name, module in trunk.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) in depths and _is_decoder_stack(module)
     }
     if not stacks:
@@ -149,7 +157,7 @@ def _last_layer(model: Any) -> str:
             f"{type(model).__name__} has no list of {depths[0]} decoder layers that caftune can find"
         )
     name = min(stacks, key=lambda name: name.count("."))
-    return ".".join(filter(None, (trunk, name, str(stacks[name] - 1))))
+    return ".".join(filter(None, (_name_of(trunk, model), name, str(stacks[name] - 1))))
 
 
 def _is_decoder_stack(layers: nn.ModuleList) -> bool:

@@ -161,7 +161,10 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
             raise ValueError(f"auxiliary must be 'add', 'only' or None, got {auxiliary!r}.")
         if kwargs.get("labels") is None:
             raise ValueError("labels must be given for the auxiliary losses, got none.")
-        kwargs["return_dict"] = True
+        kwargs |= {
+            "return_dict": True,
+            "use_cache": False,
+        }  # no loss reads a cache, and some layers write to it in place
         own = replace(backbone, model=self)
         with own.capture() as call:
             outputs: Any = None

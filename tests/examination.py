@@ -8,6 +8,7 @@ import copy
 import functools
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,15 +16,18 @@ from models import FAMILIES, VOCABULARY, build
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from caftune.backbone import Backbone, UnsupportedModelError
 from caftune.checkpoint import load_heads, save_heads
 from caftune.export import export_model
 from caftune.heads import AuxiliaryHeads, HeadsConfig, attach_heads
 
+logging.disable_progress_bar()
 KINDS = ("decoder", "mlp")
 HEADS = 2
+# Where PEFT cannot wrap every linear layer (routers, Mamba's output projection), these.
+PROJECTIONS = ["q_proj", "v_proj", "q_a_proj", "in_proj", "x_proj"]
 TOLERANCE = 2e-5  # of the largest value compared; everything is computed in float32
 IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
 MASK = torch.ones_like(IDS)
@@ -36,7 +40,7 @@ def examine(family):
     """Property -> "yes" or the reason why not, and "packing eager", "packing sdpa" -> "yes", "leaks" or "refused"."""
     found = {"model type": FAMILIES[family][0]}
     try:
-        backbone = Backbone.of(base(family))
+        backbone = backbone_of(family)
     except UnsupportedModelError as error:
         return {**found, "refused": str(error)}
     found |= {"packing eager": packing(family, "eager"), "packing sdpa": packing(family, "sdpa")}
@@ -47,7 +51,7 @@ def examine(family):
             continue
         for check in (is_causal, has_the_horizons_losses, has_gradients, learns, survives_saving):
             found[f"{check.__name__} {kind}"] = answer(check, family, kind)
-    found |= {"exports": answer(exports, family), "lora": answer(trains_with_lora, family)}
+    found |= {"exports": answer(exports, family), "lora": lora(family)}
     return found
 
 
@@ -57,6 +61,14 @@ def answer(check, *arguments):
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return "yes"
+
+
+def lora(family):
+    """What LoRA can adapt: "all linear" layers, else the "projections" of attention and state spaces, else why neither."""
+    reason = answer(trains_with_lora, family, "all-linear")
+    if reason == "yes":
+        return "all linear"
+    return "projections" if answer(trains_with_lora, family, PROJECTIONS) == "yes" else reason
 
 
 def refusal(backbone):
@@ -73,10 +85,15 @@ def base(family, attention="eager"):
     return build(family, dtype=torch.float32, attention=attention)
 
 
+@functools.lru_cache(maxsize=1)
+def backbone_of(family):
+    return Backbone.of(base(family))
+
+
 def with_heads(family, kind, model=None):
     """A model with perturbed heads attached, and its backbone."""
-    model = copy.deepcopy(base(family)) if model is None else model
-    backbone = Backbone.of(model)
+    backbone = replace(backbone_of(family), model=model or copy.deepcopy(base(family)))
+    model = backbone.model
     heads = AuxiliaryHeads.build(backbone, HeadsConfig(HEADS, kind))
     noise = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -97,8 +114,9 @@ def replays(family):
         if attention == "sdpa" and not base(family)._supports_sdpa:
             continue
         model = copy.deepcopy(base(family, attention))
-        backbone = Backbone.of(model)
-        for training, use_cache, mask in ((False, False, None), (True, True, None), (False, True, MASK)):
+        backbone = replace(backbone_of(family), model=model)
+        cache = answer(lambda model: model(input_ids=IDS, use_cache=True), model) == "yes"  # else its own code fails
+        for training, use_cache, mask in ((False, False, None), (True, cache, None), (False, cache, MASK)):
             model.train(training)
             with torch.no_grad(), backbone.capture() as call:
                 logits = model(input_ids=IDS, use_cache=use_cache, attention_mask=mask).logits
@@ -129,7 +147,7 @@ def has_the_horizons_losses(family, kind):
     with torch.no_grad():
         outputs = model(input_ids=IDS, attention_mask=MASK, labels=LABELS, use_cache=False, auxiliary="add")
         for index, head in enumerate(model.auxiliary_heads.heads):
-            logits = logits_with(head, copy.deepcopy(base(family)), backbone.layer_name, kind)
+            logits = logits_with(head, copy.deepcopy(base(family)), backbone, kind)
             targets = LABELS[:, 2 + index :]
             expected = cross_entropy(logits[:, : -2 - index].flatten(0, 1), targets.flatten(), reduction="sum")
             same(outputs.auxiliary["nll"][index], expected)
@@ -138,26 +156,28 @@ def has_the_horizons_losses(family, kind):
         same(only["auxiliary"]["nll"], outputs.auxiliary["nll"])
 
 
-def logits_with(head, model, layer_name, kind):
+def logits_with(head, model, backbone, kind):
     """The logits of a plain model whose last layer has the head's weights, or whose last output the MLP changes."""
-    layer = model.get_submodule(layer_name)
+    layer = model.get_submodule(backbone.layer_name)
     inputs = {"input_ids": IDS, "attention_mask": MASK, "use_cache": False}
     if kind == "decoder":
         own = copy.deepcopy(layer)  # parts that several layers share are the last layer's own from here on
-        model.set_submodule(layer_name, own)
+        model.set_submodule(backbone.layer_name, own)
         own.load_state_dict(head.state_dict())
         return model(**inputs).logits
     seen = []
-    with model.get_output_embeddings().register_forward_pre_hook(lambda _module, args: seen.append(args[0])):
+    last = model.get_submodule([backbone.layer_name, *backbone.closing_names][-1])
+    with last.register_forward_hook(lambda _module, _args, output: seen.append(output)):
         model(**inputs)
-    gate = seen[0] @ head.up.weight.T
+    normed = seen[-1] if isinstance(seen[-1], torch.Tensor) else seen[-1][0]
+    gate = normed @ head.up.weight.T
     change = (gate * torch.sigmoid(gate)) @ head.down.weight.T
 
     def changed(_module, _args, output):
         hidden = output if isinstance(output, torch.Tensor) else output[0]
         hidden = hidden + (change[:, :, None] if hidden.dim() == 4 else change)
-        if isinstance(output, tuple):
-            return (hidden, *output[1:])
+        if isinstance(output, tuple | list):
+            return type(output)([hidden, *output[1:]])
         if isinstance(output, torch.Tensor):
             return hidden
         output.last_hidden_state = hidden
@@ -174,7 +194,7 @@ def has_gradients(family, kind):
         model, _ = with_heads(family, kind)
         model.train()
         if checkpointing and not model.supports_gradient_checkpointing:
-            continue
+            break
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         outputs = model(input_ids=IDS, attention_mask=MASK, labels=LABELS, use_cache=False, auxiliary="add")
@@ -184,8 +204,8 @@ def has_gradients(family, kind):
     loss, found = results[0]
     assert torch.isfinite(loss), "the loss is not finite"
     assert all(torch.isfinite(gradient).all() for gradient in found.values()), "gradients are not finite"
-    embedding = model.get_input_embeddings().weight.grad
-    assert embedding is not None and embedding.any(), "no gradient reaches the input embeddings"
+    embedding = next(name for name, value in model.named_parameters() if value is model.get_input_embeddings().weight)
+    assert found[embedding].any(), "no gradient reaches the input embeddings"
     for index in range(HEADS):
         moved = [name for name in found if name.startswith(f"auxiliary_heads.heads.{index}.") and found[name].any()]
         assert moved, f"no gradient reaches head {index}"
@@ -209,8 +229,10 @@ def learns(family, kind):
         parameter.requires_grad_(False)
     optimizer = torch.optim.Adam(heads.requires_grad_(True).parameters(), lr=0.01)
     losses = []
-    for _ in range(6):
-        scores = model(input_ids=IDS, attention_mask=MASK, labels=LABELS, use_cache=False, auxiliary="only")["auxiliary"]
+    for _ in range(4):
+        scores = model(input_ids=IDS, attention_mask=MASK, labels=LABELS, use_cache=False, auxiliary="only")[
+            "auxiliary"
+        ]
         losses.append(scores["nll"].detach())
         scores["nll"].sum().backward()
         optimizer.step()
@@ -224,7 +246,7 @@ def survives_saving(family, kind):
     model, backbone = with_heads(family, kind)
     with tempfile.TemporaryDirectory() as folder:
         save_heads(folder, model.auxiliary_heads, backbone)
-        loaded = load_heads(folder, Backbone.of(copy.deepcopy(base(family))))
+        loaded = load_heads(folder, backbone_of(family))
     saved = model.auxiliary_heads.state_dict()
     assert loaded.state_dict().keys() == saved.keys()
     assert all(torch.equal(value, saved[name]) for name, value in loaded.state_dict().items())
@@ -235,37 +257,40 @@ def exports(family):
     with tempfile.TemporaryDirectory() as folder:
         published, result = Path(folder, "base"), Path(folder, "result")
         copy.deepcopy(base(family)).to(torch.bfloat16).save_pretrained(published)
-        model, _ = with_heads(family, "mlp", load(published))
+        model, _ = with_heads(family, "mlp", load(published, family))
         export_model(model, result)
         assert contents(result) == contents(published)
-        model_again, report = AutoModelForCausalLM.from_pretrained(
-            result, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-        )
+        kind = type(base(family))
+        model_again, report = kind.from_pretrained(result, dtype=torch.float32, output_loading_info=True)
         assert not any(report.values()), f"loading reports {report}"
-        assert logits_equal(model_again, model)
+        model_again.set_attn_implementation("eager")
+        logits_equal(model_again, model)
 
 
-def trains_with_lora(family):
-    """LoRA on all linear layers trains beside the heads, and is merged in the export."""
+def trains_with_lora(family, targets):
+    """Adapters train beside the heads, and the export with them merged computes what was trained."""
     with tempfile.TemporaryDirectory() as folder:
         published, result = Path(folder, "base"), Path(folder, "result")
         copy.deepcopy(base(family)).save_pretrained(published)
-        model = load(published)
-        backbone = Backbone.of(model)
+        model = load(published, family)
+        backbone = replace(backbone_of(family), model=model)
         heads = AuxiliaryHeads.build(backbone, HeadsConfig(HEADS, "mlp" if backbone.copy_refusal else "decoder"))
-        adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-        attach_heads(backbone, heads)
-        outputs = adapted(input_ids=IDS, attention_mask=MASK, labels=LABELS, use_cache=False, auxiliary="add")
-        outputs.auxiliary["nll"].sum().backward()
-        reached = [value.grad.any() for name, value in adapted.named_parameters() if "lora_A" in name and value.grad is not None]
-        assert any(reached), "no gradient reaches the adapters"
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+        attach_heads(backbone, heads.requires_grad_(False))
+        optimizer = torch.optim.Adam([value for value in adapted.parameters() if value.requires_grad], lr=0.05)
+        for _ in range(2):
+            outputs = adapted(input_ids=IDS, attention_mask=MASK, labels=LABELS, use_cache=False, auxiliary="add")
+            outputs.auxiliary["nll"].sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert any(value.any() for name, value in adapted.named_parameters() if "lora_B" in name), "no adapter moved"
         export_model(adapted, result, base_name=str(published))
         assert contents(result) == contents(published)
-        assert logits_equal(load(result), adapted.eval(), tolerance=1e-3)
+        logits_equal(load(result, family), adapted, tolerance=1e-3)
 
 
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+def load(folder, family):
+    return type(base(family)).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
 def contents(folder):
@@ -283,7 +308,6 @@ def contents(folder):
 def logits_equal(found, expected, tolerance=TOLERANCE):
     with torch.no_grad():
         same(*(model.eval()(input_ids=IDS, use_cache=False).logits for model in (found, expected)), tolerance)
-    return True
 
 
 def packing(family, attention):

@@ -13,7 +13,7 @@ TINY = {
     **dict.fromkeys(["input_embedding_size", "output_embedding_size", "embedding_dim", "word_embed_proj_dim"], WIDTH),
     **dict.fromkeys(["num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers"], DEPTH),
     **dict.fromkeys(["num_attention_heads", "num_heads", "n_head", "n_heads", "attention_heads"], 2),
-    **{"decoder_attention_heads": 2, "encoder_attention_heads": 2, "encoder_layers": 1, "num_key_value_heads": 1},
+    **{"decoder_attention_heads": 2, "encoder_attention_heads": 2, "encoder_layers": DEPTH, "num_key_value_heads": 1},
     **dict.fromkeys(["intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim"], 24),
     **dict.fromkeys(["max_position_embeddings", "n_positions", "max_seq_len"], 64),
     **{"head_dim": 8, "query_pre_attn_scalar": 8, "rotary_dim": 4},
@@ -51,6 +51,19 @@ _FULL, _LINEAR = "full_attention", "linear_attention"
 def _layers(*types):
     return {"num_hidden_layers": len(types), "layer_types": list(types)}
 
+
+_VISION = {
+    **{"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"image_size": 8, "patch_size": 4},
+}
+# Tokens that stand for images: none of those that the tests use.
+_IMAGE = dict.fromkeys(["image_token_index", "image_token_id", "boi_token_index", "eoi_token_index"], 0)
+_CROSS = {"num_hidden_layers": 3, "cross_attention_layers": [1]}
+_GEMMA4 = {
+    **_layers("sliding_attention", _FULL, "sliding_attention", _FULL),
+    **{"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 4},
+    "final_logit_softcapping": 2.0,
+}
 
 # Family name -> (model type, what differs from TINY and from the configuration's defaults). Settings that change what
 # stands between the last layer and the logits (scale, softcap, projections) are set to values that matter.
@@ -134,7 +147,8 @@ FAMILIES = {
     "lfm2_attention": ("lfm2", _layers("conv", _FULL)),
     "lfm2_conv": ("lfm2", _layers(_FULL, "conv")),
     "lfm2_moe": ("lfm2_moe", _layers("conv", _FULL)),
-    "lfm3": ("lfm3", {}),
+    "lfm3_attention": ("lfm3", _layers("conv", _FULL)),
+    "lfm3_conv": ("lfm3", _layers(_FULL, "conv")),
     "ernie4_5": ("ernie4_5", {}),
     "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_shared_experts": 1}),
     "minimax_attention": ("minimax", _layers(_LINEAR, _FULL)),
@@ -156,7 +170,7 @@ FAMILIES = {
     "dbrx": (
         "dbrx",
         {
-            "attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0},
+            "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 10000.0},
             "ffn_config": {"hidden_size": WIDTH, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
         },
     ),
@@ -171,9 +185,10 @@ FAMILIES = {
     "solar_open": ("solar_open", {}),
     "youtu": ("youtu", _EQUAL_HEADS),
     "hy_v3": ("hy_v3", {}),
-    "kimi_linear": ("kimi_linear", {}),
+    "kimi_linear_attention": ("kimi_linear", {**_EQUAL_HEADS, **_layers(_LINEAR, _FULL)}),
+    "kimi_linear_linear": ("kimi_linear", {**_EQUAL_HEADS, **_layers(_FULL, _LINEAR)}),
     "mimo_v2_flash": ("mimo_v2_flash", {}),
-    "bailing_hybrid": ("bailing_hybrid", {}),
+    "bailing_hybrid": ("bailing_hybrid", {**_EQUAL_HEADS, **_layers(_LINEAR, _FULL)}),
     "moshi": ("moshi", {}),
     "mellum": ("mellum", {}),
     "laguna": ("laguna", {}),
@@ -182,7 +197,14 @@ FAMILIES = {
     "glm_moe_dsa": ("glm_moe_dsa", _EQUAL_HEADS),
     "deepseek_v4": ("deepseek_v4", {}),
     "hy_v4": ("hy_v4", {}),
-    "qwen4_exp": ("qwen4_exp_text", {}),
+    "qwen4_exp": (
+        "qwen4_exp_text",
+        {
+            **_layers(_LINEAR, _FULL),
+            **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4},
+            **{"indexer_compress_ratio": 2},
+        },
+    ),
     "axk1": ("axk1", _EQUAL_HEADS),
     "axk2": ("axk2", _EQUAL_HEADS),
     "rwkv": ("rwkv", {"attention_hidden_size": WIDTH}),
@@ -198,8 +220,45 @@ FAMILIES = {
     "whisper_decoder": ("whisper", {}),
     "xlnet": ("xlnet", {"d_inner": 24}),
     "recurrent_gemma_attention": ("recurrent_gemma", {"num_hidden_layers": 3, "logits_soft_cap": 2.0}),
-    "recurrent_gemma_recurrent": ("recurrent_gemma", {"logits_soft_cap": 2.0}),
-    "xlstm": ("xlstm", {"mode": "train", "output_logit_soft_cap": 2.0}),
+    "recurrent_gemma_recurrent": ("recurrent_gemma", {"num_hidden_layers": 4, "logits_soft_cap": 2.0}),
+    "xlstm": ("xlstm", {"output_logit_soft_cap": 2.0}),
+    "beam": ("beam", {"final_logit_softcapping": 2.0}),
+    "flint": ("flint", {}),
+    "kolibri1": ("kolibri1", {}),
+    "granitemoe_swa": ("granitemoe_swa", {"logits_scaling": 3.0}),
+    "minimax_m3": ("minimax_m3_vl_text", {}),
+    "internlm3": ("internlm3", {}),
+    "iquestcoder": ("iquestcoder", {}),
+    "llama4_multimodal": ("llama4", {"text_config": ("llama4_text", {"intermediate_size_mlp": 24}), **_IMAGE}),
+    "qwen3_5_multimodal": ("qwen3_5", {"text_config": ("qwen3_5_text", _layers(_LINEAR, _FULL)), **_IMAGE}),
+    "gemma3_multimodal": ("gemma3", {"text_config": ("gemma3_text", {}), "vision_config": _VISION, **_IMAGE}),
+    "gemma4_multimodal": ("gemma4", {"text_config": ("gemma4_text", _GEMMA4), **_IMAGE}),
+    "emu3": ("emu3", {"text_config": ("emu3_text_model", {}), **_IMAGE}),
+    "mllama": ("mllama", {"text_config": ("mllama_text_model", _CROSS), **_IMAGE}),
+    "mllama_crossing": ("mllama", {"text_config": ("mllama_text_model", {"cross_attention_layers": [1]}), **_IMAGE}),
+    "cpmant": ("cpmant", {"dim_head": 8, "dim_ff": 24}),
+    "electra_decoder": ("electra", _DECODER),
+    "bigbird_pegasus_decoder": ("bigbird_pegasus", _DECODER),
+    "pegasus_decoder": ("pegasus", {}),
+    "qwen3_5_moe_multimodal": ("qwen3_5_moe", {"text_config": ("qwen3_5_moe_text", _layers(_LINEAR, _FULL)), **_IMAGE}),
+    "gemma4_unified": ("gemma4_unified_text", _GEMMA4),
+    "bert_generation": ("bert-generation", _DECODER),
+    "roformer_decoder": ("roformer", _DECODER),
+    "ernie_decoder": ("ernie", _DECODER),
+    "megatron_bert_decoder": ("megatron-bert", _DECODER),
+    "big_bird_decoder": ("big_bird", {**_DECODER, "attention_type": "original_full"}),
+    "rembert_decoder": ("rembert", _DECODER),
+    "camembert_decoder": ("camembert", _DECODER),
+    "xlm_roberta_decoder": ("xlm-roberta", _DECODER),
+    "trocr_decoder": ("trocr", _DECODER),
+    "blenderbot_decoder": ("blenderbot", {}),
+    "marian_decoder": ("marian", {}),
+    "mbart_decoder": ("mbart", {}),
+    "mvp_decoder": ("mvp", {}),
+    "plbart_decoder": ("plbart", {}),
+    "prophetnet_decoder": ("prophetnet", {"num_decoder_layers": 2, "num_encoder_layers": 2}),
+    "xlm": ("xlm", {"emb_dim": WIDTH, "causal": True}),
+    "reformer": ("reformer", {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"]}),
     "gemma3n": (
         "gemma3n_text",
         {
@@ -214,23 +273,21 @@ FAMILIES = {
             "final_logit_softcapping": 2.0,
         },
     ),
-    "gemma4": (
-        "gemma4_text",
-        {
-            "num_hidden_layers": 4,
-            "layer_types": ["sliding_attention", _FULL, "sliding_attention", _FULL],
-            "num_kv_shared_layers": 0,
-            "vocab_size_per_layer_input": VOCABULARY,
-            "hidden_size_per_layer_input": 4,
-            "final_logit_softcapping": 2.0,
-        },
-    ),
+    "gemma4": ("gemma4_text", _GEMMA4),
+    "gemma4_shared_kv": ("gemma4_text", {**_GEMMA4, "num_kv_shared_layers": 2}),
 }
-FAMILIES["gemma4_shared_kv"] = ("gemma4_text", {**FAMILIES["gemma4"][1], "num_kv_shared_layers": 2})
+# Families whose hidden states grow without bound when weights are spread as widely as in the others.
+SPREADS = dict.fromkeys(["mamba", "falcon_mamba", "rwkv"], 4.0)
 
 
 def config_of(family, **changes):
     model_type, settings = FAMILIES[family]
+    return _tiny(model_type, {**settings, **changes})
+
+
+def _tiny(model_type, settings):
     kind = CONFIG_MAPPING[model_type]
     known = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{**{name: value for name, value in TINY.items() if name in known}, **settings, **changes})
+    sizes = {name: value for name, value in TINY.items() if name in known}
+    nested = {name: _tiny(*value) for name, value in settings.items() if isinstance(value, tuple)}
+    return kind(**{**sizes, **settings, **nested})

@@ -3,14 +3,15 @@
 import types
 
 import torch
-from families import DEPTH, FAMILIES, VOCABULARY, WIDTH, config_of
+from families import DEPTH, FAMILIES, SPREADS, VOCABULARY, WIDTH, config_of
 from transformers import AutoModelForCausalLM
 
 __all__ = ["DEPTH", "FAMILIES", "VOCABULARY", "WIDTH", "build", "config_of"]
 
 
-def build(family="llama", *, dtype=torch.float64, attention="eager", seed=0, spread=12.0, **changes):
+def build(family="llama", *, dtype=torch.float64, attention="eager", seed=0, spread=None, **changes):
     """A model in eval mode whose weights are `spread` times as wide as at birth, so that errors are not lost in noise."""
+    spread = spread or SPREADS.get(family, 12.0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = config_of(family, **changes)
