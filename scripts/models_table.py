@@ -18,23 +18,25 @@ Found = dict[str, str]
 _INTRODUCTION = """# Models
 
 Which causal language models of transformers carry heads. {counts}
-This page is written by `python scripts/models_table.py` from the examination that `tests/test_families.py` asserts; a stale page fails
-the tests. Made {date} on a CPU with one thread: {versions}.
+This page is written by `python scripts/models_table.py` from the examination that `tests/test_families.py` asserts; a stale
+page fails the tests. Made {date} on a CPU with one thread: {versions}.
 
-Every model was **built tiny from its configuration** (two to five layers, width 16, random weights, float32), so the table speaks of
-the architectures' code; nothing here was measured on published weights. Hybrid models are examined with each kind of layer as the
-last one. A family stands for its `model_type`, and names of one row are variants of it.
+Every model was **built tiny from its configuration** (two to five layers, width 16, random weights, float32), so the table
+speaks of the architectures' code; nothing here was measured on published weights. Several rows of one model type are
+variants of it; hybrid models are examined with each kind of layer as the last one.
 
-**yes** for a kind of head means: the model is accepted; the last layer called again, what follows it and the unembedding give the
-model's own logits (eager and sdpa attention, training and evaluation mode, with a cache, with padding); no head moves when a later
-token does; each horizon's loss equals that of a plain model with the head in its last layer's place; gradients reach the embeddings
-and every head, and gradient checkpointing (where the model has it) changes neither loss nor gradients; the heads alone learn; they
-come back from disk bit for bit; the exported model has the keys, shapes and dtypes of the base's own checkpoint and its logits.
+**yes** for a kind of head means: the model is accepted; the last layer called again, what follows it and the unembedding
+give the model's own logits (eager and sdpa attention, training and evaluation mode, with a cache, with padding); no head
+moves when a later token does; each horizon's loss equals that of a plain model with the head in its last layer's place;
+gradients reach the embeddings and every head, and gradient checkpointing (where the model has it) changes neither loss nor
+gradients; the heads alone learn; they come back from disk bit for bit; the exported model has the keys, shapes and dtypes
+of the base's own checkpoint and its logits.
 
-**LoRA**: adapters train beside the heads and are merged in the export, on *all linear* layers or, where PEFT cannot wrap each of those
-(routers, Mamba's output projection), on input *projections*. **Packing**: two documents in one row, told apart by their positions
-alone, without flash attention: *yes* means that the second does not see the first, *leaks* that it does (for caftune and for
-SFTTrainer alike: use `packing=False`), *-* that the model has no such attention implementation.
+**LoRA**: adapters train beside the heads and are merged in the export, on *all linear* layers or, where PEFT cannot wrap
+each of those (routers, Mamba's output projection), on input *projections*. **Packing**: two documents in one row, told
+apart by their positions alone, without flash attention: *yes* means that the second does not see the first, *leaks* that
+it does (the model's own loss too: pack such a model's rows only with an attention that separates them, or not at all),
+*-* that the model has no such attention implementation.
 """
 
 
@@ -72,9 +74,10 @@ def counts(results: dict[str, Found]) -> str:
         kinds[kind].add(found["model type"])
     kinds["mlp"] -= kinds["both"]
     kinds["none"] -= kinds["both"] | kinds["mlp"]
+    both, mlp, none = (len(kinds[kind]) for kind in ("both", "mlp", "none"))
     return (
-        f"Of {len(results)} models of {sum(map(len, kinds.values()))} model types, {len(kinds['both'])} types carry decoder and "
-        f"MLP heads,\n{len(kinds['mlp'])} MLP heads only, and {len(kinds['none'])} are refused."
+        f"Of {both + mlp + none} model types ({len(results)} rows),\n"
+        f"{both} carry decoder and MLP heads, {mlp} MLP heads only, and {none} are refused."
     )
 
 
