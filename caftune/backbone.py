@@ -2,11 +2,12 @@
 
 The last decoder layer is watched, not rebuilt: a forward pre-hook keeps the arguments of its call, and an auxiliary head
 is called with the same ones. Masks, rotary phases, sliding windows and packing come along without being named here.
-`Backbone.of(model)` finds the parts, runs eight tokens through the model, and refuses a model on which replaying the last
-layer, the final norm and the unembedding does not give the model's own output.
+`Backbone.of(model)` finds the parts and compares, on eight tokens: replaying the last layer, what follows it and the
+unembedding must give the model's own output, and no output may move when a later token does. A model that fails the first
+carries MLP heads only, at the earliest place from which its output can be rebuilt; one that fails the second is refused.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.cache_utils import Cache
 from caftune.cross_entropy import Unembedding
 
 # Keyword arguments that would let a replayed layer read or write a cache. All are optional in every decoder layer.
-_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache_position")
+_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache_position", "state")
 _PROBE_TOKENS = 8
 
 
@@ -37,7 +38,7 @@ class LayerCall:
     kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
 
-    def replay(self, layer: nn.Module) -> Float[Tensor, "batch tokens width"]:
+    def replay(self, layer: nn.Module) -> Float[Tensor, "batch tokens *streams width"]:
         """Call `layer` as the last layer was called, without a cache, and return its hidden states."""
         args = tuple(None if isinstance(value, Cache) else value for value in self.args)
         kwargs = {name: value for name, value in self.kwargs.items() if name not in _CACHE_ARGUMENTS}
@@ -46,7 +47,7 @@ class LayerCall:
         return _hidden(layer(*args, **kwargs))
 
     @property
-    def hidden(self) -> Float[Tensor, "batch tokens width"]:
+    def hidden(self) -> Float[Tensor, "batch tokens *streams width"]:
         """The last layer's output, before the final norm."""
         return _hidden(self.output)
 
@@ -56,27 +57,34 @@ class Backbone:
     """The parts of a causal LM that heads touch, by name, so that later wrapping (PEFT, FSDP) is followed."""
 
     model: Any  # a transformers model with a language-modelling head
-    layer_name: str
+    layer_name: str  # the last decoder layer; the whole trunk where `copy_refusal` says so
     closing_names: tuple[str, ...]
     width: int
     scale: float
     softcap: float | None
+    copy_refusal: str | None = None  # why the last layer cannot be copied; None where it can
 
     @classmethod
     def of(cls, model: Any) -> "Backbone":
         """Find the parts of `model` and verify them on eight tokens.
 
         Raises:
-            UnsupportedModelError: no list of decoder layers, no output embeddings, or a replay that differs.
+            UnsupportedModelError: no output embeddings, outputs that cannot be rebuilt, or outputs that see later tokens.
         """
         name = type(model).__name__
         if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
             raise UnsupportedModelError(f"{name} has no output embeddings. caftune needs a causal language model.")
-        layers_name = _find_layers(model)
-        scale, softcap = _logit_transform(model.config.get_text_config())
-        draft = cls(model, f"{layers_name}.{_last_index(model, layers_name)}", (), 0, scale, softcap)
+        draft = cls(model, "", (), 0, *_logit_transform(model.config.get_text_config()))
         with evaluating(model), torch.no_grad():
-            return _verified(draft, parent_name=layers_name.rpartition(".")[0])
+            _refuse_foresight(model)
+            try:
+                return _verified(replace(draft, layer_name=_last_layer(model)))
+            except UnsupportedModelError as error:
+                refusal = str(error)
+            try:
+                return _verified(replace(draft, layer_name=_name_of(draft.trunk, model), copy_refusal=refusal))
+            except UnsupportedModelError:
+                raise UnsupportedModelError(f"{refusal}, so it cannot carry auxiliary heads.") from None
 
     @property
     def layer(self) -> nn.Module:
@@ -86,7 +94,7 @@ class Backbone:
     @property
     def trunk(self) -> nn.Module:
         """The model without its unembedding."""
-        return self.model.base_model
+        return _trunk(self.model)
 
     @contextmanager
     def capture(self) -> Iterator[LayerCall]:
@@ -107,7 +115,7 @@ class Backbone:
             for handle in handles:
                 handle.remove()
 
-    def close(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows unembedding_width"]:
+    def close(self, hidden: Float[Tensor, "... width"]) -> Float[Tensor, "... unembedding_width"]:
         """What the model does between its last layer and its unembedding (the final norm)."""
         for name in self.closing_names:
             hidden = self.model.get_submodule(name)(hidden)
@@ -127,44 +135,59 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple | list) else output
+    return output if isinstance(output, Tensor) else output[0]
 
 
-def _find_layers(model: Any) -> str:
-    """Name of the list of decoder layers: the outermost of its length within the trunk."""
-    depth = model.config.get_text_config().num_hidden_layers
-    trunk = next(name for name, module in model.named_modules() if module is model.base_model)
-    names = [
-        f"{trunk}.{name}" if trunk else name
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and _is_decoder_stack(module)
-    ]
-    if not names:
+def _trunk(model: Any) -> nn.Module:
+    """The base model; where the class names none (Mllama), the part that holds the input embeddings."""
+    if model.base_model is not model:
+        return model.base_model
+    embeddings = model.get_input_embeddings()
+    return next(part for part in model.children() if embeddings in part.modules())
+
+
+def _name_of(part: nn.Module, model: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
+
+
+def _last_layer(model: Any) -> str:
+    """Name of the last decoder layer: the end of the outermost list of as many modules as the configuration has layers."""
+    config, trunk = model.config.get_text_config(), _trunk(model)
+    # A layer can hold several attention layers, which num_hidden_layers then counts and num_layers does not (LongCat),
+    # and the decoder of an encoder-decoder counts its own (BART).
+    depths = (config.num_hidden_layers, getattr(config, "num_layers", None), getattr(config, "decoder_layers", None))
+    stacks = {
+        name: len(module)
+        for name, module in trunk.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) in depths and _is_decoder_stack(module)
+    }
+    if not stacks:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no list of {depth} decoder layers that caftune can find."
+            f"{type(model).__name__} has no list of {depths[0]} decoder layers that caftune can find"
         )
-    return min(names, key=lambda name: name.count("."))
+    name = min(stacks, key=lambda name: name.count("."))
+    return ".".join(filter(None, (_name_of(trunk, model), name, str(stacks[name] - 1))))
 
 
 def _is_decoder_stack(layers: nn.ModuleList) -> bool:
     return all(next(layer.parameters(), None) is not None for layer in layers)
 
 
-def _last_index(model: Any, layers_name: str) -> int:
-    return len(model.get_submodule(layers_name)) - 1
-
-
 def _logit_transform(config: Any) -> tuple[float, float | None]:
     """Scale and softcap of the logits, under the names transformers' configurations use for them."""
     scale = 1.0
     for attribute in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        value = getattr(config, attribute, None)
-        if value is not None:
-            scale *= value
-    scaling = getattr(config, "logits_scaling", None)
+        scale *= _first_set(config, attribute) or 1.0
+    scaling = _first_set(config, "logits_scaling")
     if scaling is not None:
         scale *= scaling if config.model_type == "hyperclovax" else 1 / scaling
-    return scale, getattr(config, "final_logit_softcapping", None)
+    scale /= _first_set(config, "logits_mup_width_multiplier") or 1.0
+    return scale, _first_set(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def _first_set(config: Any, *attributes: str) -> float | None:
+    values = (getattr(config, attribute, None) for attribute in attributes)
+    return next((value for value in values if value is not None), None)
 
 
 @contextmanager
@@ -179,37 +202,91 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _verified(draft: Backbone, *, parent_name: str) -> Backbone:
-    """`draft` with its closing modules, after comparing a replay with the model's own output."""
+def _refuse_foresight(model: Any) -> None:
+    """Change the last token of the probe: the logits before it must stay."""
+    ids = _probe(model)
+    changed = ids.clone()
+    changed[0, -1] = ids[0, 0]
+    before, after = (model(input_ids=row, use_cache=False).logits[:, :-1] for row in (ids, changed))
+    if not _is_close(after, before):
+        raise UnsupportedModelError(
+            f"The outputs of {type(model).__name__} move when a later token is changed, so what its heads are to predict "
+            "would be before their eyes. Use a causal model; some become one with is_decoder=True in their configuration."
+        )
+
+
+def _verified(draft: Backbone) -> Backbone:
+    """`draft` with its closing modules, after comparing with the model's own output."""
     model = draft.model
-    order: list[str] = []
-    handles = [
-        child.register_forward_hook(lambda *_, name=name: order.append(name))
-        for name, child in model.get_submodule(parent_name).named_children()
-        if not isinstance(child, nn.ModuleList)
-    ]
-    handles.append(draft.layer.register_forward_hook(lambda *_: order.clear()))
-    embedding = model.get_input_embeddings().weight
-    ids = torch.arange(1, _PROBE_TOKENS + 1, device=embedding.device)[None] % embedding.shape[0]
+    with draft.capture() as call, _watch(draft) as closing_names:
+        logits = model(input_ids=_probe(model), use_cache=False).logits
+    if call.output is None:
+        raise UnsupportedModelError(f"{type(model).__name__} does not call its {draft.layer_name} in a forward pass")
+    found = replace(draft, closing_names=tuple(closing_names), width=call.hidden.shape[-1])
+    if not _repeats(lambda: found.unembedding().logits(found.close(call.hidden)).to(logits.dtype), logits, _is_close):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does more between its last layer and its logits than caftune can repeat"
+        )
+    if found.copy_refusal is None and not _repeats(lambda: call.replay(found.layer), call.hidden, torch.equal):
+        refusal = (
+            f"Calling the last layer of {type(model).__name__} a second time gives another result "
+            "(its layers share state between calls)"
+        )
+        return replace(found, copy_refusal=refusal)
+    return found
+
+
+@contextmanager
+def _watch(draft: Backbone) -> Iterator[list[str]]:
+    """Within the block, fill in the names of the modules that a forward pass runs from the layer to the unembedding."""
+    layer, unembedding = draft.layer, draft.model.get_output_embeddings()
+    names = {module: name for name, module in draft.model.named_modules()}
+    begun: list[tuple[nn.Module, tuple[nn.Module, ...]]] = []  # each with the modules it was called in
+    running: list[nn.Module] = []
+    finished: set[nn.Module] = set()
+    is_after_layer = False
+
+    def before(module: nn.Module, _args: Any) -> None:
+        nonlocal is_after_layer
+        is_after_layer = is_after_layer and module is not unembedding
+        if is_after_layer:
+            begun.append((module, tuple(running)))
+            running.append(module)
+
+    def after(module: nn.Module, _args: Any, _output: Any) -> None:
+        nonlocal is_after_layer
+        if module is layer:
+            is_after_layer = True
+            for record in (begun, running, finished):
+                record.clear()
+        elif is_after_layer and running and running[-1] is module:
+            finished.add(running.pop())
+
+    handles = [module.register_forward_pre_hook(before) for module in names]
+    handles += [module.register_forward_hook(after) for module in names]
+    outermost: list[str] = []
     try:
-        with draft.capture() as call:
-            logits = model(input_ids=ids, use_cache=False).logits
+        yield outermost
+        outermost += [names[module] for module, around in begun if module in finished and not finished & {*around}]
     finally:
         for handle in handles:
             handle.remove()
-    names = tuple(f"{parent_name}.{name}" if parent_name else name for name in order)
-    found = replace(draft, closing_names=names, width=call.hidden.shape[-1])
-    hidden = call.replay(found.layer)
-    if not torch.equal(hidden, call.hidden):
-        raise UnsupportedModelError(
-            f"Calling the last layer of {type(model).__name__} a second time gives another result "
-            "(its layers share state between calls), so it cannot carry auxiliary heads."
-        )
-    rebuilt = found.unembedding().logits(found.close(hidden)).to(logits.dtype)
-    tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 5e-2
-    if not torch.allclose(rebuilt, logits, rtol=tolerance, atol=tolerance * float(logits.abs().max())):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does more between its last layer and its logits than caftune can repeat, "
-            "so it cannot carry auxiliary heads."
-        )
-    return found
+
+
+def _probe(model: Any) -> Tensor:
+    embedding = model.get_input_embeddings().weight
+    return torch.arange(1, _PROBE_TOKENS + 1, device=embedding.device)[None] % embedding.shape[0]
+
+
+def _repeats(compute: Callable[[], Tensor], expected: Tensor, is_same: Callable[[Tensor, Tensor], bool]) -> bool:
+    """Whether `compute` runs at all (the parts of an unknown model may ask for more arguments) and gives `expected`."""
+    try:
+        found = compute()
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        return False
+    return found.shape == expected.shape and is_same(found, expected)
+
+
+def _is_close(found: Tensor, expected: Tensor) -> bool:
+    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
+    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))

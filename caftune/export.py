@@ -52,6 +52,7 @@ def export_model(
 
     Raises:
         RuntimeError: the merged weights are not those of a plain model of this class.
+        ValueError: adapters that cannot be merged (see `refuse_tied_adapters`).
     """
     plain = _merged_copy(model) if hasattr(model, "peft_config") else model
     name = base_name or str(getattr(plain.config, "_name_or_path", ""))
@@ -107,18 +108,35 @@ def _class_of(name: str, revision: str | None) -> Any:
 
 def _merged_copy(model: Any) -> Any:
     """A copy of a PEFT model with its adapters merged, on the CPU where the model is on one device."""
+    refuse_tied_adapters(model)
     device = next(model.parameters()).device
     movable = not hasattr(model.get_base_model(), "hf_device_map")
     if movable:
         model.to("cpu")
     heads = model.get_base_model()._modules.pop(ATTRIBUTE, None)
+    # Recurrent layers keep their last state, with its graph, which cannot be copied (RecurrentGemma).
+    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    memo = {id(value): value.detach() for value in kept if value.grad_fn is not None}
     try:
-        return copy.deepcopy(model).merge_and_unload()
+        return copy.deepcopy(model, memo).merge_and_unload()
     finally:
         if heads is not None:
             setattr(model.get_base_model(), ATTRIBUTE, heads)
         if movable:
             model.to(device)
+
+
+def refuse_tied_adapters(model: Any) -> None:
+    """One weight that several adapted layers share would take up the adapters of all of them."""
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
+            other = owners.setdefault(id(getattr(module.get_base_layer(), "weight", module)), name)
+            if other != name:
+                raise ValueError(
+                    f"The adapters of {other} and {name} cannot be merged: the two layers share one weight. Nothing was "
+                    "written. Export the adapter alone (recipe: model.lora.merge=false), or adapt other layers."
+                )
 
 
 def _refuse_strange_state(plain: Any, state: Mapping[str, Tensor]) -> None:

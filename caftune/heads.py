@@ -65,10 +65,13 @@ class MLPHead(nn.Module):
             self.down.weight.zero_()
 
     def forward(
-        self, hidden: Float[Tensor, "batch tokens width"], normed: Float[Tensor, "batch tokens normed_width"]
-    ) -> Float[Tensor, "batch tokens width"]:
-        """Hidden states in the place of the last layer's output."""
-        return hidden + self.down(nn.functional.silu(self.up(normed)))
+        self,
+        hidden: Float[Tensor, "batch tokens *streams width"],
+        normed: Float[Tensor, "batch tokens normed_width"],
+    ) -> Float[Tensor, "batch tokens *streams width"]:
+        """Hidden states in the place of the last layer's output; where that has several streams, each gets the same change."""
+        change = self.down(nn.functional.silu(self.up(normed)))
+        return hidden + (change if hidden.dim() == change.dim() else change.unsqueeze(-2))
 
 
 class AuxiliaryHeads(nn.Module):
@@ -86,7 +89,7 @@ class AuxiliaryHeads(nn.Module):
         Call it before PEFT wraps the model: a copy made later would carry adapters.
 
         Raises:
-            UnsupportedModelError: the model is already wrapped by PEFT.
+            UnsupportedModelError: the model is already wrapped by PEFT, or its last layer cannot be copied.
         """
         if any("lora_" in name for name, _ in backbone.model.named_parameters()):
             raise UnsupportedModelError(
@@ -94,6 +97,11 @@ class AuxiliaryHeads(nn.Module):
                 "or give CAFTTrainer the plain model and a peft_config."
             )
         if config.kind == "decoder":
+            if backbone.copy_refusal is not None:
+                raise UnsupportedModelError(
+                    f"{backbone.copy_refusal}, so it cannot carry decoder heads. Use MLP heads: "
+                    "head_kind='mlp' (recipe: heads.kind)."
+                )
             return cls(config, [_copy_of(backbone.layer) for _ in config.horizons])
         return cls(config, [MLPHead(backbone.width, backbone.unembedding().weight, seed=h) for h in config.horizons])
 
@@ -154,8 +162,8 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
             raise ValueError(f"auxiliary must be 'add', 'only' or None, got {auxiliary!r}.")
         if kwargs.get("labels") is None:
             raise ValueError("labels must be given for the auxiliary losses, got none.")
-        kwargs["return_dict"] = True
-        kwargs.setdefault("use_cache", False)  # with a cache transformers would not tell packed documents apart
+        # No loss reads a cache; with one, transformers does not tell packed documents apart, and some layers write in place.
+        kwargs |= {"return_dict": True, "use_cache": False}
         own = replace(backbone, model=self)
         own.unembedding()  # FSDP2 gathers it here, before TRL's fused head would, whose gradient stays on its rank (TRL 1.16)
         with own.capture() as call:

@@ -12,6 +12,7 @@ What keeps two runs apart is in run_folder.py.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -25,7 +26,7 @@ from transformers.utils import is_bitsandbytes_available
 from caftune.checkpoint import describe_heads, write_json
 from caftune.config import CAFTConfig
 from caftune.data import DataError, load_rows
-from caftune.export import export_model, load_trained
+from caftune.export import export_model, load_trained, refuse_tied_adapters
 from caftune.labels import (
     Sampling,
     encode_prompts,
@@ -49,6 +50,8 @@ _EXPECTED = "expected.json"  # in the labels folder: how many rows there will be
 
 def label(recipe: Recipe) -> Path:
     """The base model answers the prompts. Returns the labels file."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("caftune label must run in one process, got several. Start it without a launcher.")
     if recipe.labels.prompts is None:
         raise RecipeError("labels.prompts must name a file or hub id with prompts, got nothing. Add it to the recipe.")
     tokenizer = load_tokenizer(recipe)
@@ -147,6 +150,8 @@ def finetune(recipe: Recipe) -> Path:
         peft_config=lora_config(recipe),
         quantization_config=quantization(recipe),
     )
+    if recipe.model.tuning != "full" and recipe.model.lora.merge:
+        refuse_tied_adapters(trainer.model)
     show_progress(trainer, "train")
     run(trainer, checkpoint=last_checkpoint(folder))
     metrics = evaluated(trainer) if evaluation is not None else {}

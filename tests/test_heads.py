@@ -250,3 +250,20 @@ def test_a_bad_heads_config_is_refused_with_a_sentence(values, sentence):
     vars(config).update({"count": 4, "kind": "decoder", **values})
     with pytest.raises(ValueError, match=sentence):
         config.__post_init__()
+
+
+def test_an_mlp_head_changes_every_stream_of_a_model_with_several_by_the_same():
+    model, backbone, heads = carrying("deepseek_v4", "mlp", dtype=torch.float32)
+    with torch.no_grad(), backbone.capture() as call:
+        model(input_ids=IDS, use_cache=False)
+        change = heads.heads[0](call.hidden, backbone.close(call.hidden)) - call.hidden
+    assert change.shape == (*IDS.shape, 4, call.hidden.shape[-1])
+    assert change.any()
+    torch.testing.assert_close(change, change[:, :, :1].expand_as(change), rtol=1e-4, atol=1e-4)
+
+
+def test_no_cache_is_made_where_heads_run():
+    model, _, _ = carrying()
+    outputs = model(input_ids=IDS, labels=IDS, use_cache=True, auxiliary="add")
+    assert outputs.past_key_values is None
+    assert model(input_ids=IDS, use_cache=True).past_key_values is not None

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import build
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from training import config, lora, numbers, same, trained, weights
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from caftune import CAFTTrainer
 from caftune.checkpoint import HeadsError
 from caftune.demo.run import BASE
+from caftune.pipeline import finetune
+from caftune.recipe import load_recipe
 
 SGD = {"optim": "sgd", "learning_rate": 1e-2, "max_steps": 1, "aux_weight": 1.0}
 
@@ -243,6 +246,21 @@ def test_a_qlora_export_is_the_plain_base_with_the_adapter_merged(rows, heads, t
     base = load_file(BASE / "model.safetensors")
     exported = load_file(tmp_path / "model" / "model.safetensors")
     assert {k: (v.shape, v.dtype) for k, v in exported.items()} == {k: (v.shape, v.dtype) for k, v in base.items()}
+
+
+def test_adapters_that_cannot_be_merged_are_refused_before_training(rows, tmp_path):
+    build("zamba", dtype=torch.float32, vocab_size=158).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path / "base")
+    rows.to_json(str(tmp_path / "rows.jsonl"))
+    (tmp_path / "recipe.yaml").write_text(
+        f"output: {tmp_path}/run\nmodel: {{name: {tmp_path}/base, tuning: lora, lora: {{target_modules: [q_proj]}}}}\n"
+        f"loss: {{weight: 0}}\ndata: {{train: {tmp_path}/rows.jsonl}}\ntrainer: {{max_steps: 1, use_cpu: true}}\n"
+    )
+    with pytest.raises(ValueError, match=r"share one weight\. .*Export the adapter alone \(recipe: model\.lora\.merge"):
+        finetune(load_recipe(tmp_path / "recipe.yaml"))
+    assert not list((tmp_path / "run" / "train").glob("checkpoint-*"))
+    finetune(load_recipe(tmp_path / "recipe.yaml", ["model.lora.merge=false", f"output={tmp_path}/alone"]))
+    assert (tmp_path / "alone" / "model" / "adapter_model.safetensors").is_file()
 
 
 def test_native_multi_token_modules_are_copied_and_named(rows, heads, tmp_path, caplog):
