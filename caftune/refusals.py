@@ -21,6 +21,12 @@ def refuse_arguments(args: Any, peft_config: Any, sft_arguments: dict[str, Any])
         raise TypeError(f"args must be a CAFTConfig, got {type(args).__name__}.")
     if args.pretrain_heads and peft_config is not None:
         raise ValueError("peft_config must be None in stage 1: heads are pretrained on the plain base.")
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3 and (args.pretrain_heads or args.heads is not None):
+        raise ValueError(
+            "zero_stage must be at most 2 with auxiliary heads, got 3: the unembedding, which the heads share, is empty there "
+            "outside its own call. FSDP2 shards the weights too (recipes/accelerate/fsdp2.yaml)."
+        )
     if sft_arguments.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func must be None: CAFTTrainer computes the loss.")
     if sft_arguments.get("optimizers", (None, None))[0] is not None and (args.pretrain_heads or args.train_heads):

@@ -134,8 +134,7 @@ class CAFTTrainer(SFTTrainer):
     def _export_whole(self, folder: Path) -> list[str]:
         name, revision = self._base
         model = self.accelerator.unwrap_model(self.model)
-        plugin = self.accelerator.state.deepspeed_plugin
-        is_sharded = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+        is_sharded = self.is_fsdp_enabled
         if is_sharded or getattr(model, "is_quantized", False):
             with (
                 TemporaryDirectory() as saved

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from training import config
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from caftune import AuxiliaryHeads, Backbone, CAFTConfig, CAFTTrainer, HeadsConfig, save_heads
@@ -147,3 +148,21 @@ def test_metrics_of_logits_are_refused_in_stage_one(tmp_path):
     args = CAFTConfig(str(tmp_path), **OPTIONS, pretrain_heads=True)
     with pytest.raises(ValueError, match="compute_metrics must be None in stage 1"):
         CAFTTrainer(str(BASE), args, train_dataset=ROWS, compute_metrics=print)
+
+
+def test_a_model_whose_weights_deepspeed_shards_is_refused(tmp_path):
+    from accelerate.utils import DeepSpeedPlugin
+
+    args = config(tmp_path, pretrain_heads=True)
+    args.deepspeed_plugin = DeepSpeedPlugin.__new__(DeepSpeedPlugin)  # without DeepSpeed itself
+    args.deepspeed_plugin.zero_stage = 3
+    with pytest.raises(ValueError, match=r"zero_stage must be at most 2 with auxiliary heads, got 3.*fsdp2\.yaml"):
+        CAFTTrainer(str(BASE), args, train_dataset=ROWS)
+
+
+@pytest.mark.parametrize("option", ["heads_lora_rank", "heads_learning_rate", "heads_max_grad_norm"])
+def test_options_of_training_heads_need_trained_heads(option, tmp_path):
+    with pytest.raises(ValueError, match=f"{option} must be None unless stage 2 trains the heads"):
+        config(tmp_path, heads="h", **{option: 1})
+    with pytest.raises(ValueError, match=f"{option} must be above 0, got 0"):
+        config(tmp_path, heads="h", train_heads=True, **{option: 0})
