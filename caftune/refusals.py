@@ -44,6 +44,11 @@ def refuse_unfit(model: PreTrainedModel, peft_config: Any, args: CAFTConfig) -> 
         raise ValueError("model must be the plain base, got one wrapped by PEFT. Give the base and a peft_config.")
     if getattr(peft_config, "is_prompt_learning", False) and args.aux_weight:
         raise ValueError(f"peft_config must adapt weights (LoRA and its kin), got {type(peft_config).__name__}.")
+    if getattr(model, "is_quantized", False) and peft_config is None:
+        raise ValueError(
+            "model must not be quantised without a peft_config, nor in stage 1. Give a LoraConfig; pretrain heads on the "
+            "unquantised base, they fit the quantised one."
+        )
     _refuse_untying(model, peft_config)
     half = next((p.dtype for p in model.parameters() if p.requires_grad and p.dtype in _HALF), None)
     if half is not None and peft_config is None and not args.pretrain_heads:

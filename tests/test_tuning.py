@@ -234,6 +234,12 @@ def test_heads_beside_a_base_in_four_bits_are_plain_and_load_from_the_plain_base
         torch.testing.assert_close(value, kept[name].to(value.dtype), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("options", [{"pretrain_heads": True}, {"aux_weight": 0.0}])
+def test_a_quantised_base_is_refused_where_its_weights_would_be_needed(rows, tmp_path, four_bits, options):
+    with pytest.raises(ValueError, match="must not be quantised without a peft_config, nor in stage 1"):
+        CAFTTrainer(str(BASE), config(tmp_path, **options), train_dataset=rows, quantization_config=four_bits)
+
+
 def test_a_qlora_export_is_the_plain_base_with_the_adapter_merged(rows, heads, tmp_path, four_bits):
     args = config(tmp_path / "run", heads=heads, learning_rate=1e-2)
     arguments = {"train_dataset": rows, "peft_config": lora(), "quantization_config": four_bits}
