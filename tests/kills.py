@@ -26,7 +26,7 @@ from caftune.checkpoint import file_sha256
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 
-STEPS = 12
+STEPS = 24
 LIMIT_S = 240
 
 
@@ -76,18 +76,23 @@ def result(output: Path) -> tuple[str, str, list[dict[str, float]]]:
     return file_sha256(output / "model" / "model.safetensors"), file_sha256(heads), steps
 
 
-def kill_once(folder: Path, tuning: str, output: Path, moment: float) -> str:
-    """Kill a run `moment` of its way through: below 0.1 anywhere in its start, else while it trains. Returns where it was."""
+def time_of_training(folder: Path, tuning: str, output: Path) -> float:
+    """Run to the end; return the seconds from its first checkpoint to its result."""
     process = start(folder, tuning, output)
+    _wait_for_training(process, output)
     begun = time.monotonic()
-    if moment < 0.1:
-        time.sleep(moment * 100)
+    finish(process, output)
+    return time.monotonic() - begun
+
+
+def kill_once(folder: Path, tuning: str, output: Path, moment: float, training_s: float) -> str:
+    """Kill a run at a moment in [0, 1): below 0.15 in its start, else that far through its training. Returns where it was."""
+    process = start(folder, tuning, output)
+    if moment < 0.15:
+        time.sleep(moment * 60)
     else:
-        while not list(output.glob("train/checkpoint-*")) and process.poll() is None:
-            if time.monotonic() - begun > LIMIT_S:
-                raise RuntimeError("training did not begin")
-            time.sleep(0.002)
-        time.sleep((moment - 0.1) / 0.9 * 2.5)
+        _wait_for_training(process, output)
+        time.sleep((moment - 0.15) / 0.85 * training_s)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     found = sorted((int(path.name.rpartition("-")[2]), path) for path in output.glob("train/checkpoint-*"))
@@ -95,6 +100,19 @@ def kill_once(folder: Path, tuning: str, output: Path, moment: float) -> str:
     half = [number for number, path in found if number not in whole]
     state = f"checkpoints {whole}" + (f", half of {half}" if half else "")
     return "after its end" if (output / "results.jsonl").is_file() else state
+
+
+def _wait_for_training(process: subprocess.Popen, output: Path) -> None:
+    """Wait for the first checkpoint that this process begins."""
+    begun, before = time.monotonic(), _newest(output)
+    while process.poll() is None and not (output / "results.jsonl").is_file() and _newest(output) == before:
+        if time.monotonic() - begun > LIMIT_S:
+            raise RuntimeError("training did not begin")
+        time.sleep(0.002)
+
+
+def _newest(output: Path) -> int:
+    return max((int(path.name.rpartition("-")[2]) for path in output.glob("train/checkpoint-*")), default=0)
 
 
 def main() -> None:
@@ -108,16 +126,17 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         prepare(folder)
-        expected = {}
+        expected, training_s = {}, {}
         for tuning in ("full", "lora"):
-            finish(start(folder, tuning, folder / f"{tuning}-alone"), folder / f"{tuning}-alone")
+            training_s[tuning] = time_of_training(folder, tuning, folder / f"{tuning}-alone")
             expected[tuning] = result(folder / f"{tuning}-alone")
         draw, kills, trial, differing = random.Random(options.seed), 0, 0, 0
         while kills < options.kills:
             tuning = ("full", "lora")[trial % 2]
             output = folder / f"{tuning}-{trial}"
             for _ in range(draw.choice([1, 1, 2])):  # sometimes the resumed run is killed too
-                print(f"kill {kills}: {tuning}, {kill_once(folder, tuning, output, draw.random())}", flush=True)
+                where = kill_once(folder, tuning, output, draw.random(), training_s[tuning])
+                print(f"kill {kills}: {tuning}, {where}", flush=True)
                 kills += 1
             finish(start(folder, tuning, output), output)
             is_same = result(output) == expected[tuning]
