@@ -4,12 +4,17 @@
     python benchmarks/gpu.py --device cpu --small           a rehearsal without one: the same code on tiny shapes
 
 Checks: loss and gradients against float64 on the CPU, in float32 and bfloat16 and per attention implementation; time and
-peak memory of a training step against the forward pass of TRL's own SFTTrainer, interleaved, medians.
+peak memory of a training step against the forward pass of TRL's own SFTTrainer, interleaved, medians; whole runs of
+CAFTTrainer (bfloat16, QLoRA, packing with flash attention, FSDP2, DeepSpeed ZeRO-2) against a run in float32 on the CPU.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +29,17 @@ from trl.trainer.utils import add_fused_lm_head
 import caftune
 
 ROUNDS = 5
+LIMIT_S = 120
+# Name of a trainer run -> (options of CAFTConfig, needs a launcher, a package it needs).
+RUNS: dict[str, tuple[dict[str, Any], bool, str | None]] = {
+    "float32": ({}, False, None),
+    "bfloat16": ({"bf16": True}, False, None),
+    "LoRA": ({"lora": True}, False, None),
+    "QLoRA": ({"lora": True, "four_bits": True}, False, "bitsandbytes"),
+    "packed, flash attention": ({"packing": True, "bf16": True, "flash": True}, False, "flash_attn"),
+    "FSDP2": ({"launch": "fsdp2"}, True, None),
+    "DeepSpeed ZeRO-2": ({"launch": "zero2"}, True, "deepspeed"),
+}
 PAPER = caftune.AuxiliaryWeights()
 
 
@@ -146,13 +162,99 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def trainer_runs(device: str) -> dict[str, Any]:
+    """Each run of RUNS in a process of its own: the largest difference of a loss from the same run on the CPU."""
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (options, is_launched, package) in RUNS.items():
+            if is_launched and device == "cpu":
+                results[name] = "not run: needs a GPU"
+                continue
+            if package and importlib.util.find_spec(package) is None:
+                results[name] = f"not run: needs {package}"
+                continue
+            # Compared with their own kind on the CPU: other trained weights, other batches, other weights of the base.
+            plain = {key: options[key] for key in ("lora", "packing", "four_bits") if key in options}
+            found, expected = _losses(folder, device, options), _losses(folder, "cpu", plain)
+            if isinstance(found, str) or isinstance(expected, str):
+                results[name] = found if isinstance(found, str) else expected
+                continue
+            pairs = [(a, b) for one, two in zip(found, expected, strict=True) for a, b in zip(one, two, strict=True)]
+            results[name] = {"largest_loss_difference_nats": max(abs(a - b) for a, b in pairs)}
+    return results
+
+
+def _losses(folder: str, device: str, options: dict[str, Any]) -> list[list[float]] | str:
+    """Run `train_once` in a process, under accelerate's launcher where asked; what it printed last where it failed."""
+    output = Path(folder, "losses.json")
+    output.unlink(missing_ok=True)
+    launcher = [sys.executable]
+    if "launch" in options:
+        configs = Path(__file__).parents[1] / "recipes" / "accelerate"
+        file = str(configs / f"{options['launch']}.yaml")
+        launcher += ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "1"]
+    command = [*launcher, __file__, "--device", device, "--once", json.dumps(options), "--output", str(output)]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return f"failed: not done after {LIMIT_S} s"
+    return json.loads(output.read_text()) if output.is_file() else f"failed: {run.stderr.strip()[-300:]}"
+
+
+def train_once(device: str, options: dict[str, Any], output: Path) -> None:
+    """Four steps of stage 2 on the embedded base with untrained heads; writes each step's losses, by horizon."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from caftune.demo.chemistry import completion, molecules, prompt
+    from caftune.demo.run import BASE
+
+    drawn = molecules(64, seed=7, substituents=(0, 2))
+    rows = Dataset.from_list([{"prompt": prompt(m), "completion": completion(m)} for m in drawn])
+    with tempfile.TemporaryDirectory() as folder:
+        backbone = caftune.Backbone.of(AutoModelForCausalLM.from_pretrained(BASE))
+        heads = caftune.AuxiliaryHeads.build(backbone, caftune.HeadsConfig(2))
+        caftune.save_heads(f"{folder}/heads", heads, backbone, AutoTokenizer.from_pretrained(BASE))
+        args = caftune.CAFTConfig(
+            f"{folder}/run",
+            heads=f"{folder}/heads",
+            **{
+                "bf16": options.get("bf16", False),
+                "use_cpu": device == "cpu",
+                "packing": options.get("packing", False),
+            },
+            **{"max_steps": 4, "logging_steps": 1, "learning_rate": 1e-3, "max_length": 128, "aux_weight": 1.0},
+            **{"report_to": [], "disable_tqdm": True, "save_strategy": "no", "dataloader_pin_memory": False},
+            model_init_kwargs={"attn_implementation": "flash_attention_2"} if options.get("flash") else None,
+        )
+        four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16")
+        trainer = caftune.CAFTTrainer(
+            str(BASE),
+            args,
+            train_dataset=rows,
+            peft_config=LoraConfig(r=4, target_modules="all-linear") if options.get("lora") else None,
+            quantization_config=four_bits if options.get("four_bits") else None,
+        )
+        trainer.train()
+        trainer.export(f"{folder}/model")
+        AutoModelForCausalLM.from_pretrained(f"{folder}/model")
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        if trainer.is_world_process_zero():
+            output.write_text(json.dumps([[entry[f"h{h}_loss"] for h in (1, 2, 3)] for entry in logs]))
+
+
 def main() -> None:
     """Parse the options, run every check, write and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--once", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.once:
+        train_once(options.device, json.loads(options.once), options.output)
+        return
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; rehearse with --device cpu --small")
     attentions = ["eager", "sdpa"] + (["flash_attention_2"] if transformers.utils.is_flash_attn_2_available() else [])
@@ -164,6 +266,7 @@ def main() -> None:
         "small": options.small,
         "correctness": {f"{a}, {k}": correctness(options.device, a, kinds[k]) for a, k in pairs},
         "step": step_cost(options.device, options.small),
+        "trainer": trainer_runs(options.device),
     }
     options.output.write_text(json.dumps(results, indent=2) + "\n")
     print(options.output.read_text())

@@ -28,6 +28,7 @@ from caftune.demo.run import BASE
 
 STEPS = 24
 LIMIT_S = 240
+AFTER = "after its end"  # which counts as no kill
 
 
 def prepare(folder: Path) -> None:
@@ -76,38 +77,30 @@ def result(output: Path) -> tuple[str, str, list[dict[str, float]]]:
     return file_sha256(output / "model" / "model.safetensors"), file_sha256(heads), steps
 
 
-def time_of_training(folder: Path, tuning: str, output: Path) -> float:
-    """Run to the end; return the seconds from its first checkpoint to its result."""
+def kill_once(folder: Path, tuning: str, output: Path, draw: random.Random) -> str:
+    """Kill a run, one time in seven in its start, else at a random moment of a random step still to come. Returns where."""
     process = start(folder, tuning, output)
-    _wait_for_training(process, output)
-    begun = time.monotonic()
-    finish(process, output)
-    return time.monotonic() - begun
-
-
-def kill_once(folder: Path, tuning: str, output: Path, moment: float, training_s: float) -> str:
-    """Kill a run at a moment in [0, 1): below 0.15 in its start, else that far through its training. Returns where it was."""
-    process = start(folder, tuning, output)
-    if moment < 0.15:
-        time.sleep(moment * 60)
+    if draw.random() < 1 / 7:
+        time.sleep(draw.uniform(0, 8))
     else:
-        _wait_for_training(process, output)
-        time.sleep((moment - 0.15) / 0.85 * training_s)
+        step = draw.randint(min(_newest(output) + 1, STEPS), STEPS)
+        _wait_for(step, process, output)
+        time.sleep(draw.uniform(0, 0.1))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     found = sorted((int(path.name.rpartition("-")[2]), path) for path in output.glob("train/checkpoint-*"))
     whole = [number for number, path in found if (path / "trainer_state.json").is_file()]
     half = [number for number, path in found if number not in whole]
     state = f"checkpoints {whole}" + (f", half of {half}" if half else "")
-    return "after its end" if (output / "results.jsonl").is_file() else state
+    return AFTER if (output / "results.jsonl").is_file() else state
 
 
-def _wait_for_training(process: subprocess.Popen, output: Path) -> None:
-    """Wait for the first checkpoint that this process begins."""
-    begun, before = time.monotonic(), _newest(output)
-    while process.poll() is None and not (output / "results.jsonl").is_file() and _newest(output) == before:
+def _wait_for(step: int, process: subprocess.Popen, output: Path) -> None:
+    """Wait until the checkpoint of `step` is begun."""
+    begun = time.monotonic()
+    while process.poll() is None and _newest(output) < step:
         if time.monotonic() - begun > LIMIT_S:
-            raise RuntimeError("training did not begin")
+            raise RuntimeError(f"step {step} was not reached")
         time.sleep(0.002)
 
 
@@ -126,18 +119,21 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         prepare(folder)
-        expected, training_s = {}, {}
+        expected = {}
         for tuning in ("full", "lora"):
-            training_s[tuning] = time_of_training(folder, tuning, folder / f"{tuning}-alone")
+            finish(start(folder, tuning, folder / f"{tuning}-alone"), folder / f"{tuning}-alone")
             expected[tuning] = result(folder / f"{tuning}-alone")
         draw, kills, trial, differing = random.Random(options.seed), 0, 0, 0
         while kills < options.kills:
             tuning = ("full", "lora")[trial % 2]
             output = folder / f"{tuning}-{trial}"
             for _ in range(draw.choice([1, 1, 2])):  # sometimes the resumed run is killed too
-                where = kill_once(folder, tuning, output, draw.random(), training_s[tuning])
-                print(f"kill {kills}: {tuning}, {where}", flush=True)
-                kills += 1
+                where = kill_once(folder, tuning, output, draw)
+                kills += where != AFTER
+                print(
+                    f"{tuning}, killed {where}" if where == AFTER else f"{kills}: {tuning}, killed at {where}",
+                    flush=True,
+                )
             finish(start(folder, tuning, output), output)
             is_same = result(output) == expected[tuning]
             differing += not is_same
