@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -225,7 +225,7 @@ def stage_one_config(recipe: Recipe, folder: Path) -> CAFTConfig:
         head_kind=recipe.heads.kind,
         aux_decay=recipe.loss.decay,
         max_length=None,
-        **_revision(recipe, "pretrain"),
+        **_model_options(recipe, "pretrain"),
     )
 
 
@@ -254,21 +254,18 @@ def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
         "aux_schedule": loss.schedule,
         "max_length": length,
         "output_dir": str(folder),
-        **_revision(recipe, "trainer"),
+        **_model_options(recipe, "trainer"),
     }
     return trainer_config(recipe, "trainer", **{**chosen, **ours})
 
 
-def _revision(recipe: Recipe, section: str) -> dict[str, Any]:
-    """The base's revision, as both stages hand it to `from_pretrained`."""
-    if recipe.model.revision is None:
-        return {}
-    return {
-        "model_init_kwargs": {
-            **getattr(recipe, section).get("model_init_kwargs", {}),
-            "revision": recipe.model.revision,
-        }
-    }
+def _model_options(recipe: Recipe, section: Literal["pretrain", "trainer"]) -> dict[str, Any]:
+    """What `from_pretrained` is given beyond the name: the base's revision, bfloat16 around 4 bits."""
+    options = {"revision": recipe.model.revision} if recipe.model.revision is not None else {}
+    if section == "trainer" and recipe.model.tuning == "qlora":
+        options["dtype"] = "bfloat16"
+    given = getattr(recipe, section).get("model_init_kwargs", {})
+    return {"model_init_kwargs": {**options, **given}} if options else {}
 
 
 def _refuse_other_heads(recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
+from transformers.integrations.fsdp import is_fsdp_enabled
 
 from caftune.config import CAFTConfig
 from caftune.objective import IGNORED
@@ -26,6 +27,11 @@ def refuse_arguments(args: Any, peft_config: Any, sft_arguments: dict[str, Any])
         raise ValueError(
             "zero_stage must be at most 2 with auxiliary heads, got 3: the unembedding, which the heads share, is empty there "
             "outside its own call. FSDP2 shards the weights too (recipes/accelerate/fsdp2.yaml)."
+        )
+    if is_fsdp_enabled() and (args.pretrain_heads or args.heads is not None):  # true only with efficient loading
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading must be false with auxiliary heads: every process copies them from the whole "
+            "base, which with it only the first one has. Set it in accelerate's configuration (recipes/accelerate/fsdp2.yaml)."
         )
     if sft_arguments.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func must be None: CAFTTrainer computes the loss.")

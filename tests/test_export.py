@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import VOCABULARY, build
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from caftune.backbone import Backbone
@@ -198,3 +199,31 @@ def test_wrapping_in_lora_does_not_change_the_fingerprint_of_the_base():
     before = base_fingerprint(backbone)
     pytest.importorskip("peft").get_peft_model(model, pytest.importorskip("peft").LoraConfig(target_modules=["q_proj"]))
     assert base_fingerprint(backbone) == before
+
+
+NATIVE = {
+    "deepseek_v3": ["model.layers.2.eh_proj.weight", "model.layers.2.mlp.experts.0.gate_proj.weight"],
+    "glm4_moe": ["model.layers.2.shared_head.norm.weight"],
+    "qwen3_next_linear": ["mtp.fc.weight", "mtp.layers.0.mlp.experts.0.gate_proj.weight"],
+    "mimo_v2_flash": ["model.mtp.layers.0.eh_proj.weight"],
+}
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_native_multi_token_modules_of_a_family_pass_through_training_and_export(family, tmp_path):
+    model = build(family, dtype=torch.float32)
+    depth = model.config.num_hidden_layers
+    names = [name.replace("layers.2", f"layers.{depth}") for name in NATIVE[family]]
+    model.save_pretrained(tmp_path / "base")
+    native = {name: torch.randn(3, 5) for name in names}
+    file = tmp_path / "base" / "model.safetensors"
+    save_file(load_file(file) | native, file, metadata={"format": "pt"})
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert not info["missing_keys"]
+    backbone = Backbone.of(model)
+    attach_heads(backbone, AuxiliaryHeads.build(backbone, HeadsConfig(1)))
+    model(input_ids=IDS, labels=IDS, auxiliary="add")["auxiliary"]["nll"].sum().backward()
+    assert export_model(model, tmp_path / "out") == names
+    assert layout(tmp_path / "out") == layout(tmp_path / "base")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in native.items())

@@ -63,7 +63,7 @@ def test_a_killed_run_started_again_ends_with_the_same_weights_and_losses(folder
     """One kill; `python tests/kills.py` does twenty."""
     alone, killed = folder / "lora-alone", folder / "lora-killed"
     kills.finish(kills.start(folder, "lora", alone), alone)
-    assert "checkpoints" in kills.kill_once(folder, "lora", killed, random.Random(1))
+    assert kills.kill_once(folder, "lora", killed, random.Random(0)) not in (kills.AFTER, "checkpoints []")
     kills.finish(kills.start(folder, "lora", killed), killed)
     assert kills.result(killed) == kills.result(alone)
 

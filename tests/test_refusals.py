@@ -166,3 +166,11 @@ def test_options_of_training_heads_need_trained_heads(option, tmp_path):
         config(tmp_path, heads="h", **{option: 1})
     with pytest.raises(ValueError, match=f"{option} must be above 0, got 0"):
         config(tmp_path, heads="h", train_heads=True, **{option: 0})
+
+
+def test_fsdp_that_loads_the_base_in_one_process_only_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading must be false with auxiliary heads"):
+        CAFTTrainer(str(BASE), CAFTConfig(str(tmp_path), pretrain_heads=True, use_cpu=True), train_dataset=ROWS)
