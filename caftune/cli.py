@@ -17,7 +17,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-console = Console()
+console = Console(
+    quiet=os.environ.get("RANK", "0") != "0"
+)  # under a launcher one process speaks; errors are told by all
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe (YAML).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as trainer.learning_rate=1e-5.")
@@ -39,30 +41,36 @@ def demo(
 def label(recipe: RecipePath, overrides: Overrides = None) -> None:
     """The base model answers prompts: the data the heads are pretrained on."""
     with _errors_in_one_line():
-        from caftune import pipeline
         from caftune.recipe import load_recipe
 
-        console.print(f"Labels: {pipeline.label(load_recipe(recipe, overrides or []))}")
+        loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
+        from caftune import pipeline
+
+        console.print(f"Labels: {pipeline.label(loaded)}")
 
 
 @app.command()
 def pretrain_heads(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Stage 1: pretrain the auxiliary heads on the labels."""
     with _errors_in_one_line():
-        from caftune import pipeline
         from caftune.recipe import load_recipe
 
-        console.print(f"Heads: {pipeline.pretrain_heads(load_recipe(recipe, overrides or []))}")
+        loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
+        from caftune import pipeline
+
+        console.print(f"Heads: {pipeline.pretrain_heads(loaded)}")
 
 
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Stage 2: concept-aware fine-tuning; ends with an ordinary checkpoint."""
     with _errors_in_one_line():
-        from caftune import pipeline
         from caftune.recipe import load_recipe
 
-        console.print(f"Model: {pipeline.finetune(load_recipe(recipe, overrides or []))}")
+        loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
+        from caftune import pipeline
+
+        console.print(f"Model: {pipeline.finetune(loaded)}")
 
 
 @app.command()
@@ -73,10 +81,12 @@ def export(
 ) -> None:
     """Write a checkpoint of stage 2 as an ordinary model (adapters merged, no heads)."""
     with _errors_in_one_line():
-        from caftune import pipeline
         from caftune.recipe import load_recipe
 
-        console.print(f"Model: {pipeline.export(load_recipe(recipe, overrides or []), checkpoint)}")
+        loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
+        from caftune import pipeline
+
+        console.print(f"Model: {pipeline.export(loaded, checkpoint)}")
 
 
 @app.command()

@@ -8,7 +8,9 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
 _EXTRAS: dict[str, Any] = {"tools": None, "chat_template_kwargs": {}}
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_NAMES = (
+    *("prompt", "completion", "messages", "conversations", "text", "tools", "chat_template_kwargs"),
+    *("instruction", "input", "output", "response"),
+)
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -46,6 +52,11 @@ def load_rows(
         raise DataError(f"{source} is empty. Give at least one row.")
     rows = rows[:limit] if limit is not None else rows
     if columns:
+        unknown = next((name for name in columns if name not in _NAMES), None)
+        if unknown is not None:
+            near = get_close_matches(unknown, _NAMES, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(_NAMES)}."
+            raise DataError(f"data.columns.{unknown} is not one of caftune's names. {hint}")
         missing = [name for name in columns.values() if name not in rows[0]]
         if missing:
             raise DataError(
@@ -74,8 +85,21 @@ def _dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
 
 def _read(source: str) -> list[dict[str, Any]]:
     path = Path(source)
+    if path.is_dir():
+        raise DataError(f"{source} is a folder. Name a file in it, {', '.join(_SUFFIXES)} (or these with .gz).")
     if not path.is_file():
         return _read_hub(source)
+    try:
+        return _read_file(path)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{source} must be text in UTF-8, and is not ({error}). Convert it, with iconv for example."
+        ) from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{source} is damaged or cut off ({error}). Copy it again.") from error
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     kind = suffix.removesuffix(".gz")
     if kind == ".jsonl":
@@ -87,7 +111,7 @@ def _read(source: str) -> list[dict[str, Any]]:
             return list(csv.DictReader(file))
     if kind == ".parquet":
         return Dataset.from_parquet(str(path), keep_in_memory=True).to_list()  # type: ignore[union-attr]
-    raise DataError(f"{source} must end in one of {', '.join(_SUFFIXES)} (or these with .gz), got {path.suffix!r}.")
+    raise DataError(f"{path} must end in one of {', '.join(_SUFFIXES)} (or these with .gz), got {path.suffix!r}.")
 
 
 def _read_hub(source: str) -> list[dict[str, Any]]:
@@ -101,7 +125,8 @@ def _read_hub(source: str) -> list[dict[str, Any]]:
 
 
 def _open(path: Path) -> Any:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    # utf-8-sig: as UTF-8, and a byte order mark at the start, which Windows editors write, is left out
+    return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

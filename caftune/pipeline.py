@@ -40,7 +40,7 @@ from caftune.labels import (
 from caftune.objective import IGNORED, horizon_targets
 from caftune.progress import run, show_progress
 from caftune.recipe import Recipe, RecipeError, trainer_config
-from caftune.run_folder import last_checkpoint, open_stage, record, refuse_other_stage
+from caftune.run_folder import is_begun, last_checkpoint, open_stage, record, refuse_other_stage
 from caftune.tokenization import tokenized
 from caftune.trainer import CAFTTrainer
 
@@ -136,11 +136,14 @@ def finetune(recipe: Recipe) -> Path:
     """Stage 2: concept-aware fine-tuning, then export. Returns the model folder."""
     tokenizer = load_tokenizer(recipe)
     args = stage_two_config(recipe, Path(recipe.output, "train"))
-    files = {"train": recipe.data.train, "eval": recipe.data.eval}
-    train, evaluation = (task_rows(recipe, name, tokenizer, args) for name in files)
+    sources = {"train": recipe.data.train, "eval": recipe.data.eval}
+    files = {**sources, "heads": args.heads and Path(args.heads, "heads.json")}
+    if is_begun(recipe, "train"):
+        refuse_other_stage(recipe, "train", files)  # before the data are prepared
+    train, evaluation = (task_rows(recipe, name, tokenizer, args) for name in sources)
     if train is None:
         raise RecipeError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
-    folder = open_stage(recipe, "train", {**files, "heads": args.heads and Path(args.heads, "heads.json")})
+    folder = open_stage(recipe, "train", files)
     trainer = CAFTTrainer(
         recipe.model.name,
         args,
@@ -168,10 +171,12 @@ def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
     """Write a checkpoint of stage 2 (by default the one `train` would) as an ordinary model. Returns its folder."""
     folder = Path(recipe.output, "train")
     source = checkpoint or _chosen_checkpoint(recipe, folder)
-    if source is None or not Path(source).is_dir():
+    if source is None or not any(Path(source, name).is_file() for name in ("config.json", "adapter_config.json")):
         raise RecipeError(
-            f"{checkpoint or folder} holds no checkpoint. Run `caftune train` first, or name another one."
+            f"{checkpoint or folder} holds no checkpoint. Run `caftune train` first, or name one of {folder}/checkpoint-*."
         )
+    if Path(source).resolve().parent != folder.resolve():
+        raise RecipeError(f"{source} must be one of {folder}/checkpoint-*: it belongs to another run. Use its recipe.")
     heads = recipe.heads.path or str(Path(recipe.output, "heads"))
     files = {"train": recipe.data.train, "eval": recipe.data.eval}
     refuse_other_stage(
@@ -182,6 +187,7 @@ def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
     export_model(
         model, target, load_tokenizer(recipe), base_name=recipe.model.name, base_revision=recipe.model.revision
     )
+    record(recipe, {"stage": "export", "checkpoint": Path(source).name})
     return target
 
 
@@ -238,6 +244,9 @@ def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
             f"{heads} is missing. Run `caftune pretrain-heads` first, name other heads in heads.path, or set loss.weight=0."
         )
     _refuse_other_heads(recipe)
+    for key in ("lora_rank", "learning_rate", "max_grad_norm"):
+        if getattr(recipe.heads, key) is not None and not recipe.heads.train:
+            raise RecipeError(f"heads.{key} needs heads.train: true, for heads are frozen in stage 2 otherwise.")
     context = context_length(recipe)
     length = recipe.data.max_length or min(_DEFAULT_LENGTH, context or _DEFAULT_LENGTH)
     if context is not None and length > context:

@@ -66,7 +66,7 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
     Raises:
         SystemExit: SIGTERM came; the checkpoint is written.
     """
-    if checkpoint is not None:
+    if checkpoint is not None and trainer.is_world_process_zero():
         tqdm.write(f"Going on from {checkpoint}.", file=sys.stderr)
     stop = StopOnSigterm(trainer)
     trainer.add_callback(stop)

@@ -158,7 +158,8 @@ def trainer_config(recipe: Recipe, section: Literal["pretrain", "trainer"], **ou
 
     from caftune.config import CAFTConfig
 
-    defaults = {"report_to": [], "seed": recipe.seed, "dataloader_pin_memory": torch.cuda.is_available()}
+    has_gpu = torch.accelerator.is_available()
+    defaults = {"report_to": [], "seed": recipe.seed, "use_cpu": not has_gpu, "dataloader_pin_memory": has_gpu}
     known = {field.name: field.default for field in dataclasses.fields(CAFTConfig) if field.init}
     options = dict(getattr(recipe, section))
     for name in ("save_strategy", "eval_strategy", "logging_strategy"):

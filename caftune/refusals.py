@@ -1,6 +1,7 @@
 """What CAFTTrainer refuses before it starts, each in one sentence with a remedy."""
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -22,6 +23,25 @@ def refuse_arguments(args: Any, peft_config: Any, sft_arguments: dict[str, Any])
         raise TypeError(f"args must be a CAFTConfig, got {type(args).__name__}.")
     if args.pretrain_heads and peft_config is not None:
         raise ValueError("peft_config must be None in stage 1: heads are pretrained on the plain base.")
+    if sft_arguments.get("compute_loss_func") is not None:
+        raise ValueError("compute_loss_func must be None: CAFTTrainer computes the loss.")
+    if sft_arguments.get("optimizers", (None, None))[0] is not None and (args.pretrain_heads or args.train_heads):
+        raise ValueError(
+            "optimizers must not hold an optimizer where heads are trained: it was made before they exist. "
+            "Use optimizer_cls_and_kwargs."
+        )
+    if sft_arguments.get("compute_metrics") is not None and args.pretrain_heads:
+        raise ValueError("compute_metrics must be None in stage 1: there are no logits of the model to measure.")
+
+
+def refuse_processes(args: CAFTConfig) -> None:
+    """Launches in which processes would not work together."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > args.world_size:
+        raise ValueError(
+            f"{launched} processes were launched, and each would train alone, in the same folder. Without GPUs set "
+            "use_cpu=True; else launch with a configuration like those in recipes/accelerate."
+        )
     plugin = args.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3 and (args.pretrain_heads or args.heads is not None):
         raise ValueError(
@@ -33,15 +53,6 @@ def refuse_arguments(args: Any, peft_config: Any, sft_arguments: dict[str, Any])
             "fsdp_cpu_ram_efficient_loading must be false with auxiliary heads: every process copies them from the whole "
             "base, which with it only the first one has. Set it in accelerate's configuration (recipes/accelerate/fsdp2.yaml)."
         )
-    if sft_arguments.get("compute_loss_func") is not None:
-        raise ValueError("compute_loss_func must be None: CAFTTrainer computes the loss.")
-    if sft_arguments.get("optimizers", (None, None))[0] is not None and (args.pretrain_heads or args.train_heads):
-        raise ValueError(
-            "optimizers must not hold an optimizer where heads are trained: it was made before they exist. "
-            "Use optimizer_cls_and_kwargs."
-        )
-    if sft_arguments.get("compute_metrics") is not None and args.pretrain_heads:
-        raise ValueError("compute_metrics must be None in stage 1: there are no logits of the model to measure.")
 
 
 def refuse_unfit(model: PreTrainedModel, peft_config: Any, args: CAFTConfig) -> None:

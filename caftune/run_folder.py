@@ -35,7 +35,7 @@ def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None
 
     with PartialState().main_process_first():
         folder = Path(recipe.output, stage)
-        if (folder / "recipe.yaml").is_file():
+        if is_begun(recipe, stage):
             refuse_other_stage(recipe, stage, files)
         elif folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
             raise RecipeError(f"{folder} holds files of something else than caftune. Use another output.")
@@ -47,14 +47,22 @@ def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None
     return folder
 
 
+def is_begun(recipe: Recipe, stage: str) -> bool:
+    """Whether the folder of a stage is there."""
+    return Path(recipe.output, stage, "recipe.yaml").is_file()
+
+
 def refuse_other_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> None:
     """Raise RecipeError where the folder of a stage was made from another recipe or other files."""
     folder = Path(recipe.output, stage)
     kept = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     difference = first_difference(kept, _identity(recipe, stage, files))
+    if difference and difference.startswith("files."):
+        difference = f"the contents of {difference.partition(':')[0].removeprefix('files.')} changed"
     if difference:
         raise RecipeError(
-            f"{folder} holds the {stage} stage of another recipe ({difference}). Use another output, or remove {folder}."
+            f"{folder} holds the {stage} stage of another recipe ({difference}). Remove {folder}, or use another output "
+            "(heads made here serve there: heads.path)."
         )
 
 

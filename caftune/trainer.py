@@ -29,7 +29,13 @@ from caftune.export import export_model, load_trained
 from caftune.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
 from caftune.objective import IGNORED, auxiliary_loss, horizon_targets
 from caftune.packing import RefuseLeaks
-from caftune.refusals import refuse_arguments, refuse_cut_answers, refuse_missing_parts, refuse_unfit
+from caftune.refusals import (
+    refuse_arguments,
+    refuse_cut_answers,
+    refuse_missing_parts,
+    refuse_processes,
+    refuse_unfit,
+)
 from caftune.training_heads import (
     give_own_learning_rate,
     load_state,
@@ -68,6 +74,7 @@ class CAFTTrainer(SFTTrainer):
         **sft_arguments: Any,
     ) -> None:
         refuse_arguments(args, peft_config, sft_arguments)
+        refuse_processes(args)
         if isinstance(model, str):
             model = _load_model(model, args, quantization_config)
             quantization_config = None

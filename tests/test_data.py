@@ -124,3 +124,35 @@ def test_a_json_file_that_is_no_list_is_refused(tmp_path):
     (tmp_path / "x.json").write_text('{"text": "a"}')
     with pytest.raises(DataError, match="must hold a JSON list of objects"):
         load_rows(str(tmp_path / "x.json"))
+
+
+def test_a_byte_order_mark_is_left_out(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n')
+    assert load_rows(str(tmp_path / "rows.jsonl"))["text"] == ["a"]
+
+
+def broken_files(folder):
+    whole = gzip.compress(b'{"text": "a"}\n' * 1000)
+    (folder / "cut.jsonl.gz").write_bytes(whole[:-20])
+    (folder / "latin.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
+    (folder / "folder").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cut.jsonl.gz", r"cut\.jsonl\.gz is damaged or cut off"),
+        ("latin.jsonl", r"latin\.jsonl must be text in UTF-8, and is not"),
+        ("folder", "folder is a folder. Name a file in it"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_a_remedy(name, message, tmp_path):
+    broken_files(tmp_path)
+    with pytest.raises(DataError, match=message):
+        load_rows(str(tmp_path / name))
+
+
+def test_a_slip_in_the_names_of_columns_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}')
+    with pytest.raises(DataError, match=r"data\.columns\.promt is not one of caftune's names\. Did you mean prompt\?"):
+        load_rows(str(tmp_path / "rows.jsonl"), {"promt": "question", "completion": "answer"})

@@ -37,6 +37,10 @@ def assert_close(found, expected):
 def test_accelerate_launch_on_two_ranks_equals_one_process(tmp_path):
     kills.prepare(tmp_path)
     options = ["model.lora.dropout=0", "trainer.save_strategy=epoch", "trainer.max_steps=5"]
+    # As a user without GPUs writes it: use_cpu stands in accelerate's configuration alone.
+    sections = yaml.safe_load((tmp_path / "lora.yaml").read_text())
+    del sections["trainer"]["use_cpu"]
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(sections))
     recipe = [tmp_path / "lora.yaml", *options]
     finished([sys.executable, "-m", "caftune.cli", "train", *recipe, f"output={tmp_path / 'one'}"])
     config = tmp_path / "ddp.yaml"

@@ -255,3 +255,15 @@ def test_messages_for_a_base_without_a_chat_template_are_refused(values, tmp_pat
     with pytest.raises(DataError, match="The data has messages, and .* has no chat template"):
         pipeline.finetune(recipe)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_checkpoint_of_another_run_is_not_exported_into_this_one(values, tmp_path):
+    run = Recipe.model_validate(values)
+    other = tmp_path / "other" / "checkpoint-1"
+    other.mkdir(parents=True)
+    (other / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match="it belongs to another run"):
+        pipeline.export(run, str(other))
+    with pytest.raises(RecipeError, match=r"holds no checkpoint\. Run `caftune train` first, or name one of"):
+        pipeline.export(run, str(tmp_path / "other"))

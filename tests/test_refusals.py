@@ -174,3 +174,10 @@ def test_fsdp_that_loads_the_base_in_one_process_only_is_refused(tmp_path, monke
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading must be false with auxiliary heads"):
         CAFTTrainer(str(BASE), CAFTConfig(str(tmp_path), pretrain_heads=True, use_cpu=True), train_dataset=ROWS)
+
+
+def test_processes_that_would_train_alone_in_one_folder_are_refused(tmp_path, monkeypatch):
+    args = CAFTConfig(str(tmp_path), pretrain_heads=True, use_cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched, and each would train alone, in the same folder"):
+        CAFTTrainer(str(BASE), args, train_dataset=ROWS)

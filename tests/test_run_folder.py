@@ -70,7 +70,7 @@ def _in_the_folder(request, monkeypatch):
 def test_a_stage_whose_data_file_changed_is_refused(copied):
     write(copied / "data.jsonl", seed=6)
     for stage in (pipeline.label, pipeline.finetune):
-        with pytest.raises(RecipeError, match=r"of another recipe \(files\.(prompts|train): "):
+        with pytest.raises(RecipeError, match=r"of another recipe \(the contents of (prompts|train) changed"):
             stage(recipe_in(copied))
 
 
@@ -79,7 +79,7 @@ def test_training_on_other_heads_than_before_is_refused(copied):
     shutil.rmtree(copied / "out" / "heads")
     recipe = recipe_in(copied, pretrain={"learning_rate": 0.01})
     pipeline.pretrain_heads(recipe)
-    with pytest.raises(RecipeError, match=r"of another recipe \(files\.heads: "):
+    with pytest.raises(RecipeError, match=r"of another recipe \(the contents of heads changed"):
         pipeline.finetune(recipe)
 
 
@@ -95,7 +95,7 @@ def test_pretraining_on_changed_labels_is_refused(copied):
     path = copied / "out" / "labels" / "labels.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[1:] + lines[:1]))
-    with pytest.raises(RecipeError, match=r"of another recipe \(files\.labels: "):
+    with pytest.raises(RecipeError, match=r"of another recipe \(the contents of labels changed"):
         pipeline.pretrain_heads(recipe_in(copied))
 
 
