@@ -208,7 +208,8 @@ def _refuse_foresight(model: Any) -> None:
     changed = ids.clone()
     changed[0, -1] = ids[0, 0]
     before, after = (model(input_ids=row, use_cache=False).logits[:, :-1] for row in (ids, changed))
-    if not _is_close(after, before):
+    rounded = getattr(model, "is_quantized", False)  # LLM.int8 picks its outlier columns over the whole row
+    if not _is_close(after, before, tolerance=5e-2 if rounded else None):
         raise UnsupportedModelError(
             f"The outputs of {type(model).__name__} move when a later token is changed, so what its heads are to predict "
             "would be before their eyes. Use a causal model; some become one with is_decoder=True in their configuration."
@@ -287,6 +288,6 @@ def _repeats(compute: Callable[[], Tensor], expected: Tensor, is_same: Callable[
     return found.shape == expected.shape and is_same(found, expected)
 
 
-def _is_close(found: Tensor, expected: Tensor) -> bool:
-    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
+def _is_close(found: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
+    tolerance = tolerance or (1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2)
     return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))

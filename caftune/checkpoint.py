@@ -94,6 +94,7 @@ def save_heads(
         "fork_point": FORK_POINTS[heads.config.kind],
         "base": base,
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
+        "vocabulary": len(tokenizer.get_vocab()) if tokenizer is not None else None,
         "training": dict(training or {}),
         "weights_sha256": file_sha256(partial),
         "caftune": package_version("caftune"),
@@ -113,7 +114,7 @@ def load_heads(
         folder: what `save_heads` wrote.
         tokenizer: compared with the tokenizer the heads were trained with, where both are known.
         force: accept heads of a relative: a base of the same architecture and tokenizer with other weights (the parent of
-            a fine-tuned model).
+            a fine-tuned model), also where tokens were added to it.
 
     Raises:
         HeadsError: no such folder, a pickle, a damaged file, or heads of another base or tokenizer.
@@ -169,7 +170,7 @@ def _check_description(description: Mapping[str, Any]) -> None:
     config = HeadsConfig(len(description["horizons"]), description["kind"])
     if description["horizons"] != config.horizons:
         raise ValueError(f"horizons must be {config.horizons}, got {description['horizons']}")
-    for key in ("weights_sha256", "tokenizer"):
+    for key in ("weights_sha256", "tokenizer", "vocabulary"):
         description[key]
     for key in ("name", "model_type", "architecture", "unembedding", "last_layer"):
         description["base"][key]
@@ -208,7 +209,8 @@ def base_fingerprint(backbone: Backbone) -> dict[str, Any]:
     """
     config = backbone.model.config
     weights = backbone.layer.state_dict()
-    layer = {name.replace(".base_layer.", "."): weights[name] for name in weights if "lora_" not in name}
+    # PEFT's own weights carry the name of their adapter.
+    layer = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".default" not in name}
     is_plain = all(parameter.dtype in _PLAIN for parameter in backbone.layer.parameters())
     return {
         "model_type": config.model_type,
@@ -224,9 +226,10 @@ def _without_volatile(value: Any) -> Any:
     return value
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of the vocabulary and its ids."""
-    return _sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+def tokenizer_fingerprint(tokenizer: Any, *, size: int | None = None) -> str:
+    """A hash of the vocabulary and its ids; with `size`, of the `size` tokens with the lowest ids."""
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))[:size]
+    return _sha256(json.dumps(sorted(tokens)).encode())
 
 
 def provenance(data_files: Mapping[str, str | os.PathLike[str]] | None = None) -> dict[str, Any]:
@@ -270,10 +273,11 @@ def _refuse_other_base(
     kind = _differences(expected["architecture"], found["architecture"])
     if expected["model_type"] != found["model_type"]:
         kind = [f"model_type ({expected['model_type']} -> {found['model_type']})"]
-    if tokenizer is not None and description["tokenizer"] not in (None, tokenizer_fingerprint(tokenizer)):
-        kind.append("tokenizer")
     known = [key for key in ("unembedding", "last_layer") if None not in (expected[key], found[key])]
     weights = [key for key in known if expected[key] != found[key]]
+    if tokenizer is not None and description["tokenizer"] not in (None, tokenizer_fingerprint(tokenizer)):
+        is_extended = tokenizer_fingerprint(tokenizer, size=description["vocabulary"]) == description["tokenizer"]
+        (weights if is_extended else kind).append("tokenizer (tokens were added)" if is_extended else "tokenizer")
     if not kind and (force or not weights):
         return
     this = getattr(backbone.model.config, "_name_or_path", "") or type(backbone.model).__name__

@@ -66,18 +66,31 @@ class CAFTConfig(SFTConfig):
                 "heads must name a folder of pretrained heads, got None. Pretrain some with pretrain_heads=True (or "
                 "`caftune pretrain-heads`), or set aux_weight=0 for plain fine-tuning."
             )
-        if self.packing and self.packing_strategy == "wrapped":
-            raise ValueError(
-                "packing_strategy must be 'bfd' or 'bfd_split', got 'wrapped', which cuts documents without marking where, "
-                "so heads would be trained to predict into the next document."
-            )
+        self._check_packing()
         if self.label_smoothing_factor > 0 and self.aux_weight > 0:
             raise ValueError(
                 f"label_smoothing_factor must be 0 with auxiliary losses, got {self.label_smoothing_factor}: "
                 "its forward pass does not reach the heads."
             )
 
+    def _check_packing(self) -> None:
+        if self.packing and self.packing_strategy == "wrapped":
+            raise ValueError(
+                "packing_strategy must be 'bfd' or 'bfd_split', got 'wrapped', which cuts documents without marking where, "
+                "so heads would be trained to predict into the next document."
+            )
+        if self.eval_packing and not self.packing:
+            raise ValueError(
+                "eval_packing must not be True without packing: TRL (1.16) would then not mark where documents begin, and they "
+                "would see each other."
+            )
+
     def _check_training_of_heads(self) -> None:
+        if self.heads_max_grad_norm is not None and self.max_grad_norm == 0:
+            raise ValueError(
+                "heads_max_grad_norm must be None with max_grad_norm=0, which switches all clipping off. Use a large "
+                "max_grad_norm to clip the heads alone."
+            )
         for name in ("heads_lora_rank", "heads_learning_rate", "heads_max_grad_norm"):
             value = getattr(self, name)
             if value is None:

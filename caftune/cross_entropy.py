@@ -24,7 +24,7 @@ class Unembedding:
 
     def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
         """Logits of a few rows; for many, and for a loss, see `log_likelihood`."""
-        logits = functional.linear(hidden, self.weight, self.bias)
+        logits = functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)  # some norms end in float32
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

@@ -14,14 +14,14 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from caftune.checkpoint import write_json
 from caftune.heads import ATTRIBUTE
 
 _logger = logging.getLogger(__name__)
-_LAYER_KEY = re.compile(r"^model\.(?:language_model\.)?layers\.(\d+)\.")
+_LAYER_KEY = re.compile(r"^(?:model|backbone)\.(?:language_model\.)?layers\.(\d+)\.")
 _MTP_KEY = re.compile(r"(?:^|\.)(?:mtp|nextn)\w*\.")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -58,8 +58,8 @@ def export_model(
     name = base_name or str(getattr(plain.config, "_name_or_path", ""))
     published = _published_config(name, base_revision)
     files = _published_files(name, base_revision)
-    dtype = getattr(published, "dtype", None)
-    native = _native_modules(plain, files)
+    dtype = getattr(torch, str(published.get("dtype") or published.get("torch_dtype")), None)
+    native = _native_modules(plain, files, published)
     state = {key: tensor for key, tensor in plain.state_dict().items() if not key.startswith(f"{ATTRIBUTE}.")}
     _refuse_strange_state(plain, state)
     target = Path(folder)
@@ -70,7 +70,7 @@ def export_model(
         path = Path(aside, "config.json")
         described = json.loads(path.read_text())
         described |= {"dtype": str(dtype).removeprefix("torch.")} if dtype is not None else {}
-        described["use_cache"] = getattr(published, "use_cache", True)
+        described["use_cache"] = published.get("use_cache", True)
         if _is_untied(plain):
             described["tie_word_embeddings"] = False
         write_json(path, described)
@@ -89,21 +89,35 @@ def export_model(
     return list(native)
 
 
-def load_trained(folder: str | os.PathLike[str], base_name: str, base_revision: str | None = None) -> Any:
-    """A checkpoint of stage 2 on the CPU in float32: a whole model, or an adapter on the unquantised base."""
+def load_trained(
+    folder: str | os.PathLike[str],
+    base_name: str,
+    base_revision: str | None = None,
+    *,
+    vocab_size: int | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A checkpoint of stage 2 on the CPU in float32: a whole model, or an adapter on the unquantised base.
+
+    Args:
+        vocab_size: rows of the embeddings, where the base's were resized before training.
+        trust_remote_code: as in `from_pretrained`.
+    """
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     if not Path(folder, "adapter_config.json").is_file():
-        return _class_of(str(folder), None).from_pretrained(folder, dtype=torch.float32)
+        return _class_of(_published_config(str(folder), None)).from_pretrained(folder, **options)
     from peft import PeftModel
 
-    kind = _class_of(base_name, base_revision)
-    base = kind.from_pretrained(base_name, dtype=torch.float32, revision=base_revision or "main")
+    kind = _class_of(_published_config(base_name, base_revision))
+    base = kind.from_pretrained(base_name, revision=base_revision or "main", **options)
+    if vocab_size is not None and vocab_size != base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(vocab_size)
     return PeftModel.from_pretrained(base, folder)
 
 
-def _class_of(name: str, revision: str | None) -> Any:
+def _class_of(published: Mapping[str, Any]) -> Any:
     """The class a model was published as: for some families it is not the one AutoModelForCausalLM picks."""
-    names = AutoConfig.from_pretrained(name, revision=revision or "main").architectures or [""]
-    return getattr(transformers, names[0], AutoModelForCausalLM)
+    return getattr(transformers, (published.get("architectures") or [""])[0], AutoModelForCausalLM)
 
 
 def _merged_copy(model: Any) -> Any:
@@ -127,16 +141,20 @@ def _merged_copy(model: Any) -> Any:
 
 
 def refuse_tied_adapters(model: Any) -> None:
-    """One weight that several adapted layers share would take up the adapters of all of them."""
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
-            other = owners.setdefault(id(getattr(module.get_base_layer(), "weight", module)), name)
-            if other != name:
+    """An adapter merged into a weight that another layer shares (tied embeddings, Zamba's block) would change that one too."""
+    adapted = {name: module for name, module in model.named_modules() if _is_adapted(module)}
+    for name, module in adapted.items():
+        weight = getattr(module.get_base_layer(), "weight", None)
+        for other, part in model.named_modules():
+            if not other.startswith(name) and part._parameters.get("weight") is weight is not None:
                 raise ValueError(
-                    f"The adapters of {other} and {name} cannot be merged: the two layers share one weight. Nothing was "
+                    f"The adapter of {name} cannot be merged: {other} shares its weight, and would change too. Nothing was "
                     "written. Export the adapter alone (recipe: model.lora.merge=false), or adapt other layers."
                 )
+
+
+def _is_adapted(module: Any) -> bool:
+    return hasattr(module, "merge") and hasattr(module, "get_base_layer")
 
 
 def _refuse_strange_state(plain: Any, state: Mapping[str, Tensor]) -> None:
@@ -171,12 +189,13 @@ def _cast(
     return result
 
 
-def _published_config(name: str, revision: str | None) -> Any:
-    """The base's own configuration, None where there is none to be found without a network."""
+def _published_config(name: str, revision: str | None) -> dict[str, Any]:
+    """The base's own configuration as it was published, empty where there is none to be found without a network."""
     try:
-        return AutoConfig.from_pretrained(name, revision=revision or "main", local_files_only=True) if name else None
+        path = cached_file(name, "config.json", revision=revision, local_files_only=True) if name else None
     except (OSError, ValueError):
-        return None
+        return {}
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
 
 
 def _published_files(name: str, revision: str | None) -> list[Path]:
@@ -197,9 +216,10 @@ def _dtypes(files: list[Path]) -> dict[str, torch.dtype]:
     return dtypes
 
 
-def _native_modules(plain: Any, files: list[Path]) -> dict[str, Tensor]:
+def _native_modules(plain: Any, files: list[Path], published: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors of the base's files that belong to multi-token modules: named mtp, or layers past the last decoder layer."""
-    depth = plain.config.get_text_config().num_hidden_layers
+    text = published.get("text_config", published)
+    depth = text.get("num_hidden_layers") or plain.config.get_text_config().num_hidden_layers
     found = {}
     for path in files:
         with safe_open(path, "pt") as file:

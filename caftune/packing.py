@@ -9,9 +9,10 @@ from transformers import TrainerCallback
 from caftune.backbone import evaluating
 
 _TOKENS = 8
-# As a share of the largest logit. Documents that are kept apart differ by rounding only; those that are not, by far more.
+# As a share of the largest logit. Documents that are kept apart differ by rounding only, if at all (experts see other
+# batches); those that are not, by far more.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
-_HALF_TOLERANCE = 2e-2
+_HALF_TOLERANCE = 5e-3
 
 
 class RefuseLeaks(TrainerCallback):
@@ -40,14 +41,18 @@ class RefuseLeaks(TrainerCallback):
 
 def _movement(trainer: Any) -> tuple[float, float]:
     """The largest change of a logit of the second document, as a share of the largest logit; and what rounding explains."""
-    vocabulary = trainer.model.get_input_embeddings().num_embeddings
+    vocabulary = trainer.model.get_input_embeddings().weight.shape[0]
     numbers = torch.arange(1, _TOKENS + 1)
     one, other, second = ((numbers * factor % vocabulary).tolist() for factor in (1, 3, 2))
-    with evaluating(trainer.model), torch.no_grad(), trainer.compute_loss_context_manager():
+    # In full precision where the weights are, because a small leak drowns in the rounding of a half; flash attention has none.
+    is_flash = "flash" in str(getattr(trainer.model.config.get_text_config(), "_attn_implementation", None))
+    autocast = (
+        trainer.compute_loss_context_manager() if is_flash else torch.autocast(trainer.args.device.type, enabled=False)
+    )
+    with evaluating(trainer.model), torch.no_grad(), autocast:
         logits, changed = (_second_logits(trainer, first, second) for first in (one, other))
-    tolerance = _TOLERANCE.get(logits.dtype, _HALF_TOLERANCE)
-    if torch.is_autocast_enabled(logits.device.type) or trainer.args.bf16 or trainer.args.fp16:
-        tolerance = _HALF_TOLERANCE
+    half = is_flash or any(parameter.dtype not in _TOLERANCE for parameter in trainer.model.parameters())
+    tolerance = _HALF_TOLERANCE if half else _TOLERANCE[logits.dtype]
     return float((logits - changed).abs().max() / logits.abs().max()), tolerance
 
 

@@ -230,7 +230,8 @@ def stage_one_config(recipe: Recipe, folder: Path) -> CAFTConfig:
         num_heads=recipe.heads.count,
         head_kind=recipe.heads.kind,
         aux_decay=recipe.loss.decay,
-        max_length=None,
+        # Labels have the length they have; packing needs one.
+        max_length=_training_length(recipe) if recipe.pretrain.get("packing") else None,
         **_model_options(recipe, "pretrain"),
     )
 
@@ -247,10 +248,6 @@ def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
     for key in ("lora_rank", "learning_rate", "max_grad_norm"):
         if getattr(recipe.heads, key) is not None and not recipe.heads.train:
             raise RecipeError(f"heads.{key} needs heads.train: true, for heads are frozen in stage 2 otherwise.")
-    context = context_length(recipe)
-    length = recipe.data.max_length or min(_DEFAULT_LENGTH, context or _DEFAULT_LENGTH)
-    if context is not None and length > context:
-        raise RecipeError(f"data.max_length must be at most the model's context of {context} tokens, got {length}.")
     chosen = {
         "heads": heads if loss.weight > 0 else None,
         "force_heads": recipe.heads.force,
@@ -261,11 +258,19 @@ def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
         "aux_weight": loss.weight,
         "aux_decay": loss.decay,
         "aux_schedule": loss.schedule,
-        "max_length": length,
+        "max_length": _training_length(recipe),
         "output_dir": str(folder),
         **_model_options(recipe, "trainer"),
     }
     return trainer_config(recipe, "trainer", **{**chosen, **ours})
+
+
+def _training_length(recipe: Recipe) -> int:
+    context = context_length(recipe)
+    length = recipe.data.max_length or min(_DEFAULT_LENGTH, context or _DEFAULT_LENGTH)
+    if context is not None and length > context:
+        raise RecipeError(f"data.max_length must be at most the model's context of {context} tokens, got {length}.")
+    return length
 
 
 def _model_options(recipe: Recipe, section: Literal["pretrain", "trainer"]) -> dict[str, Any]:
@@ -354,6 +359,12 @@ def lora_config(recipe: Recipe) -> Any:
 
 def quantization(recipe: Recipe) -> Any:
     """Four bits with the settings of the QLoRA paper (NormalFloat4, double quantisation, bfloat16), None for other tunings."""
+    config = AutoConfig.from_pretrained(recipe.model.name, revision=recipe.model.revision or "main")
+    if recipe.model.lora.merge and getattr(config, "quantization_config", None):
+        raise RecipeError(
+            f"model.name must be an unquantised base, and {recipe.model.name} is published quantised: an adapter cannot be "
+            "merged into it. Name the unquantised base (tuning: qlora rounds it), or set model.lora.merge=false."
+        )
     if recipe.model.tuning != "qlora":
         return None
     if not is_bitsandbytes_available():

@@ -32,7 +32,8 @@ class StopOnSigterm(TrainerCallback):
         if self._trainer.accelerator.check_trigger():
             self.stopped = control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def restore(self) -> None:
+        """Put the handler back that was there before."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
@@ -70,7 +71,10 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
         tqdm.write(f"Going on from {checkpoint}.", file=sys.stderr)
     stop = StopOnSigterm(trainer)
     trainer.add_callback(stop)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        stop.restore()
     if stop.stopped:
         tqdm.write(
             f"Stopped by SIGTERM after step {trainer.state.global_step}, with a checkpoint in {trainer.args.output_dir}. "

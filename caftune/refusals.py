@@ -30,6 +30,10 @@ def refuse_arguments(args: Any, peft_config: Any, sft_arguments: dict[str, Any])
             "optimizers must not hold an optimizer where heads are trained: it was made before they exist. "
             "Use optimizer_cls_and_kwargs."
         )
+    if getattr(peft_config, "layer_replication", None) and args.heads is not None:
+        raise ValueError(
+            "peft_config.layer_replication must be None: it puts other layers where the heads leave the model."
+        )
     if sft_arguments.get("compute_metrics") is not None and args.pretrain_heads:
         raise ValueError("compute_metrics must be None in stage 1: there are no logits of the model to measure.")
 
@@ -65,6 +69,11 @@ def refuse_unfit(model: PreTrainedModel, peft_config: Any, args: CAFTConfig) -> 
         raise ValueError(
             "model must not be quantised without a peft_config, nor in stage 1. Give a LoraConfig; pretrain heads on the "
             "unquantised base, they fit the quantised one."
+        )
+    if not (peft_config or args.pretrain_heads or any(parameter.requires_grad for parameter in model.parameters())):
+        raise ValueError(
+            "model must have weights to train, and all are frozen (stage 1 freezes the model it is given). Load it again, or "
+            "call model.requires_grad_(True)."
         )
     _refuse_untying(model, peft_config)
     half = next((p.dtype for p in model.parameters() if p.requires_grad and p.dtype in _HALF), None)

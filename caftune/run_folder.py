@@ -26,7 +26,8 @@ _DEPENDS_ON: dict[str, Sequence[str]] = {
 def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> Path:
     """The folder of a stage, made ready: it is new, or it belongs to this very recipe and these very files.
 
-    With several processes the main one makes it, and the others find it made.
+    A folder in which nothing was done yet (its stage was refused, say) takes on the recipe it is given. With several
+    processes the main one makes it, and the others find it made.
 
     Raises:
         RecipeError: the folder holds a stage made from something else, or files that are not caftune's.
@@ -37,7 +38,11 @@ def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None
         folder = Path(recipe.output, stage)
         if is_begun(recipe, stage):
             refuse_other_stage(recipe, stage, files)
-        elif folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
+        elif (
+            not (folder / "recipe.yaml").is_file()
+            and folder.exists()
+            and any(not file.name.startswith(".") for file in folder.iterdir())
+        ):
             raise RecipeError(f"{folder} holds files of something else than caftune. Use another output.")
         else:
             folder.mkdir(parents=True, exist_ok=True)
@@ -48,8 +53,12 @@ def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None
 
 
 def is_begun(recipe: Recipe, stage: str) -> bool:
-    """Whether the folder of a stage is there."""
-    return Path(recipe.output, stage, "recipe.yaml").is_file()
+    """Whether something was done in the folder of a stage: labels, a checkpoint, or its result."""
+    folder, results = Path(recipe.output, stage), Path(recipe.output, "results.jsonl")
+    done = {json.loads(line)["stage"] for line in results.read_text().splitlines()} if results.is_file() else set()
+    is_done = {"labels": "label", "pretrain": "pretrain-heads"}.get(stage, stage) in done
+    work = any(folder.glob("checkpoint-*")) or (folder / "labels.jsonl").is_file()
+    return (folder / "recipe.yaml").is_file() and (is_done or work)
 
 
 def refuse_other_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> None:

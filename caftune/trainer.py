@@ -84,20 +84,23 @@ class CAFTTrainer(SFTTrainer):
         refuse_unfit(model, peft_config, args)
         _keep_trainable_on_cpu(model)
         self.heads, self.backbone = _heads_for(model, args, processing_class)
+        self._given_tokenizer = copy.deepcopy(processing_class)  # SFTTrainer may add tokens to it
         name = str(model.config._name_or_path)
         # Absolute, because a run may change its folder before it exports.
         self._base = (str(Path(name).resolve()) if Path(name).is_dir() else name, revision)
         # The model is built: SFTTrainer would warn that these are not used.
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
-        super().__init__(
-            model=model,
-            args=args,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            quantization_config=quantization_config,
-            **sft_arguments,
-        )
-        args.model_init_kwargs = model_init_kwargs
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                quantization_config=quantization_config,
+                **sft_arguments,
+            )
+        finally:
+            args.model_init_kwargs = model_init_kwargs
         self.add_callback(RefuseLeaks(self))
         self._horizon_counts: Tensor | None = None
         self._horizon_sums: dict[str, dict[str, Tensor]] = {}
@@ -149,7 +152,9 @@ class CAFTTrainer(SFTTrainer):
                 state = self.accelerator.get_state_dict(self.model_wrapped) if is_sharded else None
                 if self.is_world_process_zero():
                     self._save(saved, state)
-                    model = load_trained(saved, name, revision)
+                    rows = model.get_input_embeddings().weight.shape[0]
+                    trust = self.args.trust_remote_code
+                    model = load_trained(saved, name, revision, vocab_size=rows, trust_remote_code=trust)
         if not self.is_world_process_zero():
             return []
         return export_model(model, folder, self.processing_class, base_name=name, base_revision=revision)
@@ -315,7 +320,7 @@ class CAFTTrainer(SFTTrainer):
         training = {"stage": 1 if self.args.pretrain_heads else 2, "steps": self.state.global_step, **stage}
         state, write = merged_state(self.heads), self.args.should_save
         save_heads(
-            folder, self.heads, self.backbone, self.processing_class, training=training, state=state, write=write
+            folder, self.heads, self.backbone, self._given_tokenizer, training=training, state=state, write=write
         )
         save_adapter(folder, self.heads, write=write)
 
@@ -341,6 +346,8 @@ class CAFTTrainer(SFTTrainer):
         )
 
     def _refuse_split_rows(self) -> None:
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("fsdp_version must be 2 with auxiliary heads, got 1. See recipes/accelerate/fsdp2.yaml.")
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError(

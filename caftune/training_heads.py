@@ -9,6 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from caftune.backbone import whole
 from caftune.heads import AuxiliaryHeads
@@ -23,8 +24,15 @@ def make_trainable(heads: AuxiliaryHeads, *, lora_rank: int | None) -> None:
     if lora_rank is None:
         heads.float().requires_grad_(True)
         return
-    linear = [name for name, module in heads.named_modules() if isinstance(module, nn.Linear)]
-    inject_adapter_in_model(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=linear), heads, _ADAPTER)
+    # Not their subclasses: routers and grouped layers return or take something else.
+    linear = [name for name, module in heads.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    if not linear:
+        raise ValueError(
+            "heads_lora_rank must be None for these heads, which have no linear layers. Train them in full."
+        )
+    transposed = any(type(module) is Conv1D for module in heads.modules())
+    config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=linear, fan_in_fan_out=transposed)
+    inject_adapter_in_model(config, heads, _ADAPTER)
     for name, parameter in heads.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
@@ -49,7 +57,10 @@ def merged_state(heads: AuxiliaryHeads) -> dict[str, Tensor]:
         if isinstance(module, LoraLayer):
             up, down = (state.pop(f"{name}.lora_{part}.{_ADAPTER}.weight") for part in "BA")
             weight = state[f"{name}.base_layer.weight"]
-            state[f"{name}.base_layer.weight"] = weight + (module.scaling[_ADAPTER] * up @ down).to(weight.dtype)
+            change = module.scaling[_ADAPTER] * up @ down
+            state[f"{name}.base_layer.weight"] = weight + (
+                change.T if getattr(module, "fan_in_fan_out", False) else change
+            ).to(weight.dtype)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
 
 

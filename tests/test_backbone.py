@@ -177,3 +177,13 @@ def test_a_model_with_as_many_heads_as_layers_is_still_understood(family):
     backbone = Backbone.of(model)
     attach_heads(backbone, AuxiliaryHeads.build(backbone, HeadsConfig(2)))
     assert Backbone.of(model).layer_name == backbone.layer_name
+
+
+@pytest.mark.parametrize("family", ["mamba", "llama"])
+def test_a_model_in_half_precision_is_accepted_as_in_full(family):
+    """Mamba's final norm ends in float32, whatever its weights are."""
+    model = build(family, dtype=torch.float32).to(torch.bfloat16)
+    backbone = Backbone.of(model)
+    assert backbone.copy_refusal is None
+    attach_heads(backbone, AuxiliaryHeads.build(backbone, HeadsConfig(1)))
+    model(input_ids=IDS, labels=IDS, auxiliary="add")["auxiliary"]["nll"].sum().backward()

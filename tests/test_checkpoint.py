@@ -285,3 +285,12 @@ def test_loading_runs_with_the_base_it_was_loaded_for(saved):
     with torch.no_grad(), backbone.capture() as call:
         backbone.model(input_ids=ids)
     assert heads.hidden(1, backbone, call).shape == (1, 6, backbone.width)
+
+
+def test_added_tokens_make_a_relative_of_the_tokenizer(saved):
+    longer = Tokenizer("a", "b", "c", "d")
+    with pytest.raises(
+        HeadsError, match=r"differs in its tokenizer \(tokens were added\)\. Use heads of this model, or force"
+    ):
+        load_heads(saved, base(), longer)
+    load_heads(saved, base(), longer, force=True)

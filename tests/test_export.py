@@ -227,3 +227,10 @@ def test_native_multi_token_modules_of_a_family_pass_through_training_and_export
     assert layout(tmp_path / "out") == layout(tmp_path / "base")
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(exported[name], value) for name, value in native.items())
+
+
+def test_layers_cut_off_a_base_are_no_multi_token_modules(tmp_path):
+    build("llama", dtype=torch.float32, num_hidden_layers=3).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", num_hidden_layers=2)
+    assert export_model(model, tmp_path / "out") == []
+    assert not any("layers.2." in name for name in layout(tmp_path / "out"))

@@ -9,8 +9,10 @@ import kills
 import pytest
 from transformers import TrainerCallback
 
-from caftune.pipeline import finetune
-from caftune.progress import StopOnSigterm
+from caftune import CAFTTrainer
+from caftune.data import load_rows
+from caftune.pipeline import finetune, stage_two_config
+from caftune.progress import StopOnSigterm, run
 from caftune.recipe import load_recipe
 from caftune.run_folder import last_checkpoint, open_stage
 
@@ -84,3 +86,18 @@ def test_a_run_killed_while_its_folder_was_made_goes_on(folder, tmp_path):
     (stage / "provenance.json").unlink()
     assert open_stage(recipe, "train", {}) == stage
     assert json.loads((stage / "provenance.json").read_text())["versions"]
+
+
+def test_a_failed_run_gives_sigterm_back(folder, tmp_path):
+    class Failing(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+            raise MemoryError
+
+    recipe = load_recipe(folder / "full.yaml", [f"output={tmp_path}"])
+    rows = load_rows(recipe.data.train)
+    args = stage_two_config(recipe, tmp_path)
+    trainer = CAFTTrainer(recipe.model.name, args, train_dataset=rows, callbacks=[Failing()])
+    with pytest.raises(MemoryError):
+        run(trainer, checkpoint=None)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

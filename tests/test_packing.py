@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import build
+from peft import LoraConfig
 from training import config, numbers, trained
 from transformers import AutoTokenizer
 
@@ -59,3 +60,21 @@ def test_a_leak_is_no_matter_of_rounding(family, short, tmp_path):
 
 def test_a_padded_run_of_a_model_that_would_leak_is_trained(short, tmp_path):
     assert numbers(trained(trainer_of("bloom", short, tmp_path)))
+
+
+@pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
+def test_an_adapted_embedding_can_be_asked_too(short, tmp_path):
+    model = build("llama", dtype=torch.float32, attention="eager", vocab_size=158)
+    args = config(tmp_path, aux_weight=0.0, max_steps=1, packing=True, max_length=30)
+    peft_config = LoraConfig(r=2, target_modules=["embed_tokens"])
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    trainer = CAFTTrainer(model, args, train_dataset=short, processing_class=tokenizer, peft_config=peft_config)
+    assert numbers(trained(trainer))
+
+
+@pytest.mark.filterwarnings("ignore:.*flash:UserWarning", "ignore:.*attention implementation:UserWarning")
+def test_a_leak_is_not_lost_in_half_precision(short, tmp_path):
+    trainer = trainer_of("bloom", short, tmp_path, packing=True, max_length=30, bf16=True)
+    moved, tolerance = _movement(trainer)
+    assert tolerance == 1e-4  # float32 weights are asked in float32
+    assert moved > tolerance

@@ -267,3 +267,10 @@ def test_a_checkpoint_of_another_run_is_not_exported_into_this_one(values, tmp_p
         pipeline.export(run, str(other))
     with pytest.raises(RecipeError, match=r"holds no checkpoint\. Run `caftune train` first, or name one of"):
         pipeline.export(run, str(tmp_path / "other"))
+
+
+@pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
+def test_heads_can_be_pretrained_on_packed_labels(finished, values, tmp_path):
+    shutil.copytree(finished / "labels", tmp_path / "out" / "labels")
+    recipe = recipe_with({**values, "output": str(tmp_path / "out")}, pretrain={"packing": True})
+    assert (pipeline.pretrain_heads(recipe) / "heads.safetensors").is_file()

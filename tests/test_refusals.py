@@ -181,3 +181,26 @@ def test_processes_that_would_train_alone_in_one_folder_are_refused(tmp_path, mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched, and each would train alone, in the same folder"):
         CAFTTrainer(str(BASE), args, train_dataset=ROWS)
+
+
+def test_layers_replicated_by_peft_are_refused(tmp_path):
+    peft_config = LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 4)])
+    with pytest.raises(ValueError, match="layer_replication must be None"):
+        CAFTTrainer(str(BASE), config(tmp_path, heads="heads"), train_dataset=ROWS, peft_config=peft_config)
+
+
+def test_evaluation_packed_alone_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="eval_packing must not be True without packing"):
+        config(tmp_path, heads="heads", eval_packing=True)
+
+
+def test_a_clip_of_the_heads_without_any_clipping_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="heads_max_grad_norm must be None with max_grad_norm=0"):
+        config(tmp_path, heads="heads", train_heads=True, heads_max_grad_norm=1.0, max_grad_norm=0.0)
+
+
+def test_a_refused_trainer_leaves_the_options_of_its_model_alone(tmp_path):
+    args = config(tmp_path, pretrain_heads=True, model_init_kwargs={"dtype": "float32"})
+    with pytest.raises(KeyError):
+        CAFTTrainer(str(BASE), args, train_dataset=Dataset.from_list([{"unknown": "a"}]))
+    assert args.model_init_kwargs == {"dtype": "float32"}

@@ -12,7 +12,7 @@ from caftune import pipeline
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.recipe import Recipe, RecipeError
-from caftune.run_folder import last_checkpoint
+from caftune.run_folder import last_checkpoint, open_stage
 
 FAST = {"per_device_train_batch_size": 8, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 2}
 
@@ -163,3 +163,13 @@ def test_the_pipeline_prepares_rows_as_the_trainer_does(copied):
     pipeline.finetune(recipe)  # truncating first would leave rows without an answer, which is refused
     row = json.loads(Path("out/results.jsonl").read_text().splitlines()[-1])
     assert row["rows"] == 24
+
+
+def test_a_stage_that_was_refused_before_it_began_takes_on_the_mended_recipe(tmp_path):
+    first = Recipe.model_validate({"output": str(tmp_path), "model": {"name": "x"}})
+    folder = open_stage(first, "train", {})
+    mended = Recipe.model_validate({"output": str(tmp_path), "model": {"name": "x"}, "heads": {"force": True}})
+    assert open_stage(mended, "train", {}) == folder
+    (folder / "checkpoint-1").mkdir()
+    with pytest.raises(RecipeError, match=r"of another recipe \(heads\.force: True -> False\)"):
+        open_stage(first, "train", {})

@@ -262,7 +262,7 @@ def test_adapters_that_cannot_be_merged_are_refused_before_training(rows, tmp_pa
         f"output: {tmp_path}/run\nmodel: {{name: {tmp_path}/base, tuning: lora, lora: {{target_modules: [q_proj]}}}}\n"
         f"loss: {{weight: 0}}\ndata: {{train: {tmp_path}/rows.jsonl}}\ntrainer: {{max_steps: 1, use_cpu: true}}\n"
     )
-    with pytest.raises(ValueError, match=r"share one weight\. .*Export the adapter alone \(recipe: model\.lora\.merge"):
+    with pytest.raises(ValueError, match=r"shares its weight, .*Export the adapter alone \(recipe: model\.lora\.merge"):
         finetune(load_recipe(tmp_path / "recipe.yaml"))
     assert not list((tmp_path / "run" / "train").glob("checkpoint-*"))
     finetune(load_recipe(tmp_path / "recipe.yaml", ["model.lora.merge=false", f"output={tmp_path}/alone"]))
@@ -283,3 +283,39 @@ def test_native_multi_token_modules_are_copied_and_named(rows, heads, tmp_path, 
     exported, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", base))
     assert {k: (v.shape, v.dtype) for k, v in exported.items()} == {k: (v.shape, v.dtype) for k, v in before.items()}
     assert all(torch.equal(exported[key], value) for key, value in native.items())
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's advice
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_an_adapter_on_one_of_two_tied_matrices_is_not_merged_into_both(rows, heads, tmp_path):
+    peft_config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])
+    trainer = trained(
+        CAFTTrainer(str(BASE), config(tmp_path, heads=heads), train_dataset=rows, peft_config=peft_config)
+    )
+    with pytest.raises(ValueError, match=r"embed_tokens cannot be merged: \S*lm_head shares its weight"):
+        trainer.export(tmp_path / "model")
+    trainer.export(tmp_path / "adapter", merged=False)
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "adapter")
+    assert torch.equal(logits_of(adapter, rows), logits_of(trainer.model, rows))
+
+
+def test_a_lora_on_gpt2s_heads_is_merged_the_right_way_round(rows, tmp_path):
+    model = build("gpt2", dtype=torch.float32, vocab_size=158, n_positions=128).train()
+    tokenizer = {"processing_class": AutoTokenizer.from_pretrained(BASE), "train_dataset": rows}
+    stage1 = CAFTTrainer(copy.deepcopy(model), config(tmp_path / "one", pretrain_heads=True, max_steps=1), **tokenizer)
+    trained(stage1).export(tmp_path / "heads")
+    options = {"train_heads": True, "heads_lora_rank": 2, "save_strategy": "steps", "save_steps": 4}
+    trainer = trained(
+        CAFTTrainer(model, config(tmp_path / "two", heads=str(tmp_path / "heads"), **options), **tokenizer)
+    )
+    kept = load_file(tmp_path / "two" / "checkpoint-4" / "heads" / "heads.safetensors")
+    layer = trainer.heads.heads[0].mlp.c_fc
+    assert layer.get_delta_weight("default").any()
+    expected = layer.base_layer.weight + layer.get_delta_weight("default")
+    torch.testing.assert_close(kept["heads.0.mlp.c_fc.weight"], expected, rtol=0, atol=1e-7)
+
+
+def test_a_model_left_frozen_by_stage_one_is_refused_in_stage_two(rows, heads, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(BASE).requires_grad_(False)
+    with pytest.raises(ValueError, match="model must have weights to train, and all are frozen"):
+        CAFTTrainer(model, config(tmp_path, heads=heads, train_heads=True), train_dataset=rows)
