@@ -18,6 +18,8 @@ class CAFTConfig(SFTConfig):
         pretrain_heads: stage 1: train the heads, leave the model as it is.
         num_heads: stage 1: number of new heads; head i predicts horizon i + 2.
         head_kind: stage 1: "decoder" (a copy of the last layer) or "mlp".
+        soft_targets: stage 1: hold horizon h to the model's own next-token distribution h - 1 positions later instead of to
+            the token of the data. Evaluation is by the tokens either way.
         force_heads: accept heads of a relative: same architecture and tokenizer, other weights (a fine-tuned child).
         train_heads: stage 2: train the heads along with the model. They are dropped at export either way.
         heads_lora_rank: with train_heads: train a LoRA of this rank on the heads instead of all their weights.
@@ -36,6 +38,7 @@ class CAFTConfig(SFTConfig):
     pretrain_heads: bool = field(default=False, metadata={"help": "Stage 1: train the heads alone."})
     num_heads: int = field(default=4, metadata={"help": "Stage 1: number of new heads."})
     head_kind: str = field(default="decoder", metadata={"help": "Stage 1: decoder or mlp."})
+    soft_targets: bool = field(default=False, metadata={"help": "Stage 1: the model's own distributions as targets."})
     force_heads: bool = field(default=False, metadata={"help": "Accept heads of a base of the same kind."})
     train_heads: bool = field(default=False, metadata={"help": "Stage 2: train the heads along."})
     heads_lora_rank: int | None = field(default=None, metadata={"help": "Train a LoRA of this rank on the heads."})
@@ -59,6 +62,8 @@ class CAFTConfig(SFTConfig):
         self.auxiliary_weights  # noqa: B018  (checks the three values)
         HeadsConfig(self.num_heads, self.head_kind)
         self._check_training_of_heads()
+        if self.soft_targets and not self.pretrain_heads:
+            raise ValueError("soft_targets must be False in stage 2: there the tokens of the task are the targets.")
         if self.pretrain_heads and self.aux_weight == 0:
             raise ValueError("aux_weight must be above 0 in stage 1 (pretrain_heads=True), got 0.")
         if not self.pretrain_heads and self.heads is None and self.aux_weight > 0:

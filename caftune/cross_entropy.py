@@ -1,6 +1,6 @@
-"""Cross-entropy of `hidden @ W.T` against targets, without holding the logits of all rows."""
+"""Cross-entropy of `hidden @ W.T` against targets or a teacher, without holding the logits of all rows."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,21 +42,60 @@ def log_likelihood(
     Rows go through in chunks whose logits are computed again in the backward pass instead of being kept, so the memory
     needed does not grow with rows x vocabulary. Logits in half precision are summed in float32; float64 stays float64.
     """
-    parts = [_run(chunk, unembedding) for chunk in _chunks(hidden, targets, unembedding.weight.shape[0])]
+    parts = [
+        _recomputed(_score_targets, chunk, unembedding)
+        for chunk in _chunks(hidden, targets, unembedding.weight.shape[0])
+    ]
     return torch.cat([likelihood for likelihood, _ in parts]), torch.cat([correct for _, correct in parts])
 
 
-def _chunks(hidden: Tensor, targets: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+def divergence(
+    hidden: Float[Tensor, "rows width"], unembedding: Unembedding, teacher: Float[Tensor, "rows width"]
+) -> tuple[Float[Tensor, " rows"], Bool[Tensor, " rows"]]:
+    """How far each row's distribution is from its teacher's, in nats, and whether both have the same most likely token.
+
+        KL(p || q) = sum_v p(v) (log p(v) - log q(v)),   p, q = softmax(unembedding.logits(teacher, hidden))
+
+    The gradient goes to `hidden` and the unembedding through q alone. Chunks as in `log_likelihood`.
+    """
+    parts = [
+        _recomputed(_score_teacher, chunk, unembedding)
+        for chunk in _chunks(hidden, teacher.detach(), unembedding.weight.shape[0])
+    ]
+    return torch.cat([distance for distance, _ in parts]), torch.cat([same for _, same in parts])
+
+
+def _chunks(hidden: Tensor, others: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
     rows = max(1, _CHUNK_VALUES // vocabulary)
-    return zip(hidden.split(rows), targets.split(rows), strict=True)
+    return zip(hidden.split(rows), others.split(rows), strict=True)
 
 
-def _run(chunk: tuple[Tensor, Tensor], unembedding: Unembedding) -> tuple[Tensor, Tensor]:
-    def score(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = Unembedding(weight, bias, unembedding.scale, unembedding.softcap).logits(hidden)
-        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        return -functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+def _recomputed(
+    score: Callable[[Unembedding, Tensor, Tensor], tuple[Tensor, Tensor]],
+    chunk: tuple[Tensor, Tensor],
+    unembedding: Unembedding,
+) -> tuple[Tensor, Tensor]:
+    """`score` of one chunk, computed again in the backward pass."""
 
-    hidden, targets = chunk
-    arguments = (hidden, unembedding.weight, unembedding.bias, targets)
-    return checkpoint(score, *arguments, use_reentrant=False, preserve_rng_state=False)
+    def run(weight: Tensor, bias: Tensor | None, hidden: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        return score(Unembedding(weight, bias, unembedding.scale, unembedding.softcap), hidden, other)
+
+    arguments = (unembedding.weight, unembedding.bias, *chunk)
+    return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def _score_targets(unembedding: Unembedding, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = _in_full(unembedding.logits(hidden))
+    return -functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+
+
+def _score_teacher(unembedding: Unembedding, hidden: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    logits = _in_full(unembedding.logits(hidden))
+    with torch.no_grad():
+        expected = _in_full(unembedding.logits(teacher))
+    logs = (functional.log_softmax(logits, -1), functional.log_softmax(expected, -1))
+    return functional.kl_div(*logs, reduction="none", log_target=True).sum(-1), logits.argmax(-1) == expected.argmax(-1)
+
+
+def _in_full(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from caftune.backbone import Backbone, LayerCall, UnsupportedModelError, evaluating
-from caftune.cross_entropy import log_likelihood
+from caftune.cross_entropy import divergence, log_likelihood
 from caftune.objective import IGNORED, horizon_targets
 
 # Where each kind of head leaves the trunk, in stage 1 and stage 2 alike.
@@ -120,21 +120,32 @@ class AuxiliaryHeads(nn.Module):
         *,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        soft: bool = False,
     ) -> dict[str, Tensor]:
         """Score every horizon of a batch, one head after another.
 
+        Args:
+            soft: hold horizon h at position t to the model's own next-token distribution at t + h - 1, where the token
+                t + h is a target, instead of to that token.
+
         Returns:
-            `nll`: sum of -log p over the horizon's targets, in nats, with gradient, shape [heads];
-            `count`: number of targets, shape [heads]; `correct`: targets that were the most likely token, shape [heads].
+            `nll`: sum of -log p over the horizon's targets (soft: of KL divergences), in nats, with gradient, shape [heads];
+            `count`: number of targets, shape [heads]; `correct`: targets that were the most likely token (soft: rows where
+            model and head agree on it), shape [heads].
         """
         nll, count, correct = [], [], []
+        teacher = backbone.close(call.hidden) if soft else None
         for index, horizon in enumerate(self.config.horizons):
             targets = horizon_targets(labels, horizon, position_ids=position_ids, attention_mask=attention_mask)
             rows = targets != IGNORED
             with _autocast_like(call.hidden):
-                hidden = self.hidden(index, backbone, call)
-                likelihood, hits = log_likelihood(hidden[rows], backbone.unembedding(), targets[rows])
-            nll.append(-likelihood.sum())
+                hidden = self.hidden(index, backbone, call)[rows]
+                if teacher is not None:  # shifted, so that row t holds what the model says at t + horizon - 1
+                    losses, hits = divergence(hidden, backbone.unembedding(), teacher.roll(1 - horizon, dims=1)[rows])
+                else:
+                    likelihood, hits = log_likelihood(hidden, backbone.unembedding(), targets[rows])
+                    losses = -likelihood
+            nll.append(losses.sum())
             count.append(rows.sum())
             correct.append(hits.sum())
         return {"nll": torch.stack(nll), "count": torch.stack(count), "correct": torch.stack(correct)}
@@ -144,8 +155,9 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
     """Put `heads` inside the model, so that its devices, wrappers and optimizer see them, and let its forward run them.
 
     Afterwards `model(..., labels=labels, auxiliary="add")` returns the model's own outputs and, under `auxiliary`, what
-    `AuxiliaryHeads.forward` returns; `auxiliary="only"` runs the trunk without a graph and returns the heads' part alone;
-    without the argument the forward is as it was. Only this instance changes. `model.save_pretrained` leaves the heads out.
+    `AuxiliaryHeads.forward` returns; `auxiliary="only"` runs the trunk without a graph and returns the heads' part alone,
+    `auxiliary="soft"` the same with the model's own distributions as targets; without the argument the forward is as it
+    was. Only this instance changes. `model.save_pretrained` leaves the heads out.
     """
     model = backbone.model
     if hasattr(model, ATTRIBUTE):
@@ -158,8 +170,8 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
         kwargs |= dict(zip(names, args, strict=False))
         if auxiliary is None:
             return self._caftune_inner_forward(**kwargs)
-        if auxiliary not in ("add", "only"):
-            raise ValueError(f"auxiliary must be 'add', 'only' or None, got {auxiliary!r}.")
+        if auxiliary not in ("add", "only", "soft"):
+            raise ValueError(f"auxiliary must be 'add', 'only', 'soft' or None, got {auxiliary!r}.")
         if kwargs.get("labels") is None:
             raise ValueError("labels must be given for the auxiliary losses, got none.")
         # No loss reads a cache; with one, transformers does not tell packed documents apart, and some layers write in place.
@@ -173,7 +185,7 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
             else:
                 _run_trunk(own, **kwargs)
         where = {name: kwargs.get(name) for name in ("position_ids", "attention_mask")}
-        scores = getattr(self, ATTRIBUTE)(own, call, kwargs["labels"], **where)
+        scores = getattr(self, ATTRIBUTE)(own, call, kwargs["labels"], soft=auxiliary == "soft", **where)
         if outputs is None:
             return {"auxiliary": scores}
         kind: Any = type(outputs)

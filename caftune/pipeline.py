@@ -17,11 +17,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.utils import is_bitsandbytes_available
+from transformers import AutoModelForCausalLM
 
 from caftune.checkpoint import describe_heads, write_json
 from caftune.config import CAFTConfig
@@ -39,12 +38,19 @@ from caftune.labels import (
 )
 from caftune.objective import IGNORED, horizon_targets
 from caftune.progress import run, show_progress
-from caftune.recipe import Recipe, RecipeError, trainer_config
+from caftune.recipe import Recipe, RecipeError
 from caftune.run_folder import is_begun, last_checkpoint, open_stage, record, refuse_other_stage
+from caftune.stage_options import (
+    context_length,
+    load_tokenizer,
+    lora_config,
+    quantization,
+    stage_one_config,
+    stage_two_config,
+)
 from caftune.tokenization import tokenized
 from caftune.trainer import CAFTTrainer
 
-_DEFAULT_LENGTH = 1024
 _EXPECTED = "expected.json"  # in the labels folder: how many rows there will be
 
 
@@ -91,30 +97,21 @@ def label(recipe: Recipe) -> Path:
 
 
 def pretrain_heads(recipe: Recipe) -> Path:
-    """Stage 1: train the heads on the labels. Returns the heads folder."""
-    labels = Path(recipe.output, "labels", "labels.jsonl")
-    if not labels.is_file():
-        raise RecipeError(f"{labels} is missing. Run `caftune label` first.")
+    """Stage 1: train the heads, on the labels or on heads.text. Returns the heads folder."""
     if recipe.heads.path is not None:
         raise RecipeError(
             f"heads.path names finished heads ({recipe.heads.path}), which `caftune train` uses as they are. "
             "Remove heads.path to pretrain new ones."
         )
-    answers = read_labels(labels)
-    expected = json.loads((labels.parent / _EXPECTED).read_text())["rows"]
-    if len(answers) < expected:
-        raise RecipeError(
-            f"{labels} has {len(answers)} of {expected} rows. Run `caftune label` again: it goes on there."
-        )
-    rows = label_dataset(answers)
+    labels = Path(recipe.output, "labels", "labels.jsonl")
+    args = stage_one_config(recipe, Path(recipe.output, "pretrain"))
+    source = recipe.heads.text or str(labels)
+    rows = _finished_labels(labels) if recipe.heads.text is None else _text_rows(recipe, args)
     held_out = max(1, round(len(rows) * recipe.heads.held_out))
     if held_out >= len(rows):
-        raise DataError(
-            f"{labels} has {len(rows)} rows, too few to train on some and evaluate on others. Label more prompts."
-        )
+        raise DataError(f"{source} has {len(rows)} rows, too few to train on some and evaluate on others. Give more.")
     split = rows.train_test_split(test_size=held_out, seed=recipe.seed)
-    args = stage_one_config(recipe, Path(recipe.output, "pretrain"))
-    folder = open_stage(recipe, "pretrain", {"labels": str(labels)})
+    folder = open_stage(recipe, "pretrain", {"labels": source})
     heads = Path(recipe.output, "heads")
     trainer = CAFTTrainer(
         recipe.model.name,
@@ -130,6 +127,26 @@ def pretrain_heads(recipe: Recipe) -> Path:
     trainer.export(heads)
     record(recipe, {"stage": "pretrain-heads", "rows": len(split["train"]), "before": before, "after": after})
     return heads
+
+
+def _finished_labels(labels: Path) -> Dataset:
+    if not labels.is_file():
+        raise RecipeError(f"{labels} is missing. Run `caftune label` first, or name a text in heads.text.")
+    answers = read_labels(labels)
+    expected = json.loads((labels.parent / _EXPECTED).read_text())["rows"]
+    if len(answers) < expected:
+        raise RecipeError(
+            f"{labels} has {len(answers)} of {expected} rows. Run `caftune label` again: it goes on there."
+        )
+    return label_dataset(answers)
+
+
+def _text_rows(recipe: Recipe, args: CAFTConfig) -> Dataset:
+    """The rows of heads.text as tokens. They are cut at the training length: nothing is lost but text to read on."""
+    tokenizer = load_tokenizer(recipe)
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    rows = load_rows(str(recipe.heads.text), recipe.labels.columns, limit=recipe.labels.limit, chat=chat)
+    return tokenized(rows, tokenizer, args, name="heads.text")
 
 
 def finetune(recipe: Recipe) -> Path:
@@ -220,80 +237,6 @@ def preview(recipe: Recipe, count: int = 3) -> Iterator[tuple[list[str], list[bo
         )
 
 
-def stage_one_config(recipe: Recipe, folder: Path) -> CAFTConfig:
-    """CAFTConfig of stage 1."""
-    return trainer_config(
-        recipe,
-        "pretrain",
-        output_dir=str(folder),
-        pretrain_heads=True,
-        num_heads=recipe.heads.count,
-        head_kind=recipe.heads.kind,
-        aux_decay=recipe.loss.decay,
-        # Labels have the length they have; packing needs one.
-        max_length=_training_length(recipe) if recipe.pretrain.get("packing") else None,
-        **_model_options(recipe, "pretrain"),
-    )
-
-
-def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
-    """CAFTConfig of stage 2."""
-    loss = recipe.loss
-    heads = recipe.heads.path or str(Path(recipe.output, "heads"))
-    if loss.weight > 0 and "heads" not in ours and recipe.heads.path is None and not Path(heads).is_dir():
-        raise RecipeError(
-            f"{heads} is missing. Run `caftune pretrain-heads` first, name other heads in heads.path, or set loss.weight=0."
-        )
-    _refuse_other_heads(recipe)
-    for key in ("lora_rank", "learning_rate", "max_grad_norm"):
-        if getattr(recipe.heads, key) is not None and not recipe.heads.train:
-            raise RecipeError(f"heads.{key} needs heads.train: true, for heads are frozen in stage 2 otherwise.")
-    chosen = {
-        "heads": heads if loss.weight > 0 else None,
-        "force_heads": recipe.heads.force,
-        "train_heads": recipe.heads.train,
-        "heads_lora_rank": recipe.heads.lora_rank,
-        "heads_learning_rate": recipe.heads.learning_rate,
-        "heads_max_grad_norm": recipe.heads.max_grad_norm,
-        "aux_weight": loss.weight,
-        "aux_decay": loss.decay,
-        "aux_schedule": loss.schedule,
-        "max_length": _training_length(recipe),
-        "output_dir": str(folder),
-        **_model_options(recipe, "trainer"),
-    }
-    return trainer_config(recipe, "trainer", **{**chosen, **ours})
-
-
-def _training_length(recipe: Recipe) -> int:
-    context = context_length(recipe)
-    length = recipe.data.max_length or min(_DEFAULT_LENGTH, context or _DEFAULT_LENGTH)
-    if context is not None and length > context:
-        raise RecipeError(f"data.max_length must be at most the model's context of {context} tokens, got {length}.")
-    return length
-
-
-def _model_options(recipe: Recipe, section: Literal["pretrain", "trainer"]) -> dict[str, Any]:
-    """What `from_pretrained` is given beyond the name: the base's revision, bfloat16 around 4 bits."""
-    options = {"revision": recipe.model.revision} if recipe.model.revision is not None else {}
-    if section == "trainer" and recipe.model.tuning == "qlora":
-        options["dtype"] = "bfloat16"
-    given = getattr(recipe, section).get("model_init_kwargs", {})
-    return {"model_init_kwargs": {**options, **given}} if options else {}
-
-
-def _refuse_other_heads(recipe: Recipe) -> None:
-    """Raise RecipeError where the recipe asks for other heads than heads.path holds."""
-    if recipe.heads.path is None or recipe.loss.weight == 0:
-        return
-    found = describe_heads(recipe.heads.path)
-    for key, value in {"count": len(found["horizons"]), "kind": found["kind"]}.items():
-        if key in recipe.heads.model_fields_set and getattr(recipe.heads, key) != value:
-            raise RecipeError(
-                f"heads.{key} must be {value!r}, as in {recipe.heads.path}, got {getattr(recipe.heads, key)!r}. Remove it."
-            )
-
-
 def task_rows(
     recipe: Recipe, name: str, tokenizer: Any, args: CAFTConfig, *, limit: int | None = None
 ) -> Dataset | None:
@@ -317,12 +260,6 @@ def task_rows(
     return rows if more else prepared
 
 
-def load_tokenizer(recipe: Recipe) -> Any:
-    """The base's tokenizer."""
-    _refuse_missing_model(recipe)
-    return AutoTokenizer.from_pretrained(recipe.model.name, revision=recipe.model.revision or "main")
-
-
 def load_model(recipe: Recipe) -> Any:
     """The base model, in the dtype it was published in, on the GPU where there is one."""
     import torch
@@ -333,59 +270,9 @@ def load_model(recipe: Recipe) -> Any:
     return model.to(device).eval()
 
 
-def context_length(recipe: Recipe) -> int | None:
-    """The base's context in tokens, None where its configuration names none."""
-    config = AutoConfig.from_pretrained(recipe.model.name, revision=recipe.model.revision or "main")
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def lora_config(recipe: Recipe) -> Any:
-    """The recipe's LoraConfig, None for full fine-tuning."""
-    if recipe.model.tuning == "full":
-        return None
-    from peft import LoraConfig
-
-    lora = recipe.model.lora
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        modules_to_save=lora.modules_to_save or None,
-        use_dora=lora.dora,
-        task_type="CAUSAL_LM",
-    )
-
-
-def quantization(recipe: Recipe) -> Any:
-    """Four bits with the settings of the QLoRA paper (NormalFloat4, double quantisation, bfloat16), None for other tunings."""
-    config = AutoConfig.from_pretrained(recipe.model.name, revision=recipe.model.revision or "main")
-    if recipe.model.lora.merge and getattr(config, "quantization_config", None):
-        raise RecipeError(
-            f"model.name must be an unquantised base, and {recipe.model.name} is published quantised: an adapter cannot be "
-            "merged into it. Name the unquantised base (tuning: qlora rounds it), or set model.lora.merge=false."
-        )
-    if recipe.model.tuning != "qlora":
-        return None
-    if not is_bitsandbytes_available():
-        raise RecipeError("model.tuning=qlora needs bitsandbytes. Install it with `pip install caftune[qlora]`.")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype="bfloat16",
-    )
-
-
 def evaluated(trainer: CAFTTrainer) -> dict[str, float]:
     """The losses and accuracies of an evaluation, without timings."""
     metrics = trainer.evaluate()
     entry = next(entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry)
     names = [name for name in {**metrics, **entry} if name.endswith(("_loss", "_accuracy"))]
     return {name.removeprefix("eval_"): {**metrics, **entry}[name] for name in names}
-
-
-def _refuse_missing_model(recipe: Recipe) -> None:
-    name = recipe.model.name
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name, "config.json").is_file():
-        raise RecipeError(f"model.name must be a folder with a config.json or a hub id, and {name} is no such folder.")

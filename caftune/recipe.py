@@ -18,6 +18,7 @@ _SET_ELSEWHERE = {
     "heads": "heads.path",
     "num_heads": "heads.count",
     "head_kind": "heads.kind",
+    "soft_targets": "heads.targets",
     "force_heads": "heads.force",
     "train_heads": "heads.train",
     "heads_lora_rank": "heads.lora_rank",
@@ -80,6 +81,10 @@ class HeadsSection(_Section):
 
     count: int = Field(4, gt=0)
     kind: Literal["decoder", "mlp"] = "decoder"
+    targets: Literal["tokens", "model"] = Field(
+        "tokens", description="Stage 1: the tokens of the text, or the model's own distributions over it."
+    )
+    text: str | None = Field(None, description="Stage 1 on this file or hub id (labels.columns) instead of labels.")
     path: str | None = Field(None, description="Take these heads instead of training some.")
     force: bool = Field(False, description="Accept heads of a base with the same architecture and tokenizer.")
     train: bool = Field(False, description="Train the heads along in stage 2.")

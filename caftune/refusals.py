@@ -1,6 +1,7 @@
 """What CAFTTrainer refuses before it starts, each in one sentence with a remedy."""
 
 import logging
+import math
 import os
 from typing import Any
 
@@ -56,6 +57,29 @@ def refuse_processes(args: CAFTConfig) -> None:
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading must be false with auxiliary heads: every process copies them from the whole "
             "base, which with it only the first one has. Set it in accelerate's configuration (recipes/accelerate/fsdp2.yaml)."
+        )
+
+
+def refuse_split_rows(accelerator: Any, *, is_fsdp: bool) -> None:
+    """Kinds of sharding that the heads cannot work under."""
+    if is_fsdp and not accelerator.is_fsdp2:
+        raise ValueError("fsdp_version must be 2 with auxiliary heads, got 1. See recipes/accelerate/fsdp2.yaml.")
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "cp_size and sp_size must be 1: context and sequence parallelism cut rows into pieces, and a head's target may "
+            "lie in the next one. Use FSDP2 or DeepSpeed ZeRO for memory, or a smaller max_length."
+        )
+
+
+def refuse_short_context(model: Any, args: CAFTConfig, *, furthest: int) -> None:
+    """Horizons that no row is long enough for."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = min(args.max_length or math.inf, positions or math.inf)
+    if furthest >= context:
+        raise ValueError(
+            f"num_heads must leave horizons below the context of {context} tokens, got horizon {furthest}. "
+            "Use fewer heads or a larger max_length."
         )
 
 

@@ -6,7 +6,6 @@ With `aux_weight=0` stage 2 is the stock SFTTrainer, step for step.
 """
 
 import copy
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,6 +33,8 @@ from caftune.refusals import (
     refuse_cut_answers,
     refuse_missing_parts,
     refuse_processes,
+    refuse_short_context,
+    refuse_split_rows,
     refuse_unfit,
 )
 from caftune.training_heads import (
@@ -109,8 +110,8 @@ class CAFTTrainer(SFTTrainer):
 
     def _attach(self) -> None:
         """Put the heads into the model, after PEFT has wrapped it (so that it leaves them alone)."""
-        self._refuse_short_context()
-        self._refuse_split_rows()
+        refuse_split_rows(self.accelerator, is_fsdp=self.is_fsdp_enabled)
+        refuse_short_context(self.model, self.args, furthest=self.heads.config.horizons[-1])
         if self.args.pretrain_heads:
             self.model.requires_grad_(False)
         self.heads.requires_grad_(False)
@@ -183,7 +184,8 @@ class CAFTTrainer(SFTTrainer):
     ) -> Any:
         """L_1 as SFTTrainer computes it, and the auxiliary losses. In evaluation L_1 alone; stage 1 has no L_1."""
         if self.args.pretrain_heads:
-            auxiliary = model(**inputs, use_cache=False, auxiliary="only")["auxiliary"]
+            mode = "soft" if self.args.soft_targets and self.model.training else "only"
+            auxiliary = model(**inputs, use_cache=False, auxiliary=mode)["auxiliary"]
             loss = self._auxiliary_loss(auxiliary, num_items_in_batch)
             return (loss, auxiliary) if return_outputs else loss
         training = self.model.training
@@ -316,7 +318,8 @@ class CAFTTrainer(SFTTrainer):
         super()._save(output_dir, state_dict)
 
     def _save_heads(self, folder: Path) -> None:
-        stage = {key: getattr(self.args, key) for key in ("learning_rate", "num_train_epochs", "seed", "aux_decay")}
+        names = ("learning_rate", "num_train_epochs", "seed", "aux_decay", "soft_targets")
+        stage = {name: getattr(self.args, name) for name in names}
         training = {"stage": 1 if self.args.pretrain_heads else 2, "steps": self.state.global_step, **stage}
         state, write = merged_state(self.heads), self.args.should_save
         save_heads(
@@ -344,26 +347,6 @@ class CAFTTrainer(SFTTrainer):
         super()._issue_warnings_after_load(
             SimpleNamespace(missing_keys=missing, unexpected_keys=load_result.unexpected_keys)
         )
-
-    def _refuse_split_rows(self) -> None:
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise ValueError("fsdp_version must be 2 with auxiliary heads, got 1. See recipes/accelerate/fsdp2.yaml.")
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError(
-                "cp_size and sp_size must be 1: context and sequence parallelism cut rows into pieces, and a head's target may "
-                "lie in the next one. Use FSDP2 or DeepSpeed ZeRO for memory, or a smaller max_length."
-            )
-
-    def _refuse_short_context(self) -> None:
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        context = min(self.args.max_length or math.inf, positions or math.inf)
-        furthest = self.heads.config.horizons[-1]
-        if furthest >= context:
-            raise ValueError(
-                f"num_heads must leave horizons below the context of {context} tokens, got horizon {furthest}. "
-                "Use fewer heads or a larger max_length."
-            )
 
 
 def _load_model(name: str, args: CAFTConfig, quantization_config: Any) -> PreTrainedModel:

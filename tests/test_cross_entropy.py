@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from caftune import cross_entropy
-from caftune.cross_entropy import Unembedding, log_likelihood
+from caftune.cross_entropy import Unembedding, divergence, log_likelihood
 
 ROWS, WIDTH, VOCABULARY = 23, 8, 37
 TRANSFORMS = {
@@ -126,3 +126,34 @@ def test_wrong_shapes_are_refused_by_the_annotations(bad):
     hidden, targets = (hidden, targets[:-1]) if bad == "targets" else (hidden[:, :-1], targets)
     with pytest.raises(Exception, match=r"[Tt]ype-check|mat1 and mat2|shape"):
         log_likelihood(hidden, Unembedding(weight), targets)
+
+
+def test_divergence_and_its_gradients_are_those_of_the_formula():
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((7, 5), (11, 5), (7, 5), (11,))
+    hidden, weight, teacher, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    for tensor in (hidden, weight, teacher):
+        tensor.requires_grad_()
+    unembedding = Unembedding(weight, bias, scale=0.7, softcap=3.0)
+    found, same = divergence(hidden, unembedding, teacher)
+
+    def distribution(rows, matrix):
+        return (3.0 * torch.tanh(0.7 * (rows @ matrix.T + bias) / 3.0)).softmax(-1)
+
+    p, q = distribution(teacher.detach(), weight.detach()), distribution(hidden, weight)
+    expected = (p * (p.log() - q.log())).sum(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert same.tolist() == (p.argmax(-1) == q.argmax(-1)).tolist()
+    ours = torch.autograd.grad(found.sum(), (hidden, weight), retain_graph=True)
+    theirs = torch.autograd.grad(expected.sum(), (hidden, weight))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert torch.autograd.grad(found.sum(), teacher, allow_unused=True)[0] is None
+
+
+def test_divergence_does_not_depend_on_the_chunks(monkeypatch):
+    hidden, weight, teacher = torch.randn(9, 4).double(), torch.randn(6, 4).double(), torch.randn(9, 4).double()
+    whole = divergence(hidden, Unembedding(weight), teacher)
+    monkeypatch.setattr("caftune.cross_entropy._CHUNK_VALUES", 12)
+    chunked = divergence(hidden, Unembedding(weight), teacher)
+    torch.testing.assert_close(chunked[0], whole[0], rtol=1e-12, atol=0)
+    assert torch.equal(chunked[1], whole[1])

@@ -8,7 +8,7 @@ from training import OPTIONS, config, numbers, same, trained, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from caftune import CAFTTrainer, pipeline
+from caftune import CAFTTrainer, pipeline, stage_options
 from caftune.data import DataError, load_rows
 from caftune.demo.run import BASE
 from caftune.objective import IGNORED, horizon_targets
@@ -226,7 +226,7 @@ def test_a_recipe_trains_on_the_same_tokens(name, chat_base, tokenizer, tmp_path
     row, options, text, labelled = FORMATS[name]
     recipe = recipe_of([row] * 4, chat_base, tmp_path, options)
     assert pipeline.finetune(recipe) == tmp_path / "out" / "model"
-    args = pipeline.stage_two_config(recipe, tmp_path / "again")
+    args = stage_options.stage_two_config(recipe, tmp_path / "again")
     rows = pipeline.task_rows(recipe, "train", pipeline.load_tokenizer(recipe), args)
     assert decoded(rows[0], tokenizer) == (text, labelled)
     tokens = pipeline.preview(recipe, count=1)

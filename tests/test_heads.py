@@ -267,3 +267,37 @@ def test_no_cache_is_made_where_heads_run():
     outputs = model(input_ids=IDS, labels=IDS, use_cache=True, auxiliary="add")
     assert outputs.past_key_values is None
     assert model(input_ids=IDS, use_cache=True).past_key_values is not None
+
+
+@pytest.mark.parametrize("kind", ["decoder", "mlp"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_soft_targets_are_what_the_model_says_later(family, kind):
+    """Against the formula over the model's own logits, with two packed documents and a prompt."""
+    model = build(family)
+    backbone = Backbone.of(model)
+    heads = AuxiliaryHeads.build(backbone, HeadsConfig(3, kind))
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    attach_heads(backbone, heads)
+    ids = torch.randint(3, VOCABULARY, (1, 12))
+    labels = ids.clone()
+    labels[0, :2] = -100
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]])
+    batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    scores = model(**batch, auxiliary="soft")["auxiliary"]
+    with torch.no_grad(), backbone.capture() as call:
+        teacher = model(input_ids=ids, position_ids=positions, use_cache=False).logits.log_softmax(-1)
+    for index, horizon in enumerate((2, 3, 4)):
+        student = backbone.unembedding().logits(heads.hidden(index, backbone, call)).log_softmax(-1)
+        expected, rows = torch.zeros(()), 0
+        for t in range(12 - horizon):
+            if labels[0, t + horizon] == -100 or positions[0, t + horizon] < horizon:
+                continue
+            p, q = teacher[0, t + horizon - 1], student[0, t]
+            expected, rows = expected + (p.exp() * (p - q)).sum(), rows + 1
+        torch.testing.assert_close(scores["nll"][index], expected, rtol=1e-9, atol=1e-9, check_dtype=False)
+        assert scores["count"][index] == rows > 0
+    scores["nll"].sum().backward()
+    assert all(p.grad is None for name, p in model.named_parameters() if ".0." in name and ATTRIBUTE not in name)
+    assert all(p.grad is not None for p in heads.parameters())

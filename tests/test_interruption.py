@@ -11,10 +11,11 @@ from transformers import TrainerCallback
 
 from caftune import CAFTTrainer
 from caftune.data import load_rows
-from caftune.pipeline import finetune, stage_two_config
+from caftune.pipeline import finetune
 from caftune.progress import StopOnSigterm, run
 from caftune.recipe import load_recipe
 from caftune.run_folder import last_checkpoint, open_stage
+from caftune.stage_options import stage_two_config
 
 
 @pytest.fixture(scope="module")

@@ -274,3 +274,18 @@ def test_heads_can_be_pretrained_on_packed_labels(finished, values, tmp_path):
     shutil.copytree(finished / "labels", tmp_path / "out" / "labels")
     recipe = recipe_with({**values, "output": str(tmp_path / "out")}, pretrain={"packing": True})
     assert (pipeline.pretrain_heads(recipe) / "heads.safetensors").is_file()
+
+
+@pytest.mark.parametrize("targets", ["tokens", "model"])
+def test_heads_can_be_pretrained_on_text_without_labels(values, tmp_path, targets):
+    text = values["labels"]["prompts"]
+    recipe = recipe_with(
+        {**values, "output": str(tmp_path / "out")},
+        heads={"text": text, "targets": targets},
+        labels={"columns": {"prompt": "name", "completion": "smiles"}},
+    )
+    heads = pipeline.pretrain_heads(recipe)
+    result = json.loads((tmp_path / "out" / "results.jsonl").read_text())
+    assert result["after"]["h2_loss"] < result["before"]["h2_loss"]
+    assert json.loads((heads / "heads.json").read_text())["training"]["soft_targets"] is (targets == "model")
+    assert not (tmp_path / "out" / "labels").exists()

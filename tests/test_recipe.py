@@ -45,7 +45,7 @@ def test_scientific_notation_is_a_number(recipe):
         (MINIMAL + "heads: {kind: linear}", "heads.kind must be 'decoder' or 'mlp', got 'linear'"),
         ("output: x\n", "model must be given"),
         ("output: [\n", r"line 2: is not valid YAML \(.*\). Mend the line"),
-        (MINIMAL + "heads: runs/x/heads", r"heads must be a section \(with count, kind, path, .*got 'runs/x/heads'"),
+        (MINIMAL + "heads: runs/x/heads", r"heads must be a section \(with count, kind, targets, .*got 'runs/x/heads'"),
         (MINIMAL + "trainer: fast", r"trainer must be a section \(with names of options\), got 'fast'"),
         ("- a\n", "must hold a mapping of sections"),
     ],

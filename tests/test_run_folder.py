@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from caftune import pipeline
+from caftune import pipeline, stage_options
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.recipe import Recipe, RecipeError
@@ -151,8 +151,8 @@ def test_export_takes_the_best_checkpoint_where_training_did(copied):
 
 def test_the_revision_reaches_both_stages(copied):
     recipe = recipe_in(copied, model={"name": str(BASE), "revision": "v1"})
-    one = pipeline.stage_one_config(recipe, copied)
-    two = pipeline.stage_two_config(recipe, copied)
+    one = stage_options.stage_one_config(recipe, copied)
+    two = stage_options.stage_two_config(recipe, copied)
     assert one.model_init_kwargs == two.model_init_kwargs == {"revision": "v1"}
 
 

@@ -88,3 +88,33 @@ def test_accumulation_is_right_for_models_that_take_no_loss_arguments(rows, tmp_
         states.append({key: value.clone() for key, value in trained(trainer).heads.state_dict().items()})
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-6)  # float32, another order of sums
+
+
+def test_soft_targets_bring_the_heads_nearer_to_what_the_model_says(rows, tmp_path):
+    """Measured apart from the trainer: the divergence from the model's own distributions, on rows it was not trained on."""
+    options = {"pretrain_heads": True, "max_steps": 12, "learning_rate": 5e-3, "soft_targets": True}
+    trainer = CAFTTrainer(str(BASE), config(tmp_path, **options), train_dataset=rows.select(range(32)))
+    held_out = CAFTTrainer(str(BASE), config(tmp_path, pretrain_heads=True), train_dataset=rows.select(range(32, 40)))
+    batch = next(iter(held_out.get_train_dataloader()))
+
+    def divergence():
+        with torch.no_grad():
+            scores = trainer.model.eval()(**batch, auxiliary="soft")["auxiliary"]
+        return scores["nll"] / scores["count"]
+
+    before = divergence()
+    trainer.train()
+    assert (divergence() < 0.7 * before).all()
+
+
+def test_evaluation_is_by_the_tokens_whatever_the_targets(rows, tmp_path):
+    found = []
+    for soft in (False, True):
+        args = config(tmp_path, pretrain_heads=True, soft_targets=soft)
+        found.append(CAFTTrainer(str(BASE), args, train_dataset=rows, eval_dataset=rows).evaluate()["eval_loss"])
+    assert found[0] == found[1]
+
+
+def test_soft_targets_in_stage_two_are_refused(heads, tmp_path):
+    with pytest.raises(ValueError, match="soft_targets must be False in stage 2"):
+        config(tmp_path, heads=heads, soft_targets=True)
