@@ -1,5 +1,7 @@
 """Whether a model keeps packed documents apart: asked of the model itself, before the first step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -44,16 +46,28 @@ def _movement(trainer: Any) -> tuple[float, float]:
     vocabulary = trainer.model.get_input_embeddings().weight.shape[0]
     numbers = torch.arange(1, _TOKENS + 1)
     one, other, second = ((numbers * factor % vocabulary).tolist() for factor in (1, 3, 2))
-    # In full precision where the weights are, because a small leak drowns in the rounding of a half; flash attention has none.
     is_flash = "flash" in str(getattr(trainer.model.config.get_text_config(), "_attn_implementation", None))
-    autocast = (
-        trainer.compute_loss_context_manager() if is_flash else torch.autocast(trainer.args.device.type, enabled=False)
-    )
-    with evaluating(trainer.model), torch.no_grad(), autocast:
+    # FSDP2 casts the weights themselves.
+    is_cast = trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no"
+    half = is_flash or is_cast or any(parameter.dtype not in _TOLERANCE for parameter in trainer.model.parameters())
+    with evaluating(trainer.model), torch.no_grad(), nullcontext() if half else _without_autocast(trainer.model):
         logits, changed = (_second_logits(trainer, first, second) for first in (one, other))
-    half = is_flash or any(parameter.dtype not in _TOLERANCE for parameter in trainer.model.parameters())
     tolerance = _HALF_TOLERANCE if half else _TOLERANCE[logits.dtype]
     return float((logits - changed).abs().max() / logits.abs().max()), tolerance
+
+
+@contextmanager
+def _without_autocast(model: Any) -> Iterator[None]:
+    """Full precision, in which a small leak does not drown in rounding: accelerate puts its autocast into the forward."""
+    patched = vars(model).get("forward")
+    if "_original_forward" not in vars(model):
+        yield
+        return
+    model.forward = model._original_forward
+    try:
+        yield
+    finally:
+        model.forward = patched
 
 
 def _second_logits(trainer: Any, first: list[int], second: list[int]) -> Tensor:

@@ -72,9 +72,13 @@ def test_an_adapted_embedding_can_be_asked_too(short, tmp_path):
     assert numbers(trained(trainer))
 
 
-@pytest.mark.filterwarnings("ignore:.*flash:UserWarning", "ignore:.*attention implementation:UserWarning")
-def test_a_leak_is_not_lost_in_half_precision(short, tmp_path):
-    trainer = trainer_of("bloom", short, tmp_path, packing=True, max_length=30, bf16=True)
-    moved, tolerance = _movement(trainer)
-    assert tolerance == 1e-4  # float32 weights are asked in float32
-    assert moved > tolerance
+@pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
+def test_the_probe_of_float32_weights_is_in_float32_and_training_in_bfloat16(short, tmp_path):
+    """A small leak drowns in bfloat16's rounding; accelerate's autocast is back in place afterwards."""
+    trainer = trainer_of("llama", short, tmp_path, packing=True, max_length=30, bf16=True)
+    seen = []
+    layer = trainer.model.model.layers[0].mlp.up_proj
+    handle = layer.register_forward_hook(lambda _module, _args, output: seen.append((output.dtype, layer.training)))
+    trainer.train()
+    handle.remove()
+    assert set(seen) == {(torch.float32, False), (torch.bfloat16, True)}
