@@ -44,9 +44,10 @@ def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None
             and any(not file.name.startswith(".") for file in folder.iterdir())
         ):
             raise RecipeError(f"{folder} holds files of something else than caftune. Use another output.")
-        else:
+        elif is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
             save_recipe(folder / "recipe.yaml", _identity(recipe, stage, files))  # first: it makes the folder ours
+            (folder / "provenance.json").unlink(missing_ok=True)  # of the recipe before, if there was one
         if is_main_process() and not (folder / "provenance.json").is_file():
             write_json(folder / "provenance.json", provenance(_present(files)))
     return folder

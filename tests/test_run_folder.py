@@ -173,3 +173,15 @@ def test_a_stage_that_was_refused_before_it_began_takes_on_the_mended_recipe(tmp
     (folder / "checkpoint-1").mkdir()
     with pytest.raises(RecipeError, match=r"of another recipe \(heads\.force: True -> False\)"):
         open_stage(first, "train", {})
+
+
+def test_only_the_main_process_writes_into_a_stages_folder(tmp_path, monkeypatch):
+    recipe = Recipe.model_validate({"output": str(tmp_path), "model": {"name": "x"}})
+    folder = open_stage(recipe, "train", {})
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    monkeypatch.setenv("RANK", "2")
+    open_stage(recipe, "train", {})
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    monkeypatch.setenv("RANK", "0")
+    open_stage(recipe, "train", {})  # again by the main process: both are written anew
+    assert all(path.stat().st_mtime_ns > before[path] for path in folder.iterdir())
