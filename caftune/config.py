@@ -20,6 +20,7 @@ class CAFTConfig(SFTConfig):
         head_kind: stage 1: "decoder" (a copy of the last layer) or "mlp".
         soft_targets: stage 1: hold horizon h to the model's own next-token distribution h - 1 positions later instead of to
             the token of the data. Evaluation is by the tokens either way.
+        soft_top_k: with soft_targets: keep the so many likeliest tokens of each distribution. None: all.
         force_heads: accept heads of a relative: same architecture and tokenizer, other weights (a fine-tuned child).
         train_heads: stage 2: train the heads along with the model. They are dropped at export either way.
         heads_lora_rank: with train_heads: train a LoRA of this rank on the heads instead of all their weights.
@@ -39,6 +40,7 @@ class CAFTConfig(SFTConfig):
     num_heads: int = field(default=4, metadata={"help": "Stage 1: number of new heads."})
     head_kind: str = field(default="decoder", metadata={"help": "Stage 1: decoder or mlp."})
     soft_targets: bool = field(default=False, metadata={"help": "Stage 1: the model's own distributions as targets."})
+    soft_top_k: int | None = field(default=None, metadata={"help": "With soft_targets: its likeliest tokens alone."})
     force_heads: bool = field(default=False, metadata={"help": "Accept heads of a base of the same kind."})
     train_heads: bool = field(default=False, metadata={"help": "Stage 2: train the heads along."})
     heads_lora_rank: int | None = field(default=None, metadata={"help": "Train a LoRA of this rank on the heads."})
@@ -62,8 +64,7 @@ class CAFTConfig(SFTConfig):
         self.auxiliary_weights  # noqa: B018  (checks the three values)
         HeadsConfig(self.num_heads, self.head_kind)
         self._check_training_of_heads()
-        if self.soft_targets and not self.pretrain_heads:
-            raise ValueError("soft_targets must be False in stage 2: there the tokens of the task are the targets.")
+        self._check_soft_targets()
         if self.pretrain_heads and self.aux_weight == 0:
             raise ValueError("aux_weight must be above 0 in stage 1 (pretrain_heads=True), got 0.")
         if not self.pretrain_heads and self.heads is None and self.aux_weight > 0:
@@ -77,6 +78,12 @@ class CAFTConfig(SFTConfig):
                 f"label_smoothing_factor must be 0 with auxiliary losses, got {self.label_smoothing_factor}: "
                 "its forward pass does not reach the heads."
             )
+
+    def _check_soft_targets(self) -> None:
+        if self.soft_targets and not self.pretrain_heads:
+            raise ValueError("soft_targets must be False in stage 2: there the tokens of the task are the targets.")
+        if self.soft_top_k is not None and not (self.soft_targets and self.soft_top_k >= 1):
+            raise ValueError(f"soft_top_k must be at least 1, and needs soft_targets=True, got {self.soft_top_k}.")
 
     def _check_packing(self) -> None:
         if self.packing and self.packing_strategy == "wrapped":

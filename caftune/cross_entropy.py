@@ -42,11 +42,7 @@ def log_likelihood(
     Rows go through in chunks whose logits are computed again in the backward pass instead of being kept, so the memory
     needed does not grow with rows x vocabulary. Logits in half precision are summed in float32; float64 stays float64.
     """
-    parts = [
-        _recomputed(_score_targets, chunk, unembedding)
-        for chunk in _chunks(hidden, targets, unembedding.weight.shape[0])
-    ]
-    return torch.cat([likelihood for likelihood, _ in parts]), torch.cat([correct for _, correct in parts])
+    return _scored(_score_targets, hidden, unembedding, targets)
 
 
 def divergence(
@@ -58,30 +54,57 @@ def divergence(
 
     The gradient goes to `hidden` and the unembedding through q alone. Chunks as in `log_likelihood`.
     """
-    parts = [
-        _recomputed(_score_teacher, chunk, unembedding)
-        for chunk in _chunks(hidden, teacher.detach(), unembedding.weight.shape[0])
-    ]
-    return torch.cat([distance for distance, _ in parts]), torch.cat([same for _, same in parts])
+    return _scored(_score_teacher, hidden, unembedding, teacher.detach())
 
 
-def _chunks(hidden: Tensor, others: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, _CHUNK_VALUES // vocabulary)
-    return zip(hidden.split(rows), others.split(rows), strict=True)
+def top_tokens(
+    teacher: Float[Tensor, "rows width"], unembedding: Unembedding, k: int
+) -> tuple[Int[Tensor, "rows k"], Float[Tensor, "rows k"]]:
+    """The k most likely tokens of each row, most likely first, and their log-probabilities among themselves; no gradient."""
+    k = min(k, unembedding.weight.shape[0])
+    with torch.no_grad():
+        found = [
+            _in_full(unembedding.logits(rows)).topk(k) for (rows,) in row_chunks(unembedding.weight.shape[0], teacher)
+        ]
+        tokens = torch.cat([part.indices for part in found])
+        return tokens, functional.log_softmax(torch.cat([part.values for part in found]), -1)
 
 
-def _recomputed(
-    score: Callable[[Unembedding, Tensor, Tensor], tuple[Tensor, Tensor]],
-    chunk: tuple[Tensor, Tensor],
+def top_divergence(
+    hidden: Float[Tensor, "rows width"],
     unembedding: Unembedding,
+    tokens: Int[Tensor, "rows k"],
+    logs: Float[Tensor, "rows k"],
+) -> tuple[Float[Tensor, " rows"], Bool[Tensor, " rows"]]:
+    """`divergence` from a teacher of whom only `top_tokens` is kept, its probabilities made to add up to one there.
+
+        KL(p || q) = sum_{v in tokens} p(v) (log p(v) - log q(v)),   q over the whole vocabulary
+
+    With k the whole vocabulary it is `divergence`. One pass through the unembedding serves the teacher of all horizons.
+    """
+    return _scored(_score_top, hidden, unembedding, tokens, logs.detach())
+
+
+def row_chunks(vocabulary: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of equal length cut into as many rows as have logits that may be held at a time."""
+    rows = max(1, _CHUNK_VALUES // vocabulary)
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+def _scored(
+    score: Callable[..., tuple[Tensor, Tensor]], hidden: Tensor, unembedding: Unembedding, *others: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`score` of one chunk, computed again in the backward pass."""
+    """`score` of all rows, chunk by chunk, each computed again in the backward pass."""
 
-    def run(weight: Tensor, bias: Tensor | None, hidden: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        return score(Unembedding(weight, bias, unembedding.scale, unembedding.softcap), hidden, other)
+    def run(weight: Tensor, bias: Tensor | None, *chunk: Tensor) -> tuple[Tensor, Tensor]:
+        return score(Unembedding(weight, bias, unembedding.scale, unembedding.softcap), *chunk)
 
-    arguments = (unembedding.weight, unembedding.bias, *chunk)
-    return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
+    weight, bias = unembedding.weight, unembedding.bias
+    parts = [
+        checkpoint(run, weight, bias, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in row_chunks(weight.shape[0], hidden, *others)
+    ]
+    return torch.cat([value for value, _ in parts]), torch.cat([hit for _, hit in parts])
 
 
 def _score_targets(unembedding: Unembedding, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,6 +118,13 @@ def _score_teacher(unembedding: Unembedding, hidden: Tensor, teacher: Tensor) ->
         expected = _in_full(unembedding.logits(teacher))
     logs = (functional.log_softmax(logits, -1), functional.log_softmax(expected, -1))
     return functional.kl_div(*logs, reduction="none", log_target=True).sum(-1), logits.argmax(-1) == expected.argmax(-1)
+
+
+def _score_top(unembedding: Unembedding, hidden: Tensor, tokens: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
+    logits = _in_full(unembedding.logits(hidden))
+    found = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
+    distance = functional.kl_div(found, logs, reduction="none", log_target=True).sum(-1)
+    return distance, logits.argmax(-1) == tokens[:, 0]
 
 
 def _in_full(logits: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, make_dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from caftune.backbone import Backbone, LayerCall, UnsupportedModelError, evaluating
-from caftune.cross_entropy import divergence, log_likelihood
+from caftune.cross_entropy import divergence, log_likelihood, top_divergence, top_tokens
 from caftune.objective import IGNORED, horizon_targets
 
 # Where each kind of head leaves the trunk, in stage 1 and stage 2 alike.
@@ -121,12 +121,14 @@ class AuxiliaryHeads(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         soft: bool = False,
+        soft_top_k: int | None = None,
     ) -> dict[str, Tensor]:
         """Score every horizon of a batch, one head after another.
 
         Args:
             soft: hold horizon h at position t to the model's own next-token distribution at t + h - 1, where the token
                 t + h is a target, instead of to that token.
+            soft_top_k: of these distributions keep the so many most likely tokens; None: all.
 
         Returns:
             `nll`: sum of -log p over the horizon's targets (soft: of KL divergences), in nats, with gradient, shape [heads];
@@ -135,12 +137,20 @@ class AuxiliaryHeads(nn.Module):
         """
         nll, count, correct = [], [], []
         teacher = backbone.close(call.hidden) if soft else None
+        top = None
+        if teacher is not None and soft_top_k is not None:
+            first = horizon_targets(labels, 1, position_ids=position_ids, attention_mask=attention_mask) != IGNORED
+            top = _top_of_rows(teacher, first, backbone, soft_top_k)
         for index, horizon in enumerate(self.config.horizons):
             targets = horizon_targets(labels, horizon, position_ids=position_ids, attention_mask=attention_mask)
             rows = targets != IGNORED
             with _autocast_like(call.hidden):
                 hidden = self.hidden(index, backbone, call)[rows]
-                if teacher is not None:  # shifted, so that row t holds what the model says at t + horizon - 1
+                # Teachers are shifted, so that row t holds what the model says at t + horizon - 1.
+                if top is not None:
+                    tokens, logs = (part.roll(1 - horizon, dims=1)[rows] for part in top)
+                    losses, hits = top_divergence(hidden, backbone.unembedding(), tokens, logs)
+                elif teacher is not None:
                     losses, hits = divergence(hidden, backbone.unembedding(), teacher.roll(1 - horizon, dims=1)[rows])
                 else:
                     likelihood, hits = log_likelihood(hidden, backbone.unembedding(), targets[rows])
@@ -151,13 +161,24 @@ class AuxiliaryHeads(nn.Module):
         return {"nll": torch.stack(nll), "count": torch.stack(count), "correct": torch.stack(correct)}
 
 
+def _top_of_rows(
+    teacher: Float[Tensor, "batch tokens width"], rows: Bool[Tensor, "batch tokens"], backbone: Backbone, k: int
+) -> tuple[Tensor, Tensor]:
+    """`top_tokens` of the marked rows, in their places [batch, tokens, k]."""
+    found = top_tokens(teacher[rows], backbone.unembedding(), k)
+    places = [part.new_zeros(*rows.shape, part.shape[-1]) for part in found]
+    for place, part in zip(places, found, strict=True):
+        place[rows] = part
+    return places[0], places[1]
+
+
 def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
     """Put `heads` inside the model, so that its devices, wrappers and optimizer see them, and let its forward run them.
 
     Afterwards `model(..., labels=labels, auxiliary="add")` returns the model's own outputs and, under `auxiliary`, what
     `AuxiliaryHeads.forward` returns; `auxiliary="only"` runs the trunk without a graph and returns the heads' part alone,
-    `auxiliary="soft"` the same with the model's own distributions as targets; without the argument the forward is as it
-    was. Only this instance changes. `model.save_pretrained` leaves the heads out.
+    `auxiliary="soft"` the same with the model's own distributions (or their `soft_top_k` likeliest tokens) as targets; without
+    the argument the forward is as it was. Only this instance changes. `model.save_pretrained` leaves the heads out.
     """
     model = backbone.model
     if hasattr(model, ATTRIBUTE):
@@ -165,7 +186,9 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
     names = list(inspect.signature(type(model).forward).parameters)[1:]
 
     @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, auxiliary: str | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, *args: Any, auxiliary: str | None = None, soft_top_k: int | None = None, **kwargs: Any
+    ) -> Any:
         # `self` and not `model`: a deep copy of the model runs its own parts.
         kwargs |= dict(zip(names, args, strict=False))
         if auxiliary is None:
@@ -185,7 +208,8 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
             else:
                 _run_trunk(own, **kwargs)
         where = {name: kwargs.get(name) for name in ("position_ids", "attention_mask")}
-        scores = getattr(self, ATTRIBUTE)(own, call, kwargs["labels"], soft=auxiliary == "soft", **where)
+        soft = {"soft": auxiliary == "soft", "soft_top_k": soft_top_k}
+        scores = getattr(self, ATTRIBUTE)(own, call, kwargs["labels"], **soft, **where)
         if outputs is None:
             return {"auxiliary": scores}
         kind: Any = type(outputs)
