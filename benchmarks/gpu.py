@@ -5,7 +5,8 @@
 
 Checks: loss and gradients against float64 on the CPU, in float32 and bfloat16 and per attention implementation; time and
 peak memory of a training step against the forward pass of TRL's own SFTTrainer, interleaved, medians; whole runs of
-CAFTTrainer (bfloat16, QLoRA, packing with flash attention, FSDP2, DeepSpeed ZeRO-2) against a run in float32 on the CPU.
+CAFTTrainer (bfloat16, QLoRA, packing with flash attention, FSDP2, DeepSpeed ZeRO-2) against a run in float32 on the CPU;
+labels by padded and by continuous batches.
 """
 
 import argparse
@@ -184,6 +185,33 @@ def trainer_runs(device: str) -> dict[str, Any]:
     return results
 
 
+def labels(device: str) -> dict[str, Any]:
+    """Greedy answers of the embedded base by each way of batching: seconds, and how many are those of the CPU."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from caftune.demo.chemistry import molecules, prompt
+    from caftune.demo.run import BASE
+    from caftune.generation import Sampling, transformers_backend
+    from caftune.prompts import Conversation
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    drawn = molecules(64 if device == "cpu" else 1024, seed=7, substituents=(2, 4))
+    prompts = [Conversation(text=prompt(m)).prompt(0, [], tokenizer) for m in drawn]
+    results: dict[str, Any] = {"prompts": len(prompts)}
+    expected: dict[int, Any] = {}
+    for where, batching in (("cpu", "static"), (device, "static"), (device, "continuous")):
+        model: Any = AutoModelForCausalLM.from_pretrained(BASE).to(where).eval()
+        backend = transformers_backend(model, tokenizer, Sampling(64, temperature=0), batching=batching)
+        dict(backend(prompts[:8], 0))  # warm
+        start = time.perf_counter()
+        found = dict(backend(prompts, 0))
+        seconds = time.perf_counter() - start
+        expected = expected or found
+        same = sum(found[i].ids == expected[i].ids for i in expected)
+        results[f"{where}, {batching}"] = {"seconds": seconds, "same_as_cpu": same}
+    return results
+
+
 def _losses(folder: str, device: str, options: dict[str, Any]) -> list[list[float]] | str:
     """Run `train_once` in a process, under accelerate's launcher where asked; what it printed last where it failed."""
     output = Path(folder, "losses.json")
@@ -266,6 +294,7 @@ def main() -> None:
         "small": options.small,
         "correctness": {f"{a}, {k}": correctness(options.device, a, kinds[k]) for a, k in pairs},
         "step": step_cost(options.device, options.small),
+        "labels": labels(options.device),
         "trainer": trainer_runs(options.device),
     }
     options.output.write_text(json.dumps(results, indent=2) + "\n")

@@ -6,6 +6,7 @@
     self        answers the base wrote, the token as target (the paper's way); writing them is part of the time
     text, soft  the data set's own answers, the base's own next-token distribution as target
     self, soft  both: written by the base, its distributions as targets; writing is part of the time
+    ..., top 8  soft, of each distribution the eight likeliest tokens alone
 
 Every seed draws new training prompts, new answers and a new order; the held-out answers are the same for all. Time is the
 process's own (one thread), so that other work on the machine does not count.
@@ -27,10 +28,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from caftune import CAFTConfig, CAFTTrainer
 from caftune.data import load_rows
-from caftune.labels import Sampling, encode_prompts, generate_labels, label_dataset, read_labels
+from caftune.generation import Sampling, transformers_backend
+from caftune.labels import AnswerCache, generate_labels, label_dataset
+from caftune.prompts import conversations
 from caftune.tokenization import tokenized
 
-ARMS = {"text": (False, False), "self": (True, False), "text, soft": (False, True), "self, soft": (True, True)}
+# Whether the base writes the text, and what the targets are.
+ARMS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "text": (False, {}),
+    "self": (True, {}),
+    "text, soft": (False, {"soft_targets": True}),
+    "self, soft": (True, {"soft_targets": True}),
+    "text, top 8": (False, {"soft_targets": True, "soft_top_k": 8}),
+    "self, top 8": (True, {"soft_targets": True, "soft_top_k": 8}),
+}
 PROMPT_TOKENS, NEW_TOKENS, TEMPERATURE = 256, 128, 0.8
 HELD_OUT, TRAINED_ON = 200, 1000
 HEADS = 4
@@ -52,20 +63,25 @@ def answers_of(base: str, rows: Any, seed: int, path: Path) -> Any:
     """The base's own answers to the rows' prompts, as a data set of tokens."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
-    prompts = dict(enumerate(encode_prompts(rows, tokenizer)))
-    generate_labels(
-        model, tokenizer, prompts, path, Sampling(max_new_tokens=NEW_TOKENS, temperature=TEMPERATURE, seed=seed)
+    sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=TEMPERATURE)
+    found = generate_labels(
+        dict(enumerate(conversations(rows, tokenizer))),
+        tokenizer,
+        AnswerCache(path, sampling, seed=seed, fingerprint=base),
+        lambda: transformers_backend(model, tokenizer, sampling),
+        seed=seed,
+        room=PROMPT_TOKENS,
     )
-    return label_dataset(read_labels(path))
+    return label_dataset(found.labels, keep_truncated=True).remove_columns("row")
 
 
 def train(base: str, arm: str, rows: Any, held_out: Any, seed: int, seconds: float, folder: Path) -> dict[str, float]:
     """One arm and seed: its losses and accuracies on the held-out text, and the steps it came to."""
-    is_own, is_soft = ARMS[arm]
+    is_own, targets = ARMS[arm]
     end = time.process_time() + seconds
     args = CAFTConfig(
         str(folder / f"{arm}-{seed}"),
-        **{"pretrain_heads": True, "num_heads": HEADS, "soft_targets": is_soft, "seed": seed, "use_cpu": True},
+        **{"pretrain_heads": True, "num_heads": HEADS, "seed": seed, "use_cpu": True, **targets},
         **{"learning_rate": 2e-3, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20},
         max_length=PROMPT_TOKENS + NEW_TOKENS,
         **{"per_device_train_batch_size": 16, "num_train_epochs": 1000, "logging_steps": 10**6, "disable_tqdm": True},
@@ -117,8 +133,10 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [row for source in options.prompts for row in load_rows(source)]
     rows = [row for row in rows if row["completion"].strip()]
-    prompts = encode_prompts(Dataset.from_list(rows), AutoTokenizer.from_pretrained(options.base))
-    rows = [row for row, prompt in zip(rows, prompts, strict=True) if len(prompt) <= PROMPT_TOKENS]
+    tokenizer = AutoTokenizer.from_pretrained(options.base)
+    talks = conversations(Dataset.from_list(rows), tokenizer)
+    fits = [len(talk.prompt(0, [], tokenizer).ids) <= PROMPT_TOKENS for talk in talks]
+    rows = [row for row, is_short in zip(rows, fits, strict=True) if is_short]
     pool = Dataset.from_list(rows).shuffle(seed=1234)
     held_out_rows, pool = pool.select(range(HELD_OUT)), pool.select(range(HELD_OUT, len(pool)))
     results: dict[str, list[dict[str, float]]] = {"copy of the last layer": []}

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -19,15 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from caftune.backbone import Backbone, whole
 from caftune.heads import FORK_POINTS, AuxiliaryHeads, HeadsConfig
 
 FORMAT = 1
 WEIGHTS_FILE, DESCRIPTION_FILE = "heads.safetensors", "heads.json"
+# What of a heads folder is fetched from a hub and pushed to it, beside the card.
+SHARED_FILES = (WEIGHTS_FILE, DESCRIPTION_FILE, "quality.json", "quality.png")
+# What huggingface_hub raises where the hub cannot be reached or refuses: its own errors and its HTTP library's.
+HUB_ERRORS = (ValueError, RuntimeError, *HfHubHTTPError.__bases__)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _WAITING_DESCRIPTION = f".{DESCRIPTION_FILE}.waiting"
 _SAMPLED_ROWS = 64
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -78,7 +87,9 @@ def save_heads(
         state: the heads' weights, where these are not `heads.state_dict()` (sharded, or with a LoRA to merge).
         write: False on the ranks that only take part in gathering a sharded model.
     """
-    base = {"name": getattr(backbone.model.config, "_name_or_path", ""), **base_fingerprint(backbone)}
+    config = backbone.model.config
+    named = {"name": getattr(config, "_name_or_path", ""), "revision": getattr(config, "_commit_hash", None)}
+    base = {**named, **base_fingerprint(backbone)}
     if not write:
         return
     target = Path(folder)
@@ -111,7 +122,7 @@ def load_heads(
     """Read heads for the model of `backbone`, in that model's dtype and on its device.
 
     Args:
-        folder: what `save_heads` wrote.
+        folder: what `save_heads` wrote, or a hub id: see `find_heads`.
         tokenizer: compared with the tokenizer the heads were trained with, where both are known.
         force: accept heads of a relative: a base of the same architecture and tokenizer with other weights (the parent of
             a fine-tuned model), also where tokens were added to it.
@@ -119,8 +130,9 @@ def load_heads(
     Raises:
         HeadsError: no such folder, a pickle, a damaged file, or heads of another base or tokenizer.
     """
+    folder = find_heads(folder)
     description = describe_heads(folder)
-    _refuse_other_base(Path(folder), description, backbone, tokenizer, force=force)
+    _refuse_other_base(folder, description, backbone, tokenizer, force=force)
     weights = read_heads(folder)
     heads = AuxiliaryHeads.build(backbone, HeadsConfig(len(description["horizons"]), description["kind"]))
     expected = {name: tensor.shape for name, tensor in heads.state_dict().items()}
@@ -135,9 +147,29 @@ def load_heads(
     return heads
 
 
+def find_heads(name: str | os.PathLike[str]) -> Path:
+    """The folder `name`, or this machine's copy of the heads `owner/name[@revision]` on the hub, fetched where it is missing.
+
+    Raises:
+        HeadsError: it is neither a folder nor to be had from the hub.
+    """
+    if Path(name).is_dir() or not _HUB_ID.fullmatch(str(name)):
+        return Path(name)
+    repository, _, revision = str(name).partition("@")
+    try:
+        files = [*SHARED_FILES, "README.md"]
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
+    except HUB_ERRORS as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise HeadsError(
+            f"{name} is no folder, and the hub gave no such heads ({reason}). Check the name; private heads need "
+            "`hf auth login`."
+        ) from error
+
+
 def describe_heads(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The contents of a folder's heads.json."""
-    path = Path(folder)
+    """The contents of the heads.json of a folder or hub id."""
+    path = find_heads(folder)
     _finish_save(path)
     if not (path / DESCRIPTION_FILE).is_file():
         pickles = [item.name for suffix in ("*.pth", "*.pt", "*.bin", "*.pkl") for item in path.glob(suffix)]
@@ -187,8 +219,8 @@ def _finish_save(folder: Path) -> None:
 
 def read_heads(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The heads' weights, on the CPU, after checking that the file is whole."""
-    path = Path(folder) / WEIGHTS_FILE
-    description = describe_heads(folder)
+    path = find_heads(folder) / WEIGHTS_FILE
+    description = describe_heads(path.parent)
     if not path.is_file():
         raise HeadsError(f"{folder} has {DESCRIPTION_FILE} but no {WEIGHTS_FILE}. Copy or train the heads again.")
     if file_sha256(path) != description["weights_sha256"]:
@@ -224,6 +256,16 @@ def _without_volatile(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_volatile(item) for key, item in value.items() if key not in _VOLATILE}
     return value
+
+
+def model_fingerprint(name: str, revision: str | None = None) -> str:
+    """What tells one published model from another: its commit on the hub, or a hash of a folder's files."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"{name}@{AutoConfig.from_pretrained(name, revision=revision or 'main')._commit_hash}"
+    configs = [folder / file for file in ("config.json", "generation_config.json")]
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return _sha256("".join(file_sha256(path) for path in [*configs, *weights] if path.is_file()).encode())
 
 
 def tokenizer_fingerprint(tokenizer: Any, *, size: int | None = None) -> str:

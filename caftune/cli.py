@@ -105,6 +105,68 @@ def preview(
             print_row(console, number, *row)
 
 
+heads_app = typer.Typer(help="Heads: measure, look at, share.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(heads_app, name="heads")
+HeadsName = Annotated[str, typer.Argument(metavar="HEADS", help="A heads folder, or a hub id owner/name[@revision].")]
+
+
+@heads_app.command()
+def info(heads: HeadsName) -> None:
+    """What heads are: their base, how they were trained, how good they are."""
+    with _errors_in_one_line():
+        from rich.markdown import Markdown
+
+        from caftune.cards import heads_card
+        from caftune.checkpoint import find_heads, read_heads
+
+        folder = find_heads(heads)
+        read_heads(folder)
+        card = heads_card(folder, heads, licence="see the base")
+        console.print(Markdown(card.split("---", 2)[2]))
+
+
+@heads_app.command()
+def measure(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Measure the recipe's heads on its held-out labels, beside untrained copies and the model itself."""
+    with _errors_in_one_line():
+        from caftune.recipe import load_recipe
+
+        loaded = load_recipe(recipe, overrides or [])
+        from rich.markdown import Markdown
+
+        from caftune import pipeline
+        from caftune.cards import quality_table
+
+        console.print(Markdown("\n".join(quality_table(pipeline.measure(loaded)))))
+
+
+@heads_app.command()
+def push(
+    heads: HeadsName,
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub.")],
+    licence: Annotated[str, typer.Option(help="As the hub names it. The licence of the base applies to its heads.")],
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch; main by default.")] = None,
+) -> None:
+    """Publish heads on the Hugging Face hub, with a card."""
+    with _errors_in_one_line():
+        from caftune.sharing import push_heads
+
+        console.print(f"Pushed: {push_heads(heads, name, licence=licence, private=private, revision=revision)}")
+
+
+@heads_app.command()
+def pull(
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME[@REVISION]", help="Heads on the hub.")],
+    folder: Annotated[str, typer.Argument(help="A new folder.")],
+) -> None:
+    """Fetch heads from the Hugging Face hub into a folder. (heads.path takes the hub id itself, too.)"""
+    with _errors_in_one_line():
+        from caftune.sharing import pull_heads
+
+        console.print(f"Heads: {pull_heads(name, folder)}")
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a recipe."""

@@ -1,57 +1,60 @@
-"""The stages of a run, each read top to bottom: label, pretrain_heads, finetune, export; and preview.
+"""The stages of a run, each read top to bottom: label, pretrain_heads, measure, finetune, adapt_heads, export; and preview.
 
     output/
-      labels/    labels.jsonl                        the base's own answers
-      pretrain/  checkpoints of stage 1
-      heads/     heads.safetensors, heads.json
-      train/     checkpoints of stage 2 (ordinary ones)
-      model/     the result: an ordinary checkpoint
+      labels/         labels.jsonl, cache.jsonl      the base's own answers
+      pretrain/       checkpoints of stage 1
+      heads/          heads.safetensors, heads.json, quality.json
+      adapt/, adapted-heads/                         the same heads after an epoch on the task's data, where asked for
+      train/          checkpoints of stage 2 (ordinary ones)
+      model/          the result: an ordinary checkpoint
       results.jsonl                                  one line per finished stage
 
 What keeps two runs apart is in run_folder.py.
 """
 
+import gc
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import AutoModelForCausalLM
-
-from caftune.checkpoint import describe_heads, write_json
-from caftune.config import CAFTConfig
-from caftune.data import DataError, load_rows
+from caftune.backbone import Backbone
+from caftune.cards import QUALITY_FILE
+from caftune.checkpoint import describe_heads, load_heads, model_fingerprint, write_json
+from caftune.data import load_rows
 from caftune.export import export_model, load_trained, refuse_tied_adapters
-from caftune.labels import (
-    Sampling,
-    encode_prompts,
-    generate_labels,
-    is_chat,
-    label_dataset,
-    read_labels,
-    refuse_long_prompts,
-    refuse_messages_without_template,
-)
+from caftune.generation import Sampling
+from caftune.labels import AnswerCache, Labelling, generate_labels, write_labels
 from caftune.objective import IGNORED, horizon_targets
 from caftune.progress import run, show_progress
+from caftune.prompts import conversations, refuse_long_prompts
+from caftune.quality import measure_heads
 from caftune.recipe import Recipe, RecipeError
-from caftune.run_folder import is_begun, last_checkpoint, open_stage, record, refuse_other_stage
+from caftune.run_folder import is_begun, is_done, last_checkpoint, open_stage, record, refuse_other_stage
 from caftune.stage_options import (
+    adapt_config,
+    adapted_heads,
     context_length,
+    label_backend,
+    load_model,
     load_tokenizer,
     lora_config,
+    pretrained_heads,
     quantization,
     stage_one_config,
     stage_two_config,
+    stage_two_heads,
 )
+from caftune.stage_rows import describe_head_source, head_rows, head_source, task_rows
 from caftune.tokenization import tokenized
 from caftune.trainer import CAFTTrainer
 
-_EXPECTED = "expected.json"  # in the labels folder: how many rows there will be
+_MEASURED_ROWS = 256
 
 
 def label(recipe: Recipe) -> Path:
@@ -67,33 +70,54 @@ def label(recipe: Recipe) -> Path:
         limit=recipe.labels.limit,
         chat=bool(getattr(tokenizer, "chat_template", None)),
     )
-    prompts = encode_prompts(rows, tokenizer)
-    room = (context_length(recipe) or sys.maxsize) - recipe.labels.max_new_tokens
+    talks = conversations(rows, tokenizer, system=recipe.labels.system)
+    first = [talk.prompt(0, [], tokenizer) for talk in talks]
+    # A server can need one token more: see server.py.
+    room = (context_length(recipe) or sys.maxsize) - recipe.labels.max_new_tokens - (recipe.labels.backend == "server")
     if room < 1:
         raise RecipeError(
             f"labels.max_new_tokens must be below the model's context of {context_length(recipe)} tokens, "
             f"got {recipe.labels.max_new_tokens}."
         )
     if not recipe.labels.skip_long_prompts:
-        refuse_long_prompts(prompts, room)
-    asked = {row: prompt for row, prompt in enumerate(prompts) if len(prompt) <= room}
+        refuse_long_prompts(first, room)
+    asked = {row: talk for row, talk in enumerate(talks) if len(first[row].ids) <= room}
     folder = open_stage(recipe, "labels", {"prompts": recipe.labels.prompts})
-    write_json(folder / _EXPECTED, {"rows": len(asked)})
+    (folder / "labels.jsonl").unlink(missing_ok=True)  # of another recipe, perhaps
     settings = recipe.labels.model_dump(include={field.name for field in fields(Sampling)})
-    path = folder / "labels.jsonl"
-    generate_labels(load_model(recipe), tokenizer, asked, path, Sampling(**settings, seed=recipe.seed))
-    answers = read_labels(path)
-    finished = sum(answer.finish == "stop" for answer in answers)
+    fingerprint = model_fingerprint(recipe.model.name, recipe.model.revision)
+    file = Path(recipe.labels.cache or folder / "cache.jsonl")
+    cache = AnswerCache(file, Sampling(**settings), seed=recipe.seed, fingerprint=fingerprint)
+    found = generate_labels(
+        asked, tokenizer, cache, lambda: label_backend(recipe, tokenizer), seed=recipe.seed, room=room
+    )
+    _refuse_failures(recipe, found, file)
+    write_labels(found.labels, folder / "labels.jsonl")
     record(
         recipe,
         {
             "stage": "label",
-            "rows": len(answers),
-            "left_out": len(prompts) - len(asked),
-            "finished_by_the_model": finished,
+            "rows": len(asked),
+            "answers": len(found.labels),
+            "asked": found.asked,
+            "left_out": len(talks) - len(asked),
+            "failed": len(found.failures),
+            "dropped_turns": found.dropped_turns,
+            "finished_by_the_model": sum(label.finish == "stop" for label in found.labels),
+            "tokens_as_chosen": sum(label.exact for label in found.labels),
         },
     )
-    return path
+    return folder / "labels.jsonl"
+
+
+def _refuse_failures(recipe: Recipe, found: Labelling, cache: Path) -> None:
+    if not found.failures or (recipe.labels.skip_failed and found.labels):
+        return
+    row, reason = next(iter(sorted(found.failures.items())))
+    raise RecipeError(
+        f"{len(found.failures)} prompts have no answer (the first is row {row}, from 0: {reason}). The other answers are kept "
+        f"in {cache}; run the command again to ask for the missing ones, or set labels.skip_failed=true to do without."
+    )
 
 
 def pretrain_heads(recipe: Recipe) -> Path:
@@ -103,63 +127,83 @@ def pretrain_heads(recipe: Recipe) -> Path:
             f"heads.path names finished heads ({recipe.heads.path}), which `caftune train` uses as they are. "
             "Remove heads.path to pretrain new ones."
         )
-    labels = Path(recipe.output, "labels", "labels.jsonl")
     args = stage_one_config(recipe, Path(recipe.output, "pretrain"))
-    source = recipe.heads.text or str(labels)
-    rows = _finished_labels(labels) if recipe.heads.text is None else _text_rows(recipe, args)
-    held_out = max(1, round(len(rows) * recipe.heads.held_out))
-    if held_out >= len(rows):
-        raise DataError(f"{source} has {len(rows)} rows, too few to train on some and evaluate on others. Give more.")
-    split = rows.train_test_split(test_size=held_out, seed=recipe.seed)
-    folder = open_stage(recipe, "pretrain", {"labels": source})
+    rows, held_out = head_rows(recipe, args)
+    folder = open_stage(recipe, "pretrain", {"labels": head_source(recipe)})
     heads = Path(recipe.output, "heads")
     trainer = CAFTTrainer(
-        recipe.model.name,
-        args,
-        train_dataset=split["train"],
-        eval_dataset=split["test"],
-        processing_class=load_tokenizer(recipe),
+        recipe.model.name, args, train_dataset=rows, eval_dataset=held_out, processing_class=load_tokenizer(recipe)
     )
     show_progress(trainer, "pretrain-heads")
-    before = evaluated(trainer)
     run(trainer, checkpoint=last_checkpoint(folder))
-    after = evaluated(trainer)
-    trainer.export(heads)
-    record(recipe, {"stage": "pretrain-heads", "rows": len(split["train"]), "before": before, "after": after})
+    metrics = evaluated(trainer)
+    about = {"command": shlex.join(sys.argv), "data": describe_head_source(recipe, rows)}
+    trainer.export(heads, about=about)
+    quality = {}
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        del trainer  # the base is loaded anew, as users of the heads will have it
+        gc.collect()
+        quality = {"quality": measure(recipe)}
+    record(recipe, {"stage": "pretrain-heads", "rows": len(rows), "metrics": metrics, **quality})
     return heads
 
 
-def _finished_labels(labels: Path) -> Dataset:
-    if not labels.is_file():
-        raise RecipeError(f"{labels} is missing. Run `caftune label` first, or name a text in heads.text.")
-    answers = read_labels(labels)
-    expected = json.loads((labels.parent / _EXPECTED).read_text())["rows"]
-    if len(answers) < expected:
-        raise RecipeError(
-            f"{labels} has {len(answers)} of {expected} rows. Run `caftune label` again: it goes on there."
-        )
-    return label_dataset(answers)
+def measure(recipe: Recipe) -> dict[str, Any]:
+    """Measure the recipe's heads on its held-out labels. Writes quality.json (and a picture, with matplotlib) beside them.
+
+    Heads of heads.path keep their folder as it is: their report goes to the run folder.
+    """
+    args = stage_one_config(recipe, Path(recipe.output, "pretrain"))
+    _, held_out = head_rows(recipe, args)
+    heads = pretrained_heads(recipe)
+    backbone = Backbone.of(load_model(recipe))
+    found = load_heads(heads, backbone, load_tokenizer(recipe), force=recipe.heads.force)
+    rows = held_out.select(range(min(_MEASURED_ROWS, len(held_out))))
+    quality = measure_heads(backbone, found, rows, seed=recipe.seed)
+    folder = heads if recipe.heads.path is None else Path(recipe.output)
+    write_json(folder / QUALITY_FILE, quality)
+    with suppress(ImportError):
+        from caftune.plots import plot_quality
+
+        plot_quality(quality, folder / "quality.png")
+    return quality
 
 
-def _text_rows(recipe: Recipe, args: CAFTConfig) -> Dataset:
-    """The rows of heads.text as tokens. They are cut at the training length: nothing is lost but text to read on."""
-    tokenizer = load_tokenizer(recipe)
-    chat = bool(getattr(tokenizer, "chat_template", None))
-    rows = load_rows(str(recipe.heads.text), recipe.labels.columns, limit=recipe.labels.limit, chat=chat)
-    return tokenized(rows, tokenizer, args, name="heads.text")
+def adapt_heads(recipe: Recipe, tokenizer: Any) -> Path:
+    """One more training of the heads, on the task's own data, before stage 2. Returns their folder."""
+    source, target = pretrained_heads(recipe), adapted_heads(recipe)
+    folder = Path(recipe.output, "adapt")
+    args = adapt_config(recipe, folder, source)
+    sources = {"train": recipe.data.train, "eval": recipe.data.eval}
+    open_stage(recipe, "adapt", {**sources, "heads": source / "heads.json"})
+    if is_done(recipe, "adapt") and (target / "heads.json").is_file():
+        return target
+    rows, evaluation = (task_rows(recipe, name, tokenizer, args) for name in sources)
+    trainer = CAFTTrainer(
+        recipe.model.name, args, train_dataset=rows, eval_dataset=evaluation, processing_class=tokenizer
+    )
+    show_progress(trainer, "adapt")
+    run(trainer, checkpoint=last_checkpoint(folder))
+    metrics = evaluated(trainer) if evaluation is not None else {}
+    adapted = {key: describe_heads(source)[key] for key in ("weights_sha256", "training")}
+    trainer.export(target, about={"command": shlex.join(sys.argv), "data": recipe.data.train, "adapted_from": adapted})
+    record(recipe, {"stage": "adapt", "rows": len(rows or ()), "metrics": metrics})
+    return target
 
 
 def finetune(recipe: Recipe) -> Path:
     """Stage 2: concept-aware fine-tuning, then export. Returns the model folder."""
     tokenizer = load_tokenizer(recipe)
+    if recipe.data.train is None:
+        raise RecipeError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
+    if recipe.adapt is not None and recipe.loss.weight > 0:
+        adapt_heads(recipe, tokenizer)
     args = stage_two_config(recipe, Path(recipe.output, "train"))
     sources = {"train": recipe.data.train, "eval": recipe.data.eval}
     files = {**sources, "heads": args.heads and Path(args.heads, "heads.json")}
     if is_begun(recipe, "train"):
         refuse_other_stage(recipe, "train", files)  # before the data are prepared
     train, evaluation = (task_rows(recipe, name, tokenizer, args) for name in sources)
-    if train is None:
-        raise RecipeError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
     folder = open_stage(recipe, "train", files)
     trainer = CAFTTrainer(
         recipe.model.name,
@@ -179,7 +223,8 @@ def finetune(recipe: Recipe) -> Path:
     native = trainer.export(model, merged=recipe.model.lora.merge)
     copied = {"native_multi_token_modules": f"{len(native)} tensors, copied from the base unchanged"} if native else {}
     record(
-        recipe, {"stage": "train", "rows": len(train), "metrics": metrics, **copied, "log": trainer.state.log_history}
+        recipe,
+        {"stage": "train", "rows": len(train or ()), "metrics": metrics, **copied, "log": trainer.state.log_history},
     )
     return model
 
@@ -194,11 +239,9 @@ def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
         )
     if Path(source).resolve().parent != folder.resolve():
         raise RecipeError(f"{source} must be one of {folder}/checkpoint-*: it belongs to another run. Use its recipe.")
-    heads = recipe.heads.path or str(Path(recipe.output, "heads"))
+    heads = stage_two_heads(recipe)
     files = {"train": recipe.data.train, "eval": recipe.data.eval}
-    refuse_other_stage(
-        recipe, "train", {**files, "heads": Path(heads, "heads.json") if recipe.loss.weight > 0 else None}
-    )
+    refuse_other_stage(recipe, "train", {**files, "heads": heads and heads / "heads.json"})
     model = load_trained(source, recipe.model.name, recipe.model.revision)
     target = Path(recipe.output, "model")
     export_model(
@@ -235,39 +278,6 @@ def preview(recipe: Recipe, count: int = 3) -> Iterator[tuple[list[str], list[bo
             [token != IGNORED for token in row["labels"].tolist()],
             {h: [tokenizer.convert_ids_to_tokens(t) if t != IGNORED else "" for t in targets[h]] for h in horizons},
         )
-
-
-def task_rows(
-    recipe: Recipe, name: str, tokenizer: Any, args: CAFTConfig, *, limit: int | None = None
-) -> Dataset | None:
-    """The rows of data.train or data.eval, after a trial of what the trainer will do with them; None where none is named."""
-    source = getattr(recipe.data, name)
-    if source is None:
-        return None
-    chat = bool(getattr(tokenizer, "chat_template", None) or args.chat_template_path)
-    rows = load_rows(source, recipe.data.columns, limit=limit or recipe.data.limit, chat=chat)
-    if is_chat(rows) and not chat:
-        refuse_messages_without_template(tokenizer)
-    if "prompt" in rows.column_names and "completion" not in rows.column_names:
-        raise DataError(
-            f"data.{name} has prompts and no completions to train on. Name the answers' column in data.columns."
-        )
-    if recipe.data.separator and "prompt" in rows.column_names and not is_chat(rows):
-        rows = rows.map(lambda row: {"prompt": row["prompt"] + recipe.data.separator})
-    prepared = tokenized(rows, tokenizer, args, name=name)
-    # Where SFTTrainer would do more than this, it gets the rows as they are.
-    more = args.shuffle_dataset or args.packing_strategy == "bfd_split" or args.eos_token or args.chat_template_path
-    return rows if more else prepared
-
-
-def load_model(recipe: Recipe) -> Any:
-    """The base model, in the dtype it was published in, on the GPU where there is one."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    revision = recipe.model.revision or "main"
-    model: Any = AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype="auto", revision=revision)
-    return model.to(device).eval()
 
 
 def evaluated(trainer: CAFTTrainer) -> dict[str, float]:

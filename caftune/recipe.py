@@ -19,6 +19,7 @@ _SET_ELSEWHERE = {
     "num_heads": "heads.count",
     "head_kind": "heads.kind",
     "soft_targets": "heads.targets",
+    "soft_top_k": "heads.top_k",
     "force_heads": "heads.force",
     "train_heads": "heads.train",
     "heads_lora_rank": "heads.lora_rank",
@@ -61,6 +62,18 @@ class ModelSection(_Section):
     lora: LoraSection = LoraSection()
 
 
+class ServerSection(_Section):
+    """A server with an OpenAI-compatible interface, for labels.backend: server."""
+
+    url: str = Field("http://127.0.0.1:8000/v1", description="Its address, up to /v1.")
+    model: str | None = Field(None, description="The name it serves the base under. None: model.name.")
+    concurrency: int = Field(16, gt=0, description="Requests under way at a time.")
+    retries: int = Field(10, ge=0, description="Of one request; the wait doubles from 0.5 to 8 seconds.")
+    timeout_s: float = Field(600.0, gt=0, description="Of one request.")
+    requests_per_minute: float | None = Field(None, gt=0, description="At most so many, retries included.")
+    key_variable: str = Field("OPENAI_API_KEY", description="The environment variable that holds the API key.")
+
+
 class LabelsSection(_Section):
     """Self-generated answers, the training data of the heads."""
 
@@ -72,8 +85,15 @@ class LabelsSection(_Section):
     temperature: float = Field(0.7, ge=0, description="0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: all tokens.")
-    batching: Literal["auto", "continuous", "static"] = "auto"
+    system: str | None = Field(None, description="A system message for conversations that have none.")
+    keep_truncated: bool = Field(False, description="Train on answers that max_new_tokens cut off, too.")
+    skip_failed: bool = Field(False, description="Do without the prompts that the server gave no answer to.")
+    cache: str | None = Field(None, description="The file that keeps the answers. None: in the run folder.")
+    backend: Literal["transformers", "vllm", "server"] = "transformers"
+    batching: Literal["auto", "continuous", "static"] = Field("auto", description="Of the transformers backend.")
     batch_size: int = Field(64, gt=0)
+    vllm: dict[str, Any] = Field({}, description="Arguments of vllm.LLM, such as tensor_parallel_size.")
+    server: ServerSection = ServerSection()
 
 
 class HeadsSection(_Section):
@@ -84,6 +104,7 @@ class HeadsSection(_Section):
     targets: Literal["tokens", "model"] = Field(
         "tokens", description="Stage 1: the tokens of the text, or the model's own distributions over it."
     )
+    top_k: int | None = Field(None, gt=0, description="With targets: model, its so many likeliest tokens; None: all.")
     text: str | None = Field(None, description="Stage 1 on this file or hub id (labels.columns) instead of labels.")
     path: str | None = Field(None, description="Take these heads instead of training some.")
     force: bool = Field(False, description="Accept heads of a base with the same architecture and tokenizer.")
@@ -124,6 +145,10 @@ class Recipe(_Section):
     pretrain: dict[str, Any] = Field({}, description="Stage 1 options of CAFTConfig.")
     loss: LossSection = LossSection()
     data: DataSection = DataSection()
+    adapt: dict[str, Any] | None = Field(
+        None,
+        description="Train the heads on data.train for an epoch before stage 2: options of CAFTConfig. None: do not.",
+    )
     trainer: dict[str, Any] = Field({}, description="Stage 2 options of CAFTConfig.")
 
 
@@ -153,7 +178,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(_explain(error)) from error
 
 
-def trainer_config(recipe: Recipe, section: Literal["pretrain", "trainer"], **ours: Any) -> Any:
+def trainer_config(recipe: Recipe, section: Literal["pretrain", "adapt", "trainer"], **ours: Any) -> Any:
     """The CAFTConfig of a stage: the recipe's section, and what the recipe sets elsewhere.
 
     Raises:
@@ -166,7 +191,7 @@ def trainer_config(recipe: Recipe, section: Literal["pretrain", "trainer"], **ou
     has_gpu = torch.accelerator.is_available()
     defaults = {"report_to": [], "seed": recipe.seed, "use_cpu": not has_gpu, "dataloader_pin_memory": has_gpu}
     known = {field.name: field.default for field in dataclasses.fields(CAFTConfig) if field.init}
-    options = dict(getattr(recipe, section))
+    options = dict(getattr(recipe, section) or {})
     for name in ("save_strategy", "eval_strategy", "logging_strategy"):
         if options.get(name) is False:  # YAML 1.1 reads `no` as false
             options[name] = "no"

@@ -18,15 +18,20 @@ from caftune.recipe import Recipe, RecipeError, first_difference, save_recipe
 # The sections of the recipe that each stage's result depends on.
 _DEPENDS_ON: dict[str, Sequence[str]] = {
     "labels": ("seed", "model.name", "model.revision", "labels"),
-    "pretrain": ("seed", "model.name", "model.revision", "heads", "loss.decay", "pretrain"),
-    "train": ("seed", "model", "heads", "loss", "data", "trainer"),
+    "pretrain": (
+        *("seed", "model.name", "model.revision", "heads", "loss.decay", "pretrain"),
+        *("labels.keep_truncated", "labels.columns", "labels.limit"),
+    ),
+    "adapt": ("seed", "model.name", "model.revision", "heads", "loss.decay", "data", "adapt"),
+    "train": ("seed", "model", "heads", "loss", "data", "adapt", "trainer"),
 }
 
 
 def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> Path:
     """The folder of a stage, made ready: it is new, or it belongs to this very recipe and these very files.
 
-    A folder in which nothing was done yet (its stage was refused, say) takes on the recipe it is given. With several
+    A folder in which nothing was done yet (its stage was refused, say) takes on the recipe it is given, and so does that of
+    the labels, whose answers are kept by what was asked. With several
     processes the main one makes it, and the others find it made.
 
     Raises:
@@ -36,7 +41,7 @@ def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None
 
     with PartialState().main_process_first():
         folder = Path(recipe.output, stage)
-        if is_begun(recipe, stage):
+        if stage != "labels" and is_begun(recipe, stage):  # labels are kept by what was asked
             refuse_other_stage(recipe, stage, files)
         elif (
             not (folder / "recipe.yaml").is_file()
@@ -49,17 +54,29 @@ def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None
             save_recipe(folder / "recipe.yaml", _identity(recipe, stage, files))  # first: it makes the folder ours
             (folder / "provenance.json").unlink(missing_ok=True)  # of the recipe before, if there was one
         if is_main_process() and not (folder / "provenance.json").is_file():
-            write_json(folder / "provenance.json", provenance(_present(files)))
+            write_json(folder / "provenance.json", provenance(_present(files)) | _heads_used(files.get("heads")))
     return folder
 
 
+def _heads_used(description: str | Path | None) -> dict[str, Any]:
+    """Which heads a stage starts from, in words that can be checked: the hash of their weights."""
+    if description is None or not Path(description).is_file():
+        return {}
+    found = json.loads(Path(description).read_text(encoding="utf-8"))
+    return {"heads": {"folder": str(Path(description).parent), **{k: found[k] for k in ("weights_sha256", "training")}}}
+
+
 def is_begun(recipe: Recipe, stage: str) -> bool:
-    """Whether something was done in the folder of a stage: labels, a checkpoint, or its result."""
-    folder, results = Path(recipe.output, stage), Path(recipe.output, "results.jsonl")
+    """Whether something was done in the folder of a stage: a checkpoint, or its result."""
+    folder = Path(recipe.output, stage)
+    return (folder / "recipe.yaml").is_file() and (is_done(recipe, stage) or any(folder.glob("checkpoint-*")))
+
+
+def is_done(recipe: Recipe, stage: str) -> bool:
+    """Whether the stage has a result."""
+    results = Path(recipe.output, "results.jsonl")
     done = {json.loads(line)["stage"] for line in results.read_text().splitlines()} if results.is_file() else set()
-    is_done = {"labels": "label", "pretrain": "pretrain-heads"}.get(stage, stage) in done
-    work = any(folder.glob("checkpoint-*")) or (folder / "labels.jsonl").is_file()
-    return (folder / "recipe.yaml").is_file() and (is_done or work)
+    return {"pretrain": "pretrain-heads"}.get(stage, stage) in done
 
 
 def refuse_other_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> None:

@@ -1,14 +1,17 @@
 """From a recipe to what the trainer is given: the options of each stage, the adapter, the quantisation, the tokenizer."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import is_bitsandbytes_available
 
-from caftune.checkpoint import describe_heads
+from caftune.checkpoint import describe_heads, find_heads
 from caftune.config import CAFTConfig
+from caftune.generation import Backend, Sampling, end_tokens, transformers_backend, vllm_backend
 from caftune.recipe import Recipe, RecipeError, trainer_config
+from caftune.server import Server, server_backend
 
 _DEFAULT_LENGTH = 1024
 
@@ -23,6 +26,7 @@ def stage_one_config(recipe: Recipe, folder: Path) -> CAFTConfig:
         num_heads=recipe.heads.count,
         head_kind=recipe.heads.kind,
         soft_targets=recipe.heads.targets == "model",
+        soft_top_k=recipe.heads.top_k,
         aux_decay=recipe.loss.decay,
         # Labels have the length they have; packing needs one.
         max_length=_training_length(recipe) if recipe.heads.text or recipe.pretrain.get("packing") else None,
@@ -33,17 +37,12 @@ def stage_one_config(recipe: Recipe, folder: Path) -> CAFTConfig:
 def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
     """CAFTConfig of stage 2."""
     loss = recipe.loss
-    heads = recipe.heads.path or str(Path(recipe.output, "heads"))
-    if loss.weight > 0 and "heads" not in ours and recipe.heads.path is None and not Path(heads).is_dir():
-        raise RecipeError(
-            f"{heads} is missing. Run `caftune pretrain-heads` first, name other heads in heads.path, or set loss.weight=0."
-        )
-    _refuse_other_heads(recipe)
+    heads = None if "heads" in ours else stage_two_heads(recipe)
     for key in ("lora_rank", "learning_rate", "max_grad_norm"):
         if getattr(recipe.heads, key) is not None and not recipe.heads.train:
             raise RecipeError(f"heads.{key} needs heads.train: true, for heads are frozen in stage 2 otherwise.")
     chosen = {
-        "heads": heads if loss.weight > 0 else None,
+        "heads": None if heads is None else str(heads),
         "force_heads": recipe.heads.force,
         "train_heads": recipe.heads.train,
         "heads_lora_rank": recipe.heads.lora_rank,
@@ -59,6 +58,52 @@ def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
     return trainer_config(recipe, "trainer", **{**chosen, **ours})
 
 
+def stage_two_heads(recipe: Recipe) -> Path | None:
+    """The folder of the heads that stage 2 starts from: adapted to the task where the recipe says so. None without."""
+    if recipe.loss.weight == 0:
+        return None
+    return adapted_heads(recipe) if recipe.adapt is not None else pretrained_heads(recipe)
+
+
+def adapted_heads(recipe: Recipe) -> Path:
+    """Where `caftune train` puts heads that it has adapted to the task."""
+    return Path(recipe.output, "adapted-heads")
+
+
+def pretrained_heads(recipe: Recipe) -> Path:
+    """The folder of heads.path (fetched, where that is a hub id) or of the heads made here.
+
+    Raises:
+        RecipeError: there are none, or heads.path holds others than the recipe asks for.
+        HeadsError: heads.path is neither a folder nor on the hub.
+    """
+    if recipe.heads.path is not None:
+        _refuse_other_heads(recipe)
+        return find_heads(recipe.heads.path)
+    heads = Path(recipe.output, "heads")
+    if not heads.is_dir():
+        raise RecipeError(
+            f"{heads} is missing. Run `caftune pretrain-heads` first, name other heads in heads.path, or set loss.weight=0."
+        )
+    return heads
+
+
+def adapt_config(recipe: Recipe, folder: Path, heads: Path) -> CAFTConfig:
+    """CAFTConfig of the heads' epoch on the task's data."""
+    return trainer_config(
+        recipe,
+        "adapt",
+        output_dir=str(folder),
+        pretrain_heads=True,
+        heads=str(heads),
+        force_heads=recipe.heads.force,
+        aux_decay=recipe.loss.decay,
+        num_train_epochs=(recipe.adapt or {}).get("num_train_epochs", 1),
+        max_length=_training_length(recipe),
+        **_model_options(recipe, "adapt"),
+    )
+
+
 def _training_length(recipe: Recipe) -> int:
     context = context_length(recipe)
     length = recipe.data.max_length or min(_DEFAULT_LENGTH, context or _DEFAULT_LENGTH)
@@ -67,20 +112,18 @@ def _training_length(recipe: Recipe) -> int:
     return length
 
 
-def _model_options(recipe: Recipe, section: Literal["pretrain", "trainer"]) -> dict[str, Any]:
+def _model_options(recipe: Recipe, section: Literal["pretrain", "adapt", "trainer"]) -> dict[str, Any]:
     """What `from_pretrained` is given beyond the name: the base's revision, bfloat16 around 4 bits."""
     options = {"revision": recipe.model.revision} if recipe.model.revision is not None else {}
     if section == "trainer" and recipe.model.tuning == "qlora":
         options["dtype"] = "bfloat16"
-    given = getattr(recipe, section).get("model_init_kwargs", {})
+    given = (getattr(recipe, section) or {}).get("model_init_kwargs", {})
     return {"model_init_kwargs": {**options, **given}} if options else {}
 
 
 def _refuse_other_heads(recipe: Recipe) -> None:
     """Raise RecipeError where the recipe asks for other heads than heads.path holds."""
-    if recipe.heads.path is None or recipe.loss.weight == 0:
-        return
-    found = describe_heads(recipe.heads.path)
+    found = describe_heads(str(recipe.heads.path))
     for key, value in {"count": len(found["horizons"]), "kind": found["kind"]}.items():
         if key in recipe.heads.model_fields_set and getattr(recipe.heads, key) != value:
             raise RecipeError(
@@ -136,6 +179,39 @@ def load_tokenizer(recipe: Recipe) -> Any:
     """The base's tokenizer."""
     _refuse_missing_model(recipe)
     return AutoTokenizer.from_pretrained(recipe.model.name, revision=recipe.model.revision or "main")
+
+
+def load_model(recipe: Recipe) -> Any:
+    """The base model, in the dtype it was published in, on the GPU where there is one."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    revision = recipe.model.revision or "main"
+    model: Any = AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype="auto", revision=revision)
+    return model.to(device).eval()
+
+
+def label_backend(recipe: Recipe, tokenizer: Any) -> Backend:
+    """What answers the prompts: labels.backend with its settings."""
+    labels = recipe.labels
+    sampling = Sampling(**labels.model_dump(include={field.name for field in fields(Sampling)}))
+    if labels.backend == "transformers":
+        return transformers_backend(
+            load_model(recipe), tokenizer, sampling, batching=labels.batching, batch_size=labels.batch_size
+        )
+    eos = end_tokens(_generation_config(recipe), tokenizer)
+    if labels.backend == "vllm":
+        return vllm_backend(recipe.model.name, recipe.model.revision, sampling, eos, labels.vllm)
+    server = Server(**{**labels.server.model_dump(), "model": labels.server.model or recipe.model.name})
+    return server_backend(server, tokenizer, sampling, eos)
+
+
+def _generation_config(recipe: Recipe) -> GenerationConfig:
+    revision = recipe.model.revision or "main"
+    try:
+        return GenerationConfig.from_pretrained(recipe.model.name, revision=revision)
+    except OSError:  # older models have none: it is part of their configuration
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(recipe.model.name, revision=revision))
 
 
 def _refuse_missing_model(recipe: Recipe) -> None:

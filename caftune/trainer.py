@@ -7,7 +7,7 @@ With `aux_weight=0` stage 2 is the stock SFTTrainer, step for step.
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,8 @@ from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
 from caftune.backbone import Backbone
-from caftune.checkpoint import load_heads, read_heads, save_heads
+from caftune.cards import write_model_card
+from caftune.checkpoint import describe_heads, load_heads, read_heads, save_heads
 from caftune.config import CAFTConfig
 from caftune.export import export_model, load_trained
 from caftune.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
@@ -123,24 +124,33 @@ class CAFTTrainer(SFTTrainer):
     def _trains_heads(self) -> bool:
         return self.heads is not None and (self.args.pretrain_heads or self.args.train_heads)
 
-    def export(self, folder: str | os.PathLike[str], *, merged: bool = True) -> list[str]:
+    def export(
+        self, folder: str | os.PathLike[str], *, merged: bool = True, about: Mapping[str, Any] | None = None
+    ) -> list[str]:
         """Write the trained model as an ordinary checkpoint (stage 1: the heads). With several processes, call it on all.
 
         Args:
             merged: write the base with its adapters merged; False: write the adapter alone, as PEFT does.
+            about: stage 1: what to record beside the settings in heads.json (the data, the command).
 
         Returns:
             The names of the base's own multi-token tensors, which were copied unchanged (see `export_model`).
         """
         native: list[str] = []
         if self.args.pretrain_heads:
-            self._save_heads(Path(folder))
+            self._save_heads(Path(folder), about)
         elif hasattr(self.model, "peft_config") and not merged:
             self.save_model(str(folder), _internal_call=True)
         else:
             native = self._export_whole(Path(folder))
+        if not self.args.pretrain_heads and self.is_world_process_zero():
+            self._write_card(Path(folder))
         self.accelerator.wait_for_everyone()
         return native
+
+    def _write_card(self, folder: Path) -> None:
+        heads = describe_heads(str(self.args.heads)) if self.heads is not None else None
+        write_model_card(folder, str(self.model.config._name_or_path), self.args, self.state.global_step, heads=heads)
 
     def _export_whole(self, folder: Path) -> list[str]:
         name, revision = self._base
@@ -184,8 +194,9 @@ class CAFTTrainer(SFTTrainer):
     ) -> Any:
         """L_1 as SFTTrainer computes it, and the auxiliary losses. In evaluation L_1 alone; stage 1 has no L_1."""
         if self.args.pretrain_heads:
-            mode = "soft" if self.args.soft_targets and self.model.training else "only"
-            auxiliary = model(**inputs, use_cache=False, auxiliary=mode)["auxiliary"]
+            soft = {"auxiliary": "soft", "soft_top_k": self.args.soft_top_k}
+            mode = soft if self.args.soft_targets and self.model.training else {"auxiliary": "only"}
+            auxiliary = model(**inputs, use_cache=False, **mode)["auxiliary"]
             loss = self._auxiliary_loss(auxiliary, num_items_in_batch)
             return (loss, auxiliary) if return_outputs else loss
         training = self.model.training
@@ -317,10 +328,11 @@ class CAFTTrainer(SFTTrainer):
             state_dict = {key: value for key, value in state_dict.items() if f"{ATTRIBUTE}." not in key}
         super()._save(output_dir, state_dict)
 
-    def _save_heads(self, folder: Path) -> None:
-        names = ("learning_rate", "num_train_epochs", "seed", "aux_decay", "soft_targets")
+    def _save_heads(self, folder: Path, about: Mapping[str, Any] | None = None) -> None:
+        names = ("learning_rate", "num_train_epochs", "seed", "aux_decay", "soft_targets", "soft_top_k")
         stage = {name: getattr(self.args, name) for name in names}
-        training = {"stage": 1 if self.args.pretrain_heads else 2, "steps": self.state.global_step, **stage}
+        number = 1 if self.args.pretrain_heads else 2
+        training = {"stage": number, "steps": self.state.global_step, **stage, **(about or {})}
         state, write = merged_state(self.heads), self.args.should_save
         save_heads(
             folder, self.heads, self.backbone, self._given_tokenizer, training=training, state=state, write=write

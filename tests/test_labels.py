@@ -1,4 +1,4 @@
-"""Self-generated labels: exact tokens, both ways of batching, and resuming."""
+"""Self-generated labels: exact tokens, every way of batching, the cache, conversations."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from caftune.data import DataError
 from caftune.demo.chemistry import molecules, prompt
 from caftune.demo.run import BASE
-from caftune.labels import Sampling, encode_prompts, generate_labels, label_dataset, read_labels, refuse_long_prompts
+from caftune.generation import Answer, Failure, Sampling, transformers_backend
+from caftune.labels import AnswerCache, Labelling, generate_labels, label_dataset, read_labels, write_labels
+from caftune.prompts import Conversation, Prompt, conversations, refuse_long_prompts
 
-GREEDY = Sampling(max_new_tokens=24, temperature=0, batch_size=4, batching="static")
+GREEDY = Sampling(max_new_tokens=24, temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +34,13 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def prompts(tokenizer):
+def talks(tokenizer):
     rows = Dataset.from_list([{"prompt": prompt(m)} for m in molecules(10, seed=9, substituents=(0, 2))])
-    return dict(enumerate(encode_prompts(rows, tokenizer)))
+    return dict(enumerate(conversations(rows, tokenizer)))
+
+
+def ids_of(talks, tokenizer):
+    return [talk.prompt(0, [], tokenizer).ids for talk in talks.values()]
 
 
 def alone(model, ids, count=24):
@@ -41,55 +48,152 @@ def alone(model, ids, count=24):
     return output[0, len(ids) :].tolist()
 
 
+def answered(
+    model, tokenizer, talks, path, sampling=GREEDY, *, seed=0, batching="static", fingerprint="base"
+) -> Labelling:
+    cache = AnswerCache(path, sampling, seed=seed, fingerprint=fingerprint)
+    backend = transformers_backend(model, tokenizer, sampling, batching=batching, batch_size=4) if model else None
+    return generate_labels(talks, tokenizer, cache, lambda: backend, seed=seed, room=256)
+
+
+def counting(asked, answer):
+    """A backend that notes what it is asked."""
+
+    def backend(prompts, _seed):
+        asked.append([item.ids for item in prompts])
+        yield from ((i, answer(item)) for i, item in enumerate(prompts))
+
+    return backend
+
+
 @pytest.mark.parametrize("batching", ["static", "continuous"])
-def test_greedy_answers_are_those_of_generate_one_by_one(model, tokenizer, prompts, tmp_path, batching):
-    sampling = Sampling(max_new_tokens=24, temperature=0, batch_size=4, batching=batching)
-    generate_labels(model, tokenizer, prompts, tmp_path / "labels.jsonl", sampling)
-    labels = read_labels(tmp_path / "labels.jsonl")
-    assert [label.row for label in labels] == list(prompts)
-    for label in labels:
-        expected = alone(model, prompts[label.row])
+def test_greedy_answers_are_those_of_generate_one_by_one(model, tokenizer, talks, tmp_path, batching):
+    found = answered(model, tokenizer, talks, tmp_path / "cache.jsonl", batching=batching)
+    assert [label.row for label in found.labels] == list(talks)
+    for label, ids in zip(found.labels, ids_of(talks, tokenizer), strict=True):
+        expected = alone(model, ids)
         assert label.completion_ids == expected
+        assert label.prompt_ids == ids
         assert label.finish == ("stop" if expected[-1] == 1 else "length")
+        assert label.exact
 
 
-def test_a_cut_off_answer_gets_no_false_end(model, tokenizer, prompts, tmp_path):
-    sampling = Sampling(max_new_tokens=3, temperature=0, batching="static")
-    generate_labels(model, tokenizer, prompts, tmp_path / "labels.jsonl", sampling)
-    labels = read_labels(tmp_path / "labels.jsonl")
+def test_a_cut_off_answer_gets_no_false_end(model, tokenizer, talks, tmp_path):
+    labels = answered(model, tokenizer, talks, tmp_path / "cache.jsonl", Sampling(3, temperature=0)).labels
     assert {label.finish for label in labels} == {"length"}
-    row = label_dataset(labels)[0]
-    assert row["labels"] == [-100] * len(prompts[0]) + labels[0].completion_ids
-    assert row["input_ids"] == prompts[0] + labels[0].completion_ids
+    row = label_dataset(labels, keep_truncated=True)[0]
+    assert row["labels"] == [-100] * len(labels[0].prompt_ids) + labels[0].completion_ids
+    assert row["input_ids"] == labels[0].prompt_ids + labels[0].completion_ids
     assert tokenizer.eos_token_id not in row["input_ids"]
 
 
-def test_sampled_answers_follow_the_seed(model, tokenizer, prompts, tmp_path):
+def test_cut_off_answers_are_left_out_of_training(model, tokenizer, talks, tmp_path):
+    labels = answered(model, tokenizer, talks, tmp_path / "cache.jsonl", Sampling(12, temperature=0)).labels
+    whole = [label.row for label in labels if label.finish == "stop"]
+    assert 0 < len(whole) < len(labels)
+    assert label_dataset(labels)["row"] == whole
+    assert label_dataset(labels, keep_truncated=True)["row"] == list(talks)
+
+
+def test_labels_without_a_finished_answer_are_refused(model, tokenizer, talks, tmp_path):
+    labels = answered(model, tokenizer, talks, tmp_path / "cache.jsonl", Sampling(3, temperature=0)).labels
+    with pytest.raises(DataError, match="None of 10 answers was finished .* or set labels.keep_truncated=true"):
+        label_dataset(labels)
+
+
+def test_sampled_answers_follow_the_seed(model, tokenizer, talks, tmp_path):
     texts = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        sampling = Sampling(max_new_tokens=24, temperature=1.5, batching="static", seed=seed)
-        generate_labels(model, tokenizer, prompts, tmp_path / name, sampling)
-        texts.append([label.completion for label in read_labels(tmp_path / name)])
+        found = answered(model, tokenizer, talks, tmp_path / name, Sampling(24, temperature=1.5), seed=seed)
+        texts.append([label.completion for label in found.labels])
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_resumed_run_keeps_rows_and_adds_the_missing_ones(model, tokenizer, prompts, tmp_path):
-    path = tmp_path / "labels.jsonl"
-    generate_labels(model, tokenizer, prompts, path, GREEDY)
-    whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
+def test_labels_survive_the_way_to_disk(model, tokenizer, talks, tmp_path):
+    labels = answered(model, tokenizer, talks, tmp_path / "cache.jsonl").labels
+    write_labels(labels, tmp_path / "labels.jsonl")
+    assert read_labels(tmp_path / "labels.jsonl") == labels
+
+
+def test_a_resumed_run_asks_only_for_what_is_missing(model, tokenizer, talks, tmp_path):
+    path = tmp_path / "cache.jsonl"
+    whole = answered(model, tokenizer, talks, path)
+    lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:6]) + lines[6][:30])  # killed within a line
-    generate_labels(model, tokenizer, prompts, path, GREEDY)
+    again = answered(model, tokenizer, talks, path)
+    assert again.asked == 4
+    assert again.labels == whole.labels
     assert path.read_bytes().startswith(b"".join(lines[:6]))
-    assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert sorted(path.read_bytes().splitlines()) == sorted(line.strip() for line in lines)
 
 
-def test_a_finished_run_asks_nothing(tokenizer, prompts, tmp_path, model):
-    path = tmp_path / "labels.jsonl"
-    generate_labels(model, tokenizer, prompts, path, GREEDY)
-    before = path.read_bytes()
-    generate_labels(None, tokenizer, prompts, path, GREEDY)
-    assert path.read_bytes() == before
+def test_a_finished_run_asks_nothing(model, tokenizer, talks, tmp_path):
+    first = answered(model, tokenizer, talks, tmp_path / "cache.jsonl")
+    cache = AnswerCache(tmp_path / "cache.jsonl", GREEDY, seed=5, fingerprint="base")  # a greedy answer has no seed
+    again = generate_labels(talks, tokenizer, cache, lambda: pytest.fail("asked"), seed=5, room=256)
+    assert (again.asked, again.labels) == (0, first.labels)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "seed", "fingerprint", "asked"),
+    [
+        (Sampling(24, temperature=0.9, top_p=0.9), 0, "base", 0),
+        (Sampling(24, temperature=0.8, top_p=0.9), 0, "base", 10),
+        (Sampling(24, temperature=0.9, top_p=0.8), 0, "base", 10),
+        (Sampling(24, temperature=0.9, top_p=0.9, top_k=3), 0, "base", 10),
+        (Sampling(24, temperature=0.9, top_p=0.9), 1, "base", 10),
+        (Sampling(24, temperature=0.9, top_p=0.9), 0, "other base", 10),
+        (Sampling(9, temperature=0.9, top_p=0.9), 0, "base", 0),  # cut from the longer answers
+        (Sampling(25, temperature=0.9, top_p=0.9), 0, "base", 10),  # keeping those that ended would favour short ones
+    ],
+)
+def test_what_an_answer_depends_on_is_asked_anew(model, tokenizer, talks, tmp_path, sampling, seed, fingerprint, asked):
+    answered(model, tokenizer, talks, tmp_path / "cache.jsonl", Sampling(24, temperature=0.9, top_p=0.9))
+    again = answered(model, tokenizer, talks, tmp_path / "cache.jsonl", sampling, seed=seed, fingerprint=fingerprint)
+    assert again.asked == asked
+
+
+def test_more_room_asks_greedy_answers_again_only_where_they_were_cut_off(model, tokenizer, talks, tmp_path):
+    short = answered(model, tokenizer, talks, tmp_path / "cache.jsonl", Sampling(12, temperature=0))
+    long = answered(model, tokenizer, talks, tmp_path / "cache.jsonl", GREEDY)
+    assert 0 < long.asked == sum(label.finish == "length" for label in short.labels) < 10
+    assert long.labels == answered(model, tokenizer, talks, tmp_path / "other.jsonl", GREEDY).labels
+    assert (
+        answered(None, tokenizer, talks, tmp_path / "cache.jsonl", Sampling(12, temperature=0)).labels == short.labels
+    )
+
+
+def test_more_prompts_ask_only_for_the_new_ones(model, tokenizer, talks, tmp_path):
+    few = {row: talks[row] for row in list(talks)[3:7]}
+    answered(model, tokenizer, few, tmp_path / "cache.jsonl", Sampling(24, temperature=1.0))
+    assert answered(model, tokenizer, talks, tmp_path / "cache.jsonl", Sampling(24, temperature=1.0)).asked == 6
+
+
+def test_the_same_prompt_twice_is_drawn_twice_and_greedily_asked_once(tokenizer, tmp_path):
+    twins = {0: Conversation(text="a"), 1: Conversation(text="b"), 2: Conversation(text="a")}
+    for temperature, count in ((1.0, 3), (0.0, 2)):
+        asked: list[list[list[int]]] = []
+        sampling = Sampling(4, temperature=temperature)
+        cache = AnswerCache(tmp_path / f"{temperature}", sampling, seed=0, fingerprint="base")
+        backend = counting(asked, lambda item: Answer([3, 1], "stop"))
+        found = generate_labels(twins, tokenizer, cache, lambda b=backend: b, seed=0, room=64)
+        assert (len(asked[0]), len(found.labels)) == (count, 3)
+
+
+def test_failures_are_named_and_asked_again(tokenizer, tmp_path):
+    talks = {row: Conversation(text=letter) for row, letter in enumerate("abcd")}
+    bad = Conversation(text="c").prompt(0, [], tokenizer).ids
+    asked: list[list[list[int]]] = []
+    answers = [
+        lambda item: Failure("busy") if item.ids == bad else Answer([3, 1], "stop"),
+        lambda _: Answer([4, 1], "stop"),
+    ]
+    for number, answer in enumerate(answers):
+        cache = AnswerCache(tmp_path / "cache.jsonl", GREEDY, seed=0, fingerprint="base")
+        found = generate_labels(talks, tokenizer, cache, lambda a=answer: counting(asked, a), seed=0, room=64)
+        assert found.failures == ({2: "busy"} if number == 0 else {})
+        assert [label.row for label in found.labels] == ([0, 1, 3] if number == 0 else [0, 1, 2, 3])
+    assert asked[1] == [bad]
 
 
 def test_a_killed_process_loses_and_repeats_no_row(tmp_path):
@@ -98,10 +202,10 @@ def test_a_killed_process_loses_and_repeats_no_row(tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "recipe.yaml").write_text(
         f"output: {tmp_path}/run\nmodel: {{name: {BASE}}}\n"
-        f"labels: {{prompts: {data}, max_new_tokens: 40, batch_size: 10, temperature: 0}}\n"
+        f"labels: {{prompts: {data}, max_new_tokens: 40, batch_size: 10, temperature: 0.5}}\n"
     )
     command = [sys.executable, "-m", "caftune.cli", "label", str(tmp_path / "recipe.yaml")]
-    path = tmp_path / "run" / "labels" / "labels.jsonl"
+    path = tmp_path / "run" / "labels" / "cache.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -111,13 +215,15 @@ def test_a_killed_process_loses_and_repeats_no_row(tmp_path):
     process.wait()
     kept = path.read_bytes()
     assert 20 <= kept.count(b"\n") < 400
+    assert not (path.parent / "labels.jsonl").exists()
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
-    written = [json.loads(line)["row"] for line in path.read_text().splitlines()]
-    assert sorted(written) == list(range(400))
+    written = [json.loads(line)["key"] for line in path.read_text().splitlines()]
+    assert max(Counter(written).values()) == 1
+    assert [label.row for label in read_labels(path.parent / "labels.jsonl")] == list(range(400))
     assert path.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
 
 
-def test_a_prompt_to_be_continued_is_not_closed(tmp_path):
+def test_a_prompt_to_be_continued_is_not_closed():
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -126,28 +232,18 @@ def test_a_prompt_to_be_continued_is_not_closed(tmp_path):
     words.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     closing = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
     rows = Dataset.from_list([{"prompt": "a b"}, {"prompt": ""}])
-    assert encode_prompts(rows, closing) == [[0, 2, 3], [0]]
+    assert [talk.prompt(0, [], closing).ids for talk in conversations(rows, closing)] == [[0, 2, 3], [0]]
 
 
 def test_messages_need_a_chat_template(tokenizer):
     rows = Dataset.from_list([{"messages": [{"role": "user", "content": "Hi"}]}])
     with pytest.raises(DataError, match="The data has messages, and .* has no chat template"):
-        encode_prompts(rows, tokenizer)
-
-
-def test_a_chat_prompt_ends_where_the_assistant_speaks():
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    tokenizer.chat_template = turns + "{% if add_generation_prompt %}assistant:{% endif %}"
-    rows = Dataset.from_list(
-        [{"messages": [{"role": "user", "content": "CCO"}, {"role": "assistant", "content": "no"}]}]
-    )
-    assert tokenizer.decode(encode_prompts(rows, tokenizer)[0]) == "user: CCO\nassistant:"
+        conversations(rows, tokenizer)
 
 
 def test_long_prompts_are_counted_and_named():
     with pytest.raises(DataError, match=r"1 of 3 prompts \(rows 1, from 0\) are longer than the 4 tokens"):
-        refuse_long_prompts([[1], [1] * 5, [1] * 4], 4)
+        refuse_long_prompts([Prompt([1]), Prompt([1] * 5), Prompt([1] * 4)], 4)
 
 
 def test_a_line_that_is_no_label_is_named(tmp_path):
@@ -156,22 +252,19 @@ def test_a_line_that_is_no_label_is_named(tmp_path):
         read_labels(tmp_path / "x")
 
 
-def test_penalties_of_the_base_do_not_enter_the_labels(model, tokenizer, prompts, tmp_path):
+def test_a_line_that_is_no_answer_is_named(tmp_path):
+    (tmp_path / "x").write_text(
+        '{"key": "a", "max_new_tokens": 3, "ids": [1], "finish": "stop", "exact": true}\n{"key": 1}\n'
+    )
+    with pytest.raises(DataError, match="line 2: not an answer"):
+        AnswerCache(tmp_path / "x", GREEDY, seed=0, fingerprint="base")
+
+
+def test_penalties_of_the_base_do_not_enter_the_labels(model, tokenizer, talks, tmp_path):
     texts = []
     for name, penalty in (("a", None), ("b", 3.0)):
         model.generation_config.repetition_penalty = penalty
-        generate_labels(model, tokenizer, prompts, tmp_path / name, GREEDY)
-        texts.append([label.completion for label in read_labels(tmp_path / name)])
+        texts.append([label.completion for label in answered(model, tokenizer, talks, tmp_path / name).labels])
     assert model.generation_config.repetition_penalty == 3.0
     model.generation_config.repetition_penalty = None
     assert texts[0] == texts[1]
-
-
-def test_tools_and_conversational_prompts_are_rendered_as_in_training(tokenizer):
-    import copy
-
-    chatty = copy.deepcopy(tokenizer)
-    chatty.chat_template = "{{ tools | length if tools else 0 }}{% for m in messages %}{{ m.content }}{% endfor %}>"
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "CC"}], "tools": tools}])
-    assert chatty.decode(encode_prompts(rows, chatty)[0]) == "1CC>"

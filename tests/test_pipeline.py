@@ -69,8 +69,8 @@ def test_one_recipe_gives_an_ordinary_model(finished):
 def test_stage_one_lowers_the_loss_of_every_head(finished):
     rows = [json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]
     result = next(row for row in rows if row["stage"] == "pretrain-heads")
-    for name in ("h2_loss", "h3_loss"):
-        assert result["after"][name] < result["before"][name]
+    for horizon in ("2", "3"):
+        assert result["quality"]["heads"]["loss"][horizon] < result["quality"]["untrained"]["loss"][horizon]
 
 
 def test_every_stage_leaves_its_recipe_and_provenance(finished):
@@ -120,7 +120,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(finished, values, t
     [
         (pipeline.finetune, {"loss": {"weight": 0.5}}, "loss.weight: 0.01 -> 0.5"),
         (pipeline.finetune, {"trainer": {"learning_rate": 1.0}}, "trainer.learning_rate: None -> 1.0"),
-        (pipeline.label, {"labels": {"temperature": 0.1}}, "labels.temperature: 0.7 -> 0.1"),
+        (pipeline.pretrain_heads, {"labels": {"keep_truncated": True}}, "labels.keep_truncated: False -> True"),
         (pipeline.pretrain_heads, {"heads": {"kind": "mlp"}}, "heads.kind: 'decoder' -> 'mlp'"),
     ],
 )
@@ -148,7 +148,7 @@ def test_a_folder_of_something_else_is_refused(values, tmp_path):
             RecipeError,
             "model.name must be a folder with a config.json",
         ),
-        (pipeline.pretrain_heads, {}, RecipeError, "labels.jsonl is missing. Run `caftune label` first"),
+        (pipeline.pretrain_heads, {}, RecipeError, "labels.jsonl is missing. Run `caftune label`"),
         (pipeline.finetune, {}, RecipeError, "heads is missing. Run `caftune pretrain-heads` first"),
         (
             pipeline.finetune,
@@ -286,6 +286,6 @@ def test_heads_can_be_pretrained_on_text_without_labels(values, tmp_path, target
     )
     heads = pipeline.pretrain_heads(recipe)
     result = json.loads((tmp_path / "out" / "results.jsonl").read_text())
-    assert result["after"]["h2_loss"] < result["before"]["h2_loss"]
+    assert result["quality"]["heads"]["loss"]["2"] < result["quality"]["untrained"]["loss"]["2"]
     assert json.loads((heads / "heads.json").read_text())["training"]["soft_targets"] is (targets == "model")
     assert not (tmp_path / "out" / "labels").exists()

@@ -39,7 +39,8 @@ def recipe(request, shared, tmp_path):
         {
             "output": str(tmp_path / "run"),
             "model": {"name": base},
-            "labels": {"prompts": prompts, "limit": 60, "max_new_tokens": length, "skip_long_prompts": True},
+            "labels": {"prompts": prompts, "limit": 60, "max_new_tokens": length}
+            | {"skip_long_prompts": True, "keep_truncated": True},
             "pretrain": {**FAST, "max_steps": 30, "learning_rate": 2e-3},
             "data": data,
             "trainer": {**FAST, "max_steps": 6},
@@ -52,10 +53,11 @@ def test_a_real_model_goes_the_whole_path(recipe, tmp_path):
     pipeline.pretrain_heads(recipe)
     folder = pipeline.finetune(recipe)
     result = next(
-        json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines() if "before" in line
+        json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines() if "quality" in line
     )
     for horizon in (2, 3, 4, 5):
-        assert result["after"][f"h{horizon}_loss"] < 0.75 * result["before"][f"h{horizon}_loss"]
+        losses = [result["quality"][kind]["loss"][str(horizon)] for kind in ("heads", "untrained")]
+        assert losses[0] < 0.75 * losses[1]
     base = load_file(f"{recipe.model.name}/model.safetensors")
     exported = load_file(folder / "model.safetensors")
     assert {k: (v.shape, v.dtype) for k, v in exported.items()} == {k: (v.shape, v.dtype) for k, v in base.items()}

@@ -16,13 +16,15 @@ from typing import Any
 
 from datasets import disable_progress_bars
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from caftune import pipeline
+from caftune.cards import quality_table
 from caftune.demo.chemistry import Molecule, completion, molecules, prompt
-from caftune.labels import answer_in_batches, until_end
+from caftune.generation import answer_in_batches, until_end
 from caftune.recipe import Recipe, RecipeError, save_recipe
 
 BASE = Path(__file__).parent / "base"
@@ -88,7 +90,7 @@ def score(name: str, model_folder: Path, test: Sequence[Molecule]) -> Score:
     asked = [tokenizer(prompt(molecule))["input_ids"] for molecule in test]
     correct = [False] * len(test)
     for index, answer in answer_in_batches(model, asked, greedy, batch_size=100):
-        ids, _ = until_end(answer, {eos})
+        ids = until_end(answer, {eos}).ids
         correct[index] = tokenizer.decode(ids, skip_special_tokens=True) == completion(test[index])
     return Score(name, correct)
 
@@ -177,12 +179,7 @@ def _say(console: Console, number: int, what: str) -> None:
 def _report(console: Console, folder: Path, scores: Sequence[Score]) -> None:
     results = {arm: _log_of(folder / arm) for arm in _ARMS}
     stage1 = _last_result(folder / "stage1", "pretrain-heads")
-    heads = Table(title="Stage 1: loss of each head on held-out answers of the base, nats per token")
-    for column in ("horizon", "copy of the last layer", "pretrained"):
-        heads.add_column(column, justify="right")
-    for name in (key for key in stage1["before"] if key.startswith("h") and key.endswith("_loss")):
-        heads.add_row(name[1:-5], f"{stage1['before'][name]:.2f}", f"{stage1['after'][name]:.2f}")
-    console.print(heads)
+    console.print(Markdown("\n".join(quality_table(stage1["quality"]))))
     table = Table(title="Exact match on unseen names")
     table.add_column("model")
     table.add_column("right", justify="right")
@@ -195,7 +192,7 @@ def _report(console: Console, folder: Path, scores: Sequence[Score]) -> None:
     record = {"scores": {item.name: item.percent for item in scores}, "verdict": said}
     (folder / "scores.json").write_text(json.dumps(record, indent=2) + "\n")
     try:
-        from caftune.demo.plot import plot_losses
+        from caftune.plots import plot_losses
     except ImportError:
         console.print("Install matplotlib (pip install caftune[report]) for a picture of the losses.")
         return

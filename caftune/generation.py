@@ -1,0 +1,209 @@
+"""Sampling answers from a causal LM: transformers in this process, or vLLM offline. (Servers are in server.py.)
+
+A *backend* is a function: prompts and a seed in, (index, answer or failure) out, in the order the answers are finished.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from caftune.prompts import Prompt
+
+_PAGE = 256  # tokens of one page of transformers' paged cache
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. `temperature` 0 is greedy; `top_k` 0 is all tokens."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def generation_config(self, eos: Sequence[int], pad: int) -> GenerationConfig:
+        """These settings for transformers' `generate`, and nothing of the model's own (a repetition penalty, say)."""
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k} if self.temperature else {}
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.temperature > 0,
+            eos_token_id=list(eos),
+            pad_token_id=pad,
+            **drawn,
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Token ids, the end-of-text token included, and why they end: "stop" (the model ended) or "length" (max_new_tokens).
+
+    `exact` is False where a server gave text only, and its tokens are those that the tokenizer writes it with.
+    """
+
+    ids: list[int]
+    finish: Literal["stop", "length"]
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Failure:
+    """No answer, and why."""
+
+    reason: str
+
+
+Backend = Callable[[Sequence[Prompt], int], Iterator[tuple[int, Answer | Failure]]]
+
+
+def end_tokens(generation_config: GenerationConfig, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the model's own, else the tokenizer's."""
+    eos = generation_config.eos_token_id
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    return [eos] if isinstance(eos, int) else list(eos or ())
+
+
+def transformers_backend(
+    model: Any,
+    tokenizer: Any,
+    sampling: Sampling,
+    *,
+    batching: Literal["auto", "continuous", "static"] = "auto",
+    batch_size: int = 64,
+) -> Backend:
+    """transformers' continuous batching, or padded batches of `batch_size`: see docs/decisions/0003."""
+    eos = end_tokens(model.generation_config, tokenizer)
+    pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    config = sampling.generation_config(eos, pad)
+    is_continuous = batching == "continuous" or (batching == "auto" and _gains_from_continuous(model))
+
+    def answer(prompts: Sequence[Prompt], seed: int) -> Iterator[tuple[int, Answer]]:
+        ids = [prompt.ids for prompt in prompts]
+        torch.manual_seed(seed)
+        with _only_these_settings(model, config):
+            if is_continuous:
+                drawn = _answer_continuously(model, ids, config, seed=seed, batch_size=batch_size)
+            else:
+                drawn = answer_in_batches(model, ids, config, batch_size=batch_size)
+            for index, tokens in drawn:
+                yield index, until_end(tokens, set(eos))
+
+    return answer
+
+
+def vllm_backend(
+    name: str, revision: str | None, sampling: Sampling, eos: Sequence[int], engine: Mapping[str, Any]
+) -> Backend:
+    """vLLM's offline engine. `engine`: arguments of `vllm.LLM`, such as tensor_parallel_size.
+
+    Every prompt has a seed of its own, so an answer does not depend on what is drawn beside it.
+
+    Raises:
+        ValueError: vLLM is not installed.
+    """
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        raise ValueError("labels.backend=vllm needs vLLM. Install it with `pip install caftune[vllm]`.") from error
+    # generation_config="vllm": none of the model's own defaults, as in the other backends.
+    model = LLM(**{"model": name, "revision": revision, "generation_config": "vllm", **engine})
+
+    def answer(prompts: Sequence[Prompt], seed: int) -> Iterator[tuple[int, Answer]]:
+        settings = [
+            SamplingParams(
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=seed + index,
+                stop_token_ids=list(eos),
+                detokenize=False,
+            )
+            for index in range(len(prompts))
+        ]
+        size = 1024  # answers are kept after each of these, so that a stopped run loses no more
+        for start in range(0, len(prompts), size):
+            asked = [{"prompt_token_ids": prompt.ids} for prompt in prompts[start : start + size]]
+            outputs = model.generate(asked, settings[start : start + size], use_tqdm=False)
+            for index, output in enumerate(outputs, start=start):
+                yield index, until_end(list(output.outputs[0].token_ids), set(eos))
+
+    return answer
+
+
+def answer_in_batches(
+    model: Any, prompts: Sequence[list[int]], config: GenerationConfig, *, batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """(index, tokens), shortest prompts first, so that the prompts of a batch need little padding.
+
+    Tokens may be followed by padding: see `until_end`.
+    """
+    pad = config.pad_token_id if config.pad_token_id is not None else 0
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        width = max(len(prompts[i]) for i in batch)
+        ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch])
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        with torch.inference_mode():
+            output = model.generate(
+                ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+            )
+        yield from zip(batch, output[:, width:].tolist(), strict=True)
+
+
+def until_end(tokens: list[int], eos: set[int]) -> Answer:
+    """The tokens up to and with the first end-of-text token; without one the answer was cut off."""
+    for position, token in enumerate(tokens):
+        if token in eos:
+            return Answer(tokens[: position + 1], "stop")
+    return Answer(tokens, "length")
+
+
+@contextmanager
+def _only_these_settings(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """`generate` fills what a configuration leaves open from the model's own (a repetition penalty, say): not here."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _gains_from_continuous(model: Any) -> bool:
+    """Continuous batching pays on accelerators. On a CPU its attention spans all requests at once."""
+    is_paged = getattr(model, "_supports_attention_backend", False) and not getattr(model, "_is_stateful", False)
+    return model.device.type != "cpu" and hasattr(model, "generate_batch") and is_paged
+
+
+def _answer_continuously(
+    model: Any, prompts: list[list[int]], config: GenerationConfig, *, seed: int, batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """(index, tokens) in the order answers are finished."""
+    sizes = ContinuousBatchingConfig(seed=seed)
+    budget = int(config.max_new_tokens or 0)
+    if model.device.type == "cpu":  # there it would size its cache by the machine's memory
+        pages = -(-(max(map(len, prompts)) + budget) // _PAGE)
+        sizes.num_blocks, sizes.max_requests_per_batch = pages * batch_size, batch_size
+        sizes.max_batch_tokens = 8 * batch_size
+    with model.continuous_batching_context_manager(
+        generation_config=config, continuous_batching_config=sizes
+    ) as manager:
+        index = {name: i for i, name in enumerate(manager.add_requests(prompts, max_new_tokens=budget))}
+        while index:
+            result = manager.get_result(timeout=1)
+            if result is None and not manager.is_running():
+                raise RuntimeError(
+                    "Generation stopped early. The answers so far are kept; run the command again to go on."
+                )
+            if result is None or not result.is_finished():
+                continue
+            if result.error is not None:
+                raise RuntimeError(
+                    f"Generation failed ({result.error}). The answers so far are kept; run the command again."
+                )
+            yield index.pop(result.request_id), list(result.generated_tokens)

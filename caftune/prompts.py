@@ -1,0 +1,119 @@
+"""What the base model is asked: texts to continue, and conversations whose assistant turns it writes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+
+from caftune.data import DataError
+
+_NAMED_ROWS = 5
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to be continued: its token ids, and what they were made from (for servers that tokenize themselves)."""
+
+    ids: list[int]
+    text: str | None = None  # of a plain text
+    messages: list[dict[str, Any]] | None = None  # of a conversation, up to where the assistant speaks
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the chat template: tools, and the row's own arguments
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row: a text, or messages in which the model writes the assistant's turns anew, one after another.
+
+    An assistant turn that calls tools stays as it is, for what the tools returned stands behind it.
+    """
+
+    text: str = ""
+    messages: list[dict[str, Any]] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def turns(self) -> list[int]:
+        """Where the model speaks: message indices, ending with the end of the messages where nobody has answered yet."""
+        if self.messages is None:
+            return [0]
+        spoken = [
+            i for i, message in enumerate(self.messages) if message["role"] == "assistant" and not _calls_tools(message)
+        ]
+        is_open = not self.messages or self.messages[-1]["role"] != "assistant"
+        return [*spoken, len(self.messages)] if is_open else spoken
+
+    def prompt(self, turn: int, answers: Sequence[str], tokenizer: Any) -> Prompt:
+        """What stands before the `turn`-th answer (from 0), with the model's own `answers` in the turns before."""
+        if self.messages is None:
+            return Prompt(_encode_text(self.text, tokenizer), text=self.text)
+        asked = list(self.messages[: self.turns[turn]])
+        for place, answer in zip(self.turns[:turn], answers, strict=True):
+            asked[place] = {"role": "assistant", "content": answer}
+        rendered = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True, **self.options)
+        return Prompt(rendered["input_ids"], messages=asked, options=self.options)
+
+
+def conversations(rows: Dataset, tokenizer: Any, *, system: str | None = None) -> list[Conversation]:
+    """The rows as conversations. `text` rows and empty prompts start from BOS alone.
+
+    Args:
+        system: a system message for conversations that have none.
+
+    Raises:
+        DataError: messages, or a system message, for a tokenizer without a chat template.
+    """
+    if not is_chat(rows):
+        if system is not None:
+            raise DataError("labels.system needs prompts that are messages, and these are text. Remove it.")
+        return [Conversation(text=row.get("prompt") or "") for row in rows]
+    refuse_messages_without_template(tokenizer)
+    return [_from_messages(row, system) for row in rows]
+
+
+def is_chat(rows: Dataset) -> bool:
+    """Whether the rows hold messages, alone or as prompt and completion."""
+    return "messages" in rows.column_names or ("prompt" in rows.column_names and not isinstance(rows[0]["prompt"], str))
+
+
+def refuse_messages_without_template(tokenizer: Any) -> None:
+    """Raise DataError where `tokenizer` cannot render messages."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"The data has messages, and {tokenizer.name_or_path} has no chat template to write them with. Use a chat "
+            "model, give the tokenizer a chat_template, or use prompt and completion columns."
+        )
+
+
+def refuse_long_prompts(prompts: Sequence[Prompt], room: int) -> None:
+    """Raise DataError where a prompt is longer than the `room` that max_new_tokens leaves in the model's context."""
+    long = [number for number, prompt in enumerate(prompts) if len(prompt.ids) > room]
+    if long:
+        named = ", ".join(map(str, long[:_NAMED_ROWS])) + (", ..." if len(long) > _NAMED_ROWS else "")
+        raise DataError(
+            f"{len(long)} of {len(prompts)} prompts (rows {named}, from 0) are longer than the {room} tokens that "
+            "labels.max_new_tokens leaves in the model's context. Lower it, or set labels.skip_long_prompts=true."
+        )
+
+
+def _from_messages(row: Mapping[str, Any], system: str | None) -> Conversation:
+    messages = list(row.get("messages") or row["prompt"])
+    if system is not None and messages[0]["role"] not in ("system", "developer"):
+        messages.insert(0, {"role": "system", "content": system})
+    return Conversation(
+        messages=messages, options={"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+    )
+
+
+def _calls_tools(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("tool_calls"))
+
+
+def _encode_text(prompt: str, tokenizer: Any) -> list[int]:
+    ids = tokenizer(prompt)["input_ids"]
+    while ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+        ids = ids[:-1]  # some tokenizers close every text with EOS; a prompt to be continued is not closed
+    if ids:
+        return ids
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [start]

@@ -1,0 +1,303 @@
+"""Sampling answers from a server with an OpenAI-compatible interface: vLLM, SGLang, `transformers serve`, any other.
+
+Servers differ in what they understand; the first prompt is tried in each *dialect* until one is accepted:
+
+    tokens        prompts as token ids, answers with token ids where the server gives them (vLLM, SGLang): nothing is lost
+    transformers  text or messages, and transformers' own generation settings (`transformers serve`); only for servers that
+                  refuse fields they do not know, since one that overlooked the settings would draw otherwise than asked
+    plain         text or messages and OpenAI's own fields
+
+Answers that come as text are tokenized here, after their prompt, as the text that follows it.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+from caftune.generation import Answer, Backend, Failure, Sampling, until_end
+from caftune.prompts import Prompt
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+DIALECTS = ("tokens", "transformers", "plain")
+_REFUSED = (400, 404, 405, 415, 422, 501)  # what servers answer to a request they do not understand
+
+
+class ServerError(ValueError):
+    """The server cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where the server is and how it is treated.
+
+    Args:
+        url: its address up to `/v1`.
+        model: the name it serves the base under.
+        concurrency: requests under way at a time.
+        retries: of one request, after a lost connection, a timeout or an answer 408, 409, 429 or 5xx. The wait doubles from
+            half a second to 8 seconds, or is what the server asks for (Retry-After).
+        timeout_s: of one request, in seconds.
+        requests_per_minute: at most so many, retries included; None: no limit.
+        key_variable: the environment variable that holds the API key.
+    """
+
+    url: str
+    model: str
+    concurrency: int = 16
+    retries: int = 10
+    timeout_s: float = 600.0
+    requests_per_minute: float | None = None
+    key_variable: str = "OPENAI_API_KEY"
+
+
+def server_backend(server: Server, tokenizer: Any, sampling: Sampling, eos: Sequence[int]) -> Backend:
+    """A backend that asks `server`. A prompt that is given up after its retries is a `Failure`; the others go on.
+
+    Raises:
+        ServerError: the openai package is missing, or (at the first prompt) the server is not there or refuses to answer.
+    """
+    client = _client(server)
+    dialect: str | None = None
+
+    def answer(prompts: Sequence[Prompt], seed: int) -> Iterator[tuple[int, Answer | Failure]]:
+        nonlocal dialect
+
+        def ask(index: int) -> Answer | Failure:
+            import openai
+
+            try:
+                return _ask(client, server, str(dialect), prompts[index], tokenizer, sampling, eos, seed + index)
+            except openai.OpenAIError as error:
+                return Failure(_reason(error))
+
+        if not prompts:
+            return
+        if dialect is None:
+            dialect, first = _first_answer(client, server, prompts[0], tokenizer, sampling, eos, seed)
+            yield 0, first
+            rest = range(1, len(prompts))
+        else:
+            rest = range(len(prompts))
+        try:
+            yield from _in_parallel(ask, rest, server.concurrency)
+        except BaseException:  # stopped: requests under way end now instead of being retried
+            client.close()
+            raise
+
+    return answer
+
+
+def _client(server: Server) -> "OpenAI":
+    try:
+        from openai import DefaultHttpxClient, OpenAI
+    except ImportError as error:
+        raise ServerError(
+            "labels.backend=server needs the openai package. Install it with `pip install caftune[server]`."
+        ) from error
+    pace = _pace(server.requests_per_minute)
+    return OpenAI(
+        base_url=server.url,
+        api_key=os.environ.get(server.key_variable) or "none",
+        max_retries=server.retries,
+        timeout=server.timeout_s,
+        http_client=DefaultHttpxClient(event_hooks={"request": [pace]}) if pace else None,
+    )
+
+
+def _pace(requests_per_minute: float | None) -> Callable[[Any], None] | None:
+    """A hook that every HTTP request passes, retries too, and that lets so many through a minute."""
+    if requests_per_minute is None:
+        return None
+    lock, gap, due = threading.Lock(), 60 / requests_per_minute, 0.0
+
+    def wait_for_turn(_request: Any) -> None:
+        nonlocal due
+        with lock:
+            turn = max(due, time.monotonic())
+            due = turn + gap
+        time.sleep(max(0.0, turn - time.monotonic()))
+
+    return wait_for_turn
+
+
+def _first_answer(
+    client: "OpenAI", server: Server, prompt: Prompt, tokenizer: Any, sampling: Sampling, eos: Sequence[int], seed: int
+) -> tuple[str, Answer]:
+    """The first dialect that the server accepts, and its answer in it."""
+    import openai
+
+    refusal = ""
+    for dialect in DIALECTS:
+        try:
+            if dialect == "transformers" and _overlooks_fields(client, server):
+                continue
+            return dialect, _ask(client, server, dialect, prompt, tokenizer, sampling, eos, seed)
+        except openai.APIStatusError as error:
+            if error.status_code not in _REFUSED:
+                raise ServerError(
+                    f"{server.url} refuses to answer: {_reason(error)}. {_remedy(error, server)}"
+                ) from error
+            refusal = _reason(error)
+        except openai.OpenAIError as error:
+            raise ServerError(
+                f"{server.url} cannot be reached ({_reason(error)}). Start the server, or mend labels.server.url."
+            ) from error
+    raise ServerError(
+        f"{server.url} understands no request of ours; to the last it said: {refusal}. Check that labels.server.url ends in "
+        f"/v1 and that it serves {server.model} (labels.server.model)."
+    )
+
+
+def _overlooks_fields(client: "OpenAI", server: Server) -> bool:
+    """Whether the server answers a request with a field that nobody knows."""
+    import openai
+
+    try:
+        client.completions.create(model=server.model, prompt="a", max_tokens=1, extra_body={"caftune_unknown": 1})
+    except openai.APIStatusError as error:
+        if error.status_code in _REFUSED:
+            return False
+        raise
+    return True
+
+
+def _remedy(error: Any, server: Server) -> str:
+    if error.status_code in (401, 403):
+        return f"Put the key into {server.key_variable} (labels.server.key_variable)."
+    return "Look into the server's log."
+
+
+def _ask(
+    client: "OpenAI",
+    server: Server,
+    dialect: str,
+    prompt: Prompt,
+    tokenizer: Any,
+    sampling: Sampling,
+    eos: Sequence[int],
+    seed: int,
+) -> Answer:
+    common: dict[str, Any] = {
+        "model": server.model,
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": seed % 2**31,
+    }
+    if dialect == "tokens":
+        more = {
+            "top_k": sampling.top_k or -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "stop_token_ids": list(eos),
+            "return_token_ids": True,
+        }
+        choice = client.completions.create(prompt=prompt.ids, extra_body=more, **common).choices[0]
+        ids = (choice.model_extra or {}).get("token_ids")
+        if ids:
+            return _closed(list(ids), choice.finish_reason, eos, exact=True)
+        return _from_text(choice.text, choice.finish_reason, None, prompt, tokenizer, eos)
+    if dialect == "plain":
+        if sampling.top_k:
+            raise ServerError(
+                f"labels.top_k must be 0 with {server.url}, which knows only OpenAI's own fields, got {sampling.top_k}."
+            )
+        return _from_text(*_ask_for_text(client, prompt, common, {}), prompt, tokenizer, eos)
+    # transformers 5.23 says "length" of an answer that ended with the last token it was allowed: it is given one more.
+    longer = replace(sampling, max_new_tokens=sampling.max_new_tokens + 1)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    settings = json.dumps(longer.generation_config(eos, pad).to_diff_dict())
+    common["max_tokens"] = longer.max_new_tokens
+    text, finish, count = _ask_for_text(client, prompt, common, {"generation_config": settings})
+    found = _from_text(text, finish, count, prompt, tokenizer, eos)
+    is_whole = finish == "stop" and len(found.ids) <= sampling.max_new_tokens
+    return found if is_whole else replace(found, ids=found.ids[: sampling.max_new_tokens], finish="length")
+
+
+def _ask_for_text(
+    client: "OpenAI", prompt: Prompt, common: dict[str, Any], more: dict[str, Any]
+) -> tuple[str, str, int | None]:
+    """The answer's text, why it ended, and its number of tokens where the server says it."""
+    if prompt.messages is None:
+        reply = client.completions.create(prompt=str(prompt.text), extra_body=more, **common)
+        text, finish, usage = reply.choices[0].text, reply.choices[0].finish_reason, reply.usage
+        return text, finish, usage.completion_tokens if usage else None
+    options = dict(prompt.options)
+    tools = options.pop("tools", None)
+    if tools:
+        common = {**common, "tools": tools}
+    if options:
+        more = {**more, "chat_template_kwargs": options}
+    messages: Any = prompt.messages
+    talk = client.chat.completions.create(messages=messages, extra_body=more, **common)
+    choice = talk.choices[0]
+    return choice.message.content or "", choice.finish_reason, talk.usage.completion_tokens if talk.usage else None
+
+
+def _from_text(text: str, finish: str, count: int | None, prompt: Prompt, tokenizer: Any, eos: Sequence[int]) -> Answer:
+    """An answer given as text, as the tokens that write it after its prompt.
+
+    Some decoders drop a space before the first word. Where both spellings give this text, the server's own count of tokens
+    decides, and where it cannot, whether the prompt ends with a space.
+    """
+    before = prompt.text if prompt.text is not None else _rendered(prompt, tokenizer)
+    gaps = ("", " ") if before[-1:].isspace() else (" ", "")
+    width = len(prompt.ids)
+    spellings = [
+        tokenizer(before + gap + text, add_special_tokens=prompt.text is not None)["input_ids"] for gap in gaps
+    ]
+    tails = [ids[width:] for ids in spellings if ids[:width] == prompt.ids]
+    tails = [ids[:-1] if ids and ids[-1] in eos else ids for ids in tails]  # some tokenizers close every text
+    found = [ids for ids in tails if tokenizer.decode(ids, skip_special_tokens=True) == text]
+    found = found or [tokenizer(text, add_special_tokens=False)["input_ids"]]
+    wanted = None if count is None else count - (finish == "stop")
+    ids = next((ids for ids in found if len(ids) == wanted), found[0])
+    return _closed(ids, finish, eos, exact=False)
+
+
+def _rendered(prompt: Prompt, tokenizer: Any) -> str:
+    return tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=False, **prompt.options)
+
+
+def _closed(ids: list[int], finish: str | None, eos: Sequence[int], *, exact: bool) -> Answer:
+    """The answer up to its end-of-text token, which servers leave out of a text."""
+    found = until_end(ids, set(eos))
+    if found.finish == "stop":
+        return Answer(found.ids, "stop", exact)
+    reason: Literal["stop", "length"] = "length" if finish == "length" else "stop"
+    return Answer([*ids, eos[0]] if reason == "stop" and eos else ids, reason, exact)
+
+
+def _in_parallel(
+    ask: Callable[[int], Answer | Failure], indices: range, concurrency: int
+) -> Iterator[tuple[int, Answer | Failure]]:
+    """Ask with so many requests under way; stop asking where nothing but failures has come for twice as many."""
+    waiting = iter(indices)
+    failures = 0
+    pool = ThreadPoolExecutor(concurrency)
+    running: dict[Future[Answer | Failure], int] = {pool.submit(ask, i): i for i in islice(waiting, concurrency)}
+    try:
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                index, result = running.pop(future), future.result()
+                failures = failures + 1 if isinstance(result, Failure) else 0
+                yield index, result
+                following = next(waiting, None) if failures < 2 * concurrency else None
+                if following is not None:
+                    running[pool.submit(ask, following)] = following
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    for index in waiting:
+        yield index, Failure("not asked, because the server had stopped answering")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

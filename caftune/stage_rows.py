@@ -1,0 +1,89 @@
+"""What each stage trains on: the labels or a text for the heads, the task's rows for the model."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from caftune.config import CAFTConfig
+from caftune.data import DataError, load_rows
+from caftune.labels import label_dataset, read_labels
+from caftune.prompts import is_chat, refuse_messages_without_template
+from caftune.recipe import Recipe, RecipeError
+from caftune.stage_options import load_tokenizer
+from caftune.tokenization import tokenized
+
+
+def head_source(recipe: Recipe) -> str:
+    """The file or hub id that stage 1 trains on."""
+    return recipe.heads.text or str(Path(recipe.output, "labels", "labels.jsonl"))
+
+
+def describe_head_source(recipe: Recipe, rows: Dataset) -> dict[str, Any]:
+    """What stage 1 was trained on, for the record."""
+    if recipe.heads.text is not None:
+        return {"text": recipe.heads.text, "rows": len(rows)}
+    labels = recipe.labels
+    drawn = {name: getattr(labels, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
+    return {"answers of the base to": labels.prompts, "answers": len(rows), **drawn}
+
+
+def head_rows(recipe: Recipe, args: CAFTConfig) -> tuple[Dataset, Dataset]:
+    """The rows that stage 1 trains on, and those kept for evaluating the heads. A conversation is on one side as a whole.
+
+    Raises:
+        RecipeError: there are no labels yet.
+        DataError: too few rows to divide, or none that was finished.
+    """
+    is_text = recipe.heads.text is not None
+    rows = _text_rows(recipe, args) if is_text else _finished_labels(recipe, Path(head_source(recipe)))
+    conversation = rows["row"] if "row" in rows.column_names else list(range(len(rows)))
+    names = sorted(set(conversation))
+    count = max(1, round(len(names) * recipe.heads.held_out))
+    if count >= len(names):
+        raise DataError(
+            f"{head_source(recipe)} has {len(names)} rows, too few to train on some and evaluate on others. Give more."
+        )
+    held_out = set(random.Random(recipe.seed).sample(names, count))
+    kept = rows.remove_columns("row") if "row" in rows.column_names else rows
+    parts = [[i for i, name in enumerate(conversation) if (name in held_out) is side] for side in (False, True)]
+    return kept.select(parts[0]), kept.select(parts[1])
+
+
+def _finished_labels(recipe: Recipe, labels: Path) -> Dataset:
+    """The labels of the run, ready to be trained on."""
+    if not labels.is_file():
+        raise RecipeError(f"{labels} is missing. Run `caftune label` (again), or name a text in heads.text.")
+    return label_dataset(read_labels(labels), keep_truncated=recipe.labels.keep_truncated)
+
+
+def _text_rows(recipe: Recipe, args: CAFTConfig) -> Dataset:
+    """The rows of heads.text as tokens. They are cut at the training length: nothing is lost but text to read on."""
+    tokenizer = load_tokenizer(recipe)
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    rows = load_rows(str(recipe.heads.text), recipe.labels.columns, limit=recipe.labels.limit, chat=chat)
+    return tokenized(rows, tokenizer, args, name="heads.text")
+
+
+def task_rows(
+    recipe: Recipe, name: str, tokenizer: Any, args: CAFTConfig, *, limit: int | None = None
+) -> Dataset | None:
+    """The rows of data.train or data.eval, after a trial of what the trainer will do with them; None where none is named."""
+    source = getattr(recipe.data, name)
+    if source is None:
+        return None
+    chat = bool(getattr(tokenizer, "chat_template", None) or args.chat_template_path)
+    rows = load_rows(source, recipe.data.columns, limit=limit or recipe.data.limit, chat=chat)
+    if is_chat(rows) and not chat:
+        refuse_messages_without_template(tokenizer)
+    if "prompt" in rows.column_names and "completion" not in rows.column_names:
+        raise DataError(
+            f"data.{name} has prompts and no completions to train on. Name the answers' column in data.columns."
+        )
+    if recipe.data.separator and "prompt" in rows.column_names and not is_chat(rows):
+        rows = rows.map(lambda row: {"prompt": row["prompt"] + recipe.data.separator})
+    prepared = tokenized(rows, tokenizer, args, name=name)
+    # Where SFTTrainer would do more than this, it gets the rows as they are.
+    more = args.shuffle_dataset or args.packing_strategy == "bfd_split" or args.eos_token or args.chat_template_path
+    return rows if more else prepared

@@ -1,0 +1,119 @@
+"""A small server with OpenAI's interface on loopback, whose faults are chosen: what other servers do, in the tests.
+
+It answers a prompt with the greedy continuation of a real model, as token ids (like vLLM) or as text, and keeps every request.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+# What a request may meet instead of an answer: a status, or one of these.
+DROP, SLOW = "drop", "slow"
+
+
+@dataclass
+class Replies:
+    """How the server behaves, and what it was asked.
+
+    Args:
+        answer: token ids of a prompt (ids or text) -> token ids of the answer, end included.
+        decode: token ids -> text.
+        gives_ids: take prompts as token ids and give the answer's; False: text alone, unknown fields are refused or ignored.
+        refuses: fields that get a 400, as strict servers do.
+        faults: for each request in turn a status, DROP, SLOW or None for an answer; after the last, answers.
+    """
+
+    answer: Callable[[Any], list[int]]
+    decode: Callable[[list[int]], str]
+    eos: int
+    gives_ids: bool = True
+    refuses: tuple[str, ...] = ()
+    faults: list[Any] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    at_once: int = 0
+    most_at_once: int = 0
+    url: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request; the server it belongs to holds the `Replies`."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        replies: Replies = self.server.replies
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with replies.lock:
+            fault = replies.faults.pop(0) if replies.faults else None
+            replies.requests.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
+            replies.times.append(time.monotonic())
+            replies.at_once += 1
+            replies.most_at_once = max(replies.most_at_once, replies.at_once)
+        try:
+            self._meet(replies, body, fault)
+        finally:
+            with replies.lock:
+                replies.at_once -= 1
+
+    def _meet(self, replies: Replies, body: dict[str, Any], fault: Any) -> None:
+        refused = [name for name in replies.refuses if name in body]
+        if isinstance(body.get("prompt"), list) and not replies.gives_ids:
+            refused.append("prompt")
+        if fault == DROP:
+            self.close_connection = True
+            self.connection.close()
+        elif isinstance(fault, int) or refused:
+            status = fault if isinstance(fault, int) else 400
+            self._send(status, {"error": {"message": f"no {' '.join(refused) or status}"}})
+        else:
+            time.sleep(1.0 if fault == SLOW else 0.0)
+            self._send(200, _answer(replies, body))
+
+    def _send(self, status: int, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        if status == 429:
+            self.send_header("Retry-After", "0.3")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing: the tests look at the requests kept."""
+
+
+def _answer(replies: Replies, body: dict[str, Any]) -> dict[str, Any]:
+    ids = replies.answer(body["messages"] if "messages" in body else body["prompt"])[: body["max_tokens"]]
+    text = replies.decode([token for token in ids if token != replies.eos])
+    choice: dict[str, Any] = {"index": 0, "finish_reason": "stop" if ids[-1] == replies.eos else "length", "text": text}
+    if "messages" in body:
+        choice["message"] = {"role": "assistant", "content": text}
+    if body.get("return_token_ids") and replies.gives_ids:
+        choice["token_ids"] = ids
+    usage = {"prompt_tokens": 1, "completion_tokens": len(ids), "total_tokens": 1 + len(ids)}
+    return {"id": "x", "object": "o", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+
+
+@contextmanager
+def serve(replies: Replies) -> Iterator[Replies]:
+    """Serve within the block."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.replies = replies
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    replies.url = f"http://127.0.0.1:{server.server_port}/v1"
+    try:
+        yield replies
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

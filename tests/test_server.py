@@ -1,0 +1,339 @@
+"""Labels from servers: what each kind of server understands, faults, limits; and a real `transformers serve`."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from openai_server import DROP, SLOW, Replies, serve
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from caftune import pipeline
+from caftune.demo.chemistry import molecules, prompt
+from caftune.demo.run import BASE
+from caftune.generation import Answer, Failure, Sampling
+from caftune.labels import read_labels
+from caftune.prompts import Conversation, Prompt
+from caftune.recipe import Recipe, RecipeError
+from caftune.server import Server, ServerError, server_backend
+
+EOS = 1
+GREEDY = Sampling(max_new_tokens=16, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BASE)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    return [Conversation(text=prompt(m)).prompt(0, [], tokenizer) for m in molecules(12, seed=9, substituents=(0, 2))]
+
+
+@pytest.fixture(scope="module")
+def greedy(tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(BASE).eval()
+    known: dict[tuple[int, ...], list[int]] = {}
+
+    def answer(asked):
+        ids = tuple(tokenizer(asked)["input_ids"] if isinstance(asked, str) else asked)
+        if ids not in known:
+            found = model.generate(
+                torch.tensor([ids]), max_new_tokens=40, do_sample=False, pad_token_id=2, eos_token_id=EOS
+            )
+            known[ids] = found[0, len(ids) :].tolist()
+        return known[ids]
+
+    return answer
+
+
+@pytest.fixture
+def replies(greedy, tokenizer):
+    return Replies(answer=greedy, decode=tokenizer.decode, eos=EOS)
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch):
+    """The client waits half a second before its first retry; here a twentieth."""
+    import openai._base_client
+
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.05)
+
+
+def ask(replies, tokenizer, prompts, sampling=GREEDY, **server):
+    backend = server_backend(Server(url=replies.url, model="m", **server), tokenizer, sampling, [EOS])
+    return dict(backend(prompts, 7))
+
+
+def expected(greedy, prompts, count=16):
+    answers = {}
+    for i, item in enumerate(prompts):
+        ids = greedy(item.ids)[:count]
+        answers[i] = (ids, "stop" if ids[-1] == EOS else "length")
+    return answers
+
+
+def as_pairs(found):
+    return {index: (answer.ids, answer.finish) for index, answer in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("gives_ids", "refuses", "is_exact", "dialect"),
+    [
+        (True, (), True, "tokens"),
+        (False, ("caftune_unknown", "top_k"), False, "transformers"),
+        (False, ("generation_config", "caftune_unknown", "top_k"), False, "plain"),
+        (False, (), False, "plain"),  # it overlooks what it does not know
+    ],
+)
+def test_every_kind_of_server_gives_the_same_answers(
+    replies, greedy, tokenizer, prompts, gives_ids, refuses, is_exact, dialect
+):
+    replies.gives_ids, replies.refuses = gives_ids, refuses
+    with serve(replies):
+        found = ask(replies, tokenizer, prompts)
+    assert as_pairs(found) == expected(greedy, prompts)
+    assert {answer.finish for answer in found.values()} == {"stop", "length"}
+    assert {answer.exact for answer in found.values()} == {is_exact}
+    last = replies.requests[-1]
+    kind = "tokens" if isinstance(last["prompt"], list) else "transformers" if "generation_config" in last else "plain"
+    assert kind == dialect
+
+
+def test_sampling_reaches_the_server_and_nothing_of_its_own_is_left(replies, tokenizer, prompts):
+    with serve(replies):
+        ask(replies, tokenizer, prompts[:1], Sampling(9, temperature=0.6, top_p=0.9, top_k=5))
+    said = replies.requests[0]
+    assert (said["max_tokens"], said["temperature"], said["top_p"], said["top_k"]) == (9, 0.6, 0.9, 5)
+    assert (said["repetition_penalty"], said["min_p"], said["seed"], said["stop_token_ids"]) == (1.0, 0.0, 7, [EOS])
+
+
+def test_top_k_is_refused_where_the_server_would_overlook_it(replies, tokenizer, prompts):
+    replies.gives_ids = False
+    with serve(replies), pytest.raises(ServerError, match="labels.top_k must be 0 with .* only OpenAI's own fields"):
+        ask(replies, tokenizer, prompts[:1], Sampling(9, temperature=0.6, top_k=5))
+
+
+def test_conversations_go_as_messages_to_servers_that_give_text(replies, tokenizer):
+    chatty = AutoTokenizer.from_pretrained(BASE)
+    turns = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    chatty.chat_template = turns + "{% if add_generation_prompt %}{{ '\n' }}SMILES:{% endif %}"
+    messages = [{"role": "user", "content": "Name: ethanol"}]
+    ids = chatty.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    answer = replies.answer
+    replies.gives_ids = False
+    replies.answer = lambda _asked: answer(ids)
+    with serve(replies):
+        found = ask(replies, chatty, [Prompt(ids, messages=messages, options={"tools": None, "thinking": False})])
+    assert found[0].ids == answer(ids)[:16]
+    said = replies.requests[-1]
+    assert (said["path"], said["messages"]) == ("/v1/chat/completions", messages)
+    assert said["chat_template_kwargs"] == {"thinking": False}
+
+
+def test_text_is_tokenized_with_the_space_that_decoding_dropped(shared):
+    stories = AutoTokenizer.from_pretrained(shared / "models" / "stories260k")
+    item = Conversation(text="Once upon").prompt(0, [], stories)
+    for written in ("Once upon a time", "Once upon. There"):  # tokens: ' a', ' time'; and '.', ' There'
+        ids = stories(written)["input_ids"][len(item.ids) :]
+        replies = Replies(answer=lambda _asked, ids=ids: ids, decode=stories.decode, eos=2, gives_ids=False)
+        with serve(replies):
+            backend = server_backend(Server(url=replies.url, model="m"), stories, GREEDY, [2])
+            found = dict(backend([item], 0))
+        assert found[0] == Answer(ids, "length", exact=False)
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, 408, DROP])
+def test_passing_faults_are_tried_again(replies, greedy, tokenizer, prompts, fault):
+    replies.faults = [None, *[fault] * 6]
+    with serve(replies):
+        found = ask(replies, tokenizer, prompts, retries=6, concurrency=4)
+    assert as_pairs(found) == expected(greedy, prompts)
+    assert len(replies.requests) == len(prompts) + 6
+
+
+def test_a_request_that_takes_too_long_is_asked_again(replies, greedy, tokenizer, prompts):
+    replies.faults = [None, SLOW]
+    with serve(replies):
+        found = ask(replies, tokenizer, prompts[:3], retries=2, timeout_s=0.5, concurrency=1)
+    assert as_pairs(found) == expected(greedy, prompts[:3])
+
+
+def test_the_wait_that_a_server_asks_for_is_kept(replies, tokenizer, prompts):
+    replies.faults = [None, 429]
+    with serve(replies):
+        ask(replies, tokenizer, prompts[:2], retries=2, concurrency=1)
+    assert replies.times[2] - replies.times[1] >= 0.3
+
+
+def test_a_prompt_that_stays_without_an_answer_is_a_failure_and_the_others_go_on(replies, greedy, tokenizer, prompts):
+    replies.faults = [None, 500, 500]
+    with serve(replies):
+        found = ask(replies, tokenizer, prompts, retries=1, concurrency=1)
+    assert isinstance(found[1], Failure)
+    assert "500" in found[1].reason
+    rest = {index: answer for index, answer in found.items() if index != 1}
+    assert as_pairs(rest) == {index: pair for index, pair in expected(greedy, prompts).items() if index != 1}
+
+
+def test_a_server_that_has_died_is_not_asked_to_the_end(replies, tokenizer, prompts):
+    replies.faults = [None, *[500] * 100]
+    with serve(replies):
+        found = ask(replies, tokenizer, prompts, retries=0, concurrency=2)
+    assert len(found) == len(prompts)
+    assert sum(isinstance(answer, Failure) for answer in found.values()) == len(prompts) - 1
+    assert len(replies.requests) <= 1 + 2 * 2 + 1
+    assert found[len(prompts) - 1].reason == "not asked, because the server had stopped answering"
+
+
+def test_so_many_requests_run_at_a_time(replies, tokenizer, prompts):
+    slow = replies.answer
+    replies.answer = lambda asked: (time.sleep(0.1), slow(asked))[1]
+    with serve(replies):
+        ask(replies, tokenizer, prompts, concurrency=3)
+    assert replies.most_at_once == 3
+
+
+def test_requests_keep_their_pace_retries_too(replies, tokenizer, prompts):
+    replies.faults = [None, 500]
+    with serve(replies):
+        ask(replies, tokenizer, prompts[:5], requests_per_minute=600, retries=3, concurrency=5)
+    gaps = [after - before for before, after in zip(replies.times, replies.times[1:], strict=False)]
+    assert len(gaps) == 5
+    assert min(gaps) > 0.08  # a tenth of a second between the sending; arrival is not to the millisecond
+
+
+def test_the_key_comes_from_the_environment(replies, tokenizer, prompts, monkeypatch):
+    monkeypatch.setenv("OUR_KEY", "sk-7")
+    with serve(replies):
+        ask(replies, tokenizer, prompts[:1], key_variable="OUR_KEY")
+    assert replies.requests[0]["key"] == "Bearer sk-7"
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ([401], "refuses to answer: .*401.* Put the key into OPENAI_API_KEY"),
+        ([400, 400, 400, 400], r"understands no request of ours.*serves m \(labels.server.model\)"),
+        ([500], "refuses to answer: .*500.* Look into the server's log"),
+        ([DROP], "cannot be reached .* Start the server, or mend labels.server.url"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_told_at_the_first_prompt(replies, tokenizer, prompts, faults, message):
+    replies.faults = list(faults)
+    with serve(replies), pytest.raises(ServerError, match=message):
+        ask(replies, tokenizer, prompts, retries=0)
+    assert len(replies.requests) == len(faults)
+
+
+def test_missing_answers_end_the_stage_and_the_next_run_asks_for_them_alone(replies, greedy, tokenizer, tmp_path):
+    rows = [{"prompt": prompt(m)} for m in molecules(6, seed=3, substituents=(0, 2))]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replies.faults = [None, None, 500]
+    with serve(replies):
+        server = {"url": replies.url, "retries": 0, "concurrency": 1}
+        labels = {"prompts": str(tmp_path / "data.jsonl"), "max_new_tokens": 12, "temperature": 0}
+        labels |= {"backend": "server", "server": server}
+        values = {"output": str(tmp_path / "run"), "model": {"name": str(BASE)}, "labels": labels}
+        recipe = Recipe.model_validate(values)
+        with pytest.raises(RecipeError, match=r"1 prompts have no answer \(the first is row 2, from 0: .*500"):
+            pipeline.label(recipe)
+        assert not (tmp_path / "run" / "labels" / "labels.jsonl").exists()
+        assert len(replies.requests) == 6
+        pipeline.label(recipe)
+        assert len(replies.requests) == 7
+        assert replies.requests[-1]["model"] == str(BASE)
+    found = read_labels(tmp_path / "run" / "labels" / "labels.jsonl")
+    assert [label.row for label in found] == list(range(6))
+    assert [label.completion_ids for label in found] == [greedy(label.prompt_ids)[:12] for label in found]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_server(base, port):
+    command = [
+        Path(sys.executable).with_name("transformers"),
+        "serve",
+        base,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [*map(str, command), "--device", "cpu"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def wait_for(process, port):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "transformers serve ended"
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+            return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.2)
+    pytest.fail("transformers serve did not come up")
+
+
+def test_a_real_server_killed_in_the_middle_gives_the_labels_of_this_process(shared, tmp_path):
+    base, port = str(shared / "models" / "stories260k"), free_port()
+    common = {"limit": 203, "skip_long_prompts": True, "max_new_tokens": 24, "temperature": 0}
+    common["prompts"] = str(shared / "data" / "instructions" / "alpaca_en_demo.json")
+    server = {"url": f"http://127.0.0.1:{port}/v1", "concurrency": 4, "retries": 12}
+    recipes = {
+        name: Recipe.model_validate(
+            {
+                "output": str(tmp_path / name),
+                "model": {"name": base},
+                "labels": {**common, "backend": name, "server": server},
+            }
+        )
+        for name in ("transformers", "server")
+    }
+    cache = tmp_path / "server" / "labels" / "cache.jsonl"
+    process = start_server(base, port)
+    try:
+        wait_for(process, port)
+        import threading
+
+        labelling = threading.Thread(target=pipeline.label, args=[recipes["server"]])
+        labelling.start()
+        while not cache.is_file() or cache.read_bytes().count(b"\n") < 60:
+            assert labelling.is_alive()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kept = cache.read_bytes().count(b"\n")
+        assert kept < 190
+        process = start_server(base, port)
+        labelling.join(timeout=300)
+        assert not labelling.is_alive()
+    finally:
+        process.kill()
+        process.wait()
+    pipeline.label(recipes["transformers"])
+    ours, theirs = (read_labels(tmp_path / name / "labels" / "labels.jsonl") for name in recipes)
+    assert len(ours) >= 200
+    assert max(Counter(cache.read_text().split('"key": "')[1:]).values()) == 1
+    for name in ("row", "turn", "prompt_ids", "completion", "finish"):
+        assert [getattr(label, name) for label in ours] == [getattr(label, name) for label in theirs]
+    # The server gives text. A model that spells a word otherwise than its tokenizer does is told by its text alone.
+    spelled = [one.completion_ids == other.completion_ids for one, other in zip(ours, theirs, strict=True)]
+    assert sum(spelled) >= 0.98 * len(ours)
