@@ -64,7 +64,7 @@ def top_tokens(
     k = min(k, unembedding.weight.shape[0])
     with torch.no_grad():
         found = [
-            _in_full(unembedding.logits(rows)).topk(k) for (rows,) in row_chunks(unembedding.weight.shape[0], teacher)
+            in_full(unembedding.logits(rows)).topk(k) for (rows,) in row_chunks(unembedding.weight.shape[0], teacher)
         ]
         tokens = torch.cat([part.indices for part in found])
         return tokens, functional.log_softmax(torch.cat([part.values for part in found]), -1)
@@ -108,24 +108,25 @@ def _scored(
 
 
 def _score_targets(unembedding: Unembedding, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = _in_full(unembedding.logits(hidden))
+    logits = in_full(unembedding.logits(hidden))
     return -functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
 
 
 def _score_teacher(unembedding: Unembedding, hidden: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    logits = _in_full(unembedding.logits(hidden))
+    logits = in_full(unembedding.logits(hidden))
     with torch.no_grad():
-        expected = _in_full(unembedding.logits(teacher))
+        expected = in_full(unembedding.logits(teacher))
     logs = (functional.log_softmax(logits, -1), functional.log_softmax(expected, -1))
     return functional.kl_div(*logs, reduction="none", log_target=True).sum(-1), logits.argmax(-1) == expected.argmax(-1)
 
 
 def _score_top(unembedding: Unembedding, hidden: Tensor, tokens: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
-    logits = _in_full(unembedding.logits(hidden))
+    logits = in_full(unembedding.logits(hidden))
     found = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
     distance = functional.kl_div(found, logs, reduction="none", log_target=True).sum(-1)
     return distance, logits.argmax(-1) == tokens[:, 0]
 
 
-def _in_full(logits: Tensor) -> Tensor:
+def in_full(logits: Tensor) -> Tensor:
+    """Logits as they are summed: half precision in float32."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

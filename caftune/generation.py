@@ -84,13 +84,12 @@ def transformers_backend(
     def answer(prompts: Sequence[Prompt], seed: int) -> Iterator[tuple[int, Answer]]:
         ids = [prompt.ids for prompt in prompts]
         torch.manual_seed(seed)
-        with _only_these_settings(model, config):
-            if is_continuous:
-                drawn = _answer_continuously(model, ids, config, seed=seed, batch_size=batch_size)
-            else:
-                drawn = answer_in_batches(model, ids, config, batch_size=batch_size)
-            for index, tokens in drawn:
-                yield index, until_end(tokens, set(eos))
+        if is_continuous:
+            drawn = _answer_continuously(model, ids, config, seed=seed, batch_size=batch_size)
+        else:
+            drawn = answer_in_batches(model, ids, config, batch_size=batch_size)
+        for index, tokens in drawn:
+            yield index, until_end(tokens, set(eos))
 
     return answer
 
@@ -140,7 +139,7 @@ def answer_in_batches(
 ) -> Iterator[tuple[int, list[int]]]:
     """(index, tokens), shortest prompts first, so that the prompts of a batch need little padding.
 
-    Tokens may be followed by padding: see `until_end`.
+    Tokens may be followed by padding: see `until_end`. Of the model's own generation settings none is left.
     """
     pad = config.pad_token_id if config.pad_token_id is not None else 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -149,7 +148,7 @@ def answer_in_batches(
         width = max(len(prompts[i]) for i in batch)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-        with torch.inference_mode():
+        with torch.inference_mode(), _only_these_settings(model, config):
             output = model.generate(
                 ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
             )
@@ -190,9 +189,12 @@ def _answer_continuously(
         pages = -(-(max(map(len, prompts)) + budget) // _PAGE)
         sizes.num_blocks, sizes.max_requests_per_batch = pages * batch_size, batch_size
         sizes.max_batch_tokens = 8 * batch_size
-    with model.continuous_batching_context_manager(
-        generation_config=config, continuous_batching_config=sizes
-    ) as manager:
+    with (
+        _only_these_settings(model, config),
+        model.continuous_batching_context_manager(
+            generation_config=config, continuous_batching_config=sizes
+        ) as manager,
+    ):
         index = {name: i for i, name in enumerate(manager.add_requests(prompts, max_new_tokens=budget))}
         while index:
             result = manager.get_result(timeout=1)

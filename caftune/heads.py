@@ -144,7 +144,7 @@ class AuxiliaryHeads(nn.Module):
         for index, horizon in enumerate(self.config.horizons):
             targets = horizon_targets(labels, horizon, position_ids=position_ids, attention_mask=attention_mask)
             rows = targets != IGNORED
-            with _autocast_like(call.hidden):
+            with autocast_like(call.hidden):
                 hidden = self.hidden(index, backbone, call)[rows]
                 # Teachers are shifted, so that row t holds what the model says at t + horizon - 1.
                 if top is not None:
@@ -290,6 +290,6 @@ def _dequantise(layer: nn.Module) -> None:
         layer.set_submodule(name, linear)
 
 
-def _autocast_like(hidden: Tensor) -> AbstractContextManager[Any]:
+def autocast_like(hidden: Tensor) -> AbstractContextManager[Any]:
     """Run float32 master heads in the precision of a half-precision trunk."""
     return torch.autocast(hidden.device.type, dtype=hidden.dtype) if hidden.dtype in _HALF else nullcontext()

@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from caftune.backbone import Backbone, evaluating
-from caftune.cross_entropy import Unembedding, row_chunks
+from caftune.cross_entropy import Unembedding, in_full, row_chunks
 from caftune.generation import answer_in_batches
-from caftune.heads import AuxiliaryHeads
+from caftune.heads import AuxiliaryHeads, autocast_like
 from caftune.objective import IGNORED, horizon_targets
 
 _BATCH = 16
@@ -44,7 +44,7 @@ def measure_heads(
     untrained = AuxiliaryHeads.build(backbone, heads.config)
     kinds = {"heads": heads, "untrained": untrained}
     places = _draw_places(rows, positions, seed, reach=heads.config.horizons[-1])
-    with torch.inference_mode(), evaluating(backbone.model):
+    with torch.inference_mode(), evaluating(backbone.model), evaluating(heads), evaluating(untrained):
         sums, guesses = _read(backbone, kinds, rows, places)
         own = _continue(backbone.model, rows, places, heads.config.horizons[-1])
     report: dict[str, Any] = {"targets": {}, "positions": len(places)}
@@ -94,7 +94,8 @@ def _read(
             # the model predicts token t + horizon from position t + horizon - 1
             sums["trunk", horizon] += _total(own.roll(1 - horizon, dims=1)[wanted])
             for name, heads in kinds.items():
-                hidden = heads.hidden(index, backbone, call)
+                with autocast_like(call.hidden):
+                    hidden = heads.hidden(index, backbone, call)
                 scores = _scores(hidden, backbone.unembedding(), targets, horizon, mask)
                 sums[name, horizon] += _total(scores[wanted])
                 for n, row, t in here:
@@ -115,10 +116,11 @@ def _scores(
     scores = torch.zeros(*targets.shape, 3, dtype=torch.float64, device=hidden.device)
     parts = []
     for some, wanted in row_chunks(unembedding.weight.shape[0], hidden[rows], targets[rows]):
-        logits = unembedding.logits(some).float()
-        chosen = logits.gather(1, wanted[:, None])
-        rank = (logits > chosen).sum(-1)
-        parts.append(torch.stack([logits.logsumexp(-1) - chosen[:, 0], rank < 1, rank < _TOP], dim=-1).double())
+        logits = in_full(unembedding.logits(some))
+        loss = logits.logsumexp(-1) - logits.gather(1, wanted[:, None])[:, 0]
+        first = logits.topk(min(_TOP, logits.shape[-1])).indices
+        hits = (logits.argmax(-1) == wanted, (first == wanted[:, None]).any(-1))
+        parts.append(torch.stack([loss.double(), *(hit.double() for hit in hits)], dim=-1))
     scores[rows] = torch.cat(parts) if parts else scores[rows]
     return scores
 

@@ -1,10 +1,10 @@
-"""log_likelihood equals the computation with all logits, in value, precision and gradient."""
+"""log_likelihood and the divergences equal the computation with all logits, in value, precision and gradient."""
 
 import pytest
 import torch
 
 from caftune import cross_entropy
-from caftune.cross_entropy import Unembedding, divergence, log_likelihood
+from caftune.cross_entropy import Unembedding, divergence, log_likelihood, top_divergence, top_tokens
 
 ROWS, WIDTH, VOCABULARY = 23, 8, 37
 TRANSFORMS = {
@@ -157,3 +157,105 @@ def test_divergence_does_not_depend_on_the_chunks(monkeypatch):
     chunked = divergence(hidden, Unembedding(weight), teacher)
     torch.testing.assert_close(chunked[0], whole[0], rtol=1e-12, atol=0)
     assert torch.equal(chunked[1], whole[1])
+
+
+# A teacher of whom only the likeliest tokens are kept.
+
+KEPT = 5
+
+
+def transformed(hidden, weight, *, bias=None, scale=1.0, softcap=None):
+    logits = scale * (hidden @ weight.T + (0.0 if bias is None else bias))
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def full_top(hidden, weight, teacher, k, **settings):
+    kept = transformed(teacher, weight, **settings).detach().topk(k)
+    p, q = kept.values.softmax(-1), transformed(hidden, weight, **settings).log_softmax(-1).gather(-1, kept.indices)
+    return (p * (p.log() - q)).sum(-1)
+
+
+def taught(name):
+    hidden, weight, _, settings, leaves = both(name)
+    return hidden, weight, torch.randn(ROWS, WIDTH, dtype=torch.float64), settings, leaves
+
+
+def ours_top(hidden, weight, teacher, k, **settings):
+    unembedding = Unembedding(weight, **settings)
+    return top_divergence(hidden, unembedding, *top_tokens(teacher, unembedding, k))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_top_divergence_is_that_of_the_formula_at_every_chunk_size(name, chunk_values):
+    hidden, weight, teacher, settings, _ = taught(name)
+    found, _ = ours_top(hidden, weight, teacher, KEPT, **settings)
+    torch.testing.assert_close(found, full_top(hidden, weight, teacher, KEPT, **settings), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_gradients_of_top_divergence_are_those_of_the_formula_at_every_chunk_size(name, chunk_values):
+    hidden, weight, teacher, settings, leaves = taught(name)
+    weighting = torch.randn(ROWS, dtype=torch.float64)
+    found = (weighting * ours_top(hidden, weight, teacher, KEPT, **settings)[0]).sum()
+    expected = (weighting * full_top(hidden, weight, teacher, KEPT, **settings)).sum()
+    for one, other in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("k", [VOCABULARY, VOCABULARY + 1])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_top_divergence_of_the_whole_vocabulary_is_divergence(name, k):
+    hidden, weight, teacher, settings, leaves = taught(name)
+    found, hits = ours_top(hidden, weight, teacher, k, **settings)
+    expected, expected_hits = divergence(hidden, Unembedding(weight, **settings), teacher)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    assert torch.equal(hits, expected_hits)
+    gradients = [torch.autograd.grad(value.sum(), leaves) for value in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-9)
+
+
+def test_top_divergence_hits_are_the_rows_where_both_have_the_same_most_likely_token():
+    weight = torch.eye(4, dtype=torch.float64)
+    hidden, teacher = weight[[0, 1, 2]], 2 * weight[[0, 3, 2]]
+    assert ours_top(hidden, weight, teacher, 2)[1].tolist() == [True, False, True]
+
+
+def test_top_tokens_are_the_likeliest_first_with_probabilities_that_add_up_to_one():
+    unembedding = Unembedding(torch.tensor([[1.0], [4.0], [2.0], [3.0]], dtype=torch.float64).log())
+    tokens, logs = top_tokens(torch.ones(1, 1, dtype=torch.float64), unembedding, 3)
+    assert tokens.tolist() == [[1, 3, 2]]
+    torch.testing.assert_close(logs.exp(), torch.tensor([[4 / 9, 3 / 9, 2 / 9]], dtype=torch.float64))
+
+
+def test_top_tokens_do_not_depend_on_the_chunks(monkeypatch):
+    _, weight, teacher, _, _ = taught("plain")
+    tokens, logs = top_tokens(teacher, Unembedding(weight), KEPT)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_VALUES", 3 * VOCABULARY)
+    chunked_tokens, chunked_logs = top_tokens(teacher, Unembedding(weight), KEPT)
+    assert torch.equal(chunked_tokens, tokens)
+    torch.testing.assert_close(chunked_logs, logs, rtol=0, atol=1e-12)
+
+
+def test_no_gradient_reaches_the_teacher_through_its_top_tokens():
+    _, weight, teacher, _, _ = taught("plain")
+    _, logs = top_tokens(teacher.requires_grad_(), Unembedding(weight), KEPT)
+    assert not logs.requires_grad
+
+
+def test_no_gradient_reaches_the_log_probabilities_that_top_divergence_is_given():
+    hidden, weight, teacher, _, _ = taught("plain")
+    tokens, logs = top_tokens(teacher, Unembedding(weight), KEPT)
+    found, _ = top_divergence(hidden, Unembedding(weight), tokens, logs.requires_grad_())
+    assert torch.autograd.grad(found.sum(), logs, allow_unused=True) == (None,)
+
+
+def test_top_tokens_of_no_rows_are_none():
+    tokens, logs = top_tokens(torch.zeros(0, WIDTH), Unembedding(torch.randn(VOCABULARY, WIDTH)), KEPT)
+    assert tokens.shape == logs.shape == (0, KEPT)
+
+
+def test_logits_in_half_precision_are_compared_in_float32():
+    hidden, weight, _, _, _ = both("plain", torch.bfloat16)
+    unembedding = Unembedding(weight)
+    tokens, logs = top_tokens(hidden, unembedding, KEPT)
+    assert logs.dtype == top_divergence(hidden, unembedding, tokens, logs)[0].dtype == torch.float32

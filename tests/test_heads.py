@@ -269,35 +269,72 @@ def test_no_cache_is_made_where_heads_run():
     assert model(input_ids=IDS, use_cache=True).past_key_values is not None
 
 
-@pytest.mark.parametrize("kind", ["decoder", "mlp"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_soft_targets_are_what_the_model_says_later(family, kind):
-    """Against the formula over the model's own logits, with two packed documents and a prompt."""
-    model = build(family)
-    backbone = Backbone.of(model)
-    heads = AuxiliaryHeads.build(backbone, HeadsConfig(3, kind))
-    with torch.no_grad():
-        for parameter in heads.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    attach_heads(backbone, heads)
-    ids = torch.randint(3, VOCABULARY, (1, 12))
+# Soft targets: what the model itself says later.
+
+
+def soft_batch(layout):
+    """Two prompts and their answers: as two rows, or packed into one."""
+    ids = torch.randint(3, VOCABULARY, (2, 8) if layout == "rows" else (1, 14))
     labels = ids.clone()
-    labels[0, :2] = -100
-    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]])
-    batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
-    scores = model(**batch, auxiliary="soft")["auxiliary"]
+    labels[:, :2] = -100
+    labels[-1, 5] = -100
+    positions = {"rows": [[*range(8)]] * 2, "packed": [[*range(8), *range(6)]]}[layout]
+    return {"input_ids": ids, "labels": labels, "position_ids": torch.tensor(positions)}
+
+
+def soft_by_formula(model, backbone, heads, batch, kept):
+    """Divergence, targets and agreements of every horizon, target by target, from the full logits of model and heads."""
+    ids, labels, positions = batch.values()
     with torch.no_grad(), backbone.capture() as call:
-        teacher = model(input_ids=ids, position_ids=positions, use_cache=False).logits.log_softmax(-1)
-    for index, horizon in enumerate((2, 3, 4)):
-        student = backbone.unembedding().logits(heads.hidden(index, backbone, call)).log_softmax(-1)
-        expected, rows = torch.zeros(()), 0
-        for t in range(12 - horizon):
-            if labels[0, t + horizon] == -100 or positions[0, t + horizon] < horizon:
+        teacher = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        students = [backbone.unembedding().logits(heads.hidden(i, backbone, call)) for i in range(heads.config.count)]
+    found = torch.zeros(3, len(students), dtype=torch.float64)
+    for index, horizon in enumerate(heads.config.horizons):
+        for row, t in torch.cartesian_prod(torch.arange(len(ids)), torch.arange(ids.shape[1] - horizon)).tolist():
+            if labels[row, t + horizon] == -100 or positions[row, t + horizon] < horizon:
                 continue
-            p, q = teacher[0, t + horizon - 1], student[0, t]
-            expected, rows = expected + (p.exp() * (p - q)).sum(), rows + 1
-        torch.testing.assert_close(scores["nll"][index], expected, rtol=1e-9, atol=1e-9, check_dtype=False)
-        assert scores["count"][index] == rows > 0
-    scores["nll"].sum().backward()
+            top = teacher[row, t + horizon - 1].topk(kept)
+            p, q = top.values.log_softmax(-1), students[index][row, t].log_softmax(-1)
+            is_same = top.indices[0] == q.argmax()
+            found[:, index] += torch.stack([(p.exp() * (p - q[top.indices])).sum(), torch.ones(()), is_same])
+    return dict(zip(("nll", "count", "correct"), found, strict=True))
+
+
+@pytest.mark.parametrize("kept", [None, 1, 4], ids=["all", "top1", "top4"])
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_soft_targets_are_what_the_model_says_later(family, kind, layout, kept):
+    model, backbone, heads = carrying(family, kind)
+    batch = soft_batch(layout)
+    scores = model(**batch, auxiliary="soft", soft_top_k=kept)["auxiliary"]
+    expected = soft_by_formula(model, backbone, heads, batch, kept or VOCABULARY)
+    assert expected["count"].all()
+    for name, values in expected.items():
+        torch.testing.assert_close(scores[name], values, rtol=1e-9, atol=1e-9, check_dtype=False)
+
+
+@pytest.mark.parametrize("kept", [None, 4], ids=["all", "top4"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_soft_targets_move_every_head_and_no_layer_of_the_model(family, kind, kept):
+    model, _, heads = carrying(family, kind)
+    model(**soft_batch("packed"), auxiliary="soft", soft_top_k=kept)["auxiliary"]["nll"].sum().backward()
     assert all(p.grad is None for name, p in model.named_parameters() if ".0." in name and ATTRIBUTE not in name)
     assert all(p.grad is not None for p in heads.parameters())
+
+
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_as_many_likeliest_tokens_as_the_vocabulary_has_are_plain_soft_targets(layout):
+    model, _, _ = carrying()
+    batch = soft_batch(layout)
+    plain = sums_and_gradients(model, [batch], auxiliary="soft")
+    assert_same(sums_and_gradients(model, [batch], auxiliary="soft", soft_top_k=VOCABULARY), plain)
+
+
+@pytest.mark.parametrize("kept", [None, 4])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_soft_target(side, kept):
+    model, _, _ = carrying(attention="sdpa")
+    alone = sums_and_gradients(model, separate(), auxiliary="soft", soft_top_k=kept)
+    assert_same(sums_and_gradients(model, padded(side), auxiliary="soft", soft_top_k=kept), alone)

@@ -118,3 +118,38 @@ def test_evaluation_is_by_the_tokens_whatever_the_targets(rows, tmp_path):
 def test_soft_targets_in_stage_two_are_refused(heads, tmp_path):
     with pytest.raises(ValueError, match="soft_targets must be False in stage 2"):
         config(tmp_path, heads=heads, soft_targets=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "value"), [({"soft_targets": True, "soft_top_k": 0}, 0), ({"soft_top_k": 4}, 4)], ids=["zero", "alone"]
+)
+def test_a_soft_top_k_without_meaning_is_refused(options, value, tmp_path):
+    sentence = f"soft_top_k must be at least 1, and needs soft_targets=True, got {value}"
+    with pytest.raises(ValueError, match=sentence):
+        config(tmp_path, pretrain_heads=True, **options)
+
+
+def test_the_likeliest_tokens_alone_train_the_heads(rows, tmp_path):
+    options = {"pretrain_heads": True, "max_steps": 12, "learning_rate": 5e-3, "soft_targets": True, "soft_top_k": 4}
+    trainer = CAFTTrainer(str(BASE), config(tmp_path, **options), train_dataset=rows.select(range(32)))
+    held_out = CAFTTrainer(str(BASE), config(tmp_path, pretrain_heads=True), train_dataset=rows.select(range(32, 40)))
+    batch = next(iter(held_out.get_train_dataloader()))
+
+    def divergence():
+        with torch.no_grad():
+            scores = trainer.model.eval()(**batch, auxiliary="soft", soft_top_k=4)["auxiliary"]
+        return scores["nll"] / scores["count"]
+
+    before = divergence()
+    trainer.train()
+    assert (divergence() < 0.7 * before).all()
+
+
+def test_stage_one_keeps_as_many_likeliest_tokens_as_it_is_told(rows, tmp_path):
+    losses = {}
+    for kept in (None, 158, 1):  # the base has 158 tokens
+        options = {"pretrain_heads": True, "soft_targets": True, "soft_top_k": kept, "max_steps": 1}
+        trainer = trained(CAFTTrainer(str(BASE), config(tmp_path, **options), train_dataset=rows))
+        losses[kept] = trainer.state.log_history[0]["h2_loss"]
+    assert losses[158] == pytest.approx(losses[None], rel=1e-5)  # float32, another order of sums
+    assert losses[1] != pytest.approx(losses[None], rel=1e-3)
