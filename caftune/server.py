@@ -15,9 +15,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from itertools import islice
+from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Any, Literal
 
 from caftune.generation import Answer, Backend, Failure, Sampling, until_end
@@ -86,11 +85,7 @@ def server_backend(server: Server, tokenizer: Any, sampling: Sampling, eos: Sequ
             rest = range(1, len(prompts))
         else:
             rest = range(len(prompts))
-        try:
-            yield from _in_parallel(ask, rest, server.concurrency)
-        except BaseException:  # stopped: requests under way end now instead of being retried
-            client.close()
-            raise
+        yield from _in_parallel(ask, rest, server.concurrency)
 
     return answer
 
@@ -200,7 +195,7 @@ def _ask(
             "stop_token_ids": list(eos),
             "return_token_ids": True,
         }
-        choice = client.completions.create(prompt=prompt.ids, extra_body=more, **common).choices[0]
+        choice = _only(client.completions.create(prompt=prompt.ids, extra_body=more, **common))
         ids = (choice.model_extra or {}).get("token_ids")
         if ids:
             return _closed(list(ids), choice.finish_reason, eos, exact=True)
@@ -228,8 +223,8 @@ def _ask_for_text(
     """The answer's text, why it ended, and its number of tokens where the server says it."""
     if prompt.messages is None:
         reply = client.completions.create(prompt=str(prompt.text), extra_body=more, **common)
-        text, finish, usage = reply.choices[0].text, reply.choices[0].finish_reason, reply.usage
-        return text, finish, usage.completion_tokens if usage else None
+        choice = _only(reply)
+        return choice.text, choice.finish_reason, reply.usage.completion_tokens if reply.usage else None
     options = dict(prompt.options)
     tools = options.pop("tools", None)
     if tools:
@@ -238,8 +233,18 @@ def _ask_for_text(
         more = {**more, "chat_template_kwargs": options}
     messages: Any = prompt.messages
     talk = client.chat.completions.create(messages=messages, extra_body=more, **common)
-    choice = talk.choices[0]
+    choice = _only(talk)
     return choice.message.content or "", choice.finish_reason, talk.usage.completion_tokens if talk.usage else None
+
+
+def _only(reply: Any) -> Any:
+    """The one choice of a reply. Some servers report an error with status 200 and without one."""
+    import openai
+
+    choices = getattr(reply, "choices", None)
+    if not choices:
+        raise openai.OpenAIError(f"the reply holds no answer: {reply}")
+    return choices[0]
 
 
 def _from_text(text: str, finish: str, count: int | None, prompt: Prompt, tokenizer: Any, eos: Sequence[int]) -> Answer:
@@ -279,24 +284,22 @@ def _closed(ids: list[int], finish: str | None, eos: Sequence[int], *, exact: bo
 def _in_parallel(
     ask: Callable[[int], Answer | Failure], indices: range, concurrency: int
 ) -> Iterator[tuple[int, Answer | Failure]]:
-    """Ask with so many requests under way; stop asking where nothing but failures has come for twice as many."""
-    waiting = iter(indices)
+    """Ask with so many requests under way; stop asking while nothing but failures has come for twice as many.
+
+    The pool's threads are daemons: when the command is stopped, nobody waits for requests under way.
+    """
     failures = 0
-    pool = ThreadPoolExecutor(concurrency)
-    running: dict[Future[Answer | Failure], int] = {pool.submit(ask, i): i for i in islice(waiting, concurrency)}
-    try:
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                index, result = running.pop(future), future.result()
-                failures = failures + 1 if isinstance(result, Failure) else 0
-                yield index, result
-                following = next(waiting, None) if failures < 2 * concurrency else None
-                if following is not None:
-                    running[pool.submit(ask, following)] = following
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    for index in waiting:
-        yield index, Failure("not asked, because the server had stopped answering")
+
+    def ask_unless_given_up(index: int) -> tuple[int, Answer | Failure]:
+        nonlocal failures
+        if failures >= 2 * concurrency:
+            return index, Failure("not asked, because the server had stopped answering")
+        result = ask(index)
+        failures = failures + 1 if isinstance(result, Failure) else 0
+        return index, result
+
+    with ThreadPool(concurrency) as pool:
+        yield from pool.imap_unordered(ask_unless_given_up, indices)
 
 
 def _reason(error: Exception) -> str:

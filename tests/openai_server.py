@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 # What a request may meet instead of an answer: a status, or one of these.
-DROP, SLOW = "drop", "slow"
+DROP, SLOW, EMPTY = "drop", "slow", "empty"
 
 
 @dataclass
@@ -25,7 +25,8 @@ class Replies:
         decode: token ids -> text.
         gives_ids: take prompts as token ids and give the answer's; False: text alone, unknown fields are refused or ignored.
         refuses: fields that get a 400, as strict servers do.
-        faults: for each request in turn a status, DROP, SLOW or None for an answer; after the last, answers.
+        faults: for each request in turn a status, DROP (the connection), SLOW (a second), EMPTY (status 200 without an answer)
+            or None for an answer; after the last, answers.
     """
 
     answer: Callable[[Any], list[int]]
@@ -40,6 +41,16 @@ class Replies:
     most_at_once: int = 0
     url: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Server(ThreadingHTTPServer):
+    """Says nothing of connections that a client broke off."""
+
+    daemon_threads = True
+    replies: "Replies"
+
+    def handle_error(self, *_: Any) -> None:
+        """Nothing: a stopped client is part of the tests."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -74,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(status, {"error": {"message": f"no {' '.join(refused) or status}"}})
         else:
             time.sleep(1.0 if fault == SLOW else 0.0)
-            self._send(200, _answer(replies, body))
+            self._send(200, {"error": "busy"} if fault == EMPTY else _answer(replies, body))
 
     def _send(self, status: int, value: Any) -> None:
         data = json.dumps(value).encode()
@@ -105,9 +116,8 @@ def _answer(replies: Replies, body: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def serve(replies: Replies) -> Iterator[Replies]:
     """Serve within the block."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     server.replies = replies
-    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     replies.url = f"http://127.0.0.1:{server.server_port}/v1"

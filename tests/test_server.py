@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from openai_server import DROP, SLOW, Replies, serve
+from openai_server import DROP, EMPTY, SLOW, Replies, serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from caftune import pipeline
@@ -184,6 +184,33 @@ def test_a_prompt_that_stays_without_an_answer_is_a_failure_and_the_others_go_on
     assert "500" in found[1].reason
     rest = {index: answer for index, answer in found.items() if index != 1}
     assert as_pairs(rest) == {index: pair for index, pair in expected(greedy, prompts).items() if index != 1}
+
+
+def test_a_reply_without_an_answer_is_a_failure(replies, tokenizer, prompts):
+    replies.faults = [None, EMPTY]
+    with serve(replies):
+        found = ask(replies, tokenizer, prompts[:3], retries=0, concurrency=1)
+    assert found[1].reason.startswith("the reply holds no answer")
+    assert isinstance(found[2], Answer)
+
+
+def test_nobody_waits_for_requests_under_way_when_the_command_is_stopped(replies, tmp_path):
+    first = replies.answer
+    replies.answer = lambda asked: (time.sleep(60 if len(replies.requests) > 1 else 0), first(asked))[1]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": "C" * n}) + "\n" for n in range(1, 20)))
+    with serve(replies):
+        recipe = f"{{output: {tmp_path}/run, model: {{name: {BASE}}}, labels: {{prompts: {tmp_path}/data.jsonl, "
+        recipe += f"backend: server, max_new_tokens: 16, server: {{url: '{replies.url}', concurrency: 4}}}}}}"
+        (tmp_path / "recipe.yaml").write_text(recipe)
+        command = [sys.executable, "-m", "caftune.cli", "label", str(tmp_path / "recipe.yaml")]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        while len(replies.requests) < 5:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Stopped. Labels" in said
 
 
 def test_a_server_that_has_died_is_not_asked_to_the_end(replies, tokenizer, prompts):
