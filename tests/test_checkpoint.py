@@ -1,6 +1,7 @@
 """Heads on disk: the round trip, whose heads they are, and every damage refused with its sentence."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from caftune import checkpoint
 from caftune.backbone import Backbone
-from caftune.checkpoint import HeadsError, base_fingerprint, file_sha256, load_heads, save_heads
+from caftune.checkpoint import HeadsError, base_fingerprint, file_sha256, load_heads, model_fingerprint, save_heads
+from caftune.demo.run import BASE
 from caftune.heads import AuxiliaryHeads, HeadsConfig
 
 
@@ -87,6 +89,21 @@ def test_heads_pass_between_dtypes_of_the_same_base(first, second, tmp_path):
         assert torch.equal(tensor, heads.state_dict()[name].to(second)), name
 
 
+@pytest.mark.parametrize("representable", [False, True])
+def test_a_way_through_bfloat16_and_back_costs_one_rounding_and_exact_values_nothing(representable, tmp_path):
+    wide, narrow = base(dtype=torch.float32), base(dtype=torch.bfloat16)
+    heads = trained(wide)
+    if representable:
+        heads.to(torch.bfloat16).to(torch.float32)
+    before = {name: tensor.clone() for name, tensor in heads.state_dict().items()}
+    save_heads(tmp_path / "wide", heads, wide, TOKENIZER)
+    save_heads(tmp_path / "narrow", load_heads(tmp_path / "wide", narrow, TOKENIZER), narrow, TOKENIZER)
+    after = load_heads(tmp_path / "narrow", wide, TOKENIZER).state_dict()
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert all(torch.equal(after[name], tensor.bfloat16().float()) for name, tensor in before.items())
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) is representable
+
+
 def test_the_dtype_of_a_nested_text_config_does_not_matter():
     one, other = base(), base()
     for backbone, dtype in ((one, "float32"), (other, "bfloat16")):  # as in Gemma 3 and other vision-language models
@@ -117,6 +134,21 @@ def test_heads_of_a_base_are_carried_to_its_fine_tuned_child_only_when_asked(alt
     found = load_heads(saved, backbone, TOKENIZER, force=True)
     name = "heads.0.mlp.up_proj.weight"
     assert torch.equal(found.state_dict()[name], load_file(saved / "heads.safetensors")[name])
+
+
+@pytest.mark.parametrize(("key", "value"), [("_name_or_path", "owner/renamed"), ("_commit_hash", "f" * 40)])
+def test_the_same_weights_under_another_name_or_revision_are_the_same_base(key, value, saved):
+    backbone = base()
+    setattr(backbone.model.config, key, value)
+    load_heads(saved, backbone, TOKENIZER)
+
+
+def test_the_name_and_the_revision_of_the_base_are_recorded_all_the_same(tmp_path):
+    backbone = base()
+    backbone.model.config._name_or_path, backbone.model.config._commit_hash = "owner/base", "f" * 40
+    save_heads(tmp_path, trained(backbone), backbone, TOKENIZER)
+    found = json.loads((tmp_path / "heads.json").read_text())["base"]
+    assert (found["name"], found["revision"]) == ("owner/base", "f" * 40)
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -294,3 +326,41 @@ def test_added_tokens_make_a_relative_of_the_tokenizer(saved):
     ):
         load_heads(saved, base(), longer)
     load_heads(saved, base(), longer, force=True)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The embedded base, to be changed."""
+    shutil.copytree(BASE, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_fingerprint_of_a_model_changes_with_every_weight(model):
+    file, before = model / "model.safetensors", model_fingerprint(str(model))
+    weights, found = load_file(BASE / "model.safetensors"), set()
+    for name, tensor in weights.items():
+        changed = tensor.clone()
+        changed.view(-1)[-1] += 1
+        save_file(weights | {name: changed}, file, metadata={"format": "pt"})
+        found.add(model_fingerprint(str(model)))
+    assert len(found - {before}) == len(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    assert model_fingerprint(str(model)) == before
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json", "second_part.safetensors"])
+def test_the_fingerprint_of_a_model_changes_with_what_its_answers_depend_on(model, name):
+    before = model_fingerprint(str(model))
+    (model / name).write_text("{}")
+    assert model_fingerprint(str(model)) != before
+
+
+def test_the_fingerprint_of_a_model_without_safetensors_changes_with_its_pickles(model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    before = model_fingerprint(str(model))
+    (model / "pytorch_model.bin").write_bytes(b"other")
+    assert model_fingerprint(str(model)) != before
+
+
+def test_the_fingerprint_of_a_model_does_not_depend_on_its_folders_name(model):
+    assert model_fingerprint(str(model)) == model_fingerprint(str(BASE))
