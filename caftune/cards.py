@@ -20,7 +20,7 @@ def heads_card(folder: Path, name: str, *, licence: str) -> str:
     base, training = description["base"], dict(description["training"])
     data, command = training.pop("data", None), training.pop("command", None)
     facts = {
-        "base": base["name"] or base["model_type"],
+        "base": _called(base["name"]) or base["model_type"],
         "revision of the base": base.get("revision") or "not recorded",
         "kind": f"{description['kind']}, leaving the model at the {description['fork_point']}",
         "horizons": ", ".join(map(str, description["horizons"])),
@@ -69,7 +69,7 @@ def write_model_card(folder: Path, base: str, options: Any, steps: int, *, heads
         *(("aux_weight", "aux_decay", "aux_schedule") if heads else ()),
     )
     settings = {"steps": steps, **{name: getattr(options, name) for name in names}}
-    facts: dict[str, Any] = {"base": base, "settings": _in_words(settings)}
+    facts: dict[str, Any] = {"base": _called(base), "settings": _in_words(settings)}
     if heads is None:
         facts["auxiliary heads"] = "none (plain next-token fine-tuning)"
     else:
@@ -79,7 +79,7 @@ def write_model_card(folder: Path, base: str, options: Any, steps: int, *, heads
     lines = [
         f"# {folder.name}",
         "",
-        f"{base}, fine-tuned with [caftune](https://pypi.org/project/caftune)"
+        f"{_called(base)}, fine-tuned with [caftune](https://pypi.org/project/caftune)"
         + (" by concept-aware fine-tuning (arXiv 2506.07833)." if heads is not None else "."),
         "An ordinary checkpoint: its keys are those of the base.",
         "",
@@ -123,6 +123,11 @@ def quality_table(quality: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _called(base: str) -> str:
+    """A base's hub id, or the name of its folder: a card holds no paths of this machine."""
+    return Path(base).name if Path(base).exists() else base
+
+
 def _metadata(base: str, licence: str | None, tag: str) -> ModelCardData:
     is_published = bool(_HUB_ID.fullmatch(base)) and not Path(base).exists()
     return ModelCardData(
@@ -135,7 +140,9 @@ def _card(metadata: ModelCardData, lines: list[str]) -> str:
 
 
 def _in_words(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+    given = {key: value for key, value in values.items() if value is not None}
+    words = (f"({_in_words(value)})" if isinstance(value, Mapping) else value for value in given.values())
+    return ", ".join(f"{key} {word}" for key, word in zip(given, words, strict=True))
 
 
 def _cell(value: Any) -> str:

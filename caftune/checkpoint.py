@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -158,13 +158,24 @@ def find_heads(name: str | os.PathLike[str]) -> Path:
     repository, _, revision = str(name).partition("@")
     try:
         files = [*SHARED_FILES, "README.md"]
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except HUB_ERRORS as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise HeadsError(
-            f"{name} is no folder, and the hub gave no such heads ({reason}). Check the name; private heads need "
+            f"{name} is no folder, and the hub gave no such heads ({hub_reason(error)}). Check the name; private heads need "
             "`hf auth login`."
         ) from error
+    if not (folder / DESCRIPTION_FILE).is_file():
+        raise HeadsError(f"{name} on the hub holds no heads of caftune: it has no {DESCRIPTION_FILE}. Check the name.")
+    return folder
+
+
+def hub_reason(error: Exception) -> str:
+    """Why the hub refused, in a few words."""
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such repository is there for you"
+    if isinstance(error, RevisionNotFoundError):
+        return "the repository has no such revision"
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
 
 
 def describe_heads(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -225,7 +236,8 @@ def read_heads(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise HeadsError(f"{folder} has {DESCRIPTION_FILE} but no {WEIGHTS_FILE}. Copy or train the heads again.")
     if file_sha256(path) != description["weights_sha256"]:
         raise HeadsError(
-            f"{path} is damaged: its SHA-256 differs from {DESCRIPTION_FILE}. Copy or train the heads again."
+            f"{path.resolve()} is damaged: its SHA-256 differs from {DESCRIPTION_FILE}. Delete it, and copy, pull or train "
+            "the heads again."
         )
     try:
         return load_file(path)

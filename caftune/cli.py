@@ -46,7 +46,7 @@ def label(recipe: RecipePath, overrides: Overrides = None) -> None:
         loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
         from caftune import pipeline
 
-        console.print(f"Labels: {pipeline.label(loaded)}")
+        console.print(f"Labels: {pipeline.label(loaded)}", soft_wrap=True)
 
 
 @app.command()
@@ -58,7 +58,7 @@ def pretrain_heads(recipe: RecipePath, overrides: Overrides = None) -> None:
         loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
         from caftune import pipeline
 
-        console.print(f"Heads: {pipeline.pretrain_heads(loaded)}")
+        console.print(f"Heads: {pipeline.pretrain_heads(loaded)}", soft_wrap=True)
 
 
 @app.command()
@@ -70,7 +70,7 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
         loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
         from caftune import pipeline
 
-        console.print(f"Model: {pipeline.finetune(loaded)}")
+        console.print(f"Model: {pipeline.finetune(loaded)}", soft_wrap=True)
 
 
 @app.command()
@@ -86,7 +86,7 @@ def export(
         loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
         from caftune import pipeline
 
-        console.print(f"Model: {pipeline.export(loaded, checkpoint)}")
+        console.print(f"Model: {pipeline.export(loaded, checkpoint)}", soft_wrap=True)
 
 
 @app.command()
@@ -152,7 +152,9 @@ def push(
     with _errors_in_one_line():
         from caftune.sharing import push_heads
 
-        console.print(f"Pushed: {push_heads(heads, name, licence=licence, private=private, revision=revision)}")
+        console.print(
+            f"Pushed: {push_heads(heads, name, licence=licence, private=private, revision=revision)}", soft_wrap=True
+        )
 
 
 @heads_app.command()
@@ -164,7 +166,7 @@ def pull(
     with _errors_in_one_line():
         from caftune.sharing import pull_heads
 
-        console.print(f"Heads: {pull_heads(name, folder)}")
+        console.print(f"Heads: {pull_heads(name, folder)}", soft_wrap=True)
 
 
 @app.command()

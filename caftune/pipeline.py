@@ -137,8 +137,7 @@ def pretrain_heads(recipe: Recipe) -> Path:
     show_progress(trainer, "pretrain-heads")
     run(trainer, checkpoint=last_checkpoint(folder))
     metrics = evaluated(trainer)
-    about = {"command": shlex.join(sys.argv), "data": describe_head_source(recipe, rows)}
-    trainer.export(heads, about=about)
+    trainer.export(heads, about={"command": _command(), "data": describe_head_source(recipe, rows)})
     quality = {}
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         del trainer  # the base is loaded anew, as users of the heads will have it
@@ -185,8 +184,9 @@ def adapt_heads(recipe: Recipe, tokenizer: Any) -> Path:
     show_progress(trainer, "adapt")
     run(trainer, checkpoint=last_checkpoint(folder))
     metrics = evaluated(trainer) if evaluation is not None else {}
-    adapted = {key: describe_heads(source)[key] for key in ("weights_sha256", "training")}
-    trainer.export(target, about={"command": shlex.join(sys.argv), "data": recipe.data.train, "adapted_from": adapted})
+    about = {"data": {"task": recipe.data.train, "rows": len(rows or ())}}
+    about["adapted_from"] = describe_heads(source)["weights_sha256"]
+    trainer.export(target, about={"command": _command(), **about})
     record(recipe, {"stage": "adapt", "rows": len(rows or ()), "metrics": metrics})
     return target
 
@@ -196,9 +196,10 @@ def finetune(recipe: Recipe) -> Path:
     tokenizer = load_tokenizer(recipe)
     if recipe.data.train is None:
         raise RecipeError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
+    args = stage_two_config(recipe, Path(recipe.output, "train"))
+    adapter, rounding = lora_config(recipe), quantization(recipe)
     if recipe.adapt is not None and recipe.loss.weight > 0:
         adapt_heads(recipe, tokenizer)
-    args = stage_two_config(recipe, Path(recipe.output, "train"))
     sources = {"train": recipe.data.train, "eval": recipe.data.eval}
     files = {**sources, "heads": args.heads and Path(args.heads, "heads.json")}
     if is_begun(recipe, "train"):
@@ -211,8 +212,8 @@ def finetune(recipe: Recipe) -> Path:
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        peft_config=lora_config(recipe),
-        quantization_config=quantization(recipe),
+        peft_config=adapter,
+        quantization_config=rounding,
     )
     if recipe.model.tuning != "full" and recipe.model.lora.merge:
         refuse_tied_adapters(trainer.model)
@@ -278,6 +279,11 @@ def preview(recipe: Recipe, count: int = 3) -> Iterator[tuple[list[str], list[bo
             [token != IGNORED for token in row["labels"].tolist()],
             {h: [tokenizer.convert_ids_to_tokens(t) if t != IGNORED else "" for t in targets[h]] for h in horizons},
         )
+
+
+def _command() -> str:
+    """The command line, without the folder that the program lies in."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def evaluated(trainer: CAFTTrainer) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from caftune.checkpoint import file_sha256, provenance, write_json
+from caftune.checkpoint import DESCRIPTION_FILE, file_sha256, provenance, write_json
 from caftune.recipe import Recipe, RecipeError, first_difference, save_recipe
 
 # The sections of the recipe that each stage's result depends on.
@@ -127,7 +127,14 @@ def _is_json(path: Path) -> bool:
 def _identity(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> dict[str, Any]:
     everything = recipe.model_dump()
     sections = {key: _at(everything, key) for key in _DEPENDS_ON[stage]}
-    return {**sections, "files": {name: file_sha256(path) for name, path in _present(files).items()}}
+    return {**sections, "files": {name: _digest(Path(path)) for name, path in _present(files).items()}}
+
+
+def _digest(path: Path) -> str:
+    """What a file's contents are told apart by: of heads their weights, not how and when these were made."""
+    if path.name == DESCRIPTION_FILE:
+        return json.loads(path.read_text(encoding="utf-8"))["weights_sha256"]
+    return file_sha256(path)
 
 
 def _present(files: Mapping[str, str | Path | None]) -> dict[str, str | Path]:

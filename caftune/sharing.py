@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import HfApi
 
 from caftune.cards import heads_card
-from caftune.checkpoint import HUB_ERRORS, SHARED_FILES, HeadsError, find_heads, read_heads
+from caftune.checkpoint import HUB_ERRORS, SHARED_FILES, HeadsError, find_heads, hub_reason, read_heads
 
 
 def push_heads(
@@ -40,7 +40,7 @@ def push_heads(
             )
         except HUB_ERRORS as error:
             raise HeadsError(
-                f"The hub did not take {folder} as {name}: {_first_line(error)}. Log in with `hf auth login` (a token that may "
+                f"The hub did not take {folder} as {name}: {hub_reason(error)}. Log in with `hf auth login` (a token that may "
                 "write), and check the name."
             ) from error
     return str(commit.commit_url)
@@ -53,8 +53,8 @@ def pull_heads(name: str, folder: str | Path) -> Path:
         HeadsError: the hub has no such heads, they are damaged, or the folder is not empty.
     """
     target = Path(folder)
-    if target.exists() and any(target.iterdir()):
-        raise HeadsError(f"{target} must be an empty or a new folder, and holds files. Name another.")
+    if target.is_file() or (target.exists() and any(target.iterdir())):
+        raise HeadsError(f"{target} must be an empty or a new folder, and is not. Name another.")
     found = find_heads(name)
     read_heads(found)
     target.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,3 @@ def pull_heads(name: str, folder: str | Path) -> Path:
         if (found / file).is_file():
             shutil.copy(found / file, target / file)
     return target
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")

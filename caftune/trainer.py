@@ -19,14 +19,13 @@ from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from trl import SFTTrainer
-from trl.trainer.utils import create_model_from_path
 
-from caftune.backbone import Backbone
 from caftune.cards import write_model_card
-from caftune.checkpoint import describe_heads, load_heads, read_heads, save_heads
+from caftune.checkpoint import read_heads, save_heads
 from caftune.config import CAFTConfig
 from caftune.export import export_model, load_trained
-from caftune.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
+from caftune.heads import ATTRIBUTE, attach_heads
+from caftune.loading import keep_trainable_on_cpu, load_base, load_or_build_heads
 from caftune.objective import IGNORED, auxiliary_loss, horizon_targets
 from caftune.packing import RefuseLeaks
 from caftune.refusals import (
@@ -78,14 +77,15 @@ class CAFTTrainer(SFTTrainer):
         refuse_arguments(args, peft_config, sft_arguments)
         refuse_processes(args)
         if isinstance(model, str):
-            model = _load_model(model, args, quantization_config)
+            model = load_base(model, args, quantization_config)
             quantization_config = None
         revision = dict(args.model_init_kwargs or {}).get("revision")  # type: ignore[arg-type]
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path, revision=revision)
         refuse_unfit(model, peft_config, args)
-        _keep_trainable_on_cpu(model)
-        self.heads, self.backbone = _heads_for(model, args, processing_class)
+        keep_trainable_on_cpu(model)
+        self._start = load_or_build_heads(model, args, processing_class)
+        self.heads, self.backbone = self._start.heads, self._start.backbone
         self._given_tokenizer = copy.deepcopy(processing_class)  # SFTTrainer may add tokens to it
         name = str(model.config._name_or_path)
         # Absolute, because a run may change its folder before it exports.
@@ -149,8 +149,8 @@ class CAFTTrainer(SFTTrainer):
         return native
 
     def _write_card(self, folder: Path) -> None:
-        heads = describe_heads(str(self.args.heads)) if self.heads is not None else None
-        write_model_card(folder, str(self.model.config._name_or_path), self.args, self.state.global_step, heads=heads)
+        base = str(self.model.config._name_or_path)
+        write_model_card(folder, base, self.args, self.state.global_step, heads=self._start.description)
 
     def _export_whole(self, folder: Path) -> list[str]:
         name, revision = self._base
@@ -188,6 +188,13 @@ class CAFTTrainer(SFTTrainer):
         limit = self.args.heads_max_grad_norm or self.args.max_grad_norm
         nn.utils.clip_grad_norm_(self.heads.parameters(), limit)  # the call above has undone float16's loss scaling
         return norm
+
+    def _run_epoch(self, **arguments: Any) -> None:  # type: ignore[override]
+        """transformers (5.23) trains a step too many where a run goes on from its last step, inside an epoch."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**arguments)
+        else:
+            self.control.should_training_stop = True
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -359,34 +366,6 @@ class CAFTTrainer(SFTTrainer):
         super()._issue_warnings_after_load(
             SimpleNamespace(missing_keys=missing, unexpected_keys=load_result.unexpected_keys)
         )
-
-
-def _load_model(name: str, args: CAFTConfig, quantization_config: Any) -> PreTrainedModel:
-    options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        options["device_map"] = None
-    options.setdefault("trust_remote_code", args.trust_remote_code)
-    return create_model_from_path(name, **options)
-
-
-def _keep_trainable_on_cpu(model: Any) -> None:
-    """bitsandbytes 0.50 packs 4-bit weights in an evaluation on a CPU, into a layout through which no gradient flows."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _heads_for(
-    model: PreTrainedModel, args: CAFTConfig, tokenizer: Any
-) -> tuple[AuxiliaryHeads | None, Backbone | None]:
-    if args.heads is None and not args.pretrain_heads:
-        return None, None
-    backbone = Backbone.of(model)
-    if args.heads is not None:
-        return load_heads(args.heads, backbone, tokenizer, force=args.force_heads), backbone
-    return AuxiliaryHeads.build(backbone, HeadsConfig(args.num_heads, args.head_kind)), backbone
 
 
 def _count_targets(batch: dict[str, Tensor], horizons: list[int]) -> Tensor:

@@ -106,8 +106,7 @@ def test_adaptation_leaves_the_pretrained_heads_as_they_were(finished, heads):
 
 def test_adapted_heads_say_from_which_heads_and_on_which_rows_they_were_made(finished):
     training = read(finished, "run", "adapted-heads", "heads.json")["training"]
-    assert training["adapted_from"]["weights_sha256"] == fingerprint(finished / "heads")
-    assert training["adapted_from"]["training"] == read(finished, "heads", "heads.json")["training"]
+    assert training["adapted_from"] == fingerprint(finished / "heads")
     assert "data.jsonl" in str(training["data"])
     assert (training["steps"], training["learning_rate"]) == (6, 3e-3)
 

@@ -1,0 +1,50 @@
+"""What a run of the trainer starts from: the base, and its heads."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+from trl.trainer.utils import create_model_from_path
+
+from caftune.backbone import Backbone
+from caftune.checkpoint import describe_heads, find_heads, load_heads
+from caftune.config import CAFTConfig
+from caftune.heads import AuxiliaryHeads, HeadsConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """The heads of a run and where they go; all None in a run without."""
+
+    heads: AuxiliaryHeads | None = None
+    backbone: Backbone | None = None
+    description: dict[str, Any] | None = None  # heads.json of the heads that were loaded
+
+
+def load_or_build_heads(model: PreTrainedModel, args: CAFTConfig, tokenizer: Any) -> Start:
+    """The heads of `args.heads`, or in stage 1 without these new ones."""
+    if args.heads is None and not args.pretrain_heads:
+        return Start()
+    backbone = Backbone.of(model)
+    if args.heads is None:
+        return Start(AuxiliaryHeads.build(backbone, HeadsConfig(args.num_heads, args.head_kind)), backbone)
+    folder = find_heads(args.heads)
+    return Start(load_heads(folder, backbone, tokenizer, force=args.force_heads), backbone, describe_heads(folder))
+
+
+def load_base(name: str, args: CAFTConfig, quantization_config: Any) -> PreTrainedModel:
+    """The base as SFTTrainer would load it."""
+    options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    return create_model_from_path(name, **options)
+
+
+def keep_trainable_on_cpu(model: Any) -> None:
+    """bitsandbytes 0.50 packs 4-bit weights in an evaluation on a CPU, into a layout through which no gradient flows."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
