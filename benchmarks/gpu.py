@@ -202,9 +202,9 @@ def labels(device: str) -> dict[str, Any]:
     for where, batching in (("cpu", "static"), (device, "static"), (device, "continuous")):
         model: Any = AutoModelForCausalLM.from_pretrained(BASE).to(where).eval()
         backend = transformers_backend(model, tokenizer, Sampling(64, temperature=0), batching=batching)
-        dict(backend(prompts[:8], 0))  # warm
+        dict(backend(prompts[:8], [0] * 8))  # warm
         start = time.perf_counter()
-        found = dict(backend(prompts, 0))
+        found = dict(backend(prompts, [0] * len(prompts)))
         seconds = time.perf_counter() - start
         expected = expected or found
         same = sum(found[i].ids == expected[i].ids for i in expected)

@@ -69,7 +69,6 @@ def answers_of(base: str, rows: Any, seed: int, path: Path) -> Any:
         tokenizer,
         AnswerCache(path, sampling, seed=seed, fingerprint=base),
         lambda: transformers_backend(model, tokenizer, sampling),
-        seed=seed,
         room=PROMPT_TOKENS,
     )
     return label_dataset(found.labels, keep_truncated=True).remove_columns("row")

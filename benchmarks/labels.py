@@ -46,7 +46,7 @@ def ours(model: Any, tokenizer: Any, talks: dict[int, Conversation], sampling: S
     with tempfile.TemporaryDirectory() as folder:
         cache = AnswerCache(Path(folder, "cache.jsonl"), sampling, seed=0, fingerprint="base")
         backend = transformers_backend(model, tokenizer, sampling, batch_size=size)
-        found = generate_labels(talks, tokenizer, cache, lambda: backend, seed=0, room=10**6)
+        found = generate_labels(talks, tokenizer, cache, lambda: backend, room=10**6)
         write_labels(found.labels, Path(folder, "labels.jsonl"))
     return [label.completion_ids for label in found.labels]
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from caftune.checkpoint import describe_heads
+from caftune.checkpoint import QUALITY_FILE, describe_heads, file_name
 
-QUALITY_FILE = "quality.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -20,7 +19,7 @@ def heads_card(folder: Path, name: str, *, licence: str) -> str:
     base, training = description["base"], dict(description["training"])
     data, command = training.pop("data", None), training.pop("command", None)
     facts = {
-        "base": _called(base["name"]) or base["model_type"],
+        "base": base["name"] or base["model_type"],
         "revision of the base": base.get("revision") or "not recorded",
         "kind": f"{description['kind']}, leaving the model at the {description['fork_point']}",
         "horizons": ", ".join(map(str, description["horizons"])),
@@ -69,7 +68,9 @@ def write_model_card(folder: Path, base: str, options: Any, steps: int, *, heads
         *(("aux_weight", "aux_decay", "aux_schedule") if heads else ()),
     )
     settings = {"steps": steps, **{name: getattr(options, name) for name in names}}
-    facts: dict[str, Any] = {"base": _called(base), "settings": _in_words(settings)}
+    base = file_name(base)
+    facts: dict[str, Any] = {"base": base, "settings": _in_words(settings)}
+    is_adapter = (folder / "adapter_config.json").is_file()
     if heads is None:
         facts["auxiliary heads"] = "none (plain next-token fine-tuning)"
     else:
@@ -79,9 +80,11 @@ def write_model_card(folder: Path, base: str, options: Any, steps: int, *, heads
     lines = [
         f"# {folder.name}",
         "",
-        f"{_called(base)}, fine-tuned with [caftune](https://pypi.org/project/caftune)"
+        f"{base}, fine-tuned with [caftune](https://pypi.org/project/caftune)"
         + (" by concept-aware fine-tuning (arXiv 2506.07833)." if heads is not None else "."),
-        "An ordinary checkpoint: its keys are those of the base.",
+        "An adapter, to be loaded with PEFT."
+        if is_adapter
+        else "An ordinary checkpoint: its keys are those of the base.",
         "",
         "| | |",
         "|---|---|",
@@ -92,9 +95,12 @@ def write_model_card(folder: Path, base: str, options: Any, steps: int, *, heads
 
 
 def read_quality(folder: Path) -> dict[str, Any] | None:
-    """The quality report of a heads folder, None where there is none."""
+    """The quality report of a heads folder, None where there is none, or one of other weights."""
     path = folder / QUALITY_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    quality = json.loads(path.read_text(encoding="utf-8"))
+    return quality if quality.get("weights_sha256") == describe_heads(folder)["weights_sha256"] else None
 
 
 def quality_table(quality: Mapping[str, Any]) -> list[str]:
@@ -123,15 +129,12 @@ def quality_table(quality: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _called(base: str) -> str:
-    """A base's hub id, or the name of its folder: a card holds no paths of this machine."""
-    return Path(base).name if Path(base).exists() else base
-
-
 def _metadata(base: str, licence: str | None, tag: str) -> ModelCardData:
-    is_published = bool(_HUB_ID.fullmatch(base)) and not Path(base).exists()
     return ModelCardData(
-        base_model=base if is_published else None, license=licence, library_name="caftune", tags=["caftune", tag]
+        base_model=base if _HUB_ID.fullmatch(base) else None,
+        license=licence,
+        library_name="caftune",
+        tags=["caftune", tag],
     )
 
 

@@ -33,7 +33,8 @@ from caftune.heads import FORK_POINTS, AuxiliaryHeads, HeadsConfig
 FORMAT = 1
 WEIGHTS_FILE, DESCRIPTION_FILE = "heads.safetensors", "heads.json"
 # What of a heads folder is fetched from a hub and pushed to it, beside the card.
-SHARED_FILES = (WEIGHTS_FILE, DESCRIPTION_FILE, "quality.json", "quality.png")
+QUALITY_FILE, PICTURE_FILE = "quality.json", "quality.png"
+SHARED_FILES = (WEIGHTS_FILE, DESCRIPTION_FILE, QUALITY_FILE, PICTURE_FILE)
 # What huggingface_hub raises where the hub cannot be reached or refuses: its own errors and its HTTP library's.
 HUB_ERRORS = (ValueError, RuntimeError, *HfHubHTTPError.__bases__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -88,7 +89,7 @@ def save_heads(
         write: False on the ranks that only take part in gathering a sharded model.
     """
     config = backbone.model.config
-    named = {"name": getattr(config, "_name_or_path", ""), "revision": getattr(config, "_commit_hash", None)}
+    named = {"name": file_name(getattr(config, "_name_or_path", "")), "revision": getattr(config, "_commit_hash", None)}
     base = {**named, **base_fingerprint(backbone)}
     if not write:
         return
@@ -304,6 +305,11 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     partial.replace(path)
+
+
+def file_name(source: str) -> str:
+    """A hub id, or the name of a file or folder: what is shared holds no paths of this machine."""
+    return Path(source).name if Path(source).exists() or Path(source).is_absolute() else source
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

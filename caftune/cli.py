@@ -62,6 +62,18 @@ def pretrain_heads(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def adapt_heads(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train the heads on the task's data before stage 2 (`train` does it where the recipe has `adapt`)."""
+    with _errors_in_one_line():
+        from caftune.recipe import load_recipe
+
+        loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
+        from caftune import pipeline
+
+        console.print(f"Heads: {pipeline.adapt_heads(loaded)}", soft_wrap=True)
+
+
+@app.command()
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Stage 2: concept-aware fine-tuning; ends with an ordinary checkpoint."""
     with _errors_in_one_line():

@@ -47,9 +47,7 @@ def load_rows(
     Raises:
         DataError: no such file, a malformed line (with its number), no rows, or columns of no known form.
     """
-    rows = _read(source)
-    if not rows:
-        raise DataError(f"{source} is empty. Give at least one row.")
+    rows = read_rows(source)
     rows = rows[:limit] if limit is not None else rows
     if columns:
         unknown = next((name for name in columns if name not in _NAMES), None)
@@ -81,6 +79,18 @@ def _dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
     nested = {name for name in names if any(isinstance(row[name], list | dict) for row in filled)}
     features = Features({name: Json() if name in nested else Value("string") for name in names})
     return Dataset.from_list(filled, features=features)
+
+
+def read_rows(source: str) -> list[dict[str, Any]]:
+    """The rows of a file or hub id, as they are.
+
+    Raises:
+        DataError: no such file, a malformed line (with its number), or no rows.
+    """
+    rows = _read(source)
+    if not rows:
+        raise DataError(f"{source} is empty. Give at least one row.")
+    return rows
 
 
 def _read(source: str) -> list[dict[str, Any]]:

@@ -1,11 +1,11 @@
 """Sampling answers from a causal LM: transformers in this process, or vLLM offline. (Servers are in server.py.)
 
-A *backend* is a function: prompts and a seed in, (index, answer or failure) out, in the order the answers are finished.
+A *backend* is a function: prompts and a seed for each in, (index, answer or failure) out, in the order answers are finished.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -56,7 +56,7 @@ class Failure:
     reason: str
 
 
-Backend = Callable[[Sequence[Prompt], int], Iterator[tuple[int, Answer | Failure]]]
+Backend = Callable[[Sequence[Prompt], Sequence[int]], Iterator[tuple[int, Answer | Failure]]]
 
 
 def end_tokens(generation_config: GenerationConfig, tokenizer: Any) -> list[int]:
@@ -75,17 +75,20 @@ def transformers_backend(
     batching: Literal["auto", "continuous", "static"] = "auto",
     batch_size: int = 64,
 ) -> Backend:
-    """transformers' continuous batching, or padded batches of `batch_size`: see docs/decisions/0003."""
+    """transformers' continuous batching, or padded batches of `batch_size`: see docs/decisions/0003.
+
+    Rows of a batch share their random numbers, which begin with the first prompt's seed.
+    """
     eos = end_tokens(model.generation_config, tokenizer)
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     config = sampling.generation_config(eos, pad)
     is_continuous = batching == "continuous" or (batching == "auto" and _gains_from_continuous(model))
 
-    def answer(prompts: Sequence[Prompt], seed: int) -> Iterator[tuple[int, Answer]]:
+    def answer(prompts: Sequence[Prompt], seeds: Sequence[int]) -> Iterator[tuple[int, Answer]]:
         ids = [prompt.ids for prompt in prompts]
-        torch.manual_seed(seed)
+        torch.manual_seed(seeds[0])
         if is_continuous:
-            drawn = _answer_continuously(model, ids, config, seed=seed, batch_size=batch_size)
+            drawn = _answer_continuously(model, ids, config, seed=seeds[0], batch_size=batch_size)
         else:
             drawn = answer_in_batches(model, ids, config, batch_size=batch_size)
         for index, tokens in drawn:
@@ -111,25 +114,28 @@ def vllm_backend(
     # generation_config="vllm": none of the model's own defaults, as in the other backends.
     model = LLM(**{"model": name, "revision": revision, "generation_config": "vllm", **engine})
 
-    def answer(prompts: Sequence[Prompt], seed: int) -> Iterator[tuple[int, Answer]]:
+    def answer(prompts: Sequence[Prompt], seeds: Sequence[int]) -> Iterator[tuple[int, Answer]]:
         settings = [
             SamplingParams(
                 max_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
-                seed=seed + index,
+                seed=seed,
                 stop_token_ids=list(eos),
                 detokenize=False,
             )
-            for index in range(len(prompts))
+            for seed in seeds
         ]
         size = 1024  # answers are kept after each of these, so that a stopped run loses no more
         for start in range(0, len(prompts), size):
             asked = [{"prompt_token_ids": prompt.ids} for prompt in prompts[start : start + size]]
             outputs = model.generate(asked, settings[start : start + size], use_tqdm=False)
             for index, output in enumerate(outputs, start=start):
-                yield index, until_end(list(output.outputs[0].token_ids), set(eos))
+                (drawn,) = output.outputs
+                found = until_end(list(drawn.token_ids), set(eos))
+                # vLLM also ends at the tokenizer's own end-of-text token
+                yield index, replace(found, finish="stop") if drawn.finish_reason == "stop" else found
 
     return answer
 

@@ -64,11 +64,7 @@ class AnswerCache:
         self._what = json.dumps([fingerprint, *drawn])
         self._kept: dict[str, tuple[Answer, int]] = {}
         if path.is_file():
-            _drop_broken_tail(path)
             self._read()
-
-    def __len__(self) -> int:
-        return len(self._kept)
 
     def keys(self, prompts: Sequence[Prompt]) -> list[str]:
         """A key for each prompt. Where one is asked several times, each time is a draw of its own."""
@@ -100,7 +96,12 @@ class AnswerCache:
             file.write(json.dumps({"key": key, "max_new_tokens": budget, **asdict(answer)}) + "\n")
 
     def _read(self) -> None:
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), start=1):
+        *lines, tail = self.path.read_text(encoding="utf-8").split("\n")
+        if tail and not _is_json(tail):  # a kill left it unfinished
+            with self.path.open("r+b") as file:
+                file.truncate(self.path.stat().st_size - len(tail.encode()))
+            tail = ""
+        for number, line in enumerate([*lines, tail] if tail else lines, start=1):
             try:
                 row = json.loads(line)
                 key, budget = row.pop("key"), int(row.pop("max_new_tokens"))
@@ -117,7 +118,6 @@ def generate_labels(
     cache: AnswerCache,
     open_backend: Callable[[], Backend],
     *,
-    seed: int,
     room: int,
 ) -> Labelling:
     """Let the model answer every turn of every row, one turn of all rows after another.
@@ -144,7 +144,7 @@ def generate_labels(
         asked += len(todo)
         name = "labels" if turn == 0 else f"labels, turn {turn + 1}"
         with tqdm(total=len(set(keys.values())), initial=len(set(keys.values())) - len(todo), desc=name) as bar:
-            failed = _ask(todo, cache, opened[0], seed + len(cache), bar) if todo else {}
+            failed = _ask(todo, cache, opened[0], bar) if todo else {}
         failures |= {row: failed[key] for row, key in keys.items() if key in failed}
         for row, prompt in fitting.items():
             answer = cache.find(keys[row])
@@ -157,11 +157,12 @@ def generate_labels(
     return Labelling([labels[place] for place in sorted(labels)], failures, asked, dropped)
 
 
-def _ask(todo: Mapping[str, Prompt], cache: AnswerCache, backend: Backend, seed: int, bar: Any) -> dict[str, str]:
+def _ask(todo: Mapping[str, Prompt], cache: AnswerCache, backend: Backend, bar: Any) -> dict[str, str]:
     """Ask, keeping answers as they come. Returns the keys without one, and why."""
     failed = {}
     keys = list(todo)
-    for index, result in backend(list(todo.values()), seed):
+    # A key is of the prompt, the recipe's seed and the number of the draw: an answer asked for again gets the same seed.
+    for index, result in backend(list(todo.values()), [int(key[:7], 16) for key in keys]):
         if isinstance(result, Failure):
             failed[keys[index]] = result.reason
             bar.set_postfix(failed=len(failed))
@@ -229,8 +230,9 @@ def label_dataset(labels: Sequence[Label], *, keep_truncated: bool = False) -> D
     )
 
 
-def _drop_broken_tail(path: Path) -> None:
-    """Cut off a last line that a kill left unfinished."""
-    text = path.read_bytes()
-    with path.open("r+b") as file:
-        file.truncate(text.rfind(b"\n") + 1)
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

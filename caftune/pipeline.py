@@ -4,7 +4,7 @@
       labels/         labels.jsonl, cache.jsonl      the base's own answers
       pretrain/       checkpoints of stage 1
       heads/          heads.safetensors, heads.json, quality.json
-      adapt/, adapted-heads/                         the same heads after an epoch on the task's data, where asked for
+      adapt/          heads/ and checkpoints         the same heads after an epoch on the task's data, where asked for
       train/          checkpoints of stage 2 (ordinary ones)
       model/          the result: an ordinary checkpoint
       results.jsonl                                  one line per finished stage
@@ -24,23 +24,31 @@ from pathlib import Path
 from typing import Any
 
 from caftune.backbone import Backbone
-from caftune.cards import QUALITY_FILE
-from caftune.checkpoint import describe_heads, load_heads, model_fingerprint, write_json
+from caftune.cards import write_model_card
+from caftune.checkpoint import (
+    PICTURE_FILE,
+    QUALITY_FILE,
+    describe_heads,
+    file_name,
+    load_heads,
+    model_fingerprint,
+    write_json,
+)
 from caftune.data import load_rows
 from caftune.export import export_model, load_trained, refuse_tied_adapters
-from caftune.generation import Sampling
+from caftune.generation import Sampling, end_tokens
 from caftune.labels import AnswerCache, Labelling, generate_labels, write_labels
 from caftune.objective import IGNORED, horizon_targets
 from caftune.progress import run, show_progress
 from caftune.prompts import conversations, refuse_long_prompts
 from caftune.quality import measure_heads
 from caftune.recipe import Recipe, RecipeError
-from caftune.run_folder import is_begun, is_done, last_checkpoint, open_stage, record, refuse_other_stage
+from caftune.run_folder import is_begun, is_main_process, last_checkpoint, open_stage, record, refuse_other_stage
 from caftune.stage_options import (
     adapt_config,
     adapted_heads,
+    answer_backend,
     context_length,
-    label_backend,
     load_model,
     load_tokenizer,
     lora_config,
@@ -49,6 +57,8 @@ from caftune.stage_options import (
     stage_one_config,
     stage_two_config,
     stage_two_heads,
+    who_answers,
+    with_inherited_options,
 )
 from caftune.stage_rows import describe_head_source, head_rows, head_source, task_rows
 from caftune.tokenization import tokenized
@@ -70,8 +80,9 @@ def label(recipe: Recipe) -> Path:
         limit=recipe.labels.limit,
         chat=bool(getattr(tokenizer, "chat_template", None)),
     )
-    talks = conversations(rows, tokenizer, system=recipe.labels.system)
-    first = [talk.prompt(0, [], tokenizer) for talk in talks]
+    every = conversations(rows, tokenizer, system=recipe.labels.system)
+    talks = {row: talk for row, talk in enumerate(every) if talk.turns}  # others leave the model nothing to say
+    first = {row: talk.prompt(0, [], tokenizer) for row, talk in talks.items()}
     # A server can need one token more: see server.py.
     room = (context_length(recipe) or sys.maxsize) - recipe.labels.max_new_tokens - (recipe.labels.backend == "server")
     if room < 1:
@@ -81,15 +92,19 @@ def label(recipe: Recipe) -> Path:
         )
     if not recipe.labels.skip_long_prompts:
         refuse_long_prompts(first, room)
-    asked = {row: talk for row, talk in enumerate(talks) if len(first[row].ids) <= room}
+    asked = {row: talk for row, talk in talks.items() if len(first[row].ids) <= room}
     folder = open_stage(recipe, "labels", {"prompts": recipe.labels.prompts})
     (folder / "labels.jsonl").unlink(missing_ok=True)  # of another recipe, perhaps
-    settings = recipe.labels.model_dump(include={field.name for field in fields(Sampling)})
-    fingerprint = model_fingerprint(recipe.model.name, recipe.model.revision)
+    sampling = Sampling(**recipe.labels.model_dump(include={field.name for field in fields(Sampling)}))
+    fingerprint = model_fingerprint(recipe.model.name, recipe.model.revision) + who_answers(recipe.labels)
     file = Path(recipe.labels.cache or folder / "cache.jsonl")
-    cache = AnswerCache(file, Sampling(**settings), seed=recipe.seed, fingerprint=fingerprint)
+    cache = AnswerCache(file, sampling, seed=recipe.seed, fingerprint=fingerprint)
     found = generate_labels(
-        asked, tokenizer, cache, lambda: label_backend(recipe, tokenizer), seed=recipe.seed, room=room
+        asked,
+        tokenizer,
+        cache,
+        lambda: answer_backend(recipe, recipe.labels, tokenizer, sampling),
+        room=room,
     )
     _refuse_failures(recipe, found, file)
     write_labels(found.labels, folder / "labels.jsonl")
@@ -100,7 +115,7 @@ def label(recipe: Recipe) -> Path:
             "rows": len(asked),
             "answers": len(found.labels),
             "asked": found.asked,
-            "left_out": len(talks) - len(asked),
+            "left_out": len(every) - len(asked),
             "failed": len(found.failures),
             "dropped_turns": found.dropped_turns,
             "finished_by_the_model": sum(label.finish == "stop" for label in found.labels),
@@ -137,6 +152,9 @@ def pretrain_heads(recipe: Recipe) -> Path:
     show_progress(trainer, "pretrain-heads")
     run(trainer, checkpoint=last_checkpoint(folder))
     metrics = evaluated(trainer)
+    if is_main_process():
+        for file in (QUALITY_FILE, PICTURE_FILE):  # of heads that were here before
+            (heads / file).unlink(missing_ok=True)
     trainer.export(heads, about={"command": _command(), "data": describe_head_source(recipe, rows)})
     quality = {}
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -152,31 +170,47 @@ def measure(recipe: Recipe) -> dict[str, Any]:
 
     Heads of heads.path keep their folder as it is: their report goes to the run folder.
     """
+    heads = pretrained_heads(recipe)
+    if recipe.heads.path is None:  # what is held out must be what was
+        refuse_other_stage(recipe, "pretrain", {"labels": head_source(recipe)})
     args = stage_one_config(recipe, Path(recipe.output, "pretrain"))
     _, held_out = head_rows(recipe, args)
-    heads = pretrained_heads(recipe)
-    backbone = Backbone.of(load_model(recipe))
-    found = load_heads(heads, backbone, load_tokenizer(recipe), force=recipe.heads.force)
+    model, tokenizer = load_model(recipe), load_tokenizer(recipe)
+    backbone = Backbone.of(model)
+    found = load_heads(heads, backbone, tokenizer, force=recipe.heads.force)
     rows = held_out.select(range(min(_MEASURED_ROWS, len(held_out))))
-    quality = measure_heads(backbone, found, rows, seed=recipe.seed)
+    eos = end_tokens(model.generation_config, tokenizer)
+    quality = measure_heads(backbone, found, rows, eos=eos, seed=recipe.seed)
+    quality["weights_sha256"] = describe_heads(heads)["weights_sha256"]
     folder = heads if recipe.heads.path is None else Path(recipe.output)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / QUALITY_FILE, quality)
     with suppress(ImportError):
         from caftune.plots import plot_quality
 
-        plot_quality(quality, folder / "quality.png")
+        plot_quality(quality, folder / PICTURE_FILE)
     return quality
 
 
-def adapt_heads(recipe: Recipe, tokenizer: Any) -> Path:
-    """One more training of the heads, on the task's own data, before stage 2. Returns their folder."""
+def adapt_heads(recipe: Recipe) -> Path:
+    """One more training of the heads, on the task's own data, before stage 2. Returns their folder.
+
+    Raises:
+        RecipeError: under DeepSpeed, which trains one model a process.
+    """
+    recipe = with_inherited_options(recipe)
     source, target = pretrained_heads(recipe), adapted_heads(recipe)
-    folder = Path(recipe.output, "adapt")
+    folder = target.parent
     args = adapt_config(recipe, folder, source)
     sources = {"train": recipe.data.train, "eval": recipe.data.eval}
     open_stage(recipe, "adapt", {**sources, "heads": source / "heads.json"})
-    if is_done(recipe, "adapt") and (target / "heads.json").is_file():
+    if (target / "heads.json").is_file():
         return target
+    if args.deepspeed_plugin is not None:
+        raise RecipeError(
+            "adapt cannot run under DeepSpeed. Run `caftune adapt-heads` first, without it or with FSDP2."
+        )
+    tokenizer = load_tokenizer(recipe)  # of its own: TRL writes into it
     rows, evaluation = (task_rows(recipe, name, tokenizer, args) for name in sources)
     trainer = CAFTTrainer(
         recipe.model.name, args, train_dataset=rows, eval_dataset=evaluation, processing_class=tokenizer
@@ -184,10 +218,12 @@ def adapt_heads(recipe: Recipe, tokenizer: Any) -> Path:
     show_progress(trainer, "adapt")
     run(trainer, checkpoint=last_checkpoint(folder))
     metrics = evaluated(trainer) if evaluation is not None else {}
-    about = {"data": {"task": recipe.data.train, "rows": len(rows or ())}}
+    about: dict[str, Any] = {"data": {"task": file_name(str(recipe.data.train)), "rows": len(rows or ())}}
     about["adapted_from"] = describe_heads(source)["weights_sha256"]
     trainer.export(target, about={"command": _command(), **about})
     record(recipe, {"stage": "adapt", "rows": len(rows or ()), "metrics": metrics})
+    del trainer
+    gc.collect()  # a trainer is part of cycles, and would keep its base beside stage 2's
     return target
 
 
@@ -199,7 +235,10 @@ def finetune(recipe: Recipe) -> Path:
     args = stage_two_config(recipe, Path(recipe.output, "train"))
     adapter, rounding = lora_config(recipe), quantization(recipe)
     if recipe.adapt is not None and recipe.loss.weight > 0:
-        adapt_heads(recipe, tokenizer)
+        adapt_heads(recipe)
+        args = stage_two_config(
+            recipe, Path(recipe.output, "train")
+        )  # again: accelerate's state is now the adaptation's
     sources = {"train": recipe.data.train, "eval": recipe.data.eval}
     files = {**sources, "heads": args.heads and Path(args.heads, "heads.json")}
     if is_begun(recipe, "train"):
@@ -248,6 +287,9 @@ def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
     export_model(
         model, target, load_tokenizer(recipe), base_name=recipe.model.name, base_revision=recipe.model.revision
     )
+    steps = int(Path(source).name.rpartition("-")[2])
+    description = describe_heads(heads) if heads is not None else None
+    write_model_card(target, recipe.model.name, stage_two_config(recipe, folder), steps, heads=description)
     record(recipe, {"stage": "export", "checkpoint": Path(source).name})
     return target
 
@@ -282,8 +324,9 @@ def preview(recipe: Recipe, count: int = 3) -> Iterator[tuple[list[str], list[bo
 
 
 def _command() -> str:
-    """The command line, without the folder that the program lies in."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command line, without the folder that the program lies in and without addresses of servers, which may hold keys."""
+    words = [word for word in sys.argv[1:] if not word.startswith("labels.server.")]
+    return shlex.join([Path(sys.argv[0]).name, *words])
 
 
 def evaluated(trainer: CAFTTrainer) -> dict[str, float]:

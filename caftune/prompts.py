@@ -25,7 +25,8 @@ class Prompt:
 class Conversation:
     """One row: a text, or messages in which the model writes the assistant's turns anew, one after another.
 
-    An assistant turn that calls tools stays as it is, for what the tools returned stands behind it.
+    An assistant turn that calls tools stays as it is, for what the tools returned stands behind it; so does one before the
+    user has said anything.
     """
 
     text: str = ""
@@ -37,8 +38,11 @@ class Conversation:
         """Where the model speaks: message indices, ending with the end of the messages where nobody has answered yet."""
         if self.messages is None:
             return [0]
+        asked = next((i for i, message in enumerate(self.messages) if message["role"] == "user"), len(self.messages))
         spoken = [
-            i for i, message in enumerate(self.messages) if message["role"] == "assistant" and not _calls_tools(message)
+            i
+            for i, message in enumerate(self.messages)
+            if i > asked and message["role"] == "assistant" and not _calls_tools(message)
         ]
         is_open = not self.messages or self.messages[-1]["role"] != "assistant"
         return [*spoken, len(self.messages)] if is_open else spoken
@@ -85,9 +89,9 @@ def refuse_messages_without_template(tokenizer: Any) -> None:
         )
 
 
-def refuse_long_prompts(prompts: Sequence[Prompt], room: int) -> None:
+def refuse_long_prompts(prompts: Mapping[int, Prompt], room: int) -> None:
     """Raise DataError where a prompt is longer than the `room` that max_new_tokens leaves in the model's context."""
-    long = [number for number, prompt in enumerate(prompts) if len(prompt.ids) > room]
+    long = [row for row, prompt in prompts.items() if len(prompt.ids) > room]
     if long:
         named = ", ".join(map(str, long[:_NAMED_ROWS])) + (", ..." if len(long) > _NAMED_ROWS else "")
         raise DataError(

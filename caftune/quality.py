@@ -17,10 +17,11 @@ import torch
 from datasets import Dataset
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import GenerationConfig
 
 from caftune.backbone import Backbone, evaluating
 from caftune.cross_entropy import Unembedding, in_full, row_chunks
-from caftune.generation import answer_in_batches
+from caftune.generation import answer_in_batches, until_end
 from caftune.heads import AuxiliaryHeads, autocast_like
 from caftune.objective import IGNORED, horizon_targets
 
@@ -29,11 +30,18 @@ _TOP = 5
 
 
 def measure_heads(
-    backbone: Backbone, heads: AuxiliaryHeads, rows: Dataset, *, positions: int = 512, seed: int = 0
+    backbone: Backbone,
+    heads: AuxiliaryHeads,
+    rows: Dataset,
+    *,
+    eos: Sequence[int] | None = None,
+    positions: int = 512,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Measure `heads` on `rows` (input_ids and labels): see the head of this file.
 
     Args:
+        eos: tokens that end a continuation; None: the model's own.
         positions: from how many places of the text the model continues by itself.
         seed: draws these places.
 
@@ -46,7 +54,7 @@ def measure_heads(
     places = _draw_places(rows, positions, seed, reach=heads.config.horizons[-1])
     with torch.inference_mode(), evaluating(backbone.model), evaluating(heads), evaluating(untrained):
         sums, guesses = _read(backbone, kinds, rows, places)
-        own = _continue(backbone.model, rows, places, heads.config.horizons[-1])
+        own = _continue(backbone.model, rows, places, heads.config.horizons[-1], eos)
     report: dict[str, Any] = {"targets": {}, "positions": len(places)}
     for horizon in heads.config.horizons:
         report["targets"][str(horizon)] = int(sums["trunk", horizon][0])
@@ -129,14 +137,12 @@ def _total(scores: Float[Tensor, "rows three"]) -> Float[Tensor, " four"]:
     return torch.cat([torch.tensor([len(scores)]).double(), scores.sum(0).cpu()])
 
 
-def _continue(model: Any, rows: Dataset, places: Sequence[tuple[int, int]], count: int) -> list[list[int]]:
+def _continue(
+    model: Any, rows: Dataset, places: Sequence[tuple[int, int]], count: int, eos: Sequence[int] | None
+) -> list[list[int]]:
     """The `count` tokens that the model writes by itself, greedily, after each place, or fewer where it ends."""
-    from transformers import GenerationConfig
-
-    from caftune.generation import until_end
-
-    eos = model.generation_config.eos_token_id
-    ends = {eos} if isinstance(eos, int) else set(eos or ())
+    own = model.generation_config.eos_token_id
+    ends = set(eos if eos is not None else [own] if isinstance(own, int) else own or ())
     greedy = GenerationConfig(
         max_new_tokens=count, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=min(ends, default=0)
     )

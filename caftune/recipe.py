@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 # Options of CAFTConfig that the recipe sets elsewhere.
@@ -74,7 +74,19 @@ class ServerSection(_Section):
     key_variable: str = Field("OPENAI_API_KEY", description="The environment variable that holds the API key.")
 
 
-class LabelsSection(_Section):
+class AnswersSection(_Section):
+    """How answers are drawn from a model, and where it runs."""
+
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: all tokens.")
+    backend: Literal["transformers", "vllm", "server"] = "transformers"
+    batching: Literal["auto", "continuous", "static"] = Field("auto", description="Of the transformers backend.")
+    batch_size: int = Field(64, gt=0)
+    vllm: dict[str, Any] = Field({}, description="Arguments of vllm.LLM, such as tensor_parallel_size.")
+    server: ServerSection = ServerSection()
+
+
+class LabelsSection(AnswersSection):
     """Self-generated answers, the training data of the heads."""
 
     prompts: str | None = Field(None, description="A file or hub id with the prompts to answer.")
@@ -83,17 +95,10 @@ class LabelsSection(_Section):
     skip_long_prompts: bool = Field(False, description="Leave out prompts that max_new_tokens leaves no room for.")
     max_new_tokens: int = Field(256, gt=0)
     temperature: float = Field(0.7, ge=0, description="0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0: all tokens.")
     system: str | None = Field(None, description="A system message for conversations that have none.")
     keep_truncated: bool = Field(False, description="Train on answers that max_new_tokens cut off, too.")
     skip_failed: bool = Field(False, description="Do without the prompts that the server gave no answer to.")
     cache: str | None = Field(None, description="The file that keeps the answers. None: in the run folder.")
-    backend: Literal["transformers", "vllm", "server"] = "transformers"
-    batching: Literal["auto", "continuous", "static"] = Field("auto", description="Of the transformers backend.")
-    batch_size: int = Field(64, gt=0)
-    vllm: dict[str, Any] = Field({}, description="Arguments of vllm.LLM, such as tensor_parallel_size.")
-    server: ServerSection = ServerSection()
 
 
 class HeadsSection(_Section):
@@ -113,6 +118,12 @@ class HeadsSection(_Section):
     learning_rate: float | None = Field(None, gt=0, description="Theirs in stage 2. None: trainer.learning_rate.")
     max_grad_norm: float | None = Field(None, gt=0, description="Theirs in stage 2. None: trainer.max_grad_norm.")
     held_out: float = Field(0.1, gt=0, lt=1, description="Share of the labels kept for evaluating the heads.")
+
+    @model_validator(mode="after")
+    def _needs_targets(self) -> "HeadsSection":
+        if self.top_k is not None and self.targets != "model":
+            raise ValueError("given without top_k, or with targets: model")
+        return self
 
 
 class LossSection(_Section):
@@ -134,6 +145,19 @@ class DataSection(_Section):
     limit: int | None = Field(None, gt=0, description="Use the first so many rows.")
 
 
+class EvalSection(AnswersSection):
+    """Tasks, their data, and how the model answers."""
+
+    tasks: list[str] = Field([], description="Names of tasks.")
+    data: dict[str, str] = Field({}, description="A task's name: the file or hub id with its rows.")
+    columns: dict[str, str] = Field({}, description="The data set's name of a column: the file's name.")
+    limit: int | None = Field(None, gt=0, description="Use the first so many rows.")
+    model: str | None = Field(None, description="`base`, a folder or a hub id. None: the model/ of the run.")
+    runs: int = Field(1, gt=0, description="Independent runs, with the seeds seed, seed + 1, ...")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
+    max_new_tokens: int | None = Field(None, gt=0, description="None: what the task needs.")
+
+
 class Recipe(_Section):
     """Everything a run needs."""
 
@@ -150,6 +174,7 @@ class Recipe(_Section):
         description="Train the heads on data.train for an epoch before stage 2: options of CAFTConfig. None: do not.",
     )
     trainer: dict[str, Any] = Field({}, description="Stage 2 options of CAFTConfig.")
+    eval: EvalSection = EvalSection()
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

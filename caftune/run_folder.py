@@ -22,7 +22,7 @@ _DEPENDS_ON: dict[str, Sequence[str]] = {
         *("seed", "model.name", "model.revision", "heads", "loss.decay", "pretrain"),
         *("labels.keep_truncated", "labels.columns", "labels.limit"),
     ),
-    "adapt": ("seed", "model.name", "model.revision", "heads", "loss.decay", "data", "adapt"),
+    "adapt": ("seed", "model.name", "model.revision", "heads.path", "heads.force", "loss.decay", "data", "adapt"),
     "train": ("seed", "model", "heads", "loss", "data", "adapt", "trainer"),
 }
 
@@ -69,7 +69,8 @@ def _heads_used(description: str | Path | None) -> dict[str, Any]:
 def is_begun(recipe: Recipe, stage: str) -> bool:
     """Whether something was done in the folder of a stage: a checkpoint, or its result."""
     folder = Path(recipe.output, stage)
-    return (folder / "recipe.yaml").is_file() and (is_done(recipe, stage) or any(folder.glob("checkpoint-*")))
+    work = any(folder.glob("checkpoint-*")) or (folder / "heads").is_dir()
+    return (folder / "recipe.yaml").is_file() and (is_done(recipe, stage) or work)
 
 
 def is_done(recipe: Recipe, stage: str) -> bool:

@@ -1,13 +1,16 @@
 """Sampling answers from a server with an OpenAI-compatible interface: vLLM, SGLang, `transformers serve`, any other.
 
-Servers differ in what they understand; the first prompt is tried in each *dialect* until one is accepted:
+Servers differ in what they understand; a word is sent in each *dialect* until one is accepted:
 
     tokens        prompts as token ids, answers with token ids where the server gives them (vLLM, SGLang): nothing is lost
-    transformers  text or messages, and transformers' own generation settings (`transformers serve`); only for servers that
-                  refuse fields they do not know, since one that overlooked the settings would draw otherwise than asked
-    plain         text or messages and OpenAI's own fields
+    transformers  text, and transformers' own generation settings (`transformers serve`); only for servers that refuse fields
+                  they do not know, since one that overlooked the settings would draw otherwise than asked
+    plain         text, and OpenAI's own fields
+    chat          messages, and OpenAI's own fields, for servers that take nothing else
 
-Answers that come as text are tokenized here, after their prompt, as the text that follows it.
+Conversations go as text too, rendered here, where the server's tokenizer will make the same tokens of it: what a chat
+endpoint makes of an answer (a thinking part set aside, tool calls) is not what the model wrote. Answers that come as text are
+tokenized here, after their prompt, as the text that follows it.
 """
 
 import json
@@ -17,16 +20,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from caftune.generation import Answer, Backend, Failure, Sampling, until_end
-from caftune.prompts import Prompt
+from caftune.prompts import Conversation, Prompt
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-DIALECTS = ("tokens", "transformers", "plain")
-_REFUSED = (400, 404, 405, 415, 422, 501)  # what servers answer to a request they do not understand
+DIALECTS = ("tokens", "transformers", "plain", "chat")
+# What servers answer to a request they do not understand, and to one for an address they do not have.
+_REFUSED, _ABSENT = (400, 415, 422), (404, 405, 501)
 
 
 class ServerError(ValueError):
@@ -61,31 +65,24 @@ def server_backend(server: Server, tokenizer: Any, sampling: Sampling, eos: Sequ
     """A backend that asks `server`. A prompt that is given up after its retries is a `Failure`; the others go on.
 
     Raises:
-        ServerError: the openai package is missing, or (at the first prompt) the server is not there or refuses to answer.
+        ServerError: the openai package is missing, or (before the first prompt) the server is not there or refuses to answer.
     """
     client = _client(server)
     dialect: str | None = None
 
-    def answer(prompts: Sequence[Prompt], seed: int) -> Iterator[tuple[int, Answer | Failure]]:
+    def answer(prompts: Sequence[Prompt], seeds: Sequence[int]) -> Iterator[tuple[int, Answer | Failure]]:
         nonlocal dialect
+        import openai
 
         def ask(index: int) -> Answer | Failure:
-            import openai
-
             try:
-                return _ask(client, server, str(dialect), prompts[index], tokenizer, sampling, eos, seed + index)
+                return _ask(client, server, str(dialect), prompts[index], tokenizer, sampling, eos, seeds[index])
             except openai.OpenAIError as error:
                 return Failure(_reason(error))
 
-        if not prompts:
-            return
-        if dialect is None:
-            dialect, first = _first_answer(client, server, prompts[0], tokenizer, sampling, eos, seed)
-            yield 0, first
-            rest = range(1, len(prompts))
-        else:
-            rest = range(len(prompts))
-        yield from _in_parallel(ask, rest, server.concurrency)
+        if dialect is None and prompts:
+            dialect = _dialect(client, server, prompts[0], tokenizer, sampling, eos)
+        yield from _in_parallel(ask, range(len(prompts)), server.concurrency)
 
     return answer
 
@@ -123,20 +120,25 @@ def _pace(requests_per_minute: float | None) -> Callable[[Any], None] | None:
     return wait_for_turn
 
 
-def _first_answer(
-    client: "OpenAI", server: Server, prompt: Prompt, tokenizer: Any, sampling: Sampling, eos: Sequence[int], seed: int
-) -> tuple[str, Answer]:
-    """The first dialect that the server accepts, and its answer in it."""
+def _dialect(
+    client: "OpenAI", server: Server, prompt: Prompt, tokenizer: Any, sampling: Sampling, eos: Sequence[int]
+) -> str:
+    """The first dialect in which the server answers one word, asked as `prompt` is: as a text or in a conversation."""
     import openai
 
+    word = Conversation("a") if prompt.messages is None else Conversation(messages=[{"role": "user", "content": "a"}])
+    asked, short = word.prompt(0, [], tokenizer), replace(sampling, max_new_tokens=1)
     refusal = ""
     for dialect in DIALECTS:
         try:
-            if dialect == "transformers" and _overlooks_fields(client, server):
+            if dialect == "chat" and prompt.messages is None:
                 continue
-            return dialect, _ask(client, server, dialect, prompt, tokenizer, sampling, eos, seed)
+            if dialect == "transformers" and not _refuses_unknown_fields(client, server):
+                continue
+            _ask(client, server, dialect, asked, tokenizer, short, eos, 0)
+            return dialect
         except openai.APIStatusError as error:
-            if error.status_code not in _REFUSED:
+            if error.status_code not in _REFUSED + _ABSENT:
                 raise ServerError(
                     f"{server.url} refuses to answer: {_reason(error)}. {_remedy(error, server)}"
                 ) from error
@@ -151,17 +153,17 @@ def _first_answer(
     )
 
 
-def _overlooks_fields(client: "OpenAI", server: Server) -> bool:
-    """Whether the server answers a request with a field that nobody knows."""
+def _refuses_unknown_fields(client: "OpenAI", server: Server) -> bool:
+    """Whether the server refuses a request with a field that nobody knows."""
     import openai
 
     try:
         client.completions.create(model=server.model, prompt="a", max_tokens=1, extra_body={"caftune_unknown": 1})
     except openai.APIStatusError as error:
-        if error.status_code in _REFUSED:
-            return False
+        if error.status_code in _REFUSED + _ABSENT:
+            return error.status_code in _REFUSED
         raise
-    return True
+    return False
 
 
 def _remedy(error: Any, server: Server) -> str:
@@ -200,29 +202,37 @@ def _ask(
         if ids:
             return _closed(list(ids), choice.finish_reason, eos, exact=True)
         return _from_text(choice.text, choice.finish_reason, None, prompt, tokenizer, eos)
-    if dialect == "plain":
+    if dialect != "transformers":
         if sampling.top_k:
             raise ServerError(
                 f"labels.top_k must be 0 with {server.url}, which knows only OpenAI's own fields, got {sampling.top_k}."
             )
-        return _from_text(*_ask_for_text(client, prompt, common, {}), prompt, tokenizer, eos)
+        reply = _ask_for_text(client, prompt, tokenizer, common, {}, as_chat=dialect == "chat")
+        return _from_text(*reply, prompt, tokenizer, eos)
     # transformers 5.23 says "length" of an answer that ended with the last token it was allowed: it is given one more.
     longer = replace(sampling, max_new_tokens=sampling.max_new_tokens + 1)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     settings = json.dumps(longer.generation_config(eos, pad).to_diff_dict())
     common["max_tokens"] = longer.max_new_tokens
-    text, finish, count = _ask_for_text(client, prompt, common, {"generation_config": settings})
+    text, finish, count = _ask_for_text(client, prompt, tokenizer, common, {"generation_config": settings})
     found = _from_text(text, finish, count, prompt, tokenizer, eos)
     is_whole = finish == "stop" and len(found.ids) <= sampling.max_new_tokens
     return found if is_whole else replace(found, ids=found.ids[: sampling.max_new_tokens], finish="length")
 
 
 def _ask_for_text(
-    client: "OpenAI", prompt: Prompt, common: dict[str, Any], more: dict[str, Any]
+    client: "OpenAI",
+    prompt: Prompt,
+    tokenizer: Any,
+    common: dict[str, Any],
+    more: dict[str, Any],
+    *,
+    as_chat: bool = False,
 ) -> tuple[str, str, int | None]:
     """The answer's text, why it ended, and its number of tokens where the server says it."""
-    if prompt.messages is None:
-        reply = client.completions.create(prompt=str(prompt.text), extra_body=more, **common)
+    written = None if as_chat else _as_text(prompt, tokenizer)
+    if written is not None:
+        reply = client.completions.create(prompt=written, extra_body=more, **common)
         choice = _only(reply)
         return choice.text, choice.finish_reason, reply.usage.completion_tokens if reply.usage else None
     options = dict(prompt.options)
@@ -234,7 +244,29 @@ def _ask_for_text(
     messages: Any = prompt.messages
     talk = client.chat.completions.create(messages=messages, extra_body=more, **common)
     choice = _only(talk)
+    _refuse_parsed(choice.message)
     return choice.message.content or "", choice.finish_reason, talk.usage.completion_tokens if talk.usage else None
+
+
+def _as_text(prompt: Prompt, tokenizer: Any) -> str | None:
+    """A text that a server's tokenizer makes these very tokens of (it adds BOS itself); None where there is none."""
+    if prompt.text is not None:
+        return prompt.text
+    rendered = _rendered(prompt, tokenizer)
+    bare = rendered.removeprefix(tokenizer.bos_token or "")
+    return next((text for text in (bare, rendered) if tokenizer(text)["input_ids"] == prompt.ids), None)
+
+
+def _refuse_parsed(message: Any) -> None:
+    """A chat endpoint that has taken an answer apart no longer has what the model wrote."""
+    import openai
+
+    extra = message.model_extra or {}
+    parts = [
+        name for name in ("tool_calls", "reasoning_content", "reasoning") if getattr(message, name, extra.get(name))
+    ]
+    if parts:
+        raise openai.OpenAIError(f"the server set {' and '.join(parts)} apart from the answer; switch its parsers off")
 
 
 def _only(reply: Any) -> Any:
@@ -265,7 +297,17 @@ def _from_text(text: str, finish: str, count: int | None, prompt: Prompt, tokeni
     found = found or [tokenizer(text, add_special_tokens=False)["input_ids"]]
     wanted = None if count is None else count - (finish == "stop")
     ids = next((ids for ids in found if len(ids) == wanted), found[0])
-    return _closed(ids, finish, eos, exact=False)
+    return _closed(ids, finish, _ends_of(prompt, tokenizer, eos), exact=False)
+
+
+def _ends_of(prompt: Prompt, tokenizer: Any, eos: Sequence[int]) -> Sequence[int]:
+    """The end-of-text tokens, first the one that ends an answer to this prompt: a conversation's template writes it."""
+    if prompt.messages is None or len(eos) < 2:
+        return eos
+    answered = [*prompt.messages, {"role": "assistant", "content": "a"}]
+    ids = tokenizer.apply_chat_template(answered, return_dict=True, **prompt.options)["input_ids"]
+    first = next((token for token in ids[len(prompt.ids) :] if token in eos), eos[0])
+    return [first, *(token for token in eos if token != first)]
 
 
 def _rendered(prompt: Prompt, tokenizer: Any) -> str:
@@ -273,12 +315,19 @@ def _rendered(prompt: Prompt, tokenizer: Any) -> str:
 
 
 def _closed(ids: list[int], finish: str | None, eos: Sequence[int], *, exact: bool) -> Answer:
-    """The answer up to its end-of-text token, which servers leave out of a text."""
+    """The answer up to its end-of-text token, which servers leave out of a text.
+
+    Raises:
+        OpenAIError: it ended in another way (a content filter, say): not as the model would have it.
+    """
+    import openai
+
     found = until_end(ids, set(eos))
     if found.finish == "stop":
         return Answer(found.ids, "stop", exact)
-    reason: Literal["stop", "length"] = "length" if finish == "length" else "stop"
-    return Answer([*ids, eos[0]] if reason == "stop" and eos else ids, reason, exact)
+    if finish not in ("stop", "length"):
+        raise openai.OpenAIError(f"the server ended the answer with {finish!r}")
+    return Answer([*ids, eos[0]] if finish == "stop" and eos else ids, cast(Literal["stop", "length"], finish), exact)
 
 
 def _in_parallel(

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
 
-from caftune.cards import heads_card
+from caftune.cards import heads_card, read_quality
 from caftune.checkpoint import HUB_ERRORS, SHARED_FILES, HeadsError, find_heads, hub_reason, read_heads
 
 
@@ -27,7 +27,8 @@ def push_heads(
     read_heads(source)  # checks that the file is whole
     api = HfApi(library_name="caftune")
     with TemporaryDirectory() as staged:
-        for file in SHARED_FILES:
+        measured = read_quality(source) is not None
+        for file in SHARED_FILES if measured else SHARED_FILES[:2]:
             if (source / file).is_file():
                 shutil.copy(source / file, staged)
         Path(staged, "README.md").write_text(heads_card(source, name, licence=licence), encoding="utf-8")
@@ -36,7 +37,11 @@ def push_heads(
             if revision is not None:
                 api.create_branch(name, branch=revision, exist_ok=True)
             commit = api.upload_folder(
-                repo_id=name, folder_path=staged, revision=revision, commit_message="Auxiliary heads by caftune"
+                repo_id=name,
+                folder_path=staged,
+                revision=revision,
+                commit_message="Auxiliary heads by caftune",
+                delete_patterns=list(SHARED_FILES),  # a report of the heads that were there before
             )
         except HUB_ERRORS as error:
             raise HeadsError(

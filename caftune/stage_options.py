@@ -1,6 +1,5 @@
 """From a recipe to what the trainer is given: the options of each stage, the adapter, the quantisation, the tokenizer."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,10 +9,15 @@ from transformers.utils import is_bitsandbytes_available
 from caftune.checkpoint import describe_heads, find_heads
 from caftune.config import CAFTConfig
 from caftune.generation import Backend, Sampling, end_tokens, transformers_backend, vllm_backend
-from caftune.recipe import Recipe, RecipeError, trainer_config
+from caftune.recipe import AnswersSection, Recipe, RecipeError, trainer_config
 from caftune.server import Server, server_backend
 
 _DEFAULT_LENGTH = 1024
+# Options that say which tokens of a row are trained on, and what the model is.
+_ROW_OPTIONS = (
+    *("assistant_only_loss", "completion_only_loss", "chat_template_path", "eos_token", "pad_token", "truncation_mode"),
+    *("dataset_text_field", "dataset_kwargs", "model_init_kwargs", "trust_remote_code"),
+)
 
 
 def stage_one_config(recipe: Recipe, folder: Path) -> CAFTConfig:
@@ -66,8 +70,8 @@ def stage_two_heads(recipe: Recipe) -> Path | None:
 
 
 def adapted_heads(recipe: Recipe) -> Path:
-    """Where `caftune train` puts heads that it has adapted to the task."""
-    return Path(recipe.output, "adapted-heads")
+    """Where heads are that were adapted to the task."""
+    return Path(recipe.output, "adapt", "heads")
 
 
 def pretrained_heads(recipe: Recipe) -> Path:
@@ -86,6 +90,12 @@ def pretrained_heads(recipe: Recipe) -> Path:
             f"{heads} is missing. Run `caftune pretrain-heads` first, name other heads in heads.path, or set loss.weight=0."
         )
     return heads
+
+
+def with_inherited_options(recipe: Recipe) -> Recipe:
+    """The recipe with what stage 2 says of rows and tokens in `adapt` too, so that heads are adapted to what it trains on."""
+    inherited = {name: recipe.trainer[name] for name in _ROW_OPTIONS if name in recipe.trainer}
+    return recipe.model_copy(update={"adapt": {**inherited, **(recipe.adapt or {})}})
 
 
 def adapt_config(recipe: Recipe, folder: Path, heads: Path) -> CAFTConfig:
@@ -169,52 +179,65 @@ def quantization(recipe: Recipe) -> Any:
     )
 
 
-def context_length(recipe: Recipe) -> int | None:
-    """The base's context in tokens, None where its configuration names none."""
-    config = AutoConfig.from_pretrained(recipe.model.name, revision=recipe.model.revision or "main")
+def context_length(recipe: Recipe, name: str | None = None) -> int | None:
+    """The context of the base (or another model) in tokens, None where its configuration names none."""
+    config = AutoConfig.from_pretrained(name or recipe.model.name, revision=_revision(recipe, name))
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_tokenizer(recipe: Recipe) -> Any:
-    """The base's tokenizer."""
-    _refuse_missing_model(recipe)
-    return AutoTokenizer.from_pretrained(recipe.model.name, revision=recipe.model.revision or "main")
+def load_tokenizer(recipe: Recipe, name: str | None = None) -> Any:
+    """The tokenizer of the base (or another model)."""
+    _refuse_missing_model(name or recipe.model.name)
+    return AutoTokenizer.from_pretrained(name or recipe.model.name, revision=_revision(recipe, name))
 
 
-def load_model(recipe: Recipe) -> Any:
-    """The base model, in the dtype it was published in, on the GPU where there is one."""
+def load_model(recipe: Recipe, name: str | None = None) -> Any:
+    """The base (or another model), in the dtype it was published in, on the GPU where there is one."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    revision = recipe.model.revision or "main"
-    model: Any = AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype="auto", revision=revision)
+    options = {"dtype": "auto", "revision": _revision(recipe, name)}
+    model: Any = AutoModelForCausalLM.from_pretrained(name or recipe.model.name, **options)
     return model.to(device).eval()
 
 
-def label_backend(recipe: Recipe, tokenizer: Any) -> Backend:
-    """What answers the prompts: labels.backend with its settings."""
-    labels = recipe.labels
-    sampling = Sampling(**labels.model_dump(include={field.name for field in fields(Sampling)}))
-    if labels.backend == "transformers":
+def answer_backend(
+    recipe: Recipe, section: AnswersSection, tokenizer: Any, sampling: Sampling, *, name: str | None = None
+) -> Backend:
+    """What answers prompts with the base (or another model): the section's backend with its settings."""
+    if section.backend == "transformers":
+        model = load_model(recipe, name)
         return transformers_backend(
-            load_model(recipe), tokenizer, sampling, batching=labels.batching, batch_size=labels.batch_size
+            model, tokenizer, sampling, batching=section.batching, batch_size=section.batch_size
         )
-    eos = end_tokens(_generation_config(recipe), tokenizer)
-    if labels.backend == "vllm":
-        return vllm_backend(recipe.model.name, recipe.model.revision, sampling, eos, labels.vllm)
-    server = Server(**{**labels.server.model_dump(), "model": labels.server.model or recipe.model.name})
+    model_name, revision = name or recipe.model.name, _revision(recipe, name)
+    eos = end_tokens(_generation_config(model_name, revision), tokenizer)
+    if section.backend == "vllm":
+        return vllm_backend(model_name, revision, sampling, eos, section.vllm)
+    server = Server(**{**section.server.model_dump(), "model": section.server.model or model_name})
     return server_backend(server, tokenizer, sampling, eos)
 
 
-def _generation_config(recipe: Recipe) -> GenerationConfig:
-    revision = recipe.model.revision or "main"
+def who_answers(section: AnswersSection) -> str:
+    """What tells the answers of one backend from those of another, beyond the model: empty where nothing does."""
+    if section.backend == "server":
+        return section.server.model or ""
+    engine = {name: section.vllm[name] for name in ("model", "quantization", "dtype") if name in section.vllm}
+    return str(engine) if engine and section.backend == "vllm" else ""
+
+
+def _revision(recipe: Recipe, name: str | None) -> str:
+    """The recipe's revision is the base's; other models are taken as they are."""
+    return recipe.model.revision or "main" if name in (None, recipe.model.name) else "main"
+
+
+def _generation_config(name: str, revision: str) -> GenerationConfig:
     try:
-        return GenerationConfig.from_pretrained(recipe.model.name, revision=revision)
+        return GenerationConfig.from_pretrained(name, revision=revision)
     except OSError:  # older models have none: it is part of their configuration
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(recipe.model.name, revision=revision))
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, revision=revision))
 
 
-def _refuse_missing_model(recipe: Recipe) -> None:
-    name = recipe.model.name
+def _refuse_missing_model(name: str) -> None:
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name, "config.json").is_file():
         raise RecipeError(f"model.name must be a folder with a config.json or a hub id, and {name} is no such folder.")

@@ -4,8 +4,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import Dataset
 
+from caftune.checkpoint import file_name
 from caftune.config import CAFTConfig
 from caftune.data import DataError, load_rows
 from caftune.labels import label_dataset, read_labels
@@ -21,12 +23,12 @@ def head_source(recipe: Recipe) -> str:
 
 
 def describe_head_source(recipe: Recipe, rows: Dataset) -> dict[str, Any]:
-    """What stage 1 was trained on, for the record."""
+    """What stage 1 was trained on, for the record: the labels as they were made."""
     if recipe.heads.text is not None:
-        return {"text": recipe.heads.text, "rows": len(rows)}
-    labels = recipe.labels
-    drawn = {name: getattr(labels, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
-    return {"answers of the base to": labels.prompts, "answers": len(rows), **drawn}
+        return {"text": file_name(recipe.heads.text), "rows": len(rows)}
+    kept = yaml.safe_load(Path(recipe.output, "labels", "recipe.yaml").read_text(encoding="utf-8"))["labels"]
+    drawn = {name: kept[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
+    return {"answers of the base to": file_name(str(kept["prompts"])), "answers": len(rows), **drawn}
 
 
 def head_rows(recipe: Recipe, args: CAFTConfig) -> tuple[Dataset, Dataset]:

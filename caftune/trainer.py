@@ -149,8 +149,9 @@ class CAFTTrainer(SFTTrainer):
         return native
 
     def _write_card(self, folder: Path) -> None:
-        base = str(self.model.config._name_or_path)
-        write_model_card(folder, base, self.args, self.state.global_step, heads=self._start.description)
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        steps = best or self.state.global_step
+        write_model_card(folder, self._base[0], self.args, steps, heads=self._start.description)
 
     def _export_whole(self, folder: Path) -> list[str]:
         name, revision = self._base

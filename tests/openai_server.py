@@ -25,6 +25,8 @@ class Replies:
         decode: token ids -> text.
         gives_ids: take prompts as token ids and give the answer's; False: text alone, unknown fields are refused or ignored.
         refuses: fields that get a 400, as strict servers do.
+        finish: what is said of why an answer ended; None: the truth.
+        parts: of a chat message, beside its content.
         faults: for each request in turn a status, DROP (the connection), SLOW (a second), EMPTY (status 200 without an answer)
             or None for an answer; after the last, answers.
     """
@@ -35,6 +37,8 @@ class Replies:
     gives_ids: bool = True
     refuses: tuple[str, ...] = ()
     faults: list[Any] = field(default_factory=list)
+    finish: str | None = None
+    parts: dict[str, Any] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     at_once: int = 0
@@ -104,9 +108,10 @@ class Handler(BaseHTTPRequestHandler):
 def _answer(replies: Replies, body: dict[str, Any]) -> dict[str, Any]:
     ids = replies.answer(body["messages"] if "messages" in body else body["prompt"])[: body["max_tokens"]]
     text = replies.decode([token for token in ids if token != replies.eos])
-    choice: dict[str, Any] = {"index": 0, "finish_reason": "stop" if ids[-1] == replies.eos else "length", "text": text}
+    finish = replies.finish or ("stop" if ids[-1] == replies.eos else "length")
+    choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "text": text}
     if "messages" in body:
-        choice["message"] = {"role": "assistant", "content": text}
+        choice["message"] = {"role": "assistant", "content": text, **replies.parts}
     if body.get("return_token_ids") and replies.gives_ids:
         choice["token_ids"] = ids
     usage = {"prompt_tokens": 1, "completion_tokens": len(ids), "total_tokens": 1 + len(ids)}

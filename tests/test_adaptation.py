@@ -16,7 +16,7 @@ from caftune.checkpoint import file_sha256, write_json
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.recipe import Recipe, RecipeError
-from caftune.stage_options import load_tokenizer
+from caftune.stage_options import with_inherited_options
 
 # 24 rows in batches of 8: an epoch has three steps.
 FAST = {"per_device_train_batch_size": 8, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 1}
@@ -85,7 +85,7 @@ def trained_states(output, stage):
 
 
 def test_adaptation_changes_every_weight_matrix_of_the_heads(finished):
-    before, after = (load_file(finished / name / "heads.safetensors") for name in ("heads", "run/adapted-heads"))
+    before, after = (load_file(finished / name / "heads.safetensors") for name in ("heads", "run/adapt/heads"))
     assert before.keys() == after.keys()
     assert not [name for name in before if torch.equal(before[name], after[name])]
 
@@ -93,7 +93,7 @@ def test_adaptation_changes_every_weight_matrix_of_the_heads(finished):
 def test_adapted_heads_have_a_lower_loss_on_the_tasks_rows_at_every_horizon(finished, tmp_path):
     lines = (finished / "data.jsonl").read_text().splitlines()
     rows, found = Dataset.from_list([json.loads(line) for line in lines]), []
-    for folder in ("heads", "run/adapted-heads"):
+    for folder in ("heads", "run/adapt/heads"):
         args = config(tmp_path, pretrain_heads=True, heads=str(finished / folder))
         found.append(CAFTTrainer(str(BASE), args, train_dataset=rows, eval_dataset=rows).evaluate())
     for name in ("eval_loss", "eval_h2_loss", "eval_h3_loss", "eval_h4_loss"):
@@ -105,7 +105,7 @@ def test_adaptation_leaves_the_pretrained_heads_as_they_were(finished, heads):
 
 
 def test_adapted_heads_say_from_which_heads_and_on_which_rows_they_were_made(finished):
-    training = read(finished, "run", "adapted-heads", "heads.json")["training"]
+    training = read(finished, "run", "adapt", "heads", "heads.json")["training"]
     assert training["adapted_from"] == fingerprint(finished / "heads")
     assert "data.jsonl" in str(training["data"])
     assert (training["steps"], training["learning_rate"]) == (6, 3e-3)
@@ -119,7 +119,7 @@ def test_adaptation_is_a_stage_with_a_record_of_what_it_began_with(finished):
     assert results(finished / "run")["adapt"]["rows"] == 24
 
 
-@pytest.mark.parametrize(("run", "source"), [("run", "run/adapted-heads"), ("plain", "heads")])
+@pytest.mark.parametrize(("run", "source"), [("run", "run/adapt/heads"), ("plain", "heads")])
 def test_stage_two_records_the_heads_it_starts_from(finished, run, source):
     record = read(finished, run, "train", "provenance.json")["heads"]
     assert record["weights_sha256"] == fingerprint(finished / source)
@@ -127,7 +127,7 @@ def test_stage_two_records_the_heads_it_starts_from(finished, run, source):
     assert Path(record["folder"]) == (finished / source if run == "run" else Path(source))
 
 
-@pytest.mark.parametrize(("run", "source"), [("run", "run/adapted-heads"), ("plain", "heads")])
+@pytest.mark.parametrize(("run", "source"), [("run", "run/adapt/heads"), ("plain", "heads")])
 def test_the_card_of_the_model_names_the_heads_it_was_trained_with(finished, run, source):
     assert fingerprint(finished / source) in (finished / run / "model" / "README.md").read_text()
 
@@ -157,38 +157,53 @@ def test_the_learning_rate_of_adaptation_is_its_own(finished):
 def test_heads_adapt_for_one_epoch_unless_the_recipe_says_otherwise(finished, tmp_path, monkeypatch, options, epochs):
     monkeypatch.chdir(finished)
     recipe = recipe_in(tmp_path, adapt={**FAST, **options})
-    adapted = pipeline.adapt_heads(recipe, load_tokenizer(recipe))
+    adapted = pipeline.adapt_heads(recipe)
     state = trained_states(tmp_path / "run", "adapt")
     assert (state["epoch"], state["global_step"]) == (epochs, 3 * epochs)
     assert read(adapted, "heads.json")["training"]["num_train_epochs"] == epochs
 
 
 def test_a_second_call_does_not_adapt_again(copied):
-    kept = [*(copied / "run" / "adapted-heads").iterdir(), *(copied / "run" / "adapt").rglob("*")]
+    kept = [*(copied / "run" / "adapt").rglob("*")]
     before = {path: path.stat().st_mtime_ns for path in kept}
     pipeline.finetune(recipe_in(copied))
     assert {path: path.stat().st_mtime_ns for path in kept} == before
     assert sorted(results(copied / "run")) == ["adapt", "train"]
 
 
+def test_removing_the_folder_as_the_refusal_says_adapts_anew(copied):
+    before = contents(copied / "run" / "adapt" / "heads")
+    recipe = recipe_in(copied, adapt={**ADAPT, "learning_rate": 1e-2})
+    with pytest.raises(RecipeError, match="Remove .*run/adapt"):
+        pipeline.adapt_heads(recipe)
+    shutil.rmtree(copied / "run" / "adapt")
+    assert contents(pipeline.adapt_heads(recipe)) != before
+
+
+def test_adaptation_trains_on_the_tokens_that_stage_two_trains_on(copied):
+    recipe = recipe_in(copied, trainer={"completion_only_loss": False, "max_steps": 1}, adapt={"max_steps": 2})
+    adapt = with_inherited_options(recipe).adapt
+    assert (adapt["completion_only_loss"], adapt["max_steps"]) == (False, 2)
+
+
 def test_lost_adapted_heads_come_back_from_the_last_checkpoint(copied, capsys):
-    adapted = copied / "run" / "adapted-heads"
+    adapted = copied / "run" / "adapt" / "heads"
     before = contents(adapted)
     shutil.rmtree(adapted)
     recipe = recipe_in(copied)
-    assert pipeline.adapt_heads(recipe, load_tokenizer(recipe)) == adapted
+    assert pipeline.adapt_heads(recipe) == adapted
     assert f"Going on from {copied}/run/adapt/checkpoint-6" in capsys.readouterr().err
     assert contents(adapted) == before
 
 
 def test_an_interrupted_adaptation_goes_on_to_the_same_heads(copied, capsys):
     output = copied / "run"
-    before = load_file(output / "adapted-heads" / "heads.safetensors")
-    shutil.rmtree(output / "adapted-heads")
+    before = load_file(output / "adapt" / "heads" / "heads.safetensors")
+    shutil.rmtree(output / "adapt" / "heads")
     shutil.rmtree(output / "adapt" / "checkpoint-6")  # an epoch is kept, as after a stop in the second
     (output / "results.jsonl").unlink()
     recipe = recipe_in(copied)
-    after = load_file(pipeline.adapt_heads(recipe, load_tokenizer(recipe)) / "heads.safetensors")
+    after = load_file(pipeline.adapt_heads(recipe) / "heads.safetensors")
     assert f"Going on from {output}/adapt/checkpoint-3" in capsys.readouterr().err
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -239,7 +254,7 @@ def test_export_takes_a_run_with_adapted_heads(copied):
 def test_without_auxiliary_losses_no_heads_are_adapted(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(finished)
     pipeline.finetune(recipe_in(tmp_path, loss={"weight": 0}))
-    assert not {"adapt", "adapted-heads"} & {path.name for path in (tmp_path / "run").iterdir()}
+    assert not (tmp_path / "run" / "adapt").exists()
     assert "heads" not in read(tmp_path, "run", "train", "provenance.json")
 
 

@@ -68,9 +68,16 @@ def test_a_report_of_quality_says_how_it_was_measured():
 
 
 def test_the_card_of_measured_heads_holds_the_table(folder):
-    write_json(folder / "quality.json", QUALITY)
-    assert read_quality(folder) == QUALITY
+    quality = {**QUALITY, "weights_sha256": json.loads((folder / "heads.json").read_text())["weights_sha256"]}
+    write_json(folder / "quality.json", quality)
+    assert read_quality(folder) == quality
     assert "\n".join(quality_table(QUALITY)) in card(folder).text
+
+
+def test_a_report_of_other_heads_is_left_out(folder):
+    write_json(folder / "quality.json", {**QUALITY, "weights_sha256": "0" * 64})
+    assert read_quality(folder) is None
+    assert "Quality" not in card(folder).text
 
 
 def test_heads_that_were_never_measured_have_a_card_without_quality(folder):

@@ -40,7 +40,7 @@ def labelled(tokenizer, talks, tmp_path, answer, *, room=256, sampling=GREEDY):
         yield from reversed([(i, answer(item)) for i, item in enumerate(prompts)])  # in another order than asked
 
     cache = AnswerCache(tmp_path / "cache.jsonl", sampling, seed=0, fingerprint="base")
-    return generate_labels(talks, tokenizer, cache, lambda: backend, seed=0, room=room)
+    return generate_labels(talks, tokenizer, cache, lambda: backend, room=room)
 
 
 def shout(tokenizer, end="stop"):
@@ -101,6 +101,17 @@ def test_turns_that_call_tools_stay_as_they_are(tokenizer):
     talk = talks_of(tokenizer, [say("user", "C"), call, say("tool", "7"), say("assistant", "old")])[0]
     assert talk.turns == [3]
     assert tokenizer.decode(talk.prompt(0, [], tokenizer).ids) == "<user>C<assistant>calls<tool>7<assistant>"
+
+
+def test_what_the_assistant_says_before_the_user_stays(tokenizer):
+    talk = talks_of(tokenizer, [say("assistant", "hello"), *TALK[:2]])[0]
+    assert talk.turns == [2]
+    assert tokenizer.decode(talk.prompt(0, [], tokenizer).ids) == "<assistant>hello<user>C<assistant>"
+
+
+def test_a_conversation_that_leaves_the_model_nothing_to_say_has_no_turns(tokenizer):
+    call = say("assistant", "calls", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])
+    assert talks_of(tokenizer, [say("user", "C"), call])[0].turns == []
 
 
 def test_a_system_message_goes_where_there_is_none(tokenizer):

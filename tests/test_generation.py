@@ -27,7 +27,9 @@ def engine(monkeypatch):
             seen.params += sampling_params
             for prompt, params in zip(prompts, sampling_params, strict=True):
                 ids = [*reversed(prompt["prompt_token_ids"])][: params.max_tokens]
-                yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids))])
+                yield SimpleNamespace(
+                    outputs=[SimpleNamespace(token_ids=tuple(ids), finish_reason="stop" if 77 in ids else "length")]
+                )
 
     package = ModuleType("vllm")
     package.LLM, package.SamplingParams = LLM, SamplingParams
@@ -38,7 +40,7 @@ def engine(monkeypatch):
 def test_vllm_gets_token_ids_and_our_sampling_alone(engine):
     sampling = Sampling(max_new_tokens=4, temperature=0.7, top_p=0.9, top_k=5)
     backend = vllm_backend("base", "abc", sampling, [1, 2], {"tensor_parallel_size": 2})
-    list(backend([Prompt([5, 6]), Prompt([7])], 30))
+    list(backend([Prompt([5, 6]), Prompt([7])], [30, 31]))
     assert engine.arguments == {
         **{"model": "base", "revision": "abc", "generation_config": "vllm", "tensor_parallel_size": 2}
     }
@@ -52,13 +54,18 @@ def test_vllm_gets_token_ids_and_our_sampling_alone(engine):
 
 def test_answers_of_vllm_end_where_the_model_ended_them(engine):
     backend = vllm_backend("base", None, Sampling(max_new_tokens=3), [1, 2], {})
-    found = dict(backend([Prompt([9, 2, 8]), Prompt([9, 8, 7, 6])], 0))
+    found = dict(backend([Prompt([9, 2, 8]), Prompt([9, 8, 7, 6])], [0, 1]))
     assert found == {0: Answer([8, 2], "stop"), 1: Answer([6, 7, 8], "length")}
+
+
+def test_an_end_that_only_vllm_knows_is_an_end(engine):
+    backend = vllm_backend("base", None, Sampling(max_new_tokens=3), [1, 2], {})
+    assert dict(backend([Prompt([77, 9])], [0])) == {0: Answer([9, 77], "stop")}
 
 
 def test_many_prompts_reach_vllm_in_parts_and_keep_their_numbers(engine):
     prompts = [Prompt([number]) for number in range(2, 2500)]
-    found = dict(vllm_backend("base", None, Sampling(max_new_tokens=3), [1], {})(prompts, 0))
+    found = dict(vllm_backend("base", None, Sampling(max_new_tokens=3), [1], {})(prompts, range(len(prompts))))
     assert [found[index].ids for index in range(len(prompts))] == [prompt.ids for prompt in prompts]
 
 

@@ -53,7 +53,7 @@ def answered(
 ) -> Labelling:
     cache = AnswerCache(path, sampling, seed=seed, fingerprint=fingerprint)
     backend = transformers_backend(model, tokenizer, sampling, batching=batching, batch_size=4) if model else None
-    return generate_labels(talks, tokenizer, cache, lambda: backend, seed=seed, room=256)
+    return generate_labels(talks, tokenizer, cache, lambda: backend, room=256)
 
 
 def counting(asked, answer):
@@ -130,7 +130,7 @@ def test_a_resumed_run_asks_only_for_what_is_missing(model, tokenizer, talks, tm
 def test_a_finished_run_asks_nothing(model, tokenizer, talks, tmp_path):
     first = answered(model, tokenizer, talks, tmp_path / "cache.jsonl")
     cache = AnswerCache(tmp_path / "cache.jsonl", GREEDY, seed=5, fingerprint="base")  # a greedy answer has no seed
-    again = generate_labels(talks, tokenizer, cache, lambda: pytest.fail("asked"), seed=5, room=256)
+    again = generate_labels(talks, tokenizer, cache, lambda: pytest.fail("asked"), room=256)
     assert (again.asked, again.labels) == (0, first.labels)
 
 
@@ -176,7 +176,7 @@ def test_the_same_prompt_twice_is_drawn_twice_and_greedily_asked_once(tokenizer,
         sampling = Sampling(4, temperature=temperature)
         cache = AnswerCache(tmp_path / f"{temperature}", sampling, seed=0, fingerprint="base")
         backend = counting(asked, lambda item: Answer([3, 1], "stop"))
-        found = generate_labels(twins, tokenizer, cache, lambda b=backend: b, seed=0, room=64)
+        found = generate_labels(twins, tokenizer, cache, lambda b=backend: b, room=64)
         assert (len(asked[0]), len(found.labels)) == (count, 3)
 
 
@@ -190,7 +190,7 @@ def test_failures_are_named_and_asked_again(tokenizer, tmp_path):
     ]
     for number, answer in enumerate(answers):
         cache = AnswerCache(tmp_path / "cache.jsonl", GREEDY, seed=0, fingerprint="base")
-        found = generate_labels(talks, tokenizer, cache, lambda a=answer: counting(asked, a), seed=0, room=64)
+        found = generate_labels(talks, tokenizer, cache, lambda a=answer: counting(asked, a), room=64)
         assert found.failures == ({2: "busy"} if number == 0 else {})
         assert [label.row for label in found.labels] == ([0, 1, 3] if number == 0 else [0, 1, 2, 3])
     assert asked[1] == [bad]
@@ -243,7 +243,7 @@ def test_messages_need_a_chat_template(tokenizer):
 
 def test_long_prompts_are_counted_and_named():
     with pytest.raises(DataError, match=r"1 of 3 prompts \(rows 1, from 0\) are longer than the 4 tokens"):
-        refuse_long_prompts([Prompt([1]), Prompt([1] * 5), Prompt([1] * 4)], 4)
+        refuse_long_prompts({0: Prompt([1]), 1: Prompt([1] * 5), 2: Prompt([1] * 4)}, 4)
 
 
 def test_a_line_that_is_no_label_is_named(tmp_path):
@@ -258,6 +258,28 @@ def test_a_line_that_is_no_answer_is_named(tmp_path):
     )
     with pytest.raises(DataError, match="line 2: not an answer"):
         AnswerCache(tmp_path / "x", GREEDY, seed=0, fingerprint="base")
+
+
+def test_a_file_that_is_no_cache_stays_as_it_is(tmp_path):
+    (tmp_path / "x").write_text('{"notes": 1}')
+    with pytest.raises(DataError, match="line 1: not an answer"):
+        AnswerCache(tmp_path / "x", GREEDY, seed=0, fingerprint="base")
+    assert (tmp_path / "x").read_text() == '{"notes": 1}'
+
+
+def test_an_answer_asked_for_again_gets_the_same_seed_and_twins_get_their_own(tokenizer, tmp_path):
+    talks = {row: Conversation(text="a") for row in range(8)}
+    seen: list[list[int]] = []
+
+    def backend(prompts, seeds):
+        seen.append(list(seeds))
+        yield from ((i, Answer([3, 1], "stop") if i % 2 else Failure("busy")) for i in range(len(prompts)))
+
+    for _ in range(2):
+        cache = AnswerCache(tmp_path / "cache.jsonl", Sampling(4, temperature=1.0), seed=0, fingerprint="base")
+        generate_labels(talks, tokenizer, cache, lambda: backend, room=64)
+    assert len(set(seen[0])) == 8
+    assert seen[1] == seen[0][::2]
 
 
 def test_penalties_of_the_base_do_not_enter_the_labels(model, tokenizer, talks, tmp_path):

@@ -104,3 +104,9 @@ def test_a_stage_is_saved_every_epoch_unless_the_recipe_says_otherwise():
 def test_no_means_no_in_a_strategy(recipe):
     loaded = recipe(MINIMAL + "trainer: {save_strategy: no, use_cpu: true}\nloss: {weight: 0}")
     assert trainer_config(loaded, "trainer", output_dir="x", aux_weight=0.0).save_strategy == "no"
+
+
+def test_likeliest_tokens_need_distributions(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("{output: x, model: {name: y}, heads: {top_k: 4}}")
+    with pytest.raises(RecipeError, match="heads must be given without top_k, or with targets: model"):
+        load_recipe(tmp_path / "recipe.yaml")

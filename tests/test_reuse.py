@@ -41,7 +41,7 @@ def recipe_in(folder, **sections):
 
 def test_adapted_heads_have_a_card(folder):
     recipe = recipe_in(folder)
-    adapted = pipeline.adapt_heads(recipe, pipeline.load_tokenizer(recipe))
+    adapted = pipeline.adapt_heads(recipe)
     text = heads_card(adapted, "owner/heads", licence="mit")
     assert "d.jsonl" in text
     assert "{" not in text
@@ -67,7 +67,7 @@ def test_a_finished_stage_that_ended_within_an_epoch_trains_no_further_when_run_
 def test_the_same_heads_made_by_another_command_are_the_same_heads(folder, monkeypatch):
     recipe = recipe_in(folder)
     pipeline.finetune(recipe)
-    shutil.rmtree(folder / "run" / "adapted-heads")
+    shutil.rmtree(folder / "run" / "adapt" / "heads")
     monkeypatch.setattr(sys, "argv", ["caftune", "train", "./recipe.yaml"])
     pipeline.finetune(recipe)
 
@@ -115,3 +115,30 @@ def test_a_refused_repository_is_named_and_not_the_cache(folder):
         hub.private["tester/other"] = False
         with pytest.raises(HeadsError, match="^tester/other"):
             pull_heads("tester/other", folder / "new")
+
+
+def test_heads_are_not_measured_on_rows_they_may_have_been_trained_on(folder):
+    options = {**FAST, "max_steps": 1}
+    sections = {"adapt": None, "pretrain": options, "heads": {"count": 2, "text": "d.jsonl"}}
+    pipeline.pretrain_heads(recipe_in(folder, **sections))
+    before = (folder / "run" / "heads" / "quality.json").read_text()
+    sections["heads"] = {**sections["heads"], "held_out": 0.3}
+    with pytest.raises(RecipeError, match="heads.held_out: 0.1 -> 0.3"):
+        pipeline.measure(recipe_in(folder, **sections))
+    assert (folder / "run" / "heads" / "quality.json").read_text() == before
+
+
+def test_an_exported_checkpoint_has_a_card_of_its_own(folder):
+    recipe = recipe_in(folder, adapt=None, trainer={**FAST, "max_steps": 3, "save_steps": 1, "save_total_limit": 5})
+    model = pipeline.finetune(recipe)
+    assert "| settings | steps 3, " in (model / "README.md").read_text()
+    pipeline.export(recipe, str(folder / "run" / "train" / "checkpoint-2"))
+    text = (model / "README.md").read_text()
+    assert "| settings | steps 2, " in text
+    assert file_sha256(folder / "heads" / "heads.safetensors") in text
+
+
+def test_an_adapter_is_not_called_a_checkpoint(folder):
+    lora = {"name": str(BASE), "tuning": "lora", "lora": {"merge": False}}
+    model = pipeline.finetune(recipe_in(folder, adapt=None, model=lora))
+    assert "An adapter, to be loaded with PEFT." in (model / "README.md").read_text()

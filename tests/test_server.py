@@ -1,16 +1,10 @@
 """Labels from servers: what each kind of server understands, faults, limits; and a real `transformers serve`."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -72,7 +66,7 @@ def _short_waits(monkeypatch):
 
 def ask(replies, tokenizer, prompts, sampling=GREEDY, **server):
     backend = server_backend(Server(url=replies.url, model="m", **server), tokenizer, sampling, [EOS])
-    return dict(backend(prompts, 7))
+    return dict(backend(prompts, range(7, 7 + len(prompts))))
 
 
 def expected(greedy, prompts, count=16):
@@ -113,7 +107,7 @@ def test_every_kind_of_server_gives_the_same_answers(
 def test_sampling_reaches_the_server_and_nothing_of_its_own_is_left(replies, tokenizer, prompts):
     with serve(replies):
         ask(replies, tokenizer, prompts[:1], Sampling(9, temperature=0.6, top_p=0.9, top_k=5))
-    said = replies.requests[0]
+    said = replies.requests[1]  # the first one was a word, to see what the server understands
     assert (said["max_tokens"], said["temperature"], said["top_p"], said["top_k"]) == (9, 0.6, 0.9, 5)
     assert (said["repetition_penalty"], said["min_p"], said["seed"], said["stop_token_ids"]) == (1.0, 0.0, 7, [EOS])
 
@@ -124,21 +118,84 @@ def test_top_k_is_refused_where_the_server_would_overlook_it(replies, tokenizer,
         ask(replies, tokenizer, prompts[:1], Sampling(9, temperature=0.6, top_k=5))
 
 
-def test_conversations_go_as_messages_to_servers_that_give_text(replies, tokenizer):
-    chatty = AutoTokenizer.from_pretrained(BASE)
-    turns = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    chatty.chat_template = turns + "{% if add_generation_prompt %}{{ '\n' }}SMILES:{% endif %}"
+@pytest.fixture(scope="module")
+def chatty():
+    found = AutoTokenizer.from_pretrained(BASE)
+    turns = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    found.chat_template = turns + "{% if add_generation_prompt %}{{ '\n' }}SMILES:{% endif %}"
+    return found
+
+
+def conversation(chatty, **options):
     messages = [{"role": "user", "content": "Name: ethanol"}]
-    ids = chatty.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    answer = replies.answer
+    rendered = chatty.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return Prompt(rendered["input_ids"], messages=messages, options=options)
+
+
+def test_conversations_go_as_the_text_that_gives_their_tokens(replies, chatty):
+    item = conversation(chatty)
     replies.gives_ids = False
-    replies.answer = lambda _asked: answer(ids)
     with serve(replies):
-        found = ask(replies, chatty, [Prompt(ids, messages=messages, options={"tools": None, "thinking": False})])
-    assert found[0].ids == answer(ids)[:16]
+        found = ask(replies, chatty, [item])
+    assert found[0].ids == replies.answer(item.ids)[:16]
     said = replies.requests[-1]
-    assert (said["path"], said["messages"]) == ("/v1/chat/completions", messages)
+    assert (said["path"], chatty(said["prompt"])["input_ids"]) == ("/v1/completions", item.ids)
+
+
+def test_conversations_go_as_messages_to_servers_that_take_nothing_else(replies, chatty):
+    item = conversation(chatty, tools=None, thinking=False)
+    answer = replies.answer
+    replies.gives_ids, replies.refuses = False, ("prompt",)
+    replies.answer = lambda _asked: answer(item.ids)
+    with serve(replies):
+        found = ask(replies, chatty, [item])
+    assert found[0].ids == answer(item.ids)[:16]
+    said = replies.requests[-1]
+    assert (said["path"], said["messages"]) == ("/v1/chat/completions", item.messages)
     assert said["chat_template_kwargs"] == {"thinking": False}
+
+
+@pytest.mark.parametrize("part", ["tool_calls", "reasoning_content"])
+def test_an_answer_that_the_server_took_apart_is_a_failure(replies, chatty, part):
+    item = conversation(chatty)
+    answer = replies.answer
+    replies.gives_ids, replies.refuses = False, ("prompt",)
+    replies.answer = lambda _asked: answer(item.ids)
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    with serve(replies):
+        backend = server_backend(Server(url=replies.url, model="m"), chatty, GREEDY, [EOS])
+        dict(backend([item], [0]))  # the word, and an answer, before there are parts
+        replies.parts = {part: calls if part == "tool_calls" else "hm"}
+        found = dict(backend([item], [0]))
+    assert found[0] == Failure(f"the server set {part} apart from the answer; switch its parsers off")
+
+
+def test_an_answer_that_ended_in_another_way_is_a_failure(replies, tokenizer, prompts):
+    with serve(replies):
+        backend = server_backend(Server(url=replies.url, model="m"), tokenizer, Sampling(3, temperature=0), [EOS])
+        dict(backend(prompts[:1], [0]))
+        replies.finish = "content_filter"
+        found = dict(backend(prompts[:1], [0]))
+    assert found[0] == Failure("the server ended the answer with 'content_filter'")
+
+
+def test_a_conversation_ends_with_the_token_that_its_template_writes(replies, chatty):
+    item = conversation(chatty)
+    answer = replies.answer(item.ids)
+    assert answer[-1] == EOS
+    replies.gives_ids = False
+    with serve(replies):
+        backend = server_backend(Server(url=replies.url, model="m"), chatty, Sampling(40, temperature=0), [3, EOS])
+        found = dict(backend([item], [0]))
+    assert found[0].ids == answer
+
+
+def test_a_prompt_that_is_refused_for_good_does_not_condemn_the_server(replies, tokenizer, prompts):
+    replies.faults = [None, 400]
+    with serve(replies):
+        found = ask(replies, tokenizer, prompts[:3], concurrency=1)
+    assert isinstance(found[0], Failure)
+    assert [isinstance(found[i], Answer) for i in (1, 2)] == [True, True]
 
 
 def test_text_is_tokenized_with_the_space_that_decoding_dropped(shared):
@@ -149,7 +206,7 @@ def test_text_is_tokenized_with_the_space_that_decoding_dropped(shared):
         replies = Replies(answer=lambda _asked, ids=ids: ids, decode=stories.decode, eos=2, gives_ids=False)
         with serve(replies):
             backend = server_backend(Server(url=replies.url, model="m"), stories, GREEDY, [2])
-            found = dict(backend([item], 0))
+            found = dict(backend([item], [0]))
         assert found[0] == Answer(ids, "length", exact=False)
 
 
@@ -159,7 +216,7 @@ def test_passing_faults_are_tried_again(replies, greedy, tokenizer, prompts, fau
     with serve(replies):
         found = ask(replies, tokenizer, prompts, retries=6, concurrency=4)
     assert as_pairs(found) == expected(greedy, prompts)
-    assert len(replies.requests) == len(prompts) + 6
+    assert len(replies.requests) == 1 + len(prompts) + 6
 
 
 def test_a_request_that_takes_too_long_is_asked_again(replies, greedy, tokenizer, prompts):
@@ -180,18 +237,18 @@ def test_a_prompt_that_stays_without_an_answer_is_a_failure_and_the_others_go_on
     replies.faults = [None, 500, 500]
     with serve(replies):
         found = ask(replies, tokenizer, prompts, retries=1, concurrency=1)
-    assert isinstance(found[1], Failure)
-    assert "500" in found[1].reason
-    rest = {index: answer for index, answer in found.items() if index != 1}
-    assert as_pairs(rest) == {index: pair for index, pair in expected(greedy, prompts).items() if index != 1}
+    assert isinstance(found[0], Failure)
+    assert "500" in found[0].reason
+    rest = {index: answer for index, answer in found.items() if index != 0}
+    assert as_pairs(rest) == {index: pair for index, pair in expected(greedy, prompts).items() if index != 0}
 
 
 def test_a_reply_without_an_answer_is_a_failure(replies, tokenizer, prompts):
     replies.faults = [None, EMPTY]
     with serve(replies):
         found = ask(replies, tokenizer, prompts[:3], retries=0, concurrency=1)
-    assert found[1].reason.startswith("the reply holds no answer")
-    assert isinstance(found[2], Answer)
+    assert found[0].reason.startswith("the reply holds no answer")
+    assert isinstance(found[1], Answer)
 
 
 def test_nobody_waits_for_requests_under_way_when_the_command_is_stopped(replies, tmp_path):
@@ -218,7 +275,7 @@ def test_a_server_that_has_died_is_not_asked_to_the_end(replies, tokenizer, prom
     with serve(replies):
         found = ask(replies, tokenizer, prompts, retries=0, concurrency=2)
     assert len(found) == len(prompts)
-    assert sum(isinstance(answer, Failure) for answer in found.values()) == len(prompts) - 1
+    assert all(isinstance(answer, Failure) for answer in found.values())
     assert len(replies.requests) <= 1 + 2 * 2 + 1
     assert found[len(prompts) - 1].reason == "not asked, because the server had stopped answering"
 
@@ -236,8 +293,9 @@ def test_requests_keep_their_pace_retries_too(replies, tokenizer, prompts):
     with serve(replies):
         ask(replies, tokenizer, prompts[:5], requests_per_minute=600, retries=3, concurrency=5)
     gaps = [after - before for before, after in zip(replies.times, replies.times[1:], strict=False)]
-    assert len(gaps) == 5
-    assert min(gaps) > 0.08  # a tenth of a second between the sending; arrival is not to the millisecond
+    assert len(gaps) == 6
+    assert min(gaps) > 0.05  # a tenth of a second between the sending; on a busy machine arrivals scatter
+    assert sum(gaps) > 0.55
 
 
 def test_the_key_comes_from_the_environment(replies, tokenizer, prompts, monkeypatch):
@@ -251,12 +309,12 @@ def test_the_key_comes_from_the_environment(replies, tokenizer, prompts, monkeyp
     ("faults", "message"),
     [
         ([401], "refuses to answer: .*401.* Put the key into OPENAI_API_KEY"),
-        ([400, 400, 400, 400], r"understands no request of ours.*serves m \(labels.server.model\)"),
+        ([400, 404, 400], r"understands no request of ours.*serves m \(labels.server.model\)"),
         ([500], "refuses to answer: .*500.* Look into the server's log"),
         ([DROP], "cannot be reached .* Start the server, or mend labels.server.url"),
     ],
 )
-def test_a_server_that_cannot_be_used_is_told_at_the_first_prompt(replies, tokenizer, prompts, faults, message):
+def test_a_server_that_cannot_be_used_is_told_before_the_first_prompt(replies, tokenizer, prompts, faults, message):
     replies.faults = list(faults)
     with serve(replies), pytest.raises(ServerError, match=message):
         ask(replies, tokenizer, prompts, retries=0)
@@ -273,94 +331,13 @@ def test_missing_answers_end_the_stage_and_the_next_run_asks_for_them_alone(repl
         labels |= {"backend": "server", "server": server}
         values = {"output": str(tmp_path / "run"), "model": {"name": str(BASE)}, "labels": labels}
         recipe = Recipe.model_validate(values)
-        with pytest.raises(RecipeError, match=r"1 prompts have no answer \(the first is row 2, from 0: .*500"):
+        with pytest.raises(RecipeError, match=r"1 prompts have no answer \(the first is row 1, from 0: .*500"):
             pipeline.label(recipe)
         assert not (tmp_path / "run" / "labels" / "labels.jsonl").exists()
-        assert len(replies.requests) == 6
-        pipeline.label(recipe)
         assert len(replies.requests) == 7
+        pipeline.label(recipe)
+        assert len(replies.requests) == 9  # a word, and the prompt that had failed
         assert replies.requests[-1]["model"] == str(BASE)
     found = read_labels(tmp_path / "run" / "labels" / "labels.jsonl")
     assert [label.row for label in found] == list(range(6))
     assert [label.completion_ids for label in found] == [greedy(label.prompt_ids)[:12] for label in found]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start_server(base, port):
-    command = [
-        Path(sys.executable).with_name("transformers"),
-        "serve",
-        base,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [*map(str, command), "--device", "cpu"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-
-def wait_for(process, port):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "transformers serve ended"
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-            return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.2)
-    pytest.fail("transformers serve did not come up")
-
-
-def test_a_real_server_killed_in_the_middle_gives_the_labels_of_this_process(shared, tmp_path):
-    base, port = str(shared / "models" / "stories260k"), free_port()
-    common = {"limit": 203, "skip_long_prompts": True, "max_new_tokens": 24, "temperature": 0}
-    common["prompts"] = str(shared / "data" / "instructions" / "alpaca_en_demo.json")
-    server = {"url": f"http://127.0.0.1:{port}/v1", "concurrency": 4, "retries": 12}
-    recipes = {
-        name: Recipe.model_validate(
-            {
-                "output": str(tmp_path / name),
-                "model": {"name": base},
-                "labels": {**common, "backend": name, "server": server},
-            }
-        )
-        for name in ("transformers", "server")
-    }
-    cache = tmp_path / "server" / "labels" / "cache.jsonl"
-    process = start_server(base, port)
-    try:
-        wait_for(process, port)
-        import threading
-
-        labelling = threading.Thread(target=pipeline.label, args=[recipes["server"]])
-        labelling.start()
-        while not cache.is_file() or cache.read_bytes().count(b"\n") < 60:
-            assert labelling.is_alive()
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kept = cache.read_bytes().count(b"\n")
-        assert kept < 190
-        process = start_server(base, port)
-        labelling.join(timeout=300)
-        assert not labelling.is_alive()
-    finally:
-        process.kill()
-        process.wait()
-    pipeline.label(recipes["transformers"])
-    ours, theirs = (read_labels(tmp_path / name / "labels" / "labels.jsonl") for name in recipes)
-    assert len(ours) >= 200
-    assert max(Counter(cache.read_text().split('"key": "')[1:]).values()) == 1
-    for name in ("row", "turn", "prompt_ids", "completion", "finish"):
-        assert [getattr(label, name) for label in ours] == [getattr(label, name) for label in theirs]
-    # The server gives text. A model that spells a word otherwise than its tokenizer does is told by its text alone.
-    spelled = [one.completion_ids == other.completion_ids for one, other in zip(ours, theirs, strict=True)]
-    assert sum(spelled) >= 0.98 * len(ours)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from caftune import Backbone, CAFTTrainer, load_heads, pipeline
 from caftune.cards import quality_table
-from caftune.checkpoint import HeadsError, file_sha256, find_heads, write_json
+from caftune.checkpoint import HeadsError, describe_heads, file_sha256, find_heads, write_json
 from caftune.cli import app
 from caftune.demo.run import BASE
 from caftune.quality import measure_heads
@@ -64,7 +64,8 @@ def made(base, rows, tmp_path_factory):
     about = {"command": "caftune pretrain-heads recipe.yaml", "data": {"text": "notes.jsonl", "rows": 40}}
     trainer.export(heads, about=about)
     held_out = trainer.train_dataset.select(range(4))
-    write_json(heads / "quality.json", measure_heads(base[0], load_heads(heads, *base), held_out, positions=8))
+    quality = measure_heads(base[0], load_heads(heads, *base), held_out, positions=8)
+    write_json(heads / "quality.json", quality | {"weights_sha256": describe_heads(heads)["weights_sha256"]})
     (heads / "quality.png").write_bytes(b"\x89PNG and so on")
     for stray in STRAYS:
         (heads / stray).parent.mkdir(exist_ok=True)
