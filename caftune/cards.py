@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from rich.console import Console
+from rich.markdown import Markdown
 
 from caftune.checkpoint import QUALITY_FILE, describe_heads, file_name
 
@@ -101,6 +103,13 @@ def read_quality(folder: Path) -> dict[str, Any] | None:
         return None
     quality = json.loads(path.read_text(encoding="utf-8"))
     return quality if quality.get("weights_sha256") == describe_heads(folder)["weights_sha256"] else None
+
+
+def print_quality(console: Console, folder: Path) -> None:
+    """Show the quality report of a heads folder, where it has one."""
+    quality = read_quality(folder)
+    if quality is not None:
+        console.print(Markdown("\n".join(quality_table(quality))))
 
 
 def quality_table(quality: Mapping[str, Any]) -> list[str]:

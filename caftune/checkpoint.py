@@ -192,7 +192,7 @@ def describe_heads(folder: str | os.PathLike[str]) -> dict[str, Any]:
             )
         raise HeadsError(
             f"{path} must be a folder with {DESCRIPTION_FILE} and {WEIGHTS_FILE}, and is not. "
-            "Train heads with `caftune pretrain-heads`."
+            "Train heads with `caftune pretrain-heads`, or name some on the hub (owner/name)."
         )
     try:
         description = json.loads((path / DESCRIPTION_FILE).read_text())

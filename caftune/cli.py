@@ -57,8 +57,11 @@ def pretrain_heads(recipe: RecipePath, overrides: Overrides = None) -> None:
 
         loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
         from caftune import pipeline
+        from caftune.cards import print_quality
 
-        console.print(f"Heads: {pipeline.pretrain_heads(loaded)}", soft_wrap=True)
+        heads = pipeline.pretrain_heads(loaded)
+        print_quality(console, heads)
+        console.print(f"Heads: {heads}", soft_wrap=True)
 
 
 @app.command()
@@ -83,6 +86,19 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
         from caftune import pipeline
 
         console.print(f"Model: {pipeline.finetune(loaded)}", soft_wrap=True)
+
+
+@app.command(name="eval")
+def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Ask a model the tasks of `eval`, and score its answers."""
+    with _errors_in_one_line():
+        from caftune.recipe import load_recipe
+
+        loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
+        from caftune.evaluation import evaluate as run_tasks
+        from caftune.evaluation import print_results
+
+        print_results(console, run_tasks(loaded))
 
 
 @app.command()

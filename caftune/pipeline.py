@@ -23,6 +23,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from caftune.backbone import Backbone
 from caftune.cards import write_model_card
 from caftune.checkpoint import (
@@ -108,6 +110,12 @@ def label(recipe: Recipe) -> Path:
     )
     _refuse_failures(recipe, found, file)
     write_labels(found.labels, folder / "labels.jsonl")
+    cut = sum(label.finish == "length" for label in found.labels)
+    tqdm.write(
+        f"{len(found.labels)} answers, {found.asked} of them new; {cut} cut off by labels.max_new_tokens (left out of the "
+        f"training unless labels.keep_truncated); {found.dropped_turns} later turns dropped, {len(every) - len(asked)} rows left out.",
+        file=sys.stderr,
+    )
     record(
         recipe,
         {

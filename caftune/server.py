@@ -126,6 +126,7 @@ def _dialect(
     """The first dialect in which the server answers one word, asked as `prompt` is: as a text or in a conversation."""
     import openai
 
+    client = client.with_options(max_retries=min(server.retries, 2))  # a wrong address is told soon
     word = Conversation("a") if prompt.messages is None else Conversation(messages=[{"role": "user", "content": "a"}])
     asked, short = word.prompt(0, [], tokenizer), replace(sampling, max_new_tokens=1)
     refusal = ""
@@ -148,8 +149,8 @@ def _dialect(
                 f"{server.url} cannot be reached ({_reason(error)}). Start the server, or mend labels.server.url."
             ) from error
     raise ServerError(
-        f"{server.url} understands no request of ours; to the last it said: {refusal}. Check that labels.server.url ends in "
-        f"/v1 and that it serves {server.model} (labels.server.model)."
+        f"{server.url} refuses every request of ours, the last with: {refusal}. Check that it serves a model by the name "
+        f"{server.model} (labels.server.model), and that labels.server.url ends in /v1."
     )
 
 
@@ -352,4 +353,6 @@ def _in_parallel(
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    reply = getattr(error, "response", None)
+    said = f"{error} {reply.text}" if reply is not None and reply.text not in str(error) else str(error)
+    return " ".join(said.split())[:300] or type(error).__name__

@@ -12,9 +12,15 @@ from caftune.config import CAFTConfig
 from caftune.data import DataError, load_rows
 from caftune.labels import label_dataset, read_labels
 from caftune.prompts import is_chat, refuse_messages_without_template
-from caftune.recipe import Recipe, RecipeError
+from caftune.recipe import Recipe, RecipeError, first_difference
 from caftune.stage_options import load_tokenizer
 from caftune.tokenization import tokenized
+
+# What answers depend on; where they came from does not matter.
+_MADE_WITH = {
+    *("prompts", "columns", "limit", "system", "skip_long_prompts"),
+    *("max_new_tokens", "temperature", "top_p", "top_k"),
+}
 
 
 def head_source(recipe: Recipe) -> str:
@@ -57,6 +63,14 @@ def _finished_labels(recipe: Recipe, labels: Path) -> Dataset:
     """The labels of the run, ready to be trained on."""
     if not labels.is_file():
         raise RecipeError(f"{labels} is missing. Run `caftune label` (again), or name a text in heads.text.")
+    kept = yaml.safe_load((labels.parent / "recipe.yaml").read_text(encoding="utf-8"))["labels"]
+    wanted = recipe.labels.model_dump(include=_MADE_WITH)
+    difference = first_difference({name: kept[name] for name in wanted}, wanted, "labels")
+    if difference:
+        raise RecipeError(
+            f"{labels} was made with another recipe ({difference}). Run `caftune label` again: what is known is not asked "
+            "twice."
+        )
     return label_dataset(read_labels(labels), keep_truncated=recipe.labels.keep_truncated)
 
 

@@ -31,8 +31,8 @@ def test_no_file_is_longer_than_400_lines():
 
 
 def test_the_tree_in_the_readme_is_the_tree():
-    shown = set(re.findall(r"^  (\w+\.py|demo/)", README, flags=re.MULTILINE))
-    real = {p.name for p in (ROOT / "caftune").glob("*.py")} - {"__init__.py"} | {"demo/"}
+    shown = set(re.findall(r"^  (\w+\.py|demo/|evals/)", README, flags=re.MULTILINE))
+    real = {p.name for p in (ROOT / "caftune").glob("*.py")} - {"__init__.py"} | {"demo/", "evals/"}
     assert shown == real
 
 

@@ -309,7 +309,10 @@ def test_the_key_comes_from_the_environment(replies, tokenizer, prompts, monkeyp
     ("faults", "message"),
     [
         ([401], "refuses to answer: .*401.* Put the key into OPENAI_API_KEY"),
-        ([400, 404, 400], r"understands no request of ours.*serves m \(labels.server.model\)"),
+        (
+            [400, 404, 400],
+            r"refuses every request of ours, the last with: .*no 400.* by the name m \(labels.server.model\)",
+        ),
         ([500], "refuses to answer: .*500.* Look into the server's log"),
         ([DROP], "cannot be reached .* Start the server, or mend labels.server.url"),
     ],

@@ -1,0 +1,192 @@
+"""Clinical text: a section of a note from a conversation (MTS-Dialog), a hospital course from a discharge note (MIMIC-IV-BHC).
+
+Both are scored by ROUGE-1, ROUGE-2 and ROUGE-L (F1 between 0 and 1; papers print it times 100) of one completion against one
+reference, and by the mean over completions. Texts are lower-cased and split at everything that is no letter a-z or digit.
+Words are not stemmed: the checkers of both data sets call Hugging Face's `evaluate` with its defaults, where stemming is off.
+Numbers of papers that stem are higher.
+
+Nothing is cut: a prompt holds the whole conversation or note (up to 1,500 words in MTS-Dialog, over 2,000 tokens on average in
+MIMIC-IV-BHC), and a model's context has to hold it and the answer.
+
+Source: ROUGE by Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", ACL 2004, computed by the package rouge-score.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from caftune.evals.task import Example, Task, TaskError, column, means
+
+_MEASURES = ("rouge1", "rouge2", "rougeL")
+
+_SECTIONS = {
+    "ALLERGY": "Allergies",
+    "ASSESSMENT": "Assessment",
+    "CC": "Chief complaint",
+    "DIAGNOSIS": "Diagnosis",
+    "DISPOSITION": "Disposition",
+    "EDCOURSE": "Emergency department course",
+    "EXAM": "Examination",
+    "FAM/SOCHX": "Family and social history",
+    "GENHX": "History of present illness",
+    "GYNHX": "Gynecologic history",
+    "IMAGING": "Imaging",
+    "IMMUNIZATIONS": "Immunizations",
+    "LABS": "Laboratory results",
+    "MEDICATIONS": "Medications",
+    "OTHER_HISTORY": "Other history",
+    "PASTMEDICALHX": "Past medical history",
+    "PASTSURGICAL": "Past surgical history",
+    "PLAN": "Plan",
+    "PROCEDURES": "Procedures",
+    "ROS": "Review of systems",
+}
+
+
+@cache
+def _scorer() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise TaskError(
+            f"Clinical text is scored by the package rouge-score, which cannot be imported ({error}). "
+            "Install it: pip install caftune[eval]"
+        ) from error
+    return RougeScorer(list(_MEASURES), use_stemmer=False)
+
+
+def rouge(reference: str, text: str) -> dict[str, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L of `text` against `reference`: F1, between 0 and 1.
+
+    A text without words has 0, and so has everything against a reference without words.
+
+    Raises:
+        TaskError: rouge-score is not installed.
+
+    >>> rouge("No known drug allergies.", "No drug allergies.")["rouge1"]
+    0.8571428571428571
+    """
+    scores = _scorer().score(reference, text)
+    return {measure: float(scores[measure].fmeasure) for measure in _MEASURES}
+
+
+def _score(example: Example, completion: str) -> dict[str, float]:
+    return rouge(example.reference, completion)
+
+
+def _read_dialogue(row: Mapping[str, Any], number: int) -> Example:
+    """A conversation and the name of a section -> the text of that section.
+
+    Abbreviated names are written out, as the data set's README explains them; a name that it does not list stays as it is.
+    """
+    _scorer()  # where it is missing, that is said before anything is generated
+    header = str(column(row, number, "section_header")).strip()
+    section = _SECTIONS.get(header.upper(), header)
+    prompt = (
+        f'Write the section "{section}" of the clinical note that belongs to this conversation.\n\n'
+        f"Conversation:\n{str(column(row, number, 'dialogue')).strip()}\n\n{section}:\n"
+    )
+    return Example(str(row.get("ID", number)), prompt, str(column(row, number, "section_text")))
+
+
+def _read_note(row: Mapping[str, Any], number: int) -> Example:
+    _scorer()
+    prompt = (
+        "Write the brief hospital course that belongs to this discharge note.\n\n"
+        f"Clinical note:\n{str(column(row, number, 'input')).strip()}\n\nBrief hospital course:\n"
+    )
+    return Example(str(row.get("note_id", number)), prompt, str(column(row, number, "target")))
+
+
+MTS_DIALOG = Task(
+    name="mts_dialog",
+    primary="rouge1",
+    read=_read_dialogue,
+    score=_score,
+    combine=means,
+    max_new_tokens=768,  # the longest reference of the two test files has 565 words
+    stop=("\nConversation:", "\nDoctor:", "\nPatient:"),
+    rows=(
+        {
+            "ID": "0",
+            "section_header": "ALLERGY",
+            "section_text": "Penicillin, which causes a rash. No food allergies.",
+            "dialogue": "Doctor: Is there any medicine that you cannot take?\n"
+            "Patient: Penicillin. I get a rash from it.\nDoctor: And food?\nPatient: I can eat everything.",
+        },
+        {
+            "ID": "1",
+            "section_header": "FAM/SOCHX",
+            "section_text": "Her father has diabetes. She smokes ten cigarettes a day and does not drink alcohol.",
+            "dialogue": "Doctor: Does any illness run in your family?\nPatient: My dad is diabetic.\n"
+            "Doctor: Do you smoke or drink?\nPatient: Ten cigarettes a day, I'm afraid. I never drink.",
+        },
+        {
+            "ID": "2",
+            "section_header": "CC",
+            "section_text": "Sore throat and fever for three days.",
+            "dialogue": "Doctor: What brings you here today?\nPatient: My throat hurts and I am running a fever.\n"
+            "Doctor: Since when?\nPatient: Since three days ago.",
+        },
+    ),
+)
+"""Test sets: MTS-Dialog-TestSet-1 (MEDIQA-Chat 2023, task A) and -2 (MEDIQA-Sum 2023). An ID is one within its file only.
+
+Source: Ben Abacha et al., "An Empirical Study of Clinical Note Generation from Doctor-Patient Encounters", EACL 2023; data
+github.com/abachaa/MTS-Dialog (CC BY 4.0); checker github.com/abachaa/MEDIQA-Chat-2023, scripts/evaluate_summarization.py.
+The section is given and its text asked for. Naming the section is left out, as are BERTScore and BLEURT. The prompt is ours.
+"""
+
+MIMIC_BHC = Task(
+    name="mimic_bhc",
+    primary="rouge1",
+    read=_read_note,
+    score=_score,
+    combine=means,
+    max_new_tokens=1024,
+    stop=("\nClinical note:",),
+    rows=(
+        {
+            "note_id": "invented-0",
+            "input": "<SEX> F <SERVICE> MEDICINE <ALLERGIES> No Known Allergies <CHIEF COMPLAINT> Cough and fever "
+            "<HISTORY OF PRESENT ILLNESS> Ms. ___ has coughed for five days and had a fever of 39 degrees since yesterday. "
+            "<PERTINENT RESULTS> Chest X-ray: consolidation in the right lower lobe. WBC 15.2 <DISCHARGE MEDICATIONS> "
+            "Amoxicillin 1 g three times a day for four more days <DISCHARGE DIAGNOSIS> Pneumonia",
+            "target": "Ms. ___ was admitted with pneumonia of the right lower lobe. She was given antibiotics, her fever fell "
+            "within two days, and she went home with amoxicillin to complete seven days.",
+            "input_tokens": 120,
+            "target_tokens": 45,
+        },
+        {
+            "note_id": "invented-1",
+            "input": "<SEX> M <SERVICE> SURGERY <ALLERGIES> Latex <CHIEF COMPLAINT> Abdominal pain <MAJOR SURGICAL OR INVASIVE "
+            "PROCEDURE> Laparoscopic appendectomy <HISTORY OF PRESENT ILLNESS> Mr. ___ had pain around the navel that moved to "
+            "the right lower quadrant. <PERTINENT RESULTS> CT: appendix of 11 mm with stranding, no perforation "
+            "<DISCHARGE CONDITION> Alert, walking, eating",
+            "target": "Mr. ___ had acute appendicitis without perforation and underwent a laparoscopic appendectomy on the day "
+            "of admission. Latex was avoided. He ate on the first day and went home in good condition.",
+            "input_tokens": 110,
+            "target_tokens": 48,
+        },
+        {
+            "note_id": "invented-2",
+            "input": "<SEX> M <SERVICE> CARDIOLOGY <ALLERGIES> No Known Allergies <CHIEF COMPLAINT> Breathlessness <HISTORY OF "
+            "PRESENT ILLNESS> Mr. ___ stopped his water tablets two weeks ago, gained 6 kg and cannot lie flat. <PERTINENT "
+            "RESULTS> Ejection fraction 30%, NT-proBNP 6200 <DISCHARGE INSTRUCTIONS> Weigh yourself every morning.",
+            "target": "Mr. ___ was admitted with decompensated heart failure after he had stopped his diuretic. He was given "
+            "intravenous furosemide, lost 5.5 kg, and was discharged on his former tablets.",
+            "input_tokens": 100,
+            "target_tokens": 44,
+        },
+    ),
+)
+"""The data need credentials at PhysioNet, so none are here: the rows are invented, in the format of the published file.
+
+That file, mimic-iv-bhc.csv, has the columns note_id, input, target, input_tokens and target_tokens.
+
+Source: Aali et al., "A dataset and benchmark for hospital course summarization with adapted large language models", JAMIA 2024
+(arXiv 2403.05720); data MIMIC-IV-Ext-BHC, physionet.org/content/labelled-notes-hospital-course; checker
+github.com/StanfordMIMI/clin-bhc-summ, src/calc_metrics.py, which rounds each ROUGE-L to four digits before the mean and lets a
+model write 200 tokens, where we round nothing and allow 1,024. BLEU and BERTScore are left out. The prompt has the layout of
+theirs (task, note, heading), in our words.
+"""

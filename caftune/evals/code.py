@@ -1,0 +1,209 @@
+"""Code: HumanEval and MBPP. A completion is right if the data set's own tests of it end without an exception.
+
+Scoring runs what a model wrote. It is off until the environment says CAFTUNE_RUN_GENERATED_CODE=1, and then happens in a
+sandbox (see `caftune.evals.sandbox`): no network, no files, limits on time and memory, Python's standard library alone.
+
+HumanEval's prompt is its head of a function, to be continued. MBPP's is a docstring with the description and the tests. Of a
+completion this is the solution, the first that applies:
+
+1. HumanEval, and the completion begins with an indented line: it continues the function, up to the first line at the left
+   margin that begins with class, def, @, #, if, print or a fence (```).
+2. Of the text before the first fence, and of what stands between fences, the first that defines the function; for HumanEval
+   behind the prompt, whose imports and other functions it may need.
+3. The first fenced block; without one, all of it.
+
+In MBPP, what stands outside fences ends before the first line that begins with assert, print, if __name__ or three quotes.
+
+The solution and its tests share a process, as in the official checkers, so that a solution that studies this file, or returns
+an object that equals everything, can pass without solving anything. What cannot pass: leaving early with any status, printing
+what a success might print, hooks at exit, or changing builtins that the checker uses. For a pass, the tests must have come to
+their end: only then is a key of this one run read, and its answer, which only the checker's last line computes, given.
+
+Source: HumanEval and its stops, arXiv 2107.03374 and github.com/openai/human-eval; MBPP, arXiv 2108.07732; the docstring as
+prompt without examples, arXiv 2204.05999 (InCoder). We differ: seconds of CPU time, not of a clock, so that a busy machine
+judges alike; sets have one order; a solution cannot import NumPy; MBPP's prompt has no examples.
+"""
+
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from caftune.evals.sandbox import Limits, check_sandbox, run_python
+from caftune.evals.task import Example, Task, TaskError, column, means, until_stop
+
+PERMISSION = "CAFTUNE_RUN_GENERATED_CODE"
+LIMITS = Limits(cpu_s=10, wall_s=30.0)
+
+# Runs in the sandbox. Before the solution runs it takes hold of all that it needs afterwards; the solution's own prints go
+# nowhere; the descriptors that matter are not those that a program knows. Tests and key are not read before they are needed.
+_CHECKER = """
+import os, sys
+
+def check(read, write, leave, compile, exec, reverse):
+    source, answer, nowhere = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    os.dup2(nowhere, 1)
+    def take():
+        size = int(read(source, 12))
+        text = b""
+        while len(text) < size:
+            text += read(source, size - len(text))
+        return text
+    space = {}
+    exec(compile(take(), "solution.py", "exec"), space)
+    exec(compile(take(), "tests.py", "exec"), space)
+    write(answer, reverse(take()))
+    leave(0)
+
+check(os.read, os.write, os._exit, compile, exec, lambda key: key[::-1])
+"""
+
+
+def passes(solution: str, tests: str, *, limits: Limits = LIMITS) -> bool:
+    """Whether the tests, run after the solution in one namespace, come to their end without an exception.
+
+    Raises:
+        TaskError: running generated code is not permitted, or this machine cannot do it safely.
+    """
+    _check_permission()
+    key = secrets.token_bytes(32)
+    texts = (solution.encode("utf-8", "surrogatepass"), tests.encode(), key)
+    stdin = b"".join(b"%12d" % len(text) + text for text in texts)
+    outcome = run_python(_CHECKER, limits=limits, stdin=stdin)
+    return outcome.returncode == 0 and outcome.stdout == key[::-1]
+
+
+def _check_permission() -> None:
+    if os.environ.get(PERMISSION) != "1":
+        raise TaskError(
+            f"{PERMISSION} must be 1 for HumanEval and MBPP, got {os.environ.get(PERMISSION, 'nothing')}. They run programs "
+            "that a model wrote, in a sandbox: read in caftune/evals/sandbox.py what it guarantees, and set the variable."
+        )
+    check_sandbox()
+
+
+_FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
+_LEAVES_FUNCTION = ("\nclass", "\ndef", "\n@", "\n#", "\nif", "\nprint", "\n```")
+_LEAVES_SOLUTION = ("\nassert", "\nprint", "\nif __name__", '\n"""')
+# Where generation may stop: texts that come after the solution in continuations and within fences alike.
+_STOP = ("\nassert ", "\nprint(", "\nif __name__")
+
+
+def _defining(completion: str, names: set[str], end: tuple[str, ...]) -> str | None:
+    """The first part of a completion that defines one of these names, or else its first fenced block."""
+    blocks = _FENCED.findall(completion)
+    any_name = "|".join(map(re.escape, sorted(names)))
+    defines = re.compile(rf"^(?:async +)?(?:def|class) +(?:{any_name})\b|^(?:{any_name}) *=", re.MULTILINE)
+    parts = [until_stop(_FENCE.split(completion)[0], end), *blocks]
+    return next((part for part in parts if defines.search(part)), next(iter(blocks), None))
+
+
+def _score_humaneval(example: Example, completion: str) -> dict[str, float]:
+    name = example.reference["entry_point"]
+    tests = f"{example.reference['test']}\n\ncheck({name})\n"
+    found = None if re.match(r"\s*^(?:  |\t)", completion, re.MULTILINE) else _defining(completion, {name}, ())
+    solution = until_stop(completion, _LEAVES_FUNCTION) if found is None else "\n" + found
+    return {"pass": float(passes(example.prompt + solution, tests))}
+
+
+def _score_mbpp(example: Example, completion: str) -> dict[str, float]:
+    tests = "\n".join(example.reference["tests"])
+    called = set(re.findall(r"\b[A-Za-z_]\w*(?=\s*\()", tests))
+    found = _defining(completion, called, _LEAVES_SOLUTION)
+    solution = until_stop(completion, _LEAVES_SOLUTION) if found is None else found
+    return {"pass": float(passes(solution, f"{example.reference['setup']}\n{tests}\n"))}
+
+
+def _read_humaneval(row: Mapping[str, Any], number: int) -> Example:
+    _check_permission()  # here too: before a model is asked
+    reference = {name: column(row, number, name) for name in ("entry_point", "test")}
+    return Example(str(column(row, number, "task_id")), column(row, number, "prompt"), reference)
+
+
+def _read_mbpp(row: Mapping[str, Any], number: int) -> Example:
+    """Of the full data set (974 rows) and of the sanitized one (427), which calls `text` `prompt` and has `test_imports`."""
+    _check_permission()
+    tests = [str(test) for test in column(row, number, "test_list")]
+    setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
+    text = column(row, number, "text", "prompt")
+    prompt = '"""\n' + "\n".join([text, *tests]) + '\n"""\n'
+    return Example(str(column(row, number, "task_id")), prompt, {"setup": "\n".join(setup), "tests": tests})
+
+
+HUMANEVAL = Task(
+    name="humaneval",
+    primary="pass",
+    read=_read_humaneval,
+    score=_score_humaneval,
+    combine=means,
+    max_new_tokens=512,
+    stop=_STOP,
+    rows=(
+        {
+            "task_id": "Own/0",
+            "prompt": 'def count_above(values: list[int], limit: int) -> int:\n    """How many values exceed the limit."""\n',
+            "canonical_solution": "    return sum(value > limit for value in values)\n",
+            "test": "def check(candidate):\n    assert candidate([1, 5, 9], 4) == 2\n    assert candidate([], 0) == 0\n",
+            "entry_point": "count_above",
+        },
+        {
+            "task_id": "Own/1",
+            "prompt": (
+                "import math\n\n\ndef halve(number: float) -> float:\n    return number / 2\n\n\n"
+                'def hypotenuse(a: float, b: float) -> float:\n    """The longest side of a right triangle."""\n'
+            ),
+            "canonical_solution": "    return math.sqrt(a * a + b * b)\n",
+            "test": "def check(candidate):\n    assert candidate(3, 4) == 5\n    assert halve(candidate(6, 8)) == 5\n",
+            "entry_point": "hypotenuse",
+        },
+        {
+            "task_id": "Own/2",
+            "prompt": 'def vowels(text: str) -> str:\n    """The vowels.\n    >>> vowels("tree")\n    \'ee\'\n    """\n',
+            "canonical_solution": (
+                '    kept = ""\n    for c in text:\n        if c in "aeiou":\n            kept += c\n    return kept\n'
+            ),
+            "test": 'def check(candidate):\n    assert candidate("harbour") == "aou"\n    assert candidate("xyz") == ""\n',
+            "entry_point": "vowels",
+        },
+    ),
+)
+
+MBPP = Task(
+    name="mbpp",
+    primary="pass",
+    read=_read_mbpp,
+    score=_score_mbpp,
+    combine=means,
+    max_new_tokens=512,
+    stop=_STOP,
+    rows=(
+        {
+            "task_id": 1,
+            "text": "Write a function to add up the digits of a number.",
+            "code": "def digit_sum(number):\r\n  return sum(int(digit) for digit in str(number))",
+            "test_setup_code": "",
+            "test_list": ["assert digit_sum(305) == 8", "assert digit_sum(0) == 0", "assert digit_sum(99) == 18"],
+            "challenge_test_list": [],
+        },
+        {
+            "task_id": 2,
+            "text": "Write a function to measure how deep a chain of boxes is.",
+            "code": "class Box:\n    def __init__(self, inner):\n        self.inner = inner\n\ndef depth(box):\n"
+            "    return 0 if box is None else 1 + depth(box.inner)",
+            "test_setup_code": "three = Box(Box(Box(None)))",
+            "test_list": ["assert depth(three) == 3", "assert depth(None) == 0"],
+            "challenge_test_list": ["assert depth(Box(three)) == 4"],
+        },
+        {
+            "task_id": 3,
+            "text": "Write a function to find whether a word reads the same from both ends.",
+            "code": "is_mirrored = lambda word: word == word[::-1]",
+            "test_setup_code": "",
+            "test_list": ["assert is_mirrored('level')", "assert not is_mirrored('lever')"],
+            "challenge_test_list": [],
+        },
+    ),
+)

@@ -1,0 +1,336 @@
+r"""Maths: GSM8K and MATH-500. The final answer of a completion is found, and judged equal to the reference or not.
+
+The final answer is the first of these that a completion has:
+
+1. what the last \boxed{...} holds (of boxes within boxes, the innermost);
+2. the number on the first line that begins with ####, as GSM8K's own solutions end;
+3. what the last "answer is", or "final answer:", is followed by, up to the end of the sentence or of the formula;
+4. the last number.
+
+A box that is not closed is an answer that broke off: neither it nor what follows counts. Words around an answer ("18 dollars")
+and marks of type and spacing are taken off.
+
+Answers are equal if they are the same text, or if math-verify finds them equal: 1/2, 0.5, 50% and \frac12; x = 3 and 3;
+1,000 and 1000; 3, 5 and 5, 3; but not (2, 4) and [2, 4], nor (2, 4) and (4, 2). It is lenient: 50% is 50, {2, 4} is (2, 4),
+x is X, and decimals count to the sixth digit. It drops the base of a number, so two numbers with a base (2516_8) are compared
+as text here, and so are references that are words (\text{east}), whatever the case and the brackets.
+
+math-verify computes with SymPy, which may take for ever, and its own time limits are signals, which only a main thread gets. So
+it runs without them in a process of its own, which ends itself over an answer that takes longer than TIMEOUT_S, and is started
+anew (a few seconds). Such an answer is wrong, and counted in `unjudged`. An answer that needs more memory than MEMORY_BYTES is
+wrong, and one of more than LONGEST_ANSWER characters is so without being looked at; the longest of MATH-500 has 53.
+
+Source: math-verify, github.com/huggingface/Math-Verify. We differ in how an answer is found: it also reads formulas that nobody
+called an answer, and of several it takes one that it can read.
+"""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from caftune.evals.task import Example, Task, TaskError, column, means
+
+TIMEOUT_S = 5
+MEMORY_BYTES = 4 * 2**30
+LONGEST_ANSWER = 1000
+
+_BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?(?:\s?\\?%)?")
+# Possessive: else many blanks before something else would take quadratic time.
+_HASHES = re.compile(rf"^####[ \t]*+({_NUMBER.pattern})[ \t]*+(?:[A-Za-z][A-Za-z ]*+)?\.?[ \t]*+$", re.MULTILINE)
+_ANNOUNCED = re.compile(r"\b(?:answer\**\s+is\b|final answer\**\s*:)[\s:*]*", re.IGNORECASE)
+_FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_SENTENCE = re.compile(r".*?(?=\.\s|\.?$)", re.MULTILINE)
+_WORD = re.compile(r"[A-Za-z][A-Za-z']{2,}[,;:]?")
+_SPACING = re.compile(r"(?<!\\)\\[!,;: ]|\\(?:left|right|displaystyle)(?![A-Za-z])|\\?\$|~")
+_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
+_BASE = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")
+_THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?%?")
+_MEANT = {"sqrt", "percent", "infinity", "dozen", "hundred", "thousand", "million", "billion", "trillion"}
+
+
+def final_answer(completion: str) -> str | None:
+    r"""The final answer of a completion, or None where there is none.
+
+    >>> final_answer(r"Half of it, so $\boxed{\frac{1}{2}}$.")
+    '\\frac{1}{2}'
+    >>> final_answer("2 + 3 = 5 apples\n#### 5\n\nTom has 7 pears.")
+    '5'
+    >>> final_answer("The answer is $x = 3$. I hope it is correct.")
+    'x = 3'
+    """
+    box, text = _last_box(completion.replace("−", "-"))
+    for found in (box, _hashes(text), _announced(text), _last_number(text)):
+        answer = _tidy(found)
+        if answer:
+            return answer
+    return None
+
+
+def _last_box(text: str) -> tuple[str, str]:
+    """What the last closed box holds, and the text up to the first box that is not closed."""
+    box, begin = "", -1
+    opened: list[re.Match[str]] = []
+    for brace in _BRACE.finditer(text):
+        if brace["box"] or brace["open"]:
+            opened.append(brace)
+        elif brace["close"] and opened:
+            start = opened.pop()
+            if start["box"] and start.start() > begin:
+                box, begin = text[start.end() : brace.start()], start.start()
+    broken = (start.start() for start in opened if start["box"])
+    return box, text[: min(broken, default=len(text))]
+
+
+def _hashes(text: str) -> str:
+    line = _HASHES.search(text)
+    return line.group(1) if line else ""
+
+
+def _announced(text: str) -> str:
+    ends = [match.end() for match in _ANNOUNCED.finditer(text)]
+    if not ends:
+        return ""
+    rest = text[ends[-1] : ends[-1] + 2 * LONGEST_ANSWER]
+    found = _SENTENCE.match(rest)
+    sentence = found.group() if found else ""
+    formulas = list(_FORMULA.finditer(sentence))
+    if len(formulas) > 1:
+        return sentence
+    formula = formulas[0] if formulas else _FORMULA.match(rest)  # a displayed formula goes over several lines
+    return next(filter(None, formula.groups())) if formula else sentence
+
+
+def _last_number(text: str) -> str:
+    numbers = _NUMBER.findall(text)
+    return numbers[-1] if numbers else ""
+
+
+def _tidy(answer: str) -> str:
+    """The answer without marks of spacing, dollar signs, commas between thousands, and words around a number."""
+    answer = _SPACING.sub("", re.sub(r",\\!\s*", ",", answer)).lstrip(" \t\n*:").rstrip(" \t\n*:.,;")
+    if len(answer) > LONGEST_ANSWER:
+        return answer
+    words = answer.split()
+    others = [word for word in words if not _WORD.fullmatch(word) or word.lower() in _MEANT]
+    if len(others) == 1 and _NUMBER.fullmatch(others[0]):
+        answer = others[0]
+    return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
+
+
+def _letters(answer: str) -> str:
+    """The answer as bare text, to see whether two are the same."""
+    return re.sub(r"\s+", "", _TEXT.sub(r"\1", answer).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac"))
+
+
+def is_equal(reference: str, answer: str) -> bool | None:
+    r"""Whether a final answer is equal to the reference; None where math-verify came to no end.
+
+    Raises:
+        TaskError: math-verify is not installed.
+
+    >>> is_equal(r"\frac{1}{2}", "0.5"), is_equal("(2,4)", "[2,4]")
+    (True, False)
+    """
+    reference, answer = _tidy(reference), _tidy(answer)
+    if len(answer) > LONGEST_ANSWER:
+        return False
+    if reference.startswith("\\text"):
+        return _letters(reference).strip("()").casefold() == _letters(answer).strip("()").casefold()
+    with_base, other_base = _BASE.fullmatch(_letters(reference)), _BASE.fullmatch(_letters(answer))
+    if with_base and other_base:
+        return with_base.groups() == other_base.groups()
+    return _letters(reference) == _letters(answer) or _JUDGE.is_equal(reference, answer)
+
+
+class _Judge:
+    """math-verify in a process of its own. Any thread may ask; they are answered one after another."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def require(self) -> None:
+        """Raise TaskError where math-verify is not installed."""
+        with self._lock:
+            self._started()
+
+    def _started(self) -> subprocess.Popen[str]:
+        """The process, started where there is none (which takes a few seconds)."""
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self._process = process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "caftune.evals.maths"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        greeting = process.stdout.readline() if process.stdout else ""
+        if greeting != "ready\n":
+            self._end()
+            raise TaskError(
+                f"Maths is judged by math-verify, which cannot be imported ({greeting.strip() or 'its process ended'}). "
+                "Install it: pip install caftune[eval]"
+            )
+        return process
+
+    def is_equal(self, reference: str, answer: str) -> bool | None:
+        with self._lock:
+            process, verdict = self._started(), ""
+            with contextlib.suppress(OSError):  # its pipe is closed: it ended itself
+                print(json.dumps([reference, answer]), file=process.stdin, flush=True)
+                verdict = process.stdout.readline() if process.stdout else ""
+            if not verdict:
+                self._end()
+                return None
+            return verdict == "True\n"
+
+    def _end(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(OSError), self._process as process:
+                process.kill()
+        self._process = None
+
+
+_JUDGE = _Judge()
+
+
+def _judge_pairs() -> None:
+    """Judge the pairs that stdin brings, one a line, until it ends: what the judge's process does."""
+    import faulthandler
+
+    answers, sys.stdout = sys.stdout, sys.stderr
+    try:
+        from math_verify import LatexExtractionConfig, parse, verify
+    except ImportError as error:
+        print(error, file=answers, flush=True)
+        return
+    with contextlib.suppress(ImportError, ValueError):  # not on Windows; a lower limit stays
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    config = [LatexExtractionConfig(boxed_match_priority=0)]
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        faulthandler.dump_traceback_later(TIMEOUT_S, exit=True)
+        try:
+            reference, answer = (parse(f"\\boxed{{{text}}}", config, parsing_timeout=None) for text in json.loads(line))
+            verdict = bool(verify(reference, answer, timeout_seconds=None))
+        except Exception:
+            verdict = False
+        faulthandler.cancel_dump_traceback_later()
+        print(verdict, file=answers, flush=True)
+
+
+def _score(example: Example, completion: str) -> dict[str, float]:
+    answer = final_answer(completion)
+    verdict = False if answer is None else is_equal(example.reference, answer)
+    return {
+        "accuracy": float(verdict is True),
+        "answered": float(answer is not None),
+        "unjudged": float(verdict is None),
+    }
+
+
+def _read_gsm8k(row: Mapping[str, Any], number: int) -> Example:
+    _JUDGE.require()  # where it is missing, that is said before anything is generated
+    solution = str(column(row, number, "answer"))
+    reference = _hashes(solution)
+    if not reference:
+        raise TaskError(
+            f"Row {number} (from 0): answer must end with a line of #### and a number, got {solution[-80:]!r}. Mend the file."
+        )
+    prompt = (
+        "Solve the problem step by step. Write the number that is asked for on a last line of its own, after ####.\n\n"
+        f"Question: {str(column(row, number, 'question')).strip()}\nAnswer:"
+    )
+    return Example(str(number), prompt, reference)
+
+
+def _read_math(row: Mapping[str, Any], number: int) -> Example:
+    _JUDGE.require()
+    prompt = (
+        "Solve the problem step by step. Write the final answer in \\boxed{}.\n\n"
+        f"Problem:\n{str(column(row, number, 'problem')).strip()}\n\nSolution:"
+    )
+    return Example(str(row.get("unique_id", number)), prompt, str(column(row, number, "answer")))
+
+
+GSM8K = Task(
+    name="gsm8k",
+    primary="accuracy",
+    read=_read_gsm8k,
+    score=_score,
+    combine=means,
+    max_new_tokens=512,
+    stop=("\nQuestion:", "\nProblem:"),
+    lower_is_better=frozenset({"unjudged"}),
+    rows=(
+        {
+            "question": "A baker fills 6 trays with 8 rolls each and sells 31 rolls. How many rolls are left?",
+            "answer": "There are 6*8=<<6*8=48>>48 rolls.\nSo 48-31=<<48-31=17>>17 rolls are left.\n#### 17",
+        },
+        {
+            "question": "A hall has 25 rows of 48 seats. How many seats do three such halls have?",
+            "answer": "One hall has 25*48=<<25*48=1200>>1,200 seats.\nThree have 3*1200=<<3*1200=3600>>3,600.\n#### 3,600",
+        },
+        {
+            "question": "Mia has $5 and buys two pens for $3.50 each. How many dollars does she have now, if she may owe some?",
+            "answer": "The pens cost 2*3.5=$<<2*3.5=7>>7.\nShe has 5-7=$<<5-7=-2>>-2.\n#### -2",
+        },
+    ),
+)
+"""The solutions that a model is trained on end as the prompt asks, so that trained and untrained models are judged alike.
+
+Source: Cobbe et al., arXiv 2110.14168; data and checker github.com/openai/grade-school-math, which takes what follows the first
+####. "Question:" and "Answer:" are those of lm-evaluation-harness's gsm8k; the instruction, in place of examples, is ours.
+"""
+
+MATH500 = Task(
+    name="math500",
+    primary="accuracy",
+    read=_read_math,
+    score=_score,
+    combine=means,
+    max_new_tokens=2048,
+    stop=("\nProblem:", "\nQuestion:"),
+    lower_is_better=frozenset({"unjudged"}),
+    rows=(
+        {
+            "problem": "A fair die is thrown twice. What is the probability that the sum is $4$?",
+            "solution": r"Of $36$ pairs, $(1,3),$ $(2,2)$ and $(3,1)$ do, so it is $\frac{3}{36} = \boxed{\frac{1}{12}}.$",
+            "answer": r"\frac{1}{12}",
+        },
+        {
+            "problem": r"For which real $x$ is $\sqrt{x - 2}$ below $3$? Give the answer in interval notation.",
+            "solution": r"It needs $x \ge 2,$ and then $x - 2 < 9.$ So $x$ is in $\boxed{[2,11)}.$",
+            "answer": "[2,11)",
+        },
+        {
+            "problem": r"Multiply $\begin{pmatrix} 2 & 0 \\ 1 & 3 \end{pmatrix}$ by $\begin{pmatrix} 1 \\ -1 \end{pmatrix}.$",
+            "solution": r"The product is $\boxed{\begin{pmatrix} 2 \\ -2 \end{pmatrix}}.$",
+            "answer": r"\begin{pmatrix} 2 \\ -2 \end{pmatrix}",
+        },
+        {
+            "problem": "Ann runs $9$ km in $50$ minutes, Ben $7$ km in $40$ minutes. Who is faster?",
+            "solution": r"Ann runs $10.8$ km in an hour and Ben $10.5$ km, so it is $\boxed{\text{Ann}}.$",
+            "answer": r"\text{Ann}",
+        },
+    ),
+)
+r"""Every solution of the data set has its answer in \boxed{}.
+
+Source: Hendrycks et al., arXiv 2103.03874; the 500 test problems are those of Lightman et al., arXiv 2305.20050.
+"Problem:" and "Solution:" are those of Minerva's prompt (arXiv 2206.14858), without its four examples.
+"""
+
+if __name__ == "__main__":
+    _judge_pairs()

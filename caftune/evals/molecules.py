@@ -1,0 +1,235 @@
+"""The task `molecules`: a description in, a molecule out, as SMILES.
+
+Rows: ChEBI-20 (columns `description`, `smiles`) and L+M-24 (`caption`, `molecule`). RDKit decides what a molecule is.
+
+Source: MolT5 (arXiv 2204.11817) and its evaluation scripts (github.com/blender-nlp/MolT5, `evaluation`) for BLEU, exact
+match, Levenshtein distance, validity and fingerprints. Where we differ: an empty answer is invalid (RDKit reads it as a
+molecule without atoms), and two molecules without an InChI are not equal for that. L+M-24's own scripts count the
+similarity of an invalid answer as 0: that is our mean times `valid`.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from caftune.evals.task import Example, Task, TaskError, column, means
+
+LONGEST = 4000  # characters; a longer SMILES counts as invalid, so that no answer can hold up the evaluation
+ORDERS = (1, 2, 3, 4)  # of BLEU's n-grams
+NAMED = {"benzene": "fr_benzene", "amide": "fr_amide", "carboxylic_acid": "fr_COO"}
+AVERAGED = ("exact_match", "exact_match_inchi", "valid", "levenshtein", "morgan", "maccs", "rdk")
+
+_TAGS = re.compile(r"<SMILES>(.*?)(?:</SMILES>|\Z)", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+def smiles_of(completion: str) -> str:
+    r"""The SMILES in a completion: the first word of the first line with text, within tags or a fence where it has them.
+
+    >>> smiles_of(" CCO is ethanol.\nIt is an alcohol."), smiles_of("Sure:\n```smiles\nCCO\n```"), smiles_of("\n")
+    ('CCO', 'CCO', '')
+    """
+    for wrapping in (_TAGS, _FENCE):
+        if found := wrapping.search(completion):
+            completion = found[1]
+    words = completion.strip().removeprefix("SMILES:").split(maxsplit=1)
+    return words[0].strip("`") if words else ""
+
+
+def molecule_of(smiles: str) -> Any:
+    """RDKit's molecule, or None where the text is no SMILES, has no atoms or is longer than LONGEST.
+
+    Raises:
+        TaskError: RDKit is not installed.
+    """
+    try:
+        from rdkit import Chem, rdBase
+    except ImportError as absent:
+        raise TaskError("rdkit must be installed for the task molecules. Run pip install caftune[eval].") from absent
+    if not smiles.isascii() or len(smiles) > LONGEST:
+        return None
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromSmiles(smiles)
+    return molecule if molecule is not None and molecule.GetNumAtoms() else None
+
+
+def read(row: Mapping[str, Any], number: int) -> Example:
+    """A row of ChEBI-20 or L+M-24 as an example; the reference is its SMILES.
+
+    Raises:
+        TaskError: a column is missing, or the SMILES is none that RDKit reads.
+    """
+    description = column(row, number, "description", "caption")
+    smiles = column(row, number, "smiles", "molecule").strip()
+    if molecule_of(smiles) is None:
+        raise TaskError(
+            f"The SMILES of row {number} (from 0) must be one that RDKit reads, got {smiles!r}. Remove the row."
+        )
+    prompt = f"Write the SMILES of the molecule that is described.\n\nDescription: {description.strip()}\nSMILES:"
+    return Example(str(number), prompt, smiles)
+
+
+def score(example: Example, completion: str) -> dict[str, float]:
+    """The measures of one completion.
+
+    - `exact_match`: 1 for the same canonical SMILES, stereochemistry included; `exact_match_inchi`: for the same
+      standard InChI, which also takes tautomers for one molecule. A reference that has no InChI (one with a wildcard atom,
+      for example) is compared by its canonical SMILES there too.
+    - `valid`: 1 if RDKit reads the answer as a molecule.
+    - `levenshtein`: edits from answer to reference, in characters of the SMILES as they are written.
+    - `morgan`, `maccs`, `rdk`: Tanimoto similarity of fingerprints, for valid answers only.
+    - `bleu_*`, `reference_length`, `answer_length`: counts, of which `combine` makes BLEU.
+    - `fr_*_tp`, `fr_*_fp`, `fr_*_fn`: 1 for a functional group that both have, the answer only, the reference only. One
+      that neither has is a true negative and left out. An invalid answer has no groups.
+    """
+    answer = smiles_of(completion)
+    reference, found = molecule_of(example.reference), molecule_of(answer)
+    measures = {"exact_match": 0.0, "exact_match_inchi": 0.0, "valid": float(found is not None)}
+    measures["levenshtein"] = float(levenshtein(example.reference, answer))
+    measures |= _bleu_counts(example.reference, answer)
+    if found is not None:
+        measures |= _identity(reference, found) | similarities(reference, found)
+    return measures | _group_outcomes(groups(reference), groups(found) if found is not None else frozenset())
+
+
+def _identity(reference: Any, answer: Any) -> dict[str, float]:
+    from rdkit import Chem, rdBase
+
+    same = Chem.MolToSmiles(reference) == Chem.MolToSmiles(answer)
+    with rdBase.BlockLogs():
+        expected, found = Chem.MolToInchi(reference), Chem.MolToInchi(answer)
+    return {"exact_match": float(same), "exact_match_inchi": float(expected == found if expected else same)}
+
+
+def similarities(reference: Any, answer: Any) -> dict[str, float]:
+    """Tanimoto similarity of two molecules by three fingerprints, with the settings of MolT5's evaluation.
+
+    Morgan: radius 2, counts of environments, not folded into bits. MACCS: 166 keys. RDK: paths of 1 to 7 bonds, 2,048
+    bits. A molecule without bonds has no paths, and an RDK similarity of 0 even with itself.
+    """
+    from rdkit.Chem import RDKFingerprint, rdFingerprintGenerator
+    from rdkit.Chem.rdMolDescriptors import GetMACCSKeysFingerprint
+    from rdkit.DataStructs import TanimotoSimilarity
+
+    morgan = rdFingerprintGenerator.GetMorganGenerator(radius=2).GetSparseCountFingerprint
+    kinds = {"morgan": morgan, "maccs": GetMACCSKeysFingerprint, "rdk": RDKFingerprint}
+    return {
+        name: TanimotoSimilarity(fingerprint(reference), fingerprint(answer)) for name, fingerprint in kinds.items()
+    }
+
+
+def groups(molecule: Any) -> frozenset[str]:
+    """The functional groups that a molecule has at least once, by RDKit's names (all `fr_*` of rdkit.Chem.Fragments)."""
+    from rdkit.Chem import Fragments
+
+    return frozenset(name for name, count in vars(Fragments).items() if name.startswith("fr_") and count(molecule))
+
+
+def _group_outcomes(reference: frozenset[str], answer: frozenset[str]) -> dict[str, float]:
+    outcomes = {"tp": reference & answer, "fp": answer - reference, "fn": reference - answer}
+    return {f"{name}_{outcome}": 1.0 for outcome, names in outcomes.items() for name in sorted(names)}
+
+
+def levenshtein(first: str, second: str) -> int:
+    """The least number of characters to insert, delete or replace that turns one text into the other.
+
+    A column of the table of distances is two integers: bit i tells whether row i + 1 is one more, or one less, than row i.
+    Source: Hyyrö, "A Bit-Vector Algorithm for Computing Levenshtein and Damerau Edit Distances", 2003, figure 3.
+
+    >>> levenshtein("CCO", "CCN"), levenshtein("c1ccccc1", "c1ccccc1O"), levenshtein("", "CC")
+    (1, 1, 2)
+    """
+    if not first:
+        return len(second)
+    rows, last, distance = (1 << len(first)) - 1, 1 << (len(first) - 1), len(first)
+    equal: dict[str, int] = {}
+    for row, letter in enumerate(first):
+        equal[letter] = equal.get(letter, 0) | 1 << row
+    more, less = rows, 0
+    for letter in second:
+        here = equal.get(letter, 0)
+        unchanged = (((here & more) + more) ^ more) | here | less
+        up, down = less | ~(unchanged | more), unchanged & more
+        distance += bool(up & last) - bool(down & last)
+        up = up << 1 | 1
+        more, less = (down << 1 | ~(unchanged | up)) & rows, unchanged & up & rows
+    return distance
+
+
+def _bleu_counts(reference: str, answer: str) -> dict[str, float]:
+    counts = {"reference_length": float(len(reference)), "answer_length": float(len(answer))}
+    for order in ORDERS:
+        expected, found = (Counter(t[i : i + order] for i in range(len(t) - order + 1)) for t in (reference, answer))
+        counts[f"bleu_matches_{order}"] = float((expected & found).total())
+        # At least 1, as in NLTK: an answer too short for an n-gram counts as one n-gram missed.
+        counts[f"bleu_total_{order}"] = float(max(found.total(), 1))
+    return counts
+
+
+def _bleu(sums: Mapping[str, float]) -> float:
+    matches = [sums[f"bleu_matches_{order}"] for order in ORDERS]
+    if not all(matches):
+        return 0.0
+    logs = [math.log(match / sums[f"bleu_total_{order}"]) for order, match in zip(ORDERS, matches, strict=True)]
+    penalty = min(0.0, 1 - sums["reference_length"] / sums["answer_length"])
+    return math.exp(penalty + math.fsum(logs) / len(ORDERS))
+
+
+def _f1(sums: Mapping[str, float], names: Sequence[str]) -> tuple[float, float, float]:
+    """Precision, recall and F1 of these groups taken together; 0 where nothing is found or nothing is there."""
+    hits, false, missed = (math.fsum(sums.get(f"{name}_{kind}", 0) for name in names) for kind in ("tp", "fp", "fn"))
+    return hits / max(hits + false, 1), hits / max(hits + missed, 1), 2 * hits / max(2 * hits + false + missed, 1)
+
+
+def combine(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The measures of all completions.
+
+    - The mean of `exact_match`, `exact_match_inchi`, `valid` and `levenshtein`; the mean of `morgan`, `maccs` and `rdk`
+      over the valid answers only, as MolT5 does (they are missing where no answer is valid).
+    - `bleu`: corpus-level BLEU-4, every character a token, one reference, equal weights, no smoothing, of the SMILES as
+      written, invalid ones included. Equals NLTK's `corpus_bleu`, except that it is 0 where NLTK gives less than 1e-70.
+      An answer of fewer than four characters lowers it even if it is right.
+    - `benzene_*`, `amide_*`, `carboxylic_acid_*`: `precision`, `recall` and `f1` of RDKit's fr_benzene, fr_amide (any
+      N-C=O, ureas and carbamates too) and fr_COO (acid or carboxylate on carbon). Missing where no reference has the group.
+    - `fragments_micro_f1`: F1 of all decisions on all of RDKit's fragments; `fragments_macro_f1`: the mean of the F1s of
+      those fragments that at least one reference has, so that all models are averaged over the same ones.
+    """
+    sums: Counter[str] = Counter()
+    for measures in scores:
+        sums.update(measures)
+    combined = means([{name: measures[name] for name in AVERAGED if name in measures} for measures in scores])
+    if scores:
+        combined["bleu"] = _bleu(sums)
+    found = sorted({name[:-3] for name in sums if name.startswith("fr_")})
+    expected = [name for name in found if f"{name}_tp" in sums or f"{name}_fn" in sums]
+    for label, name in NAMED.items():
+        if name in expected:
+            combined |= zip((f"{label}_precision", f"{label}_recall", f"{label}_f1"), _f1(sums, [name]), strict=True)
+    if expected:
+        combined["fragments_micro_f1"] = _f1(sums, found)[2]
+        combined["fragments_macro_f1"] = math.fsum(_f1(sums, [name])[2] for name in expected) / len(expected)
+    return combined
+
+
+ROWS = (
+    {"description": "An alcohol: a chain of three carbon atoms that ends in a hydroxy group.", "smiles": "CCCO"},
+    {"description": "The simplest aromatic acid, a benzene ring with one carboxy group.", "smiles": "OC(=O)c1ccccc1"},
+    {"description": "The primary amide that acetic acid forms with ammonia.", "smiles": "CC(N)=O"},
+    {"caption": "It eases pain and lowers fever, and it harms the liver in excess.", "molecule": "CC(=O)Nc1ccc(O)cc1"},
+    {"caption": "It smells of vanilla and flavours food.", "molecule": "COc1cc(C=O)ccc1O"},
+    {"caption": "It inhibits cyclooxygenases and thins the blood.", "molecule": "CC(=O)Oc1ccccc1C(=O)O"},
+)
+
+MOLECULES = Task(
+    name="molecules",
+    primary="exact_match",
+    read=read,
+    score=score,
+    combine=combine,
+    max_new_tokens=512,
+    rows=ROWS,
+    stop=("\nDescription:",),
+    lower_is_better=frozenset({"levenshtein"}),
+)

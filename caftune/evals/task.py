@@ -1,0 +1,89 @@
+"""What a task is: rows of a data set turned into prompts, and completions turned into numbers.
+
+A task is one file with one `Task` in it. It knows nothing of models, heads or trainers: `score` takes a completion, whoever
+wrote it. Tasks use rows as their data sets publish them; where a data set names its columns otherwise, `columns` says so.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+class TaskError(ValueError):
+    """A row, or the machine, does not have what a task needs; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question: `prompt` is a text to be continued (for a chat model: what the user says)."""
+
+    id: str
+    prompt: str
+    reference: Any  # what `score` compares with, JSON
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of evaluation.
+
+    Args:
+        name: as in `eval.tasks`.
+        primary: the measure that stands for the task where one number is wanted.
+        read: one row of the data set and its number -> an example.
+            Raises TaskError where a column is missing.
+        score: (example, completion) -> measures of this completion, each a number. Shares are between 0 and 1. It never
+            fails on what a model wrote: an empty or senseless completion has the lowest score.
+        combine: the measures of all completions -> the measures of the whole; by default the mean of each, over the
+            completions that have it. (F1 over a data set, for example, is no mean of F1s.)
+        max_new_tokens: room that an answer needs.
+        stop: an answer is cut where one of these texts begins.
+        rows: a few rows of our own in the data set's format, for trying the task without its data.
+        lower_is_better: measures of which less is better.
+    """
+
+    name: str
+    primary: str
+    read: Callable[[Mapping[str, Any], int], Example]
+    score: Callable[[Example, str], dict[str, float]]
+    combine: Callable[[Sequence[Mapping[str, float]]], dict[str, float]]
+    max_new_tokens: int
+    rows: Sequence[Mapping[str, Any]]
+    stop: tuple[str, ...] = ()
+    lower_is_better: frozenset[str] = frozenset()
+
+
+def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each measure over the completions that have it.
+
+    >>> means([{"exact": 1.0, "similarity": 0.5}, {"exact": 0.0}])
+    {'exact': 0.5, 'similarity': 0.5}
+    """
+    names = dict.fromkeys(name for score in scores for name in score)
+    found = {name: [score[name] for score in scores if name in score] for name in names}
+    return {name: math.fsum(values) / len(values) for name, values in found.items()}
+
+
+def column(row: Mapping[str, Any], number: int, *names: str) -> Any:
+    """The first of these columns that a row has.
+
+    Raises:
+        TaskError: it has none of them.
+    """
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise TaskError(
+        f"Row {number} (from 0) must have a column {' or '.join(names)}, and has {', '.join(row)}. Mend the file, or name the "
+        "column in eval.columns."
+    )
+
+
+def until_stop(completion: str, stop: Sequence[str]) -> str:
+    r"""The completion up to where the first of the stop texts begins.
+
+    >>> until_stop("a + b\n\nQ: next", ["\n\nQ:"])
+    'a + b'
+    """
+    ends = [completion.find(text) for text in stop]
+    return completion[: min((end for end in ends if end >= 0), default=len(completion))]

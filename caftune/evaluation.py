@@ -1,0 +1,188 @@
+"""Evaluation of a model on tasks: ask it, score the answers, put them down one by one.
+
+    output/eval/MODEL/TASK.jsonl      one line per example and run: prompt, completion, measures
+    output/eval/cache.jsonl           the answers, by what was asked: a stopped evaluation goes on, a second one asks nothing
+
+Every number can be computed again from TASK.jsonl, without the model.
+"""
+
+import functools
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from caftune.checkpoint import model_fingerprint
+from caftune.data import read_rows
+from caftune.evals.statistics import interval
+from caftune.evals.task import Example, Task, TaskError, until_stop
+from caftune.evals.tasks import TASKS
+from caftune.generation import Sampling
+from caftune.labels import AnswerCache, generate_labels
+from caftune.prompts import Conversation
+from caftune.recipe import Recipe, RecipeError
+from caftune.run_folder import record
+from caftune.stage_options import answer_backend, context_length, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Result:
+    """A task's measures for one model: of each run, in the order of their seeds."""
+
+    task: str
+    model: str
+    examples: int
+    runs: int
+    measures: dict[str, list[float]]
+    unfinished: int  # answers, of all runs, that max_new_tokens cut off
+
+
+def evaluate(recipe: Recipe) -> list[Result]:
+    """Evaluate `eval.model` on `eval.tasks`.
+
+    Raises:
+        RecipeError: no such task, no data for it, or settings that cannot work together.
+        TaskError: rows without what the task needs, or a package or permission that is missing.
+    """
+    section = recipe.eval
+    if not section.tasks:
+        raise RecipeError(f"eval.tasks must name tasks, got none. Known: {', '.join(TASKS)}.")
+    unknown = next((task for task in section.tasks if task not in TASKS), None)
+    if unknown is not None:
+        raise RecipeError(f"eval.tasks must hold names of tasks, got {unknown!r}. Known: {', '.join(TASKS)}.")
+    if section.runs > 1 and section.temperature == 0:
+        raise RecipeError("eval.runs must be 1 with eval.temperature 0: greedy answers are all the same.")
+    name = _model_of(recipe)
+    prepared = {task: (TASKS[task], _examples(recipe, TASKS[task])) for task in section.tasks}
+    return [_evaluate(recipe, name, task, examples) for task, examples in prepared.values()]
+
+
+def _model_of(recipe: Recipe) -> str:
+    """The folder or hub id of eval.model."""
+    if recipe.eval.model == "base":
+        return recipe.model.name
+    if recipe.eval.model is not None:
+        return recipe.eval.model
+    model = Path(recipe.output, "model")
+    if not (model / "config.json").is_file():
+        raise RecipeError(
+            f"{model} is missing. Run `caftune train` first, or name a model in eval.model (`base`, a folder or a hub id)."
+        )
+    return str(model)
+
+
+def _examples(recipe: Recipe, task: Task) -> list[Example]:
+    source = recipe.eval.data.get(task.name)
+    if source is None:
+        raise RecipeError(
+            f"eval.data.{task.name} must name a file or hub id with the rows of {task.name}, got nothing. Add it to the recipe."
+        )
+    rows = read_rows(source)[: recipe.eval.limit]
+    named = [{**row, **{ours: row.get(theirs) for ours, theirs in recipe.eval.columns.items()}} for row in rows]
+    try:
+        examples = [task.read(row, number) for number, row in enumerate(named)]
+    except TaskError as error:
+        raise TaskError(f"{source}: {error}") from error
+    twice = next((name for name, count in Counter(example.id for example in examples).items() if count > 1), None)
+    if twice is not None:
+        raise TaskError(f"{source}: examples must have ids of their own, and {twice} stands twice. Mend the file.")
+    return examples
+
+
+def _evaluate(recipe: Recipe, name: str, task: Task, examples: Sequence[Example]) -> Result:
+    section = recipe.eval
+    tokenizer = load_tokenizer(recipe, name)
+    talks = dict(enumerate(_ask(example, tokenizer) for example in examples))
+    sampling = Sampling(
+        section.max_new_tokens or task.max_new_tokens, section.temperature, section.top_p, section.top_k
+    )
+    room = (context_length(recipe, name) or sys.maxsize) - sampling.max_new_tokens - (section.backend == "server")
+    long = [number for number, talk in talks.items() if len(talk.prompt(0, [], tokenizer).ids) > room]
+    if long:
+        raise RecipeError(
+            f"{len(long)} of {len(talks)} prompts of {task.name} (the first is {examples[long[0]].id}) leave no room for "
+            f"{sampling.max_new_tokens} tokens in the model's context. Lower eval.max_new_tokens, or use a model with more."
+        )
+    fingerprint = model_fingerprint(name, recipe.model.revision if name == recipe.model.name else None)
+    opened = functools.cache(lambda: answer_backend(recipe, section, tokenizer, sampling, name=name))
+    lines: list[dict[str, Any]] = []
+    for run, seed in enumerate(range(recipe.seed, recipe.seed + section.runs)):
+        file = Path(recipe.output, "eval", "cache.jsonl")
+        cache = AnswerCache(file, sampling, seed=seed, fingerprint=fingerprint)
+        found = generate_labels(talks, tokenizer, cache, opened, room=room)
+        _refuse_failures(task, examples, found.failures)
+        for label in found.labels:
+            example, completion = examples[label.row], until_stop(label.completion, task.stop)
+            measured = {"scores": task.score(example, completion), "finish": label.finish}
+            lines.append({"run": run, "seed": seed, **asdict(example), "completion": completion, **measured})
+    label_of_model = "base" if name == recipe.model.name else Path(name).name
+    _write(Path(recipe.output, "eval", label_of_model, f"{task.name}.jsonl"), lines)
+    result = summarise(task, label_of_model, lines)
+    record(recipe, {"stage": f"eval {label_of_model} {task.name}", **asdict(result)})
+    return result
+
+
+def _ask(example: Example, tokenizer: Any) -> Conversation:
+    """A chat model is asked in a conversation; any other continues the text."""
+    if getattr(tokenizer, "chat_template", None):
+        return Conversation(messages=[{"role": "user", "content": example.prompt}])
+    return Conversation(text=example.prompt)
+
+
+def _refuse_failures(task: Task, examples: Sequence[Example], failures: Mapping[int, str]) -> None:
+    if failures:
+        row, reason = next(iter(sorted(failures.items())))
+        raise RecipeError(
+            f"{len(failures)} examples of {task.name} have no answer (the first is {examples[row].id}: {reason}). The others "
+            "are kept; run the command again."
+        )
+
+
+def summarise(task: Task, model: str, lines: Sequence[Mapping[str, Any]]) -> Result:
+    """A task's measures from the lines of its file."""
+    runs = sorted({line["run"] for line in lines})
+    combined = [task.combine([line["scores"] for line in lines if line["run"] == run]) for run in runs]
+    names = dict.fromkeys(name for measures in combined for name in measures)
+    return Result(
+        task=task.name,
+        model=model,
+        examples=len({line["id"] for line in lines}),
+        runs=len(runs),
+        measures={name: [measures[name] for measures in combined if name in measures] for name in names},
+        unfinished=sum(line["finish"] == "length" for line in lines),
+    )
+
+
+def print_results(console: Console, results: Sequence[Result]) -> None:
+    """A table for each task: its measures, of several runs with 95% intervals."""
+    for result in results:
+        what = f"{result.examples} examples, {result.runs} run{'s' * (result.runs > 1)}"
+        table = Table(title=f"{result.task}: {result.model} ({what})")
+        table.add_column("measure")
+        table.add_column("value", justify="right")
+        for name, values in result.measures.items():
+            table.add_row(name, in_words(values))
+        console.print(table)
+        if result.unfinished:
+            console.print(f"{result.unfinished} answers were cut off by eval.max_new_tokens.", highlight=False)
+
+
+def in_words(values: Sequence[float]) -> str:
+    """A measure of several runs: mean and 95% interval; of one, the number."""
+    if len(values) < 2:
+        return f"{values[0]:.4f}"
+    mean, half = interval(values)
+    return f"{mean:.4f} ± {half:.4f}"
+
+
+def _write(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    partial.replace(path)
