@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hostile import HOSTILE, SECRET
 
 from caftune.evals import sandbox
 from caftune.evals.sandbox import Limits, Outcome, run_python
@@ -26,133 +27,6 @@ from caftune.evals.task import TaskError
 TIGHT = Limits(
     cpu_s=1, wall_s=3.0, memory_bytes=256 << 20, file_bytes=4 << 20, folder_bytes=8 << 20, output_bytes=10_000
 )
-SECRET = "the-secret-of-the-caller"
-
-HOSTILE = {
-    "a fork bomb": """
-while True:
-    try: os.fork()
-    except OSError: pass
-""",
-    "a fork bomb that sleeps": "while os.fork() >= 0: pass",
-    "a thread bomb": "import threading\nwhile True: threading.Thread(target=time.sleep, args=[60]).start()",
-    "a memory bomb": "held = bytearray(1 << 34)",
-    "a memory bomb in small pieces": "held = []\nwhile True: held.append(bytearray(1 << 20))",
-    "a memory bomb of many processes": """
-for _ in range(100):
-    if os.fork() == 0: held = [bytearray(1 << 20) for _ in range(10_000)]
-""",
-    "an infinite loop": "while True: pass",
-    "a sleep without end": "time.sleep(10**6)",
-    "a loop that ignores every signal": """
-import signal
-for number in range(1, 65):
-    try: signal.signal(number, signal.SIG_IGN)
-    except (OSError, ValueError): pass
-while True: pass
-""",
-    "a zip bomb": """
-import zlib
-packer = zlib.compressobj()
-packed = b"".join(packer.compress(bytes(1 << 20)) for _ in range(1024)) + packer.flush()
-zlib.decompress(packed)
-""",
-    "recursion without end": "sys.setrecursionlimit(10**9)\ndeep = lambda: [deep()]\ndeep()",
-    "recursion until the stack is gone": """
-sys.setrecursionlimit(10**9)
-nest = []
-for _ in range(10**6): nest = [nest]
-repr(nest)
-""",
-    "a read of the address 0": "import ctypes\nctypes.string_at(0)",
-    "higher limits": "import resource\nresource.setrlimit(resource.RLIMIT_NPROC, (1000, 1000))",
-    "higher limits of CPU time": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1000, 1000))",
-    # output and files
-    "huge output": "while True: os.write(1, b'x' * 10**6)",
-    "huge errors": "while True: os.write(2, b'x' * 10**6)",
-    "a huge file": "file = open('/tmp/huge', 'wb')\nwhile True: file.write(bytes(1 << 20))",
-    "many large files": "for n in range(100): open(f'/tmp/{n}', 'wb').write(bytes(1 << 20))",
-    "many files": "for n in range(5000): open(f'/tmp/{n}', 'w').close()",
-    "a huge sparse file": "os.truncate(os.open('/tmp/huge', os.O_CREAT | os.O_RDWR), 1 << 40)",
-    "files in memory": "os.memfd_create('x')",
-    "shared memory": "import ctypes\nassert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0",
-    "reading /etc/passwd": "open('/etc/passwd').read()",
-    "reading the caller's file": "open({file!r}).read()",
-    "reading the repository": "open({repository!r} + '/pyproject.toml').read()",
-    "files of the home folder": "assert any(os.path.exists(path) for path in {at_home!r})",
-    "a link out of the folder": "os.symlink({file!r}, '/tmp/link')\nopen('/tmp/link').read()",
-    "a way up out of the folder": "os.chdir('/')\nopen('../../../../../..' + {file!r}).read()",
-    "writing into the home folder": "open({home!r} + '/of-the-sandbox', 'w')",
-    "writing into the caller's folder": "open({folder!r} + '/of-the-sandbox', 'w')",
-    "writing into the caller's file": "open({file!r}, 'a').write('of the sandbox')",
-    "writing beside its folder": "open('/of-the-sandbox', 'w')",
-    "writing into Python's library": "open(os.__file__, 'a')",
-    "writing into its own program": "open(__file__, 'a')",
-    "deleting its folder": "os.rmdir('/tmp')",
-    "deleting everything": "import shutil\nshutil.rmtree('/')",
-    "taking over files": "os.chown('/program.py', os.getuid(), os.getgid())",
-    "opening its program to others": "os.chmod('/program.py', 0o777)",
-    "device files": "import stat\nos.mknod('/tmp/disk', stat.S_IFBLK | 0o600, os.makedev(8, 0))",
-    "a mount": "import ctypes\nassert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0",
-    "a mount that becomes writable": "import ctypes\nassert ctypes.CDLL(None).mount(None, b'/', None, 32, None) == 0",
-    "a root of its own": "os.chroot('/tmp')",
-    # processes and rights
-    "a shell": "import subprocess\nsubprocess.run(['/bin/sh', '-c', 'true'], check=True)",
-    "an executable of its own": """
-import shutil
-shutil.copy(sys.executable, '/tmp/own')
-os.chmod('/tmp/own', 0o700)
-os.execv('/tmp/own', ['own', '-c', 'print("DONE")'])
-""",
-    "the caller killed": "os.kill({caller}, 9)",
-    "the first process killed": "os.kill(1, 9)\ntime.sleep(10**6)",
-    "everybody killed": "os.kill(-1, 9)\ntime.sleep(10**6)",
-    "the caller traced": "import ctypes\nassert ctypes.CDLL(None).ptrace(16, {caller}, 0, 0) == 0",
-    "the first process traced": "import ctypes\nassert ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0",
-    "the first process's memory": """
-import ctypes
-pair = (ctypes.c_uint64 * 2)(id(pair := 0), 8)
-assert ctypes.CDLL(None).process_vm_readv(1, pair, 1, pair, 1, 0) > 0
-""",
-    "the first process's environment": "open('/proc/1/environ').read()",
-    "the caller's environment": "open('/proc/{caller}/environ').read()",
-    "the inherited environment": "assert {secret!r} in os.environ.values()",
-    "other processes": "assert any(name.isdigit() for name in os.listdir('/proc'))",
-    "a new user namespace": "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0",
-    "a new user namespace by clone": "import ctypes\nassert ctypes.CDLL(None).syscall(56, 0x10000011, 0, 0, 0, 0) >= 0",
-    "capabilities": "import ctypes\nassert ctypes.CDLL(None).prctl(47, 2, 21, 0, 0) == 0",
-    "root": "assert os.getuid() == 0\nos.setgid(65534)\nos.setuid(65534)",
-    "kernel keys": "import ctypes\nassert ctypes.CDLL(None).syscall(250, 0, -3, 1) >= 0",
-    # network
-    "a TCP connection": "import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)",
-    "a UDP datagram": "import socket\nsocket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {port}))",
-    "a server": "import socket\nsocket.create_server(('127.0.0.1', 0))",
-    "a unix socket": "import socket\nsocket.socket(socket.AF_UNIX).connect({unix!r})",
-    "an abstract unix socket": "import socket\nsocket.socket(socket.AF_UNIX).connect('\\0{abstract}')",
-    "a socket to the hypervisor": "import socket\nsocket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)",
-    "a raw socket": "import socket\nsocket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
-    "a name looked up": "import socket\nsocket.getaddrinfo('localhost', 80)\nsocket.gethostbyname('example.org')",
-    # what would outlive it, or shut out its end
-    "a child in a session of its own": """
-if os.fork() == 0:
-    os.setsid()
-    time.sleep(2)
-else: os._exit(0)
-""",
-    "a daemon": """
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0: time.sleep(2)
-    else: os._exit(0)
-else: os._exit(0)
-""",
-    "children that hold its output": """
-for _ in range(3):
-    if os.fork() == 0: time.sleep(2); break
-else: os._exit(0)
-""",
-    "closed descriptors": "os.closerange(0, 1000)",
-}
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +82,12 @@ def children(of=None):
             if int(fields[1]) == (of or os.getpid()):
                 found.add(int(stat.parent.name))
     return found
+
+
+def reaped(before):
+    for process in children() - before:
+        os.waitpid(process, os.WNOHANG)
+    return children() == before
 
 
 def aimed(attack, targets):
@@ -377,12 +257,10 @@ PROMISES = {
 
 @pytest.mark.parametrize("promise", PROMISES)
 def test_a_machine_that_does_not_keep_a_promise_is_refused(promise, tmp_path):
-    module = altered(tmp_path, *PROMISES[promise])
+    module, before = altered(tmp_path, *PROMISES[promise]), children()
     with pytest.raises(TaskError, match=r"must be able to isolate generated code, and is not: .*") as refused:
         module.run_python("print('ran')", limits=Limits())
-    with contextlib.suppress(ChildProcessError):  # those that the altered sandbox let live, for the moment that they do
-        while True:
-            os.wait()
+    within(20, lambda: reaped(before))  # the altered sandbox can let some live, for a moment
     assert promise in str(refused.value)
     assert "Use Linux 5.14 or newer" in str(refused.value)
 
