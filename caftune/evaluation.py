@@ -28,7 +28,7 @@ from caftune.labels import AnswerCache, generate_labels
 from caftune.prompts import Conversation
 from caftune.recipe import Recipe, RecipeError
 from caftune.run_folder import record
-from caftune.stage_options import answer_backend, context_length, load_tokenizer
+from caftune.stage_options import answer_backend, context_length, load_tokenizer, who_answers
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def _evaluate(recipe: Recipe, name: str, task: Task, examples: Sequence[Example]
             f"{len(long)} of {len(talks)} prompts of {task.name} (the first is {examples[long[0]].id}) leave no room for "
             f"{sampling.max_new_tokens} tokens in the model's context. Lower eval.max_new_tokens, or use a model with more."
         )
-    fingerprint = model_fingerprint(name, recipe.model.revision if name == recipe.model.name else None)
+    revision = recipe.model.revision if name == recipe.model.name else None
+    fingerprint = model_fingerprint(name, revision) + who_answers(section)
     opened = functools.cache(lambda: answer_backend(recipe, section, tokenizer, sampling, name=name))
     lines: list[dict[str, Any]] = []
     for run, seed in enumerate(range(recipe.seed, recipe.seed + section.runs)):

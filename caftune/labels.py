@@ -110,6 +110,9 @@ class AnswerCache:
                 raise DataError(
                     f"{self.path}, line {number}: not an answer ({error}). Remove the line and run again."
                 ) from error
+        if tail:  # cut off between the answer and its end of line: the next one must not follow on the same
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n")
 
 
 def generate_labels(

@@ -260,6 +260,15 @@ def test_a_line_that_is_no_answer_is_named(tmp_path):
         AnswerCache(tmp_path / "x", GREEDY, seed=0, fingerprint="base")
 
 
+def test_an_answer_cut_off_before_its_end_of_line_is_kept_and_the_next_one_begins_a_line(tmp_path):
+    path = tmp_path / "cache.jsonl"
+    for key in ("a", "b"):
+        AnswerCache(path, GREEDY, seed=0, fingerprint="base").add(key, Answer([3, 1], "stop"))
+        path.write_bytes(path.read_bytes()[:-1])  # killed between the two
+    cache = AnswerCache(path, GREEDY, seed=0, fingerprint="base")
+    assert cache.find("a") == cache.find("b") == Answer([3, 1], "stop")
+
+
 def test_a_file_that_is_no_cache_stays_as_it_is(tmp_path):
     (tmp_path / "x").write_text('{"notes": 1}')
     with pytest.raises(DataError, match="line 1: not an answer"):
