@@ -102,6 +102,30 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def compare(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    only: Annotated[
+        str | None, typer.Option(help="Make one run, ARM/SEED or base, so that a scheduler can spread them.")
+    ] = None,
+) -> None:
+    """Did it help? Next-token fine-tuning, CAFT and its controls, each with several seeds, on the tasks of `eval`."""
+    with _errors_in_one_line():
+        from caftune.recipe import load_recipe
+
+        loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
+        from datasets import disable_progress_bars
+        from transformers.utils import logging
+
+        from caftune.compare import compare as make_runs
+        from caftune.compare import print_comparison
+
+        disable_progress_bars()
+        logging.disable_progress_bar()
+        print_comparison(console, make_runs(loaded, only))
+
+
+@app.command()
 def export(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -131,6 +155,21 @@ def preview(
 
         for number, row in enumerate(pipeline.preview(load_recipe(recipe, overrides or []), rows)):
             print_row(console, number, *row)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders of `caftune compare` or `caftune train`.")
+    ],
+    output: Annotated[str | None, typer.Option(help="Where to write; the first run folder by default.")] = None,
+) -> None:
+    """Write report.html, one page to open or to pass on, and report.md."""
+    with _errors_in_one_line():
+        from caftune.report import write_report
+
+        for path in write_report(runs, output):
+            console.print(f"Report: {path}", soft_wrap=True)
 
 
 heads_app = typer.Typer(help="Heads: measure, look at, share.", no_args_is_help=True, rich_markup_mode=None)

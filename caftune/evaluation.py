@@ -1,12 +1,14 @@
 """Evaluation of a model on tasks: ask it, score the answers, put them down one by one.
 
-    output/eval/MODEL/TASK.jsonl      one line per example and run: prompt, completion, measures
+    output/eval/MODEL/TASK.jsonl      one line per example and run: prompt, completion, measures. MODEL is `base`, `model` for
+                                      the run's own, and for any other its last name and a short hash of its whole name
     output/eval/cache.jsonl           the answers, by what was asked: a stopped evaluation goes on, a second one asks nothing
 
 Every number can be computed again from TASK.jsonl, without the model.
 """
 
 import functools
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -20,6 +22,7 @@ from rich.table import Table
 
 from caftune.checkpoint import model_fingerprint
 from caftune.data import read_rows
+from caftune.evals.proteins import PROTEINS, sequence_of
 from caftune.evals.statistics import interval
 from caftune.evals.task import Example, Task, TaskError, until_stop
 from caftune.evals.tasks import TASKS
@@ -29,6 +32,7 @@ from caftune.prompts import Conversation
 from caftune.recipe import Recipe, RecipeError
 from caftune.run_folder import record
 from caftune.stage_options import answer_backend, context_length, load_tokenizer, who_answers
+from caftune.structures import check_structures, compare_structures
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,12 @@ def evaluate(recipe: Recipe) -> list[Result]:
         raise RecipeError(f"eval.tasks must hold names of tasks, got {unknown!r}. Known: {', '.join(TASKS)}.")
     if section.runs > 1 and section.temperature == 0:
         raise RecipeError("eval.runs must be 1 with eval.temperature 0: greedy answers are all the same.")
+    if section.structures is not None:
+        if PROTEINS.name not in section.tasks:
+            raise RecipeError(
+                f"eval.structures needs the task {PROTEINS.name} in eval.tasks. Add it, or remove structures."
+            )
+        check_structures(section.structures)
     name = _model_of(recipe)
     prepared = {task: (TASKS[task], _examples(recipe, TASKS[task])) for task in section.tasks}
     return [_evaluate(recipe, name, task, examples) for task, examples in prepared.values()]
@@ -69,12 +79,32 @@ def _model_of(recipe: Recipe) -> str:
         return recipe.model.name
     if recipe.eval.model is not None:
         return recipe.eval.model
-    model = Path(recipe.output, "model")
+    model = _own_model(recipe)
     if not (model / "config.json").is_file():
         raise RecipeError(
             f"{model} is missing. Run `caftune train` first, or name a model in eval.model (`base`, a folder or a hub id)."
         )
     return str(model)
+
+
+def _own_model(recipe: Recipe) -> Path:
+    return Path(recipe.output, "model")
+
+
+def label_of(recipe: Recipe, name: str) -> str:
+    """What the model is called in output/eval/ and in results: `base`, `model` (the run's own), or its last name and a hash.
+
+    A model that a server has under a name of its own (eval.server.model) is called by that, for it need not be the model here.
+    """
+    served = recipe.eval.server.model if recipe.eval.backend == "server" else None
+    if served is None and name == recipe.model.name:
+        return "base"
+    path = Path(name).resolve()
+    if served is None and path == _own_model(recipe).resolve():
+        return "model"
+    whole = str(path) if path.exists() else name
+    last = Path(served or name).name
+    return f"{last}-{hashlib.sha256(json.dumps([whole, served]).encode()).hexdigest()[:6]}"
 
 
 def _examples(recipe: Recipe, task: Task) -> list[Example]:
@@ -96,6 +126,18 @@ def _examples(recipe: Recipe, task: Task) -> list[Example]:
 
 
 def _evaluate(recipe: Recipe, name: str, task: Task, examples: Sequence[Example]) -> Result:
+    lines = _ask_all(recipe, name, task, examples)
+    if task is PROTEINS and recipe.eval.structures is not None:
+        lines = with_structures(lines, recipe.eval.structures)
+    label = label_of(recipe, name)
+    _write(Path(recipe.output, "eval", label, f"{task.name}.jsonl"), lines)
+    result = summarise(task, label, lines)
+    record(recipe, {"stage": f"eval {label} {task.name}", **asdict(result)})
+    return result
+
+
+def _ask_all(recipe: Recipe, name: str, task: Task, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """The lines of TASK.jsonl: every example asked and scored in every run. The model is let go before this returns."""
     section = recipe.eval
     tokenizer = load_tokenizer(recipe, name)
     talks = dict(enumerate(_ask(example, tokenizer) for example in examples))
@@ -122,11 +164,14 @@ def _evaluate(recipe: Recipe, name: str, task: Task, examples: Sequence[Example]
             example, completion = examples[label.row], until_stop(label.completion, task.stop)
             measured = {"scores": task.score(example, completion), "finish": label.finish}
             lines.append({"run": run, "seed": seed, **asdict(example), "completion": completion, **measured})
-    label_of_model = "base" if name == recipe.model.name else Path(name).name
-    _write(Path(recipe.output, "eval", label_of_model, f"{task.name}.jsonl"), lines)
-    result = summarise(task, label_of_model, lines)
-    record(recipe, {"stage": f"eval {label_of_model} {task.name}", **asdict(result)})
-    return result
+    return lines
+
+
+def with_structures(lines: Sequence[Mapping[str, Any]], folder_or_hub_id: str) -> list[dict[str, Any]]:
+    """The lines of the task `proteins` with the measures of predicted structures among their scores."""
+    pairs = [(sequence_of(line["completion"]), line["reference"]) for line in lines]
+    measured = compare_structures(pairs, folder_or_hub_id)
+    return [{**line, "scores": {**line["scores"], **m}} for line, m in zip(lines, measured, strict=True)]
 
 
 def _ask(example: Example, tokenizer: Any) -> Conversation:

@@ -36,6 +36,7 @@ from caftune.checkpoint import (
     model_fingerprint,
     write_json,
 )
+from caftune.costs import Costs
 from caftune.data import load_rows
 from caftune.export import export_model, load_trained, refuse_tied_adapters
 from caftune.generation import Sampling, end_tokens
@@ -266,14 +267,16 @@ def finetune(recipe: Recipe) -> Path:
     if recipe.model.tuning != "full" and recipe.model.lora.merge:
         refuse_tied_adapters(trainer.model)
     show_progress(trainer, "train")
-    run(trainer, checkpoint=last_checkpoint(folder))
+    with Costs(trainer) as costs:
+        run(trainer, checkpoint=last_checkpoint(folder))
     metrics = evaluated(trainer) if evaluation is not None else {}
     model = Path(recipe.output, "model")
     native = trainer.export(model, merged=recipe.model.lora.merge)
     copied = {"native_multi_token_modules": f"{len(native)} tensors, copied from the base unchanged"} if native else {}
     record(
         recipe,
-        {"stage": "train", "rows": len(train or ()), "metrics": metrics, **copied, "log": trainer.state.log_history},
+        {"stage": "train", "rows": len(train or ()), "metrics": metrics, "costs": costs.total(), **copied}
+        | {"log": trainer.state.log_history},
     )
     return model
 

@@ -129,7 +129,11 @@ class HeadsSection(_Section):
 class LossSection(_Section):
     """beta, alpha and gamma."""
 
-    weight: float = Field(0.01, ge=0, description="beta; 0 is plain fine-tuning.")
+    weight: float = Field(
+        0.01,
+        ge=0,
+        description="beta; 0 is plain fine-tuning (heads of heads.path are then measured, not trained with).",
+    )
     decay: float = Field(0.8, gt=0, le=1, description="alpha")
     schedule: Literal["reflected_sine", "sine", "linear", "constant"] = "reflected_sine"
 
@@ -156,6 +160,37 @@ class EvalSection(AnswersSection):
     runs: int = Field(1, gt=0, description="Independent runs, with the seeds seed, seed + 1, ...")
     temperature: float = Field(0.0, ge=0, description="0 is greedy.")
     max_new_tokens: int | None = Field(None, gt=0, description="None: what the task needs.")
+    structures: str | None = Field(
+        None, description="Fold `proteins` with this ESMFold (facebook/esmfold_v1, a folder)."
+    )
+
+
+class ConceptsSection(_Section):
+    """What counts as a concept of several tokens."""
+
+    kind: Literal["words", "code", "smiles"] = Field(
+        "words", description="Words; identifiers of Python; functional groups of SMILES (RDKit)."
+    )
+    terms: str | None = Field(None, description="A file with terms, one a line, that are concepts too.")
+    limit: int | None = Field(200, gt=0, description="Study the first so many rows of data.eval. None: all.")
+
+
+Arm = Literal["ntp", "caft", "beta0", "random_heads", "shuffled_horizons", "no_pretraining"]
+
+
+class CompareSection(_Section):
+    """Arms and seeds of a comparison."""
+
+    arms: list[Arm] = Field(["ntp", "caft", "beta0", "random_heads"], description="ntp is what the others are held to.")
+    seeds: int = Field(5, gt=0, description="Runs of each arm, with the seeds seed, seed + 1, ...")
+    concepts: ConceptsSection = ConceptsSection()
+    keep_models: bool = Field(False, description="Keep the models, which are removed once they are evaluated.")
+
+    @model_validator(mode="after")
+    def _needs_a_baseline(self) -> "CompareSection":
+        if len(set(self.arms)) < len(self.arms) or len(self.arms) < 2 or "ntp" not in self.arms:
+            raise ValueError("given with arms that hold ntp and at least one other arm, each once")
+        return self
 
 
 class Recipe(_Section):
@@ -175,6 +210,7 @@ class Recipe(_Section):
     )
     trainer: dict[str, Any] = Field({}, description="Stage 2 options of CAFTConfig.")
     eval: EvalSection = EvalSection()
+    compare: CompareSection = CompareSection()
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -215,6 +251,7 @@ def trainer_config(recipe: Recipe, section: Literal["pretrain", "adapt", "traine
 
     has_gpu = torch.accelerator.is_available()
     defaults = {"report_to": [], "seed": recipe.seed, "use_cpu": not has_gpu, "dataloader_pin_memory": has_gpu}
+    defaults["include_num_input_tokens_seen"] = "non_padding"
     known = {field.name: field.default for field in dataclasses.fields(CAFTConfig) if field.init}
     options = dict(getattr(recipe, section) or {})
     for name in ("save_strategy", "eval_strategy", "logging_strategy"):

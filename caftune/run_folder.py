@@ -24,6 +24,11 @@ _DEPENDS_ON: dict[str, Sequence[str]] = {
     ),
     "adapt": ("seed", "model.name", "model.revision", "heads.path", "heads.force", "loss.decay", "data", "adapt"),
     "train": ("seed", "model", "heads", "loss", "data", "adapt", "trainer"),
+    "compare": (
+        *("seed", "model", "heads", "loss", "data", "adapt", "trainer", "compare.concepts"),
+        *(f"eval.{key}" for key in ("tasks", "data", "columns", "limit", "runs", "temperature", "top_p", "top_k")),
+        *("eval.max_new_tokens", "eval.structures"),
+    ),
 }
 
 

@@ -65,7 +65,7 @@ def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
 def stage_two_heads(recipe: Recipe) -> Path | None:
     """The folder of the heads that stage 2 starts from: adapted to the task where the recipe says so. None without."""
     if recipe.loss.weight == 0:
-        return None
+        return pretrained_heads(recipe) if recipe.heads.path is not None else None
     return adapted_heads(recipe) if recipe.adapt is not None else pretrained_heads(recipe)
 
 

@@ -1,26 +1,35 @@
 """Hostile programs, by what they attack. Each prints nothing itself: DONE is printed behind it, if it comes to that.
 
+ENDLESS ones go on until their time is up. GREEDY ones want more than there is, and are refused it or killed for it. INTRUDERS
+want what is not theirs, and are refused it.
+CHEATS want to pass for a solution, in test_code_tasks.py, where a wrong answer stands before them.
 Names in braces are filled in by test_sandbox.py: files, sockets and processes of the test itself.
 """
 
 SECRET = "the-secret-of-the-caller"
 
-HOSTILE = {
+ENDLESS = {
     "a fork bomb": """
 while True:
     try: os.fork()
     except OSError: pass
 """,
-    "a fork bomb that sleeps": "while os.fork() >= 0: pass",
     "a thread bomb": "import threading\nwhile True: threading.Thread(target=time.sleep, args=[60]).start()",
+    "an infinite loop": "while True: pass",
+    "recursion without end": "sys.setrecursionlimit(10**9)\ndeep = lambda: [deep()]\ndeep()",
+    "a sleep without end": "time.sleep(10**6)",
+    "huge output": "while True: os.write(1, b'x' * 10**6)",
+    "huge errors": "while True: os.write(2, b'x' * 10**6)",
+}
+
+GREEDY = {
+    "a fork bomb that sleeps": "while os.fork() >= 0: pass",
     "a memory bomb": "held = bytearray(1 << 34)",
     "a memory bomb in small pieces": "held = []\nwhile True: held.append(bytearray(1 << 20))",
     "a memory bomb of many processes": """
 for _ in range(100):
     if os.fork() == 0: held = [bytearray(1 << 20) for _ in range(10_000)]
 """,
-    "an infinite loop": "while True: pass",
-    "a sleep without end": "time.sleep(10**6)",
     "a loop that ignores every signal": """
 import signal
 for number in range(1, 65):
@@ -30,27 +39,26 @@ while True: pass
 """,
     "a zip bomb": """
 import zlib
-packer = zlib.compressobj()
-packed = b"".join(packer.compress(bytes(1 << 20)) for _ in range(1024)) + packer.flush()
-zlib.decompress(packed)
+packer = zlib.compressobj(wbits=-15)
+packed = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+zlib.decompress(packed * 1024 + packer.flush(), wbits=-15)
 """,
-    "recursion without end": "sys.setrecursionlimit(10**9)\ndeep = lambda: [deep()]\ndeep()",
     "recursion until the stack is gone": """
 sys.setrecursionlimit(10**9)
-nest = []
-for _ in range(10**6): nest = [nest]
-repr(nest)
+one, two = [], []
+for _ in range(10**5): one, two = [one], [two]
+one == two
 """,
     "a read of the address 0": "import ctypes\nctypes.string_at(0)",
     "higher limits": "import resource\nresource.setrlimit(resource.RLIMIT_NPROC, (1000, 1000))",
     "higher limits of CPU time": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1000, 1000))",
-    # output and files
-    "huge output": "while True: os.write(1, b'x' * 10**6)",
-    "huge errors": "while True: os.write(2, b'x' * 10**6)",
     "a huge file": "file = open('/tmp/huge', 'wb')\nwhile True: file.write(bytes(1 << 20))",
     "many large files": "for n in range(100): open(f'/tmp/{n}', 'wb').write(bytes(1 << 20))",
     "many files": "for n in range(5000): open(f'/tmp/{n}', 'w').close()",
     "a huge sparse file": "os.truncate(os.open('/tmp/huge', os.O_CREAT | os.O_RDWR), 1 << 40)",
+}
+
+INTRUDERS = {
     "files in memory": "os.memfd_create('x')",
     "shared memory": "import ctypes\nassert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0",
     "reading /etc/passwd": "open('/etc/passwd').read()",
@@ -129,4 +137,77 @@ for _ in range(3):
 else: os._exit(0)
 """,
     "closed descriptors": "os.closerange(0, 1000)",
+}
+
+# `answer` is wrong in all of them.
+CHEATS = {
+    "an early exit": "os._exit(0)",
+    "an early exit of another kind": "sys.exit(0)",
+    "an exit in the function": "def answer(): os._exit(0)",
+    "an exit in the function that looks like an exception": "def answer(): raise SystemExit(0)",
+    "an exit by another program": "os.execv(sys.executable, [sys.executable, '-c', 'pass'])",
+    "a child that goes on, a parent that leaves": "if os.fork(): os._exit(0)",
+    "a parent that goes on after its child": "def answer():\n    if os.fork() == 0: os._exit(0)\n    return 1",
+    "printed successes": "for word in ('passed', 'OK', '1', 'True', 'success'): print(word, flush=True)",
+    "successes written to every descriptor": """
+for number in range(64):
+    try: os.write(number, b'passed')
+    except OSError: pass
+""",
+    "everything read from every descriptor, and printed": """
+found = []
+for number in range(64):
+    try: os.set_blocking(number, False); found.append(os.read(number, 1 << 20))
+    except OSError: pass
+for number in range(64):
+    for text in found:
+        try: os.write(number, text)
+        except OSError: pass
+os._exit(0)
+""",
+    "all constants in sight, printed": """
+frame = sys._getframe()
+while frame:
+    print(frame.f_code.co_consts, frame.f_locals, frame.f_globals, flush=True)
+    frame = frame.f_back
+os._exit(0)
+""",
+    "all text in memory, printed": """
+import gc
+def answer():
+    for held in gc.get_objects():
+        for text in gc.get_referents(held):
+            if isinstance(text, bytes) and len(text) == 32:
+                os.write(1, text); os.write(4, text)
+    os._exit(0)
+""",
+    "its own source": "print(open(sys.modules['__main__'].__file__).read(), flush=True)\nos._exit(0)",
+    "a hook at exit": "import atexit\natexit.register(lambda: (print('passed'), os._exit(0)))",
+    "a hook for exceptions": "sys.excepthook = lambda *error: os._exit(0)",
+    "a hook for what cannot be raised": "sys.unraisablehook = lambda *error: os._exit(0)",
+    "a thread that leaves in time": "import threading\nthreading.Thread(target=lambda: os._exit(0)).start()\nanswer = input",
+    "a signal that leaves": """
+import signal
+signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+while True: pass
+""",
+    "no AssertionError": "import builtins\nbuiltins.AssertionError = type('Calm', (SystemExit,), {})",
+    "builtins that do nothing": """
+import builtins
+builtins.exec = builtins.compile = builtins.open = lambda *_, **__: None
+""",
+    "an os that does nothing": "os.read = lambda *_: b'           0'\nos.write = os._exit = lambda *_: None",
+    "optimised code": "sys.flags = type('Flags', (), {'optimize': 2})\n__debug__ == False",
+    "tests replaced": "check = lambda candidate: None",
+    "tests that cannot be found": "def check(candidate): pass\nimport sys; sys.modules['tests'] = None; sys.path.clear()",
+    "tests swallowed by a string": "x = '''",
+    "tests swallowed by a line that goes on": "x = \\",
+    "closed descriptors": "os.closerange(0, 1000)",
+    "a stack that is full": "sys.setrecursionlimit(60)\nanswer = lambda: answer()",
+    "a module in the checker's place": "sys.modules['__main__'] = sys.modules['os'] = None",
+    "time that ran out": "while True: pass",
+    "memory that ran out": "held = [bytearray(1 << 20) for _ in range(10**6)]",
+    "a death": "import signal\nos.kill(os.getpid(), signal.SIGKILL)",
+    "a death of the whole group": "import signal\nos.killpg(0, signal.SIGKILL)",
 }

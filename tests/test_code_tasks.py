@@ -11,13 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+from hostile import CHEATS
 
 from caftune.evals import code
 from caftune.evals.code import HUMANEVAL, LIMITS, MBPP, PERMISSION, passes
 from caftune.evals.sandbox import Limits, run_python
 from caftune.evals.task import Example, TaskError, until_stop
 
-QUICK = Limits(cpu_s=2, wall_s=5.0)
+QUICK = Limits(cpu_s=1, wall_s=10.0, memory_bytes=128 << 20)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,16 @@ def test_humaneval_asks_for_the_head_of_the_function_as_it_is():
     row = HUMANEVAL.rows[0]
     example = HUMANEVAL.read(row, 0)
     assert example.prompt == row["prompt"]
-    assert example == Example("Own/0", row["prompt"], {"entry_point": "count_above", "test": row["test"]})
+    reference = {"entry_point": "count_above", "test": row["test"]}
+    assert example == Example("Own/0", row["prompt"], reference, row["canonical_solution"])
+
+
+def test_the_data_sets_solution_is_the_perfect_answer_and_may_be_missing():
+    for task, column in [(HUMANEVAL, "canonical_solution"), (MBPP, "code")]:
+        row = task.rows[1]
+        without = {name: value for name, value in row.items() if name != column}
+        assert task.read(row, 0).answer == row[column]
+        assert task.read(without, 0) == replace(task.read(row, 0), answer="")
 
 
 def test_mbpp_asks_with_a_docstring_of_the_description_and_the_tests():
@@ -175,88 +185,24 @@ def test_no_pass_in_mbpp_for_what_is_no_solution(completion):
 
 def test_generation_stops_after_a_solution_not_within_one():
     for task, row, rights in [(HUMANEVAL, 0, HUMANEVAL_RIGHT), (MBPP, 1, MBPP_RIGHT)]:
-        for right in rights.values():
-            assert score(task, task.rows[row], until_stop(right, task.stop)) == 1.0, right
+        cut = {right: until_stop(right, task.stop) for right in rights.values()}
+        assert sum(right != left for right, left in cut.items()) >= 1
+        for left in set(cut.values()) - set(cut):  # what is left of the others is a right answer that passes above
+            assert score(task, task.rows[row], left) == 1.0, left
 
 
 def test_our_own_rows_pass_with_their_solutions_and_fail_with_each_others():
     for task, column in [(HUMANEVAL, "canonical_solution"), (MBPP, "code")]:
-        found = [[score(task, row, other[column]) for other in task.rows] for row in task.rows]
-        assert found == [[float(i == j) for j in range(3)] for i in range(3)]
+        for row, other in zip(task.rows, (*task.rows[1:], task.rows[0]), strict=True):
+            assert [score(task, row, each[column]) for each in (row, other)] == [1.0, 0.0]
 
 
 def test_the_whole_is_the_share_that_passed():
     assert HUMANEVAL.combine([{"pass": 1.0}, {"pass": 0.0}, {"pass": 1.0}, {"pass": 1.0}]) == {"pass": 0.75}
 
 
-# Solutions that want to pass without solving anything. `answer` is wrong in all of them.
+# Solutions that want to pass without solving anything: wrong, each of them.
 
-CHEATS = {
-    "an early exit": "os._exit(0)",
-    "an early exit of another kind": "sys.exit(0)",
-    "an exit in the function": "def answer(): os._exit(0)",
-    "an exit in the function that looks like an exception": "def answer(): raise SystemExit(0)",
-    "an exit by another program": "os.execv(sys.executable, [sys.executable, '-c', 'pass'])",
-    "a child that goes on, a parent that leaves": "if os.fork(): os._exit(0)",
-    "a parent that goes on after its child": "def answer():\n    if os.fork() == 0: os._exit(0)\n    return 1",
-    "printed successes": "for word in ('passed', 'OK', '1', 'True', 'success'): print(word, flush=True)",
-    "successes written to every descriptor": """
-for number in range(64):
-    try: os.write(number, b'passed')
-    except OSError: pass
-""",
-    "everything read from every descriptor, and printed": """
-found = []
-for number in range(64):
-    try: os.set_blocking(number, False); found.append(os.read(number, 1 << 20))
-    except OSError: pass
-for number in range(64):
-    for text in found:
-        try: os.write(number, text)
-        except OSError: pass
-os._exit(0)
-""",
-    "all constants in sight, printed": """
-frame = sys._getframe()
-while frame:
-    print(frame.f_code.co_consts, frame.f_locals, frame.f_globals, flush=True)
-    frame = frame.f_back
-os._exit(0)
-""",
-    "all text in memory, printed": """
-import gc
-def answer():
-    for held in gc.get_objects():
-        for text in gc.get_referents(held):
-            if isinstance(text, bytes) and len(text) == 32:
-                os.write(1, text); os.write(4, text)
-    os._exit(0)
-""",
-    "its own source": "print(open(sys.modules['__main__'].__file__).read(), flush=True)\nos._exit(0)",
-    "a hook at exit": "import atexit\natexit.register(lambda: (print('passed'), os._exit(0)))",
-    "a hook for exceptions": "sys.excepthook = lambda *error: os._exit(0)",
-    "a hook for what cannot be raised": "sys.unraisablehook = lambda *error: os._exit(0)",
-    "a thread that leaves in time": "import threading\nthreading.Thread(target=lambda: os._exit(0)).start()\nanswer = input",
-    "a signal that leaves": "import signal\nsignal.signal(14, lambda *_: os._exit(0))\nsignal.alarm(1)\nwhile True: pass",
-    "no AssertionError": "import builtins\nbuiltins.AssertionError = type('Calm', (SystemExit,), {})",
-    "builtins that do nothing": """
-import builtins
-builtins.exec = builtins.compile = builtins.open = lambda *_, **__: None
-""",
-    "an os that does nothing": "os.read = lambda *_: b'           0'\nos.write = os._exit = lambda *_: None",
-    "optimised code": "sys.flags = type('Flags', (), {'optimize': 2})\n__debug__ == False",
-    "tests replaced": "check = lambda candidate: None",
-    "tests that cannot be found": "def check(candidate): pass\nimport sys; sys.modules['tests'] = None; sys.path.clear()",
-    "tests swallowed by a string": "x = '''",
-    "tests swallowed by a line that goes on": "x = \\",
-    "closed descriptors": "os.closerange(0, 1000)",
-    "a stack that is full": "sys.setrecursionlimit(60)\nanswer = lambda: answer()",
-    "a module in the checker's place": "sys.modules['__main__'] = sys.modules['os'] = None",
-    "time that ran out": "while True: pass",
-    "memory that ran out": "held = [bytearray(1 << 20) for _ in range(10**6)]",
-    "a death": "import signal\nos.kill(os.getpid(), signal.SIGKILL)",
-    "a death of the whole group": "import signal\nos.killpg(0, signal.SIGKILL)",
-}
 TESTS = "def check(candidate):\n    assert candidate() == 42\n\ncheck(answer)\n"
 
 
@@ -264,6 +210,10 @@ TESTS = "def check(candidate):\n    assert candidate() == 42\n\ncheck(answer)\n"
 def test_no_pass_without_a_solution_for(name):
     wrong = f"import os, sys\nanswer = lambda: 41\n{CHEATS[name]}\n"
     assert not passes(wrong, TESTS, limits=QUICK)
+
+
+def test_after_a_cheat_a_solution_passes_under_the_same_limits():
+    assert not passes("answer = lambda: 41", TESTS, limits=QUICK)
     assert passes("answer = lambda: 42", TESTS, limits=QUICK)
 
 
@@ -307,11 +257,11 @@ def scores(work):
 
 
 def test_the_data_sets_own_solutions_pass(shared):
-    """A hundred of them; all 1138 with CAFTUNE_ALL_SOLUTIONS=1."""
+    """Twenty-five of them; all 1138 with CAFTUNE_ALL_SOLUTIONS=1."""
     work = rows_of(shared)
     assert len(work) == 164 + 974
     if os.environ.get("CAFTUNE_ALL_SOLUTIONS") != "1":
-        work = random.Random(0).sample(work, 100)
+        work = random.Random(0).sample(work, 25)
     failed = [row["task_id"] for (_, row, _), found in zip(work, scores(work), strict=True) if found != 1.0]
     assert not failed
 
@@ -375,12 +325,12 @@ def test_mutated_solutions_are_judged_as_plain_execution_judges_them(shared):
     for task, row, solution in generator.sample(rows_of(shared), 200):
         whole = row["prompt"] + solution if task is HUMANEVAL else solution
         changed = mutated(whole, generator)
-        if changed and len(work) < 100:
+        if changed and len(work) < 30:
             work.append((task, row, changed))
-    assert len(work) == 100
+    assert len(work) == 30
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         official = list(pool.map(passes_officially, work))
-    assert 5 < sum(official) < 60, "both verdicts are to be seen"
+    assert 3 < sum(official) < 20, "both verdicts are to be seen"
     found = scores([(task, row, f"```python\n{changed}\n```") for task, row, changed in work])
     differ = [(row["task_id"], o, f) for (_, row, _), o, f in zip(work, official, found, strict=True) if o != f]
     assert not differ

@@ -1,15 +1,22 @@
 """`caftune eval`: from rows to numbers, on the embedded base, resumable, and computed again without the model."""
 
+import itertools
 import json
+import re
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from openai_server import Replies, serve
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from caftune import evaluation
 from caftune.cli import app
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
+from caftune.evals.proteins import sequence_of
 from caftune.evals.task import TaskError, means, until_stop
 from caftune.evals.tasks import TASKS
 from caftune.recipe import Recipe, RecipeError
@@ -28,14 +35,24 @@ def values(tmp_path):
     return {"output": str(tmp_path / "run"), "model": {"name": str(BASE)}, "eval": section}
 
 
+@pytest.fixture
+def own_rows(values):
+    """The recipe for rows of one's own, as a model is trained on them, with the task exact_match."""
+    path = Path(values["output"]).with_name("own.jsonl")
+    drawn = molecules(6, seed=5, substituents=(0, 2))
+    path.write_text("".join(json.dumps({"prompt": prompt(m), "completion": completion(m)}) + "\n" for m in drawn))
+    section = {**values["eval"], "tasks": ["exact_match"], "data": {"exact_match": str(path), "molecules": str(path)}}
+    return {**values, "eval": section}
+
+
 def evaluated(values, **changes):
     recipe = Recipe.model_validate({**values, "eval": {**values["eval"], **changes}})
     (result,) = evaluation.evaluate(recipe)
     return result
 
 
-def lines_of(values):
-    path = Path(values["output"], "eval", "base", "molecules.jsonl")
+def lines_of(values, model="base", task="molecules"):
+    path = Path(values["output"], "eval", model, f"{task}.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -56,7 +73,8 @@ def test_answers_are_scored_against_their_own_examples(values):
     rows = [json.loads(line) for line in Path(values["eval"]["data"]["molecules"]).read_text().splitlines()]
     for number, (row, line) in enumerate(zip(rows, lines_of(values), strict=True)):
         example = task.read(row, number)
-        assert (line["id"], line["prompt"], line["reference"]) == (example.id, example.prompt, example.reference)
+        assert {name: line[name] for name in asdict(example)} == asdict(example)
+        assert line["answer"] == row["smiles"].strip()
         assert line["scores"] == task.score(example, line["completion"])
 
 
@@ -87,9 +105,115 @@ def test_the_command_prints_a_table(values, tmp_path):
     assert "valid" in ran.output
 
 
+def test_rows_as_a_model_is_trained_on_them_are_asked_unchanged_to_the_letter_or_as_molecules(own_rows):
+    own = [json.loads(line) for line in Path(own_rows["eval"]["data"]["molecules"]).read_text().splitlines()]
+    evaluated(own_rows)
+    evaluated(own_rows, tasks=["molecules"], columns={"smiles": "completion"})
+    exact, as_molecules = lines_of(own_rows, task="exact_match"), lines_of(own_rows)
+    for row, letter, molecule in zip(own, exact, as_molecules, strict=True):
+        assert letter["prompt"] == molecule["prompt"] == row["prompt"]
+        assert letter["reference"] == molecule["reference"] == row["completion"].strip()
+        assert letter["completion"] == molecule["completion"]
+        assert letter["scores"]["exact_match"] == (letter["completion"].strip() == row["completion"].strip())
+
+
+# Which model it was
+
+
+@pytest.fixture
+def others(tmp_path):
+    """Two models whose folders have the same last name, and the run's own."""
+    for folder in ("a/model", "b/model", "run/model"):
+        shutil.copytree(BASE, tmp_path / folder)
+    return tmp_path
+
+
+def test_models_whose_folders_have_one_name_are_kept_apart(own_rows, others):
+    models = [str(others / "a/model"), str(others / "b/model"), None, "base"]
+    labels = [evaluated(own_rows, model=model).model for model in models]
+    assert labels[2:] == ["model", "base"]
+    assert [re.fullmatch("model-[0-9a-f]{6}", label) is not None for label in labels] == [True, True, False, False]
+    folders = [path.name for path in Path(own_rows["output"], "eval").iterdir() if path.is_dir()]
+    assert sorted(folders) == sorted(set(labels))
+    assert all(len(lines_of(own_rows, label, "exact_match")) == 6 for label in labels)
+
+
+def test_a_model_has_one_label_however_it_is_named(own_rows, others, monkeypatch):
+    monkeypatch.chdir(others / "a")
+
+    def label(name):
+        return evaluation.label_of(Recipe.model_validate(own_rows), name)
+
+    assert label("model") == label("../a/model") == label(str(others / "a/model"))
+    assert label("../run/model") == label(str(others / "run/model")) == "model"
+    assert label("some/model") != label("other/model")
+    assert label("Qwen/Qwen3-0.6B").startswith("Qwen3-0.6B-")
+
+
+def test_two_models_behind_one_server_are_told_apart(own_rows):
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    said = itertools.count(1)  # no two answers are the same
+    replies = Replies(
+        lambda _: [*tokenizer("C" * next(said))["input_ids"], tokenizer.eos_token_id],
+        decode=tokenizer.decode,
+        eos=tokenizer.eos_token_id,
+    )
+    server = {"concurrency": 1, "retries": 0}
+    with serve(replies):
+        first, second, again = (
+            evaluated(own_rows, backend="server", server={**server, "url": replies.url, "model": name})
+            for name in ("served/one", "served/two", "served/one")
+        )
+    asked = [request["model"] for request in replies.requests]
+    assert asked == sorted(asked), "the first is asked no more once its answers are there"
+    assert (asked.count("served/one"), first) == (asked.count("served/two"), again)
+    assert (first.model[:4], second.model[:4]) == ("one-", "two-")
+    answers = [lines_of(own_rows, result.model, "exact_match") for result in (first, second)]
+    longest, shortest = (
+        max(len(line["completion"]) for line in answers[0]),
+        min(len(line["completion"]) for line in answers[1]),
+    )
+    assert [len(lines) for lines in answers] == [6, 6]
+    assert longest < shortest, "the second has answers of its own"
+
+
+# Structures
+
+
+@pytest.fixture
+def proteins(values, tmp_path):
+    pytest.importorskip("Bio")
+    rows = [{"functions": ["toxin activity"], "sequence": "MKTAYIAKQR"} for _ in range(3)]
+    (tmp_path / "proteins.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = {"tasks": ["proteins"], "data": {"proteins": str(tmp_path / "proteins.jsonl")}, "structures": "a-model"}
+    return {**values, "eval": {**values["eval"], **section}}
+
+
+def test_with_a_folding_model_answers_of_proteins_have_measures_of_structure_too(proteins, monkeypatch):
+    asked, measures = [], [{"plddt": 90.0, "tm_score": 0.5}, {"plddt": 50.0, "tm_score": 0.1}, {}]
+    monkeypatch.setattr(evaluation, "check_structures", asked.append)
+    monkeypatch.setattr(evaluation, "compare_structures", lambda *given: asked.append(given) or measures)
+    result = evaluated(proteins)
+    lines = lines_of(proteins, task="proteins")
+    pairs = [(sequence_of(line["completion"]), "MKTAYIAKQR") for line in lines]
+    assert asked == ["a-model", (pairs, "a-model")]
+    assert (result.measures["plddt"], result.measures["tm_score"]) == ([70.0], [0.3])
+    assert [{**line["scores"], **extra} == line["scores"] for line, extra in zip(lines, measures, strict=True)] == [
+        True
+    ] * 3
+    assert all("identity" in line["scores"] for line in lines)
+    assert evaluation.summarise(TASKS["proteins"], "base", lines) == result
+
+
+def test_without_one_nothing_is_folded(proteins, monkeypatch):
+    monkeypatch.setattr(evaluation, "compare_structures", lambda *_: pytest.fail("folded"))
+    assert "plddt" not in evaluated(proteins, structures=None).measures
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
+        ({"structures": "x"}, RecipeError, r"eval\.structures needs the task proteins in eval\.tasks"),
         ({"tasks": []}, RecipeError, r"eval\.tasks must name tasks, got none\. Known: humaneval"),
         ({"tasks": ["molecule"]}, RecipeError, r"eval\.tasks must hold names of tasks, got 'molecule'\. .* molecules"),
         ({"data": {}}, RecipeError, r"eval\.data\.molecules must name a file or hub id"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import sys
 import threading
@@ -21,6 +22,11 @@ RIGHT = {"accuracy": 1.0, "answered": 1.0, "unjudged": 0.0}
 
 def solution(row):
     return row.get("solution") or row["answer"]
+
+
+def some(rows, count):
+    """So many of the rows, always the same; all of them with CAFTUNE_ALL_SOLUTIONS=1."""
+    return rows if os.environ.get("CAFTUNE_ALL_SOLUTIONS") == "1" else random.Random(0).sample(rows, count)
 
 
 def scored(task, row, completion, number=0):
@@ -214,7 +220,7 @@ def test_every_solution_of_gsm8k_is_right(rows, name, count):
 
 
 def test_every_number_of_gsm8k_is_read_as_python_reads_it(rows):
-    for row in rows["gsm8k/test"]:
+    for row in some(rows["gsm8k/test"], 120):
         plain = row["answer"].rpartition("####")[2].replace(",", "").strip()
         number = GSM8K.read(row, 0).reference
         assert is_equal(number, plain) is is_equal(plain, final_answer(f"It is {number}.")) is True
@@ -222,7 +228,7 @@ def test_every_number_of_gsm8k_is_read_as_python_reads_it(rows):
 
 
 def test_math_verify_itself_finds_every_answer_of_math500_equal_to_itself(rows):
-    answers = [row["answer"] for row in rows["math500/test"]]
+    answers = [row["answer"] for row in some(rows["math500/test"], 100)]
     answers += [maths._tidy(answer) for answer in answers]
     assert [answer for answer in answers if maths._JUDGE.is_equal(answer, answer) is not True] == []
 
@@ -235,9 +241,9 @@ def test_every_solution_of_math500_is_right(rows):
 
 @pytest.mark.parametrize(("task", "name"), [(GSM8K, "gsm8k/test"), (MATH500, "math500/test")])
 def test_shuffled_solutions_are_wrong(rows, task, name):
-    some = rows[name][:250]
-    answers = [solution(row) for row in some[7:] + some[:7]]
-    whole = task.combine([scored(task, row, answer) for row, answer in zip(some, answers, strict=True)])
+    asked = rows[name][:100]
+    answers = [solution(row) for row in asked[7:] + asked[:7]]
+    whole = task.combine([scored(task, row, answer) for row, answer in zip(asked, answers, strict=True)])
     assert whole["accuracy"] < 0.03
     assert (whole["answered"], whole["unjudged"]) == (1.0, 0.0)
 
@@ -277,12 +283,12 @@ JUNK = {
 }
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 @pytest.mark.parametrize("kind", JUNK)
-def test_junk_is_wrong_within_seconds(task, kind):
-    example = task.read(task.rows[0], 0)
+def test_junk_is_wrong_within_seconds(kind):
+    assert GSM8K.score is MATH500.score, "or else both are to be tested"
+    example = GSM8K.read(GSM8K.rows[0], 0)
     began = time.monotonic()
-    assert task.score(example, JUNK[kind])["accuracy"] == 0.0
+    assert GSM8K.score(example, JUNK[kind])["accuracy"] == 0.0
     assert time.monotonic() - began < TIMEOUT_S + 3
 
 
@@ -299,40 +305,37 @@ def test_an_answer_of_more_than_a_thousand_characters_is_wrong_without_being_loo
 
 
 def test_an_answer_that_never_ends_is_unjudged_and_the_next_one_is_judged(monkeypatch):
-    monkeypatch.setattr(maths, "_JUDGE", maths._Judge())
+    monkeypatch.setattr(maths, "_JUDGE", judge := maths._Judge(timeout_s=1))
     example = Example("0", "", "5")
-    assert MATH500.score(example, r"\boxed{x = 5}") == RIGHT
+    judge.require()
+    judge._timeout_s = TIMEOUT_S  # of the process after this one: on a busy machine the first answer takes a second
     began = time.monotonic()
-    scores = MATH500.score(example, r"\boxed{9^{9^{9^{9}}}}")
-    assert scores == {"accuracy": 0.0, "answered": 1.0, "unjudged": 1.0}
-    assert time.monotonic() - began < TIMEOUT_S + 3
+    assert MATH500.score(example, r"\boxed{9^{9^{9^{9}}}}") == {"accuracy": 0.0, "answered": 1.0, "unjudged": 1.0}
+    assert 1 <= time.monotonic() - began < 1 + 3
     assert MATH500.score(example, r"\boxed{x = 5}") == RIGHT
 
 
-def test_a_judge_that_died_is_started_anew(monkeypatch):
-    judge = maths._Judge()
-    assert judge.is_equal("3", "x=3") is True
-    first = judge._process
+def test_a_judge_that_died_is_started_anew():
+    assert maths._JUDGE.is_equal("3", "x=3") is True
+    first = maths._JUDGE._process
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    assert judge.is_equal("3", "x=3") is True
-    assert judge._process is not first
-    judge._end()
+    assert maths._JUDGE.is_equal("3", "x=3") is True
+    assert maths._JUDGE._process is not first
 
 
-def test_a_judge_that_dies_over_an_answer_leaves_it_unjudged(monkeypatch):
-    judge = maths._Judge()
-    judge.require()
-    os.kill(judge._process.pid, signal.SIGSTOP)
-    threading.Timer(0.5, os.kill, (judge._process.pid, signal.SIGKILL)).start()
-    assert judge.is_equal("3", "x=3") is None
-    assert judge.is_equal("3", "x=3") is True
-    judge._end()
+def test_a_judge_that_dies_over_an_answer_leaves_it_unjudged():
+    maths._JUDGE.require()
+    os.kill(maths._JUDGE._process.pid, signal.SIGSTOP)
+    threading.Timer(0.2, os.kill, (maths._JUDGE._process.pid, signal.SIGKILL)).start()
+    assert maths._JUDGE.is_equal("3", "x=3") is None
+    assert maths._JUDGE.is_equal("3", "x=3") is True
 
 
-def test_the_memory_of_a_judge_is_limited():
+def test_time_and_memory_of_a_judge_are_limited():
     resource = pytest.importorskip("resource")
     maths._JUDGE.require()
+    assert maths._JUDGE._process.args[-1] == str(TIMEOUT_S) == "5"
     assert resource.prlimit(maths._JUDGE._process.pid, resource.RLIMIT_AS) == (maths.MEMORY_BYTES,) * 2
 
 
@@ -359,6 +362,7 @@ def test_a_prompt_says_how_the_answer_is_to_be_marked():
         "Solve the problem step by step. Write the number that is asked for on a last line of its own, after ####.\n\n"
         "Question: How many?\nAnswer:",
         "3",
+        "#### 3",
     )
     assert MATH500.read({"problem": "What is $x$?", "answer": "3", "unique_id": "test/algebra/1.json"}, 5) == Example(
         "test/algebra/1.json",
@@ -373,6 +377,13 @@ def test_a_missing_column_is_named(task):
         row = {key: value for key, value in task.rows[0].items() if key != name}
         with pytest.raises(TaskError, match=f"Row 3 .*column {name},"):
             task.read(row, 3)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_the_worked_solution_is_the_perfect_answer(task):
+    example = task.read(task.rows[0], 0)
+    assert example.answer == solution(task.rows[0])
+    assert task.score(example, example.answer) == RIGHT
 
 
 def test_a_gsm8k_answer_without_its_number_is_refused():

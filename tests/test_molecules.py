@@ -49,12 +49,12 @@ def corrupted(smiles, others, draw):
 @pytest.fixture(scope="session")
 def chebi(shared):
     lines = (shared / "data" / "chebi20" / "test.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in random.Random(1).sample(lines, 500)]
+    return [json.loads(line) for line in random.Random(1).sample(lines, 200)]
 
 
 @pytest.fixture(scope="session")
 def pairs(chebi):
-    """500 references, each with an answer: itself, itself otherwise written, another's, a mutated one or an invalid one."""
+    """200 references, each with an answer: itself, itself otherwise written, another's, a mutated one or an invalid one."""
     draw, everything = random.Random(2), [row["smiles"] for row in chebi]
     return [(smiles, corrupted(smiles, everything, draw)) for smiles in everything]
 
@@ -66,7 +66,7 @@ def scores(pairs):
 
 def test_the_corrupted_answers_are_of_every_sort(scores):
     counts = Counter((score["valid"], score["exact_match"]) for score in scores)
-    assert min(counts[0.0, 0.0], counts[1.0, 0.0], counts[1.0, 1.0]) > 100
+    assert min(counts[0.0, 0.0], counts[1.0, 0.0], counts[1.0, 1.0]) > 40
 
 
 def test_fingerprint_similarities_are_those_of_direct_calls_for_valid_answers_and_missing_for_others(pairs, scores):
@@ -145,7 +145,7 @@ def table_distance(first, second):
 
 
 def test_levenshtein_is_that_of_the_table_of_distances(pairs, scores):
-    for (reference, answer), score in list(zip(pairs, scores, strict=True))[:150]:
+    for (reference, answer), score in list(zip(pairs, scores, strict=True))[:60]:
         assert score["levenshtein"] == table_distance(reference, answer)
 
 
@@ -177,13 +177,13 @@ def test_bleu_is_that_of_the_corpus_and_not_a_mean(pairs, change):
         "as drawn": pairs,
         "cut short": [(reference, answer[: len(answer) // 2]) for reference, answer in pairs],
         "too long": [(reference, answer + "CCO") for reference, answer in pairs],
-    }[change][:200]
+    }[change][:100]
     assert combined(changed)["bleu"] == pytest.approx(corpus_bleu(changed), abs=1e-12)
 
 
 def test_perfect_answers_are_perfect_in_every_measure(chebi):
     large = [row for row in chebi if len(row["smiles"]) >= 4 and Chem.MolFromSmiles(row["smiles"]).GetNumBonds()]
-    assert len(large) > 490
+    assert len(large) > 195
     examples = [MOLECULES.read(row, number) for number, row in enumerate(large)]
     found = MOLECULES.combine([MOLECULES.score(example, f" {example.reference}\n") for example in examples])
     assert found.pop("levenshtein") == 0.0
@@ -323,6 +323,23 @@ def test_a_prompt_holds_the_description_and_the_next_question_is_cut():
     assert "It is sweet." in example.prompt
     assert example.prompt.endswith("SMILES:")
     assert until_stop(" CCO\n\nDescription: It is sour.", MOLECULES.stop) == " CCO\n"
+
+
+def test_a_row_with_a_prompt_of_its_own_is_asked_with_it_unchanged():
+    example = MOLECULES.read({"prompt": "SMILES of ethanol? ", "completion": " OCC\n", "smiles": " OCC\n"}, 3)
+    assert example == Example("3", "SMILES of ethanol? ", "OCC", "OCC")
+    both = {"prompt": "Draw it:", "description": "An alcohol.", "molecule": "CCO"}
+    assert MOLECULES.read(both, 0).prompt == "Draw it:"
+    assert MOLECULES.score(example, "CCO")["exact_match"] == 1.0
+
+
+def test_the_reference_is_the_perfect_answer():
+    assert [MOLECULES.read(row, 0).answer for row in MOLECULES.rows[:2]] == ["CCCO", "OC(=O)c1ccccc1"]
+
+
+def test_a_conversation_in_place_of_a_prompt_is_refused():
+    with pytest.raises(TaskError, match="Row 4 .*: prompt or description or caption must be a text, got list"):
+        MOLECULES.read({"prompt": [{"role": "user", "content": "?"}], "smiles": "CCO"}, 4)
 
 
 def test_a_row_without_its_columns_or_with_a_bad_smiles_is_refused_with_a_sentence():

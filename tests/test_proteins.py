@@ -179,6 +179,7 @@ def test_mol_instructions_rows_keep_their_words_and_their_answer_scores_as_publi
     row = PROTEINS.rows[3]
     example = PROTEINS.read(row, 7)
     assert (example.id, example.reference) == ("7", "GIGKFLHSAKKFGKAFVGEIMNS")
+    assert example.answer == example.reference
     assert example.prompt == f"{row['instruction']}\n{row['input']}"
     assert PROTEINS.score(example, row["output"])["identity"] == 1.0
     assert PROTEINS.read(PROTEINS.rows[5], 0).prompt == PROTEINS.rows[5]["instruction"]

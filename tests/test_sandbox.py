@@ -18,14 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hostile import HOSTILE, SECRET
+from hostile import ENDLESS, GREEDY, INTRUDERS, SECRET
 
 from caftune.evals import sandbox
 from caftune.evals.sandbox import Limits, Outcome, run_python
 from caftune.evals.task import TaskError
 
 TIGHT = Limits(
-    cpu_s=1, wall_s=3.0, memory_bytes=256 << 20, file_bytes=4 << 20, folder_bytes=8 << 20, output_bytes=10_000
+    cpu_s=1, wall_s=30.0, memory_bytes=128 << 20, file_bytes=4 << 20, folder_bytes=8 << 20, output_bytes=10_000
 )
 
 
@@ -58,6 +58,7 @@ def targets(tmp_path_factory):
             with pytest.raises(BlockingIOError):
                 server.accept()
     del os.environ["CAFTUNE_TEST_SECRET"]
+    assert run_python("print(sum(range(10)))", limits=Limits()) == Outcome(0, b"45\n", b"")
     assert sorted(path.name for path in folder.iterdir()) == ["file", "socket"]
     assert (folder / "file").read_text() == SECRET
     assert not Path.home().joinpath("of-the-sandbox").exists()
@@ -96,15 +97,37 @@ def aimed(attack, targets):
     return attack
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_program_is_stopped_and_the_next_one_runs(name, targets):
-    attack = aimed(HOSTILE[name], targets)
+def attacked(attack, limits):
+    """The outcome of a hostile program, which must not have succeeded, and the seconds that it took."""
     started = time.monotonic()
-    outcome = run_python(f"import os, sys, time\n{attack}\nprint('DONE')", limits=TIGHT)
+    outcome = run_python(f"import os, sys, time\n{attack}\nprint('DONE')", limits=limits)
     assert b"DONE" not in outcome.stdout, outcome
-    assert max(len(outcome.stdout), len(outcome.stderr)) <= TIGHT.output_bytes
-    assert time.monotonic() - started < TIGHT.wall_s + 10, "the machine may be busy, but not that busy"
+    assert max(len(outcome.stdout), len(outcome.stderr)) <= limits.output_bytes
+    return outcome, time.monotonic() - started
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_an_endless_program_is_stopped_and_the_next_one_runs(name):
+    limits = replace(TIGHT, wall_s=0.8)
+    outcome, took = attacked(ENDLESS[name], limits)
+    assert outcome.returncode in (None, -signal.SIGKILL), "of itself it would not have ended"
+    assert took < limits.wall_s + 10, "the machine may be busy, but not that busy"
     assert run_python("print(sum(range(10)))", limits=Limits()) == Outcome(0, b"45\n", b"")
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_a_greedy_program_ends_by_its_greed_and_the_next_one_runs(name):
+    outcome, _ = attacked(GREEDY[name], TIGHT)
+    assert outcome.returncode is not None, "its time was up first, and nothing is known of what it wants"
+    assert run_python("print(sum(range(10)))", limits=Limits()) == Outcome(0, b"45\n", b"")
+
+
+@pytest.mark.parametrize("name", INTRUDERS)
+def test_an_intruder_is_refused(name, targets):
+    # that the next program runs is seen once, when the targets are looked at
+    limits = replace(TIGHT, wall_s=1.0) if "killed" in name else TIGHT  # after its attack it waits for the end
+    outcome, _ = attacked(aimed(INTRUDERS[name], targets), limits)
+    assert limits is not TIGHT or outcome.returncode is not None, "its time was up first"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +139,7 @@ def test_without_the_sandbox_the_attack_would_succeed(name, targets):
         unix.bind(targets["folder"] + "/other")
         unix.listen()
         others = {"port": server.getsockname()[1], "unix": targets["folder"] + "/other"}
-        program = f"import os, sys, time\n{aimed(HOSTILE[name], targets | others)}\nprint('DONE')"
+        program = f"import os, sys, time\n{aimed(INTRUDERS[name], targets | others)}\nprint('DONE')"
         found = subprocess.run([sys.executable, "-c", program], capture_output=True)
     Path(targets["folder"], "other").unlink()
     assert found.stdout == b"DONE\n", found.stderr
@@ -232,12 +255,13 @@ def within(seconds, holds):
 
 
 def altered(folder, old, new):
-    """The module, with one of its lines changed, as a module of its own."""
-    text = Path(sandbox.__file__).read_text()
-    assert text.count(old) == 1, old
-    path = folder / "altered.py"
-    path.write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location("altered", path)
+    """The sandbox and its launcher, with one line of the two changed, as a module of its own."""
+    source = Path(sandbox.__file__).parent
+    texts = {name: (source / name).read_text() for name in ("sandbox.py", "launcher.py")}
+    assert sum(text.count(old) for text in texts.values()) == 1, old
+    for name, text in texts.items():
+        (folder / name).write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location("altered", folder / "sandbox.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["altered"] = module
     spec.loader.exec_module(module)

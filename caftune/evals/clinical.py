@@ -86,7 +86,8 @@ def _read_dialogue(row: Mapping[str, Any], number: int) -> Example:
         f'Write the section "{section}" of the clinical note that belongs to this conversation.\n\n'
         f"Conversation:\n{str(column(row, number, 'dialogue')).strip()}\n\n{section}:\n"
     )
-    return Example(str(row.get("ID", number)), prompt, str(column(row, number, "section_text")))
+    reference = str(column(row, number, "section_text"))
+    return Example(str(row.get("ID", number)), prompt, reference, reference)
 
 
 def _read_note(row: Mapping[str, Any], number: int) -> Example:
@@ -95,7 +96,8 @@ def _read_note(row: Mapping[str, Any], number: int) -> Example:
         "Write the brief hospital course that belongs to this discharge note.\n\n"
         f"Clinical note:\n{str(column(row, number, 'input')).strip()}\n\nBrief hospital course:\n"
     )
-    return Example(str(row.get("note_id", number)), prompt, str(column(row, number, "target")))
+    reference = str(column(row, number, "target"))
+    return Example(str(row.get("note_id", number)), prompt, reference, reference)
 
 
 MTS_DIALOG = Task(

@@ -120,7 +120,8 @@ def _score_mbpp(example: Example, completion: str) -> dict[str, float]:
 def _read_humaneval(row: Mapping[str, Any], number: int) -> Example:
     _check_permission()  # here too: before a model is asked
     reference = {name: column(row, number, name) for name in ("entry_point", "test")}
-    return Example(str(column(row, number, "task_id")), column(row, number, "prompt"), reference)
+    answer = str(row.get("canonical_solution") or "")
+    return Example(str(column(row, number, "task_id")), column(row, number, "prompt"), reference, answer)
 
 
 def _read_mbpp(row: Mapping[str, Any], number: int) -> Example:
@@ -130,7 +131,8 @@ def _read_mbpp(row: Mapping[str, Any], number: int) -> Example:
     setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
     text = column(row, number, "text", "prompt")
     prompt = '"""\n' + "\n".join([text, *tests]) + '\n"""\n'
-    return Example(str(column(row, number, "task_id")), prompt, {"setup": "\n".join(setup), "tests": tests})
+    reference = {"setup": "\n".join(setup), "tests": tests}
+    return Example(str(column(row, number, "task_id")), prompt, reference, str(row.get("code") or ""))
 
 
 HUMANEVAL = Task(

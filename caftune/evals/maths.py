@@ -152,7 +152,8 @@ def is_equal(reference: str, answer: str) -> bool | None:
 class _Judge:
     """math-verify in a process of its own. Any thread may ask; they are answered one after another."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
@@ -166,7 +167,7 @@ class _Judge:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self._process = process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "caftune.evals.maths"],
+            [sys.executable, "-P", "-m", "caftune.evals.maths", str(self._timeout_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -203,7 +204,7 @@ class _Judge:
 _JUDGE = _Judge()
 
 
-def _judge_pairs() -> None:
+def _judge_pairs(timeout_s: float) -> None:
     """Judge the pairs that stdin brings, one a line, until it ends: what the judge's process does."""
     import faulthandler
 
@@ -220,7 +221,7 @@ def _judge_pairs() -> None:
     config = [LatexExtractionConfig(boxed_match_priority=0)]
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        faulthandler.dump_traceback_later(TIMEOUT_S, exit=True)
+        faulthandler.dump_traceback_later(timeout_s, exit=True)
         try:
             reference, answer = (parse(f"\\boxed{{{text}}}", config, parsing_timeout=None) for text in json.loads(line))
             verdict = bool(verify(reference, answer, timeout_seconds=None))
@@ -252,7 +253,7 @@ def _read_gsm8k(row: Mapping[str, Any], number: int) -> Example:
         "Solve the problem step by step. Write the number that is asked for on a last line of its own, after ####.\n\n"
         f"Question: {str(column(row, number, 'question')).strip()}\nAnswer:"
     )
-    return Example(str(number), prompt, reference)
+    return Example(str(number), prompt, reference, solution)
 
 
 def _read_math(row: Mapping[str, Any], number: int) -> Example:
@@ -261,7 +262,8 @@ def _read_math(row: Mapping[str, Any], number: int) -> Example:
         "Solve the problem step by step. Write the final answer in \\boxed{}.\n\n"
         f"Problem:\n{str(column(row, number, 'problem')).strip()}\n\nSolution:"
     )
-    return Example(str(row.get("unique_id", number)), prompt, str(column(row, number, "answer")))
+    reference, solution = str(column(row, number, "answer")), str(row.get("solution") or "")
+    return Example(str(row.get("unique_id", number)), prompt, reference, solution)
 
 
 GSM8K = Task(
@@ -333,4 +335,4 @@ Source: Hendrycks et al., arXiv 2103.03874; the 500 test problems are those of L
 """
 
 if __name__ == "__main__":
-    _judge_pairs()
+    _judge_pairs(float(sys.argv[1]))

@@ -1,6 +1,8 @@
 """The task `molecules`: a description in, a molecule out, as SMILES.
 
-Rows: ChEBI-20 (columns `description`, `smiles`) and L+M-24 (`caption`, `molecule`). RDKit decides what a molecule is.
+Rows: ChEBI-20 (columns `description`, `smiles`) and L+M-24 (`caption`, `molecule`), which are asked with a sentence of ours.
+A row with a column `prompt` is asked with that text as it is, so that what a model was trained on can be evaluated:
+rows with `prompt` and `completion` need no more than `eval.columns: {smiles: completion}`. RDKit decides what a molecule is.
 
 Source: MolT5 (arXiv 2204.11817) and its evaluation scripts (github.com/blender-nlp/MolT5, `evaluation`) for BLEU, exact
 match, Levenshtein distance, validity and fingerprints. Where we differ: an empty answer is invalid (RDKit reads it as a
@@ -14,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from caftune.evals.task import Example, Task, TaskError, column, means
+from caftune.evals.task import Example, Task, TaskError, means, text
 
 LONGEST = 4000  # characters; a longer SMILES counts as invalid, so that no answer can hold up the evaluation
 ORDERS = (1, 2, 3, 4)  # of BLEU's n-grams
@@ -56,19 +58,20 @@ def molecule_of(smiles: str) -> Any:
 
 
 def read(row: Mapping[str, Any], number: int) -> Example:
-    """A row of ChEBI-20 or L+M-24 as an example; the reference is its SMILES.
+    """A row of ChEBI-20 or L+M-24, or one with a prompt of its own, as an example; the reference is its SMILES.
 
     Raises:
         TaskError: a column is missing, or the SMILES is none that RDKit reads.
     """
-    description = column(row, number, "description", "caption")
-    smiles = column(row, number, "smiles", "molecule").strip()
+    prompt = text(row, number, "prompt", "description", "caption")
+    if row.get("prompt") is None:
+        prompt = f"Write the SMILES of the molecule that is described.\n\nDescription: {prompt.strip()}\nSMILES:"
+    smiles = text(row, number, "smiles", "molecule").strip()
     if molecule_of(smiles) is None:
         raise TaskError(
             f"The SMILES of row {number} (from 0) must be one that RDKit reads, got {smiles!r}. Remove the row."
         )
-    prompt = f"Write the SMILES of the molecule that is described.\n\nDescription: {description.strip()}\nSMILES:"
-    return Example(str(number), prompt, smiles)
+    return Example(str(number), prompt, smiles, smiles)
 
 
 def score(example: Example, completion: str) -> dict[str, float]:

@@ -7,7 +7,7 @@ Source: Mol-Instructions (arXiv 2306.08018); InstructProtein (arXiv 2310.03269) 
 Identity as EMBOSS's needle counts it, with its matrix and gap costs; unlike needle's default, gaps at the ends cost what
 others do.
 
-Structures (confidence, TM-score) are not built: they need a folding model.
+Structures (confidence, TM-score) need a folding model: `eval.structures` names one, and caftune.structures measures them.
 """
 
 from collections.abc import Mapping
@@ -71,7 +71,7 @@ def read(row: Mapping[str, Any], number: int) -> Example:
         raise TaskError(
             f"Row {number} (from 0) must have a sequence of amino acids in capital letters, got {source!r}. Remove the row."
         )
-    return Example(str(number), prompt, sequence)
+    return Example(str(number), prompt, sequence, sequence)
 
 
 def score(example: Example, completion: str) -> dict[str, float]:

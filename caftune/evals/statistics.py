@@ -176,6 +176,41 @@ def compare(
     )
 
 
+def compare_runs(treatment: Sequence[float], baseline: Sequence[float]) -> Comparison:
+    """Two arms by one number a run, for measures that are no means over examples (an F1 of a data set, a loss).
+
+    Run s of both arms shares its seed: Student's paired t test over the runs, and its interval. It says what other runs
+    would give on these examples, and nothing of other examples. `effect_size` is over runs, `num_examples` is 0.
+
+    Raises:
+        ValueError: fewer than two runs, arms of different length, or a value that is no finite number.
+    """
+    first, second = (np.asarray(values, dtype=np.float64) for values in (treatment, baseline))
+    if first.ndim != 1 or first.shape != second.shape or len(first) < 2:
+        raise ValueError(
+            f"treatment and baseline must be one number for each of the same 2 or more runs, got {len(first)} and "
+            f"{len(second)}. Leave out runs without a partner."
+        )
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise ValueError("treatment and baseline must be finite numbers. Repeat or name the run that failed.")
+    differences = first - second
+    count, deviation = len(differences), _deviation(differences)
+    spread = _Spread(deviation**2 / count, count - 1, examples=0.0, shrinkage=0.0)
+    difference, scale = float(differences.mean()), deviation / math.sqrt(count)
+    reach = float(_scipy()[0].t.ppf(1 - LEVEL / 2, count - 1)) * scale
+    p_value = float(2 * _scipy()[0].t.sf(abs(difference) / scale, count - 1)) if scale else float(difference == 0)
+    return Comparison(
+        difference=difference,
+        low=difference - reach,
+        high=difference + reach,
+        p_value=p_value,
+        effect_size=_standardised(difference, deviation),
+        minimum_detectable=_minimum_detectable(spread, 2),
+        num_seeds=(count, count),
+        num_examples=0,
+    )
+
+
 @dataclass(frozen=True)
 class _Spread:
     """The two parts of the difference's variance, and the degrees of freedom of the runs' part."""

@@ -16,11 +16,16 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """One question: `prompt` is a text to be continued (for a chat model: what the user says)."""
+    """One question: `prompt` is a text to be continued (for a chat model: what the user says).
+
+    `reference` is what `score` compares with, JSON. `answer` is the text of a perfect answer, as the data set gives it, and
+    empty where it gives none. It is never shown to a model and nothing is scored by it.
+    """
 
     id: str
     prompt: str
-    reference: Any  # what `score` compares with, JSON
+    reference: Any
+    answer: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,20 @@ def column(row: Mapping[str, Any], number: int, *names: str) -> Any:
         f"Row {number} (from 0) must have a column {' or '.join(names)}, and has {', '.join(row)}. Mend the file, or name the "
         "column in eval.columns."
     )
+
+
+def text(row: Mapping[str, Any], number: int, *names: str) -> str:
+    """The first of these columns that a row has, which must hold a text.
+
+    Raises:
+        TaskError: it has none of them, or something else stands there.
+    """
+    found = column(row, number, *names)
+    if not isinstance(found, str):
+        raise TaskError(
+            f"Row {number} (from 0): {' or '.join(names)} must be a text, got {type(found).__name__}. Write it as one text."
+        )
+    return found
 
 
 def until_stop(completion: str, stop: Sequence[str]) -> str:

@@ -1,0 +1,239 @@
+"""`caftune compare`: the same task by several arms and seeds, that differ in the auxiliary losses alone.
+
+    output/compare/base/eval/base/TASK.jsonl      the base's own answers
+    output/compare/ARM/SEED/                      a run folder of its own: see pipeline.py and evaluation.py
+        recipe.yaml                               what this run is, whole
+        heads/                                    control heads
+        concepts.jsonl                            whole concepts of data.eval: see concept_study.py
+    output/compare/comparison.json                everything a report needs: see comparison.py
+
+    ntp                 next-token fine-tuning, what the others are held to
+    caft                the recipe as it is
+    beta0               the heads attached and measured, their losses not trained on: must equal ntp
+    random_heads        CAFT with heads of shuffled weights
+    shuffled_horizons   CAFT with each head in the place of the next
+    no_pretraining      heads as stage 1 begins with them, trained along: multi-token prediction without head pretraining
+
+Runs of one seed begin with the same weights, see the same rows in the same order, and choose their checkpoint by the same
+rule. A comparison that was stopped goes on; one more seed runs for itself alone. With `only` one run is made, so that a
+scheduler can spread them; whoever comes last, or a call without `only`, puts the comparison down.
+"""
+
+import gc
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from caftune import pipeline
+from caftune.comparison import run_folder, seeds_of, summarise_comparison
+from caftune.concept_study import study_concepts
+from caftune.concepts import read_terms
+from caftune.control_heads import write_control_heads, write_untrained_heads
+from caftune.evaluation import evaluate, in_words
+from caftune.heads import HeadsConfig
+from caftune.recipe import Arm, Recipe, RecipeError, save_recipe
+from caftune.run_folder import is_begun, is_done, open_stage, record, refuse_other_stage
+from caftune.stage_options import load_model, load_tokenizer, pretrained_heads, stage_two_config, stage_two_heads
+from caftune.stage_rows import task_rows
+from caftune.tokenization import tokenized
+from caftune.verdict import BASE
+
+_WITHOUT_HEADS = ("ntp", "no_pretraining")
+
+
+def compare(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
+    """Make every run that is not there yet (or the one named `ARM/SEED` or `base`), and compare what is there.
+
+    Returns:
+        What comparison.json holds.
+
+    Raises:
+        RecipeError: settings that cannot be compared, no such run, or a run made from another recipe.
+    """
+    _refuse_unfit(recipe)
+    runs = [(arm, seed) for seed in seeds_of(recipe) for arm in recipe.compare.arms]
+    chosen = _chosen(runs, only)
+    if any(arm not in _WITHOUT_HEADS for arm, _ in runs):
+        _ensure_heads(recipe, make=only is None)
+    if only in (None, BASE):
+        _base(recipe)
+    for number, (arm, seed) in enumerate(chosen, start=1):
+        tqdm.write(f"[{number}/{len(chosen)}] {arm}, seed {seed}", file=sys.stderr)
+        _run(recipe, arm, seed)
+    return summarise_comparison(recipe)
+
+
+def _refuse_unfit(recipe: Recipe) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(
+            "caftune compare must run in one process, got several. Start single runs with --only ARM/SEED, one a process."
+        )
+    if recipe.eval.backend == "server":
+        raise RecipeError(
+            "eval.backend must be transformers or vllm in a comparison, got server, which serves one model. Change it."
+        )
+    if recipe.loss.weight == 0:
+        raise RecipeError("loss.weight must be above 0 in a comparison, got 0: arm ntp is the one without. Change it.")
+    if not recipe.eval.tasks and recipe.data.eval is None:
+        raise RecipeError("eval.tasks or data.eval must be given, got neither: there is nothing to compare. Add one.")
+
+
+def _chosen(runs: Sequence[tuple[Arm, int]], only: str | None) -> list[tuple[Arm, int]]:
+    if only is None:
+        return list(runs)
+    named = {f"{arm}/{seed}": (arm, seed) for arm, seed in runs}
+    if only != BASE and only not in named:
+        raise RecipeError(f"--only must be one of {BASE}, {', '.join(named)}, got {only}.")
+    return [named[only]] if only in named else []
+
+
+def _ensure_heads(recipe: Recipe, *, make: bool) -> None:
+    """Heads made once for all arms; a single run does not make them, for another process might be at it."""
+    if recipe.heads.path is not None or is_done(recipe, "pretrain-heads"):
+        pretrained_heads(recipe)  # refuses what is not there
+        return
+    if not make:
+        raise RecipeError(
+            f"{Path(recipe.output, 'heads')} is missing. Run `caftune label` and `caftune pretrain-heads` before single runs."
+        )
+    if recipe.heads.text is None:
+        pipeline.label(recipe)
+    pipeline.pretrain_heads(recipe)
+    gc.collect()
+
+
+def _base(recipe: Recipe) -> None:
+    """Evaluate and study the base, unless it is done."""
+    folder = Path(recipe.output, "compare", BASE)
+    asked = recipe.eval.model_copy(update={"model": BASE})
+    run = arm_recipe(recipe, "ntp", recipe.seed).model_copy(update={"output": str(folder), "eval": asked})
+    is_whole = is_begun(run, "compare")
+    open_stage(run, "compare", _files(run))
+    if not is_whole:
+        _finish(run, BASE, recipe.model.name)
+
+
+def arm_recipe(recipe: Recipe, arm: Arm, seed: int) -> Recipe:
+    """The recipe of one run. Arms differ in `loss.weight` and `heads` alone."""
+    folder = run_folder(recipe, arm, seed)
+    heads: dict[str, Any] = {"path": str(folder / "heads")}
+    if arm == "ntp":
+        heads = {"path": None, "train": False, "lora_rank": None, "learning_rate": None, "max_grad_norm": None}
+    elif arm in ("caft", "beta0"):
+        heads = {"path": str(pretrained_heads(recipe))}
+    elif arm == "no_pretraining":
+        heads |= {"train": True}
+    weight = 0.0 if arm in ("ntp", "beta0") else recipe.loss.weight
+    changes = {
+        "output": str(folder),
+        "seed": seed,
+        "heads": recipe.heads.model_copy(update=heads),
+        "loss": recipe.loss.model_copy(update={"weight": weight}),
+        "trainer": {"logging_first_step": True, **recipe.trainer},  # so that one can see that all begin alike
+        "eval": recipe.eval.model_copy(update={"model": None}),
+    }
+    return recipe.model_copy(update=changes)
+
+
+def _run(recipe: Recipe, arm: Arm, seed: int) -> None:
+    """Train, evaluate and study one arm with one seed, unless it is done."""
+    run = arm_recipe(recipe, arm, seed)
+    folder = Path(run.output)
+    heads = None if arm in _WITHOUT_HEADS else pretrained_heads(recipe) / "heads.json"
+    is_whole = is_begun(run, "compare")
+    open_stage(run, "compare", {**_files(run), "heads": heads})
+    if not is_whole:
+        save_recipe(folder / "recipe.yaml", run.model_dump())
+        _write_heads(recipe, run, arm, seed)
+        _train(run)
+        _finish(run, arm, str(folder / "model"))
+    if not recipe.compare.keep_models:
+        _remove_models(folder)
+
+
+def _files(run: Recipe) -> dict[str, str | None]:
+    """The files that a run's result depends on. A stage of other files is refused when it is opened."""
+    data = {"train": run.data.train, "eval": run.data.eval, "terms": run.compare.concepts.terms}
+    return {**data, **run.eval.data}
+
+
+def _finish(run: Recipe, arm: str, model: str) -> None:
+    results = evaluate(run) if run.eval.tasks else []
+    studied = _study(run, model)
+    tasks = [result.task for result in results]
+    record(run, {"stage": "compare", "arm": arm, "seed": run.seed, "tasks": tasks, "concepts": studied})
+
+
+def _train(run: Recipe) -> None:
+    if is_done(run, "train") and Path(run.output, "model", "config.json").is_file():
+        heads = stage_two_heads(run)
+        data = {"train": run.data.train, "eval": run.data.eval}
+        refuse_other_stage(run, "train", {**data, "heads": heads and heads / "heads.json"})
+        return
+    pipeline.finetune(run)
+    gc.collect()
+
+
+def _write_heads(recipe: Recipe, run: Recipe, arm: Arm, seed: int) -> None:
+    target = Path(run.output, "heads")
+    if (target / "heads.json").is_file():
+        return
+    if arm == "no_pretraining":
+        config = HeadsConfig(recipe.heads.count, recipe.heads.kind)
+        write_untrained_heads(load_model(recipe), load_tokenizer(recipe), config, target)
+        gc.collect()
+    elif arm in ("random_heads", "shuffled_horizons"):
+        write_control_heads(arm, pretrained_heads(recipe), target, seed=seed)
+
+
+def _study(run: Recipe, model: str) -> int:
+    """How well a model predicts whole concepts of data.eval, into the run's concepts.jsonl; returns how many there are."""
+    if run.data.eval is None:
+        return 0
+    section = run.compare.concepts
+    terms = read_terms(section.terms) if section.terms is not None else ()
+    tokenizer = load_tokenizer(run, model)
+    args = stage_two_config(run, Path(run.output, "train"))
+    limits = [limit for limit in (section.limit, run.data.limit) if limit is not None]
+    rows: Any = task_rows(run, "eval", tokenizer, args, limit=min(limits, default=None))
+    prepared = rows if "input_ids" in rows.column_names else tokenized(rows, tokenizer, args, name="eval")
+    found = study_concepts(load_model(run, model), tokenizer, prepared, section.kind, terms)
+    folder = Path(run.output)
+    partial = folder / ".concepts.jsonl.partial"
+    partial.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in found), encoding="utf-8")
+    partial.replace(folder / "concepts.jsonl")
+    gc.collect()
+    return len(found)
+
+
+def _remove_models(folder: Path) -> None:
+    for place in [folder / "model", folder / "heads", *folder.glob("train/checkpoint-*"), *folder.glob("adapt/*")]:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def print_comparison(console: Console, found: dict[str, Any]) -> None:
+    """The measures that stand for each task, by arm; the verdict; what one should know beside it."""
+    primary = {task["name"]: task["primary"] for task in found["tasks"]}
+    rows = found["measures"]
+    names = list(dict.fromkeys((row["task"], row["measure"]) for row in rows))
+    shown = [name for name in names if primary.get(name[0], name[1]) == name[1]]
+    cells = {(row["task"], row["measure"], row["arm"]): in_words(row["values"]) for row in rows}
+    table = Table(title=f"{len(found['seeds'])} seed{'s' * (len(found['seeds']) != 1)} an arm")
+    table.add_column("arm")
+    for task, measure in shown:
+        table.add_column(f"{task}: {measure}", justify="right")
+    for arm in (BASE, *found["arms"]):
+        table.add_row(arm, *(cells.get((*name, arm), "") for name in shown))
+    if shown:
+        console.print(table)
+    console.print(found["verdict"], style="bold", highlight=False)
+    for remark in found["remarks"]:
+        console.print(remark, highlight=False)

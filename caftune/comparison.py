@@ -1,0 +1,382 @@
+"""What a comparison found: measures of the arms over seeds, differences with intervals, and what may be concluded.
+
+Only seeds that every arm has finished count, so that all arms have the same ones. The first task's primary measure decides;
+it is named before the runs are made, so it stands uncorrected. All measures of a pair of arms are one family of Holm's.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from caftune.checkpoint import provenance, write_json
+from caftune.concept_study import summarise_concepts
+from caftune.concepts import density, find_concepts, offsets_of, read_terms, token_positions
+from caftune.evals.statistics import Comparison, compare_runs, holm, interval
+from caftune.evals.statistics import compare as compare_scores
+from caftune.evals.task import Task
+from caftune.evals.tasks import TASKS
+from caftune.recipe import Recipe
+from caftune.run_folder import is_done
+from caftune.stage_options import load_tokenizer
+from caftune.verdict import BASE, BASELINE, CONCEPTS, HELD_OUT, TREATMENT, remarks, verdict
+
+_FORMAT = 1
+_SHOWN = 8  # examples
+
+Scores = np.ndarray[Any, Any]  # [seeds, examples], or [seeds] where a measure is of a whole run
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One measure of one arm: a value for each seed, and what it is the mean of."""
+
+    values: list[float]
+    scores: Scores | None = None  # [seeds, examples]
+
+
+Table = dict[tuple[str, str, str], _Measured]  # task, measure, arm
+
+
+def seeds_of(recipe: Recipe) -> list[int]:
+    """The seeds of a comparison."""
+    return list(range(recipe.seed, recipe.seed + recipe.compare.seeds))
+
+
+def run_folder(recipe: Recipe, arm: str, seed: int) -> Path:
+    """The folder of one run."""
+    return Path(recipe.output, "compare", arm, str(seed))
+
+
+def summarise_comparison(recipe: Recipe) -> dict[str, Any]:
+    """Compare the arms over the seeds that all of them have finished; written to compare/comparison.json."""
+    arms: list[str] = list(recipe.compare.arms)
+    seeds = seeds_of(recipe)
+    missing = [(arm, seed) for seed in seeds for arm in arms if not _is_done(recipe, arm, seed)]
+    complete = [seed for seed in seeds if all(seed != late for _, late in missing)]
+    runs = {arm: [_Run.read(run_folder(recipe, arm, seed)) for seed in complete] for arm in arms}
+    table = _measures(recipe, runs) if complete else {}
+    found: dict[str, Any] = {
+        "format": _FORMAT,
+        "title": Path(recipe.output).name,
+        "recipe": recipe.model_dump(),
+        "arms": arms,
+        "seeds": complete,
+        "missing": [f"{arm}/{seed}" for arm, seed in missing],
+        "tasks": [_task(name, runs) for name in recipe.eval.tasks] if complete else [],
+        "measures": [_row(key, measured) for key, measured in table.items()],
+        "comparisons": _comparisons(table, arms) if len(complete) > 1 else [],
+        "costs": {arm: _costs(found) for arm, found in runs.items()},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "logs": {arm: [run.log for run in found] for arm, found in runs.items()},
+        "concepts": _concepts(recipe, runs) if complete else None,
+        "examples": _examples(recipe, runs) if complete and recipe.eval.tasks else [],
+        "checks": _checks(runs) if complete else {},
+        "quality": _quality(recipe),
+        "provenance": provenance({"train": str(recipe.data.train), "eval": str(recipe.data.eval), **recipe.eval.data}),
+    }
+    found["verdict"], found["remarks"] = verdict(found), remarks(found)
+    Path(recipe.output, "compare").mkdir(parents=True, exist_ok=True)
+    write_json(Path(recipe.output, "compare", "comparison.json"), found)
+    return found
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one arm and seed left behind."""
+
+    trained: dict[str, Any]  # its line of stage `train`
+    answers: dict[str, list[dict[str, Any]]]  # by task: the lines of TASK.jsonl
+    concepts: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "_Run":
+        results = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+        trained = next(row for row in results if row["stage"] == "train")
+        done = next(row for row in results if row["stage"] == "compare")
+        answers = {task: _lines(folder / "eval" / "model" / f"{task}.jsonl") for task in done["tasks"]}
+        return cls(trained, answers, _lines(folder / "concepts.jsonl"))
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        return self.trained["log"]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _is_done(recipe: Recipe, arm: str, seed: int) -> bool:
+    return is_done(recipe.model_copy(update={"output": str(run_folder(recipe, arm, seed))}), "compare")
+
+
+def _task(name: str, runs: Mapping[str, Sequence[_Run]]) -> dict[str, Any]:
+    task = TASKS[name]
+    examples = len({line["id"] for line in runs[BASELINE][0].answers[name]})
+    return {
+        "name": name,
+        "primary": task.primary,
+        "examples": examples,
+        "lower_is_better": sorted(task.lower_is_better),
+    }
+
+
+def _measures(recipe: Recipe, runs: Mapping[str, Sequence[_Run]]) -> Table:
+    """Every measure of every arm, the primary one of each task first."""
+    table: Table = {}
+    for name in recipe.eval.tasks:
+        base = _lines(Path(recipe.output, "compare", BASE, "eval", BASE, f"{name}.jsonl"))
+        by_arm = {BASE: [base]} if base else {}
+        by_arm |= {arm: [run.answers[name] for run in found] for arm, found in runs.items()}
+        dense = _dense_examples(recipe, next(iter(by_arm.values()))[0])
+        for arm, answers in by_arm.items():
+            table |= {(name, measure, arm): found for measure, found in _of_task(name, answers, dense).items()}
+    losses = {arm: [run.trained["metrics"].get("loss") for run in found] for arm, found in runs.items()}
+    if all(value is not None for values in losses.values() for value in values):
+        table |= {(HELD_OUT, "loss", arm): _Measured(_main_losses(runs[arm])) for arm in runs}
+    studied = _studied(recipe, runs)
+    for measure in ("probability", "exact"):
+        for arm, every in studied.items():
+            scores = np.stack([_by_row(concepts, measure) for concepts in every])
+            table[CONCEPTS, measure, arm] = _Measured(scores.mean(axis=1).tolist(), scores)
+    return table
+
+
+def _studied(recipe: Recipe, runs: Mapping[str, Sequence[_Run]]) -> dict[str, list[list[dict[str, Any]]]]:
+    """The concepts of each arm's runs, and of the base; empty where there are none."""
+    if not all(run.concepts for found in runs.values() for run in found):
+        return {}
+    base = _lines(Path(recipe.output, "compare", BASE, "concepts.jsonl"))
+    return ({BASE: [base]} if base else {}) | {arm: [run.concepts for run in found] for arm, found in runs.items()}
+
+
+def _main_losses(runs: Sequence[_Run]) -> list[float]:
+    """L_1 on data.eval, which is what `loss` of an evaluation is in every arm of stage 2."""
+    return [float(run.trained["metrics"]["loss"]) for run in runs]
+
+
+def _of_task(name: str, answers: Sequence[list[dict[str, Any]]], dense: Mapping[str, bool]) -> dict[str, _Measured]:
+    """The measures of one arm; those that are means over examples with their scores, averaged over an evaluation's runs."""
+    task = TASKS[name]
+    combined = [task.combine([line["scores"] for line in lines]) for lines in answers]
+    measures = [task.primary, *(measure for measure in combined[0] if measure != task.primary)]
+    found = {}
+    for measure in measures:
+        if not all(measure in values for values in combined):
+            continue
+        values = [values[measure] for values in combined]
+        scores = _scores(answers, measure)
+        is_mean = scores is not None and np.allclose(scores.mean(axis=1), values, rtol=0, atol=1e-9)
+        found[measure] = _Measured(values, scores if is_mean else None)
+    primary = found[task.primary].scores
+    if primary is not None and dense:
+        marks = np.array([dense[name] for name in _ids(answers[0])])
+        for label, part in (("concept-dense", marks), ("concept-light", ~marks)):
+            found[f"{task.primary}, {label}"] = _Measured(primary[:, part].mean(axis=1).tolist(), primary[:, part])
+    return found
+
+
+def _ids(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(line["id"] for line in lines))
+
+
+def _scores(answers: Sequence[list[dict[str, Any]]], measure: str) -> Scores | None:
+    """[seeds, examples], None where some answer lacks the measure."""
+    rows = []
+    for lines in answers:
+        by_id: dict[str, list[float]] = {name: [] for name in _ids(answers[0])}
+        for line in lines:
+            if measure not in line["scores"]:
+                return None
+            by_id[line["id"]].append(line["scores"][measure])
+        rows.append([math.fsum(values) / len(values) for values in by_id.values()])
+    return np.array(rows)
+
+
+def _dense_examples(recipe: Recipe, lines: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+    """Which examples' answers are denser in concepts than the median; empty where this divides nothing."""
+    section = recipe.compare.concepts
+    tokenizer = load_tokenizer(recipe)
+    texts = {line["id"]: line["answer"] for line in lines if line.get("answer")}
+    if len(texts) < len(_ids(lines)):
+        return {}
+    densities = {name: density(text, section.kind, tokenizer, _terms(recipe)) for name, text in texts.items()}
+    middle = median(densities.values())
+    dense = {name: value > middle for name, value in densities.items()}
+    return dense if sum(dense.values()) >= 2 else {}
+
+
+def _by_row(concepts: Sequence[Mapping[str, Any]], measure: str) -> Scores:
+    """Each row's share in the mean over all concepts, times the number of rows: their mean is that mean.
+
+    Concepts of one row depend on each other, so rows are what is drawn anew, not concepts.
+    """
+    sums: dict[int, float] = {}
+    for item in concepts:
+        value = math.exp(item["log_prob"]) if measure == "probability" else float(item["exact"])
+        sums[item["row"]] = sums.get(item["row"], 0.0) + value
+    return np.array(list(sums.values())) * len(sums) / len(concepts)
+
+
+def _row(key: tuple[str, str, str], measured: _Measured) -> dict[str, Any]:
+    mean, half = interval(measured.values) if len(measured.values) > 1 else (measured.values[0], None)
+    return {"task": key[0], "measure": key[1], "arm": key[2], "values": measured.values, "mean": mean, "half": half}
+
+
+def _comparisons(table: Table, arms: Sequence[str]) -> list[dict[str, Any]]:
+    """Every arm against the baseline in every measure; CAFT against every control in the one that decides."""
+    measures = list(dict.fromkeys(key[:2] for key in table))
+    rows = []
+    for arm in arms:
+        if arm != BASELINE:
+            rows += _family(table, arm, BASELINE, measures)
+    controls = [arm for arm in arms if arm not in (BASELINE, TREATMENT)] if TREATMENT in arms else []
+    for control in controls:
+        rows += _family(table, TREATMENT, control, measures[:1])
+    return rows
+
+
+def _family(table: Table, arm: str, baseline: str, measures: Sequence[tuple[str, ...]]) -> list[dict[str, Any]]:
+    rows = []
+    for task, measure in measures:
+        ours, theirs = table.get((task, measure, arm)), table.get((task, measure, baseline))
+        if ours is None or theirs is None:
+            continue
+        is_both = ours.scores is not None and theirs.scores is not None and ours.scores.shape[1] > 1
+        if is_both:
+            found = compare_scores(ours.scores, theirs.scores, paired_seeds=True)  # type: ignore[arg-type]
+        else:
+            found = compare_runs(ours.values, theirs.values)
+        rows.append({"task": task, "measure": measure, "arm": arm, "baseline": baseline} | _plain(found, is_both))
+    adjusted = holm([row["p_value"] for row in rows]).tolist() if rows else []
+    return [{**row, "p_holm": value} for row, value in zip(rows, adjusted, strict=True)]
+
+
+def _plain(found: Comparison, is_both: bool) -> dict[str, Any]:
+    names = ("difference", "low", "high", "p_value", "minimum_detectable")
+    values = {name: value for name, value in asdict(found).items() if name in names}
+    effect = found.effect_size if math.isfinite(found.effect_size) else None
+    return {**values, "effect_size": effect, "over": "runs and examples" if is_both else "runs"}
+
+
+def _costs(runs: Sequence[_Run]) -> dict[str, list[Any]]:
+    names = ("tokens", "flops", "seconds", "peak_memory_bytes")
+    return {name: [run.trained.get("costs", {}).get(name) for run in runs] for name in names}
+
+
+def _checks(runs: Mapping[str, Sequence[_Run]]) -> dict[str, Any]:
+    """What must hold if the comparison is fair.
+
+    `start`: the largest relative difference, over arms and seeds, between an arm's L_1 at the first step and the baseline's:
+    near 0 where both had the same weights and the same rows. `beta0`: how many answers of beta0 are not the baseline's.
+    """
+    starts = [[_first_loss(run.log) for run in found] for found in runs.values()]
+    baseline = [_first_loss(run.log) for run in runs[BASELINE]]
+    known = all(value is not None for arm in starts for value in arm)
+    apart = [abs(a / b - 1) for arm in starts for a, b in zip(arm, baseline, strict=True)] if known else []  # type: ignore[operator]
+    checks: dict[str, Any] = {"start": max(apart, default=None), "beta0": None, "answers": None}
+    if "beta0" in runs:
+        pairs = [
+            (ours["completion"], theirs["completion"])
+            for one, other in zip(runs["beta0"], runs[BASELINE], strict=True)
+            for task in one.answers
+            for ours, theirs in zip(one.answers[task], other.answers[task], strict=True)
+        ]
+        checks |= {"beta0": sum(a != b for a, b in pairs), "answers": len(pairs)}
+    return checks
+
+
+def _first_loss(log: Sequence[Mapping[str, Any]]) -> float | None:
+    """L_1 of the first optimizer step: `loss` itself where no auxiliary loss is in it."""
+    first = next((entry for entry in log if "loss" in entry and entry.get("step") == 1), {})
+    return first.get("h1_loss", first.get("loss"))
+
+
+def _concepts(recipe: Recipe, runs: Mapping[str, Sequence[_Run]]) -> dict[str, Any] | None:
+    studied = _studied(recipe, runs)
+    if not studied:
+        return None
+    arms = {arm: _joined([summarise_concepts(concepts) for concepts in every]) for arm, every in studied.items()}
+    return {"kind": recipe.compare.concepts.kind, "arms": arms}
+
+
+def _joined(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The summaries of an arm's seeds as one, with a list over the seeds in the place of each number."""
+    names = ("probability", "exact")
+    joined: dict[str, Any] = {name: [item[name] for item in summaries] for name in names}
+    for group in ("by_tokens", "by_name"):
+        joined[group] = {
+            key: {"count": part["count"]} | {name: [item[group][key][name] for item in summaries] for name in names}
+            for key, part in summaries[0][group].items()
+        }
+    return joined
+
+
+def _examples(recipe: Recipe, runs: Mapping[str, Sequence[_Run]]) -> list[dict[str, Any]]:
+    """Some examples of the first task with the first seed's answers: where CAFT is better, where it is worse, the rest."""
+    name = recipe.eval.tasks[0]
+    task, tokenizer = TASKS[name], load_tokenizer(recipe)
+    first = {arm: {line["id"]: line for line in reversed(found[0].answers[name])} for arm, found in runs.items()}
+    shown = TREATMENT if TREATMENT in runs else next(arm for arm in runs if arm != BASELINE)
+    sign = -1 if task.primary in task.lower_is_better else 1
+    gains = {
+        example: sign * (_primary(task, first[shown][example]) - _primary(task, first[BASELINE][example]))
+        for example in _ids(runs[BASELINE][0].answers[name])
+    }
+    kinds = [
+        [example for example, gain in gains.items() if gain > 0],
+        [example for example, gain in gains.items() if gain < 0],
+        [example for example, gain in gains.items() if gain == 0],
+    ]
+    chosen = [example for kind in kinds for example in kind[: _SHOWN // 3 + 1]][:_SHOWN]
+    return [
+        {
+            "task": name,
+            "id": example,
+            "prompt": first[BASELINE][example]["prompt"],
+            "reference": _marked(recipe, tokenizer, _reference(first[BASELINE][example])),
+            "answers": {
+                arm: {
+                    **_marked(recipe, tokenizer, lines[example]["completion"]),
+                    "score": _primary(task, lines[example]),
+                }
+                for arm, lines in first.items()
+            },
+        }
+        for example in chosen
+    ]
+
+
+def _primary(task: Task, line: Mapping[str, Any]) -> float:
+    return line["scores"].get(task.primary, 0.0)
+
+
+def _reference(line: Mapping[str, Any]) -> str:
+    return line.get("answer") or str(line["reference"])
+
+
+def _marked(recipe: Recipe, tokenizer: Any, text: str) -> dict[str, Any]:
+    """A text and the character ranges of its concepts of several tokens."""
+    section = recipe.compare.concepts
+    found = find_concepts(text, section.kind, _terms(recipe))
+    decoded, offsets = offsets_of(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer)
+    if decoded == text:  # else (a lost space, a replaced character) tokens have no place in the text
+        found = [concept for concept, _ in token_positions(found, offsets)]
+    return {"text": text, "concepts": [place for concept in found for place in concept.ranges]}
+
+
+def _terms(recipe: Recipe) -> list[str]:
+    source = recipe.compare.concepts.terms
+    return read_terms(source) if source is not None else []
+
+
+def _quality(recipe: Recipe) -> Any:
+    places = [Path(recipe.heads.path or ""), Path(recipe.output, "heads")]
+    file = next((place / "quality.json" for place in places if (place / "quality.json").is_file()), None)
+    return json.loads(file.read_text(encoding="utf-8")) if file is not None else None

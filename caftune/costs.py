@@ -1,0 +1,125 @@
+"""What a training cost: seconds, tokens, FLOPs, peak memory. A run that was stopped goes on counting."""
+
+import gc
+import re
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import Trainer, TrainerCallback
+
+_KEY = "caftune_costs"  # in the state that a checkpoint keeps
+_aten = torch.ops.aten
+# torch (2.13) has formulas for the kernels of GPUs only; those of the CPU take the same arguments.
+_FORMULAS = {
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class _FlopCount(TorchDispatchMode):
+    """Counts with torch's formulas. (Its own counter takes operations apart, which changes the last bits of results.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+class Costs(TrainerCallback):
+    """Counts while a trainer trains: `with Costs(trainer) as costs: trainer.train()`, then `costs.total()`.
+
+    - `seconds`: of the optimizer steps alone, without evaluations, checkpoints and the reading of data.
+    - `tokens`: read, padding left out. None without `include_num_input_tokens_seen`.
+    - `flops`: matrix products and attention of the first step, forward and backward, counted by torch as it ran, by that
+      step's tokens, times all tokens. Kernels that torch does not know are not in it. None with several processes.
+    - `peak_memory_bytes`: of the GPU's allocator; on a CPU of the whole process with Python and its libraries (Linux; else
+      None).
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._counted: dict[str, Any] = {
+            "seconds": 0.0,
+            "tokens": None,
+            "peak_memory_bytes": None,
+            "flops_per_token": None,
+        }
+        self._counter: _FlopCount | None = None
+        self._began = 0.0
+        self._tokens_before = 0
+        trainer.add_callback(self)
+
+    def __enter__(self) -> "Costs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop_counter()  # where the first step failed
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        kept = state.stateful_callbacks.get(_KEY, {}) if state.global_step > 0 else {}
+        self._counted |= kept
+        state.stateful_callbacks[_KEY] = self._counted
+        _reset_peak_memory()
+        if args.world_size == 1:
+            self._counter = _FlopCount()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._counter is not None:
+            self._tokens_before = state.num_input_tokens_seen
+            self._counter.__enter__()
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._counted["seconds"] += time.perf_counter() - self._began
+        if args.include_num_input_tokens_seen != "no":
+            self._counted["tokens"] = state.num_input_tokens_seen
+        if self._counter is not None:
+            tokens = state.num_input_tokens_seen - self._tokens_before
+            self._counted["flops_per_token"] = self._counter.total / tokens if tokens else None
+            self._stop_counter()
+        peaks = (self._counted["peak_memory_bytes"], _peak_memory_bytes())
+        self._counted["peak_memory_bytes"] = max((peak for peak in peaks if peak is not None), default=None)
+
+    def _stop_counter(self) -> None:
+        counter, self._counter = self._counter, None
+        if counter is not None and self._began:
+            counter.__exit__(None, None, None)
+
+    def total(self) -> dict[str, Any]:
+        """`seconds`, `tokens`, `flops` and `peak_memory_bytes` of the whole training."""
+        counted = dict(self._counted)
+        per_token = counted.pop("flops_per_token")
+        return {**counted, "flops": per_token * counted["tokens"] if per_token and counted["tokens"] else None}
+
+
+def _peak_memory_bytes() -> int | None:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE) if _STATUS.is_file() else None
+    return int(found[1]) * 1024 if found else None
+
+
+def _reset_peak_memory() -> None:
+    """Start anew, as far as the system lets us: a process of Linux may reset its own peak."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        _RESET.write_text("5")

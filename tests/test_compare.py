@@ -1,0 +1,354 @@
+"""`caftune compare`: arms that differ in the auxiliary losses alone, resumable, every number found again from its files."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy import stats
+from typer.testing import CliRunner
+
+from caftune import compare as comparing
+from caftune import pipeline
+from caftune.checkpoint import DESCRIPTION_FILE, describe_heads, load_heads
+from caftune.cli import app
+from caftune.compare import arm_recipe, compare
+from caftune.comparison import run_folder
+from caftune.control_heads import write_control_heads
+from caftune.demo.chemistry import completion, molecules, prompt
+from caftune.demo.run import BASE
+from caftune.evals.statistics import compare_runs, holm
+from caftune.recipe import Recipe, RecipeError
+
+ARMS = ["ntp", "caft", "beta0", "no_pretraining"]
+
+
+def values_in(folder, heads, **compared):
+    return {
+        "output": "out",
+        "model": {"name": str(BASE)},
+        "heads": {"path": heads},
+        "loss": {"weight": 0.5},
+        "data": {"train": "train.jsonl", "eval": "test.jsonl", "max_length": 96},
+        "trainer": {
+            "per_device_train_batch_size": 4,
+            "max_steps": 3,
+            "learning_rate": 1e-2,
+            "gradient_checkpointing": False,
+            "save_steps": 1,
+            "use_cpu": True,
+        },
+        "eval": {"tasks": ["exact_match"], "data": {"exact_match": "test.jsonl"}, "max_new_tokens": 12},
+        "compare": {"arms": ARMS, "seeds": 2, **compared},
+    }
+
+
+def recipe_in(folder, heads, **compared):
+    return Recipe.model_validate(values_in(folder, heads, **compared))
+
+
+@pytest.fixture(scope="module")
+def finished(heads, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared")
+    for name, count, seed in (("train", 24, 5), ("test", 6, 6)):
+        rows = [
+            {"prompt": prompt(m), "completion": completion(m)} for m in molecules(count, seed=seed, substituents=(0, 1))
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        compare(recipe_in(folder, heads))
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def found(finished):
+    return json.loads((finished / "out" / "compare" / "comparison.json").read_text())
+
+
+def count_trainings(monkeypatch):
+    made = []
+    real = pipeline.finetune
+
+    def counted(recipe):
+        made.append(Path(recipe.output).relative_to(Path("out", "compare")).as_posix())
+        return real(recipe)
+
+    monkeypatch.setattr(pipeline, "finetune", counted)
+    return made
+
+
+def measure(found, task, name, arm):
+    return next(row for row in found["measures"] if (row["task"], row["measure"], row["arm"]) == (task, name, arm))
+
+
+def test_all_arms_have_all_seeds(found):
+    assert (found["arms"], found["seeds"], found["missing"]) == (ARMS, [42, 43], [])
+    assert all(len(found["logs"][arm]) == 2 for arm in ARMS)
+
+
+def test_measures_are_found_again_from_the_answers(finished, found):
+    for arm in ARMS:
+        for number, seed in enumerate(found["seeds"]):
+            file = finished / "out" / "compare" / arm / str(seed) / "eval" / "model" / "exact_match.jsonl"
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            right = [line["completion"].strip() == line["reference"].strip() for line in lines]
+            assert measure(found, "exact_match", "exact_match", arm)["values"][number] == sum(right) / 6
+
+
+def test_the_held_out_loss_is_the_next_token_loss_of_each_arm(finished, found):
+    for arm in ARMS:
+        for number, seed in enumerate(found["seeds"]):
+            rows = (finished / "out" / "compare" / arm / str(seed) / "results.jsonl").read_text().splitlines()
+            metrics = next(row["metrics"] for row in map(json.loads, rows) if row["stage"] == "train")
+            assert measure(found, "held-out text", "loss", arm)["values"][number] == metrics["loss"]
+            assert metrics.get("h1_loss", metrics["loss"]) == pytest.approx(metrics["loss"], rel=0.02)
+
+
+def test_arms_begin_with_the_same_weights_and_rows(found):
+    first = {arm: [log[0].get("h1_loss", log[0]["loss"]) for log in found["logs"][arm]] for arm in ARMS}
+    assert all(log[0]["step"] == 1 for logs in found["logs"].values() for log in logs)
+    for arm in ARMS:
+        assert first[arm] == pytest.approx(first["ntp"], rel=1e-5)
+    assert first["ntp"][0] != pytest.approx(first["ntp"][1], rel=1e-3)  # seeds differ in their rows
+    assert found["checks"]["start"] < 1e-5
+
+
+def test_beta_zero_is_next_token_fine_tuning_and_its_heads_are_measured(found):
+    for task, name in (("exact_match", "exact_match"), ("held-out text", "loss")):
+        assert measure(found, task, name, "beta0")["values"] == pytest.approx(
+            measure(found, task, name, "ntp")["values"], rel=1e-6
+        )
+    assert found["checks"]["beta0"] == 0
+    assert any("eval_h2_loss" in entry for entry in found["logs"]["beta0"][0])
+
+
+def test_concept_measures_are_found_again_from_the_concepts(finished, found):
+    for arm in ARMS:
+        file = finished / "out" / "compare" / arm / "43" / "concepts.jsonl"
+        concepts = [json.loads(line) for line in file.read_text().splitlines()]
+        probabilities = [math.exp(concept["log_prob"]) for concept in concepts]
+        assert measure(found, "concepts", "probability", arm)["values"][1] == pytest.approx(np.mean(probabilities))
+        exact = np.mean([concept["exact"] for concept in concepts])
+        assert measure(found, "concepts", "exact", arm)["values"][1] == pytest.approx(exact)
+    assert len(measure(found, "concepts", "exact", "base")["values"]) == 1
+
+
+def test_the_auxiliary_loss_makes_a_difference(found):
+    ntp, caft, trained = (
+        measure(found, "held-out text", "loss", arm)["values"] for arm in ("ntp", "caft", "no_pretraining")
+    )
+    assert ntp != pytest.approx(caft, rel=1e-4)
+    assert caft != pytest.approx(trained, rel=1e-4)
+
+
+def test_differences_and_corrected_p_values_are_those_of_the_values(found):
+    rows = [row for row in found["comparisons"] if (row["arm"], row["baseline"]) == ("caft", "ntp")]
+    for row in rows:
+        ours, theirs = (measure(found, row["task"], row["measure"], arm)["values"] for arm in ("caft", "ntp"))
+        assert row["difference"] == pytest.approx(np.mean(ours) - np.mean(theirs), abs=1e-12)
+        assert row["low"] <= row["difference"] <= row["high"]
+    assert [row["p_holm"] for row in rows] == holm([row["p_value"] for row in rows]).tolist()
+    loss = next(row for row in rows if row["measure"] == "loss")
+    pair = [measure(found, "held-out text", "loss", arm)["values"] for arm in ("caft", "ntp")]
+    assert loss["p_value"] == pytest.approx(stats.ttest_rel(*pair).pvalue)
+
+
+def test_what_each_arm_cost_is_there(found):
+    for arm in ARMS:
+        cost = found["costs"][arm]
+        assert cost["tokens"] == found["costs"]["ntp"]["tokens"]
+        assert all(value > 0 for value in cost["seconds"])
+    ntp, caft, beta0, trained = (found["costs"][arm]["flops"][0] for arm in ("ntp", "caft", "beta0", "no_pretraining"))
+    assert ntp == beta0 < caft < trained
+
+
+def test_models_and_checkpoints_are_removed_once_they_are_evaluated(finished):
+    for arm in ARMS:
+        folder = finished / "out" / "compare" / arm / "42"
+        assert not [path for path in folder.rglob("*.safetensors")]
+    assert (finished / "out" / "compare" / "caft" / "42" / "recipe.yaml").is_file()
+
+
+def test_a_finished_comparison_trains_and_asks_nothing(copied, heads, found, monkeypatch):
+    monkeypatch.setattr(pipeline, "finetune", lambda _: pytest.fail("trained"))
+    again = compare(recipe_in(copied, heads))
+    for key in ("measures", "comparisons", "verdict", "logs", "costs", "concepts", "examples"):
+        assert json.loads(json.dumps(again[key])) == found[key]
+
+
+def test_one_more_seed_runs_for_itself_alone(copied, heads, found, monkeypatch):
+    made = count_trainings(monkeypatch)
+    again = compare(recipe_in(copied, heads, arms=["ntp", "caft"], seeds=3))
+    assert made == ["ntp/44", "caft/44"]
+    assert again["seeds"] == [42, 43, 44]
+    before = measure(found, "held-out text", "loss", "caft")["values"]
+    assert measure(again, "held-out text", "loss", "caft")["values"][:2] == before
+
+
+def test_a_comparison_that_is_stopped_goes_on_where_it_was(copied, heads, found, monkeypatch):
+    for arm, seed in (("caft", 43), ("beta0", 43), ("beta0", 42)):
+        shutil.rmtree(run_folder(recipe_in(copied, heads), arm, seed))
+    real = comparing.evaluate
+    with monkeypatch.context() as patch:
+
+        def stopped(recipe):
+            if recipe.output.endswith("beta0/42"):
+                raise KeyboardInterrupt  # trained and not evaluated
+            return real(recipe)
+
+        patch.setattr(comparing, "evaluate", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            compare(recipe_in(copied, heads))
+    made = count_trainings(monkeypatch)
+    again = compare(recipe_in(copied, heads))
+    assert made == ["caft/43", "beta0/43"]
+    assert json.loads(json.dumps(again["measures"])) == found["measures"]
+
+
+def test_one_run_at_a_time_comes_to_the_same(copied, heads, found):
+    shutil.rmtree(copied / "out")
+    few = {"arms": ["ntp", "caft"], "seeds": 1}
+    recipe = recipe_in(copied, heads, **few)
+    partly = compare(recipe, "caft/42")
+    assert (partly["missing"], partly["measures"]) == (["ntp/42"], [])
+    compare(recipe, "ntp/42")
+    whole = compare(recipe, "base")
+    for arm in ("base", "ntp", "caft"):
+        one = measure(found, "exact_match", "exact_match", arm)["values"][:1]
+        assert measure(whole, "exact_match", "exact_match", arm)["values"] == one
+
+
+def test_a_finished_run_of_another_recipe_is_refused(copied, heads):
+    values = values_in(copied, heads)
+    values["trainer"]["learning_rate"] = 2e-2
+    with pytest.raises(RecipeError, match=r"of another recipe \(trainer.learning_rate: 0.01 -> 0.02\)"):
+        compare(Recipe.model_validate(values))
+
+
+def test_a_trained_run_of_another_recipe_is_not_evaluated_for_this_one(copied, heads, monkeypatch):
+    shutil.rmtree(copied / "out")
+    recipe = recipe_in(copied, heads, arms=["ntp", "caft"], seeds=1)
+    with monkeypatch.context() as patch:
+        real = comparing._study
+
+        def stopped(run, model):
+            if run.output.endswith("42"):
+                raise KeyboardInterrupt
+            return real(run, model)
+
+        patch.setattr(comparing, "_study", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            compare(recipe)
+    values = values_in(copied, heads, arms=["ntp", "caft"], seeds=1)
+    values["trainer"]["learning_rate"] = 2e-2
+    with pytest.raises(RecipeError, match=r"of another recipe \(trainer.learning_rate"):
+        compare(Recipe.model_validate(values))
+
+
+def test_arms_differ_in_the_auxiliary_losses_and_heads_alone(copied, heads):
+    recipe = recipe_in(copied, heads, arms=[*ARMS, "random_heads", "shuffled_horizons"])
+    runs = {arm: arm_recipe(recipe, arm, 42).model_dump() for arm in recipe.compare.arms}
+    for run in runs.values():
+        for key in ("output", "heads", "loss"):
+            run.pop(key)
+    assert all(run == runs["ntp"] for run in runs.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": {"weight": 0.0}}, "loss.weight must be above 0 in a comparison"),
+        ({"eval": {}, "data": {"train": "train.jsonl"}}, "eval.tasks or data.eval must be given"),
+        ({"eval": {"tasks": ["exact_match"], "backend": "server"}}, "eval.backend must be transformers or vllm"),
+        ({"heads": {}}, "heads is missing. Run `caftune label` and `caftune pretrain-heads`"),
+        ({"heads": {"path": "nowhere/at/all"}}, "nowhere/at/all must be a folder"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(copied, heads, monkeypatch, changes, message):
+    monkeypatch.setattr(pipeline, "finetune", lambda _: pytest.fail("trained"))
+    values = {**values_in(copied, heads), "output": "elsewhere", **changes}
+    with pytest.raises(ValueError, match=message):
+        compare(Recipe.model_validate(values), "caft/42")
+
+
+def test_a_run_that_does_not_exist_is_refused_with_those_that_do(copied, heads):
+    with pytest.raises(RecipeError, match=r"--only must be one of base, ntp/42, caft/42, .* got caft/99"):
+        compare(recipe_in(copied, heads), "caft/99")
+
+
+@pytest.mark.parametrize("arms", [["caft", "beta0"], ["ntp"], ["ntp", "ntp"]])
+def test_arms_without_a_baseline_or_given_twice_are_refused(copied, heads, arms):
+    with pytest.raises(ValueError, match="arms that hold ntp"):
+        recipe_in(copied, heads, arms=arms)
+
+
+def test_the_command_prints_measures_and_verdict(copied, heads, found):
+    (copied / "recipe.yaml").write_text(json.dumps(values_in(copied, heads)))
+    ran = CliRunner().invoke(app, ["compare", "recipe.yaml"])
+    assert ran.exit_code == 0, ran.output
+    said = " ".join(ran.output.split())
+    assert found["verdict"] in said
+    assert "no_pretraining" in said
+
+
+def test_random_heads_have_the_same_values_in_another_order(heads, tmp_path, base_backbone):
+    write_control_heads("random_heads", Path(heads), tmp_path / "one", seed=1)
+    before, after = load_file(f"{heads}/heads.safetensors"), load_file(tmp_path / "one" / "heads.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor.flatten().sort().values, after[name].flatten().sort().values)
+        assert tensor.numel() < 100 or not torch.equal(tensor, after[name])
+    load_heads(tmp_path / "one", base_backbone)
+    write_control_heads("random_heads", Path(heads), tmp_path / "two", seed=2)
+    assert describe_heads(tmp_path / "one")["weights_sha256"] != describe_heads(tmp_path / "two")["weights_sha256"]
+
+
+def test_shuffled_horizons_are_the_same_heads_each_one_place_on(heads, tmp_path, base_backbone):
+    write_control_heads("shuffled_horizons", Path(heads), tmp_path / "heads", seed=1)
+    before, after = load_heads(heads, base_backbone).heads, load_heads(tmp_path / "heads", base_backbone).heads
+    for place, head in enumerate(after):
+        source = before[(place - 1) % len(before)].state_dict()
+        assert all(torch.equal(value, source[name]) for name, value in head.state_dict().items())
+
+
+def test_one_head_cannot_be_shuffled(heads, tmp_path):
+    one = tmp_path / "one"
+    shutil.copytree(heads, one)
+    description = json.loads((one / DESCRIPTION_FILE).read_text())
+    (one / DESCRIPTION_FILE).write_text(json.dumps({**description, "horizons": [2]}))
+    with pytest.raises(ValueError, match="shuffled_horizons needs at least 2 heads, got 1"):
+        write_control_heads("shuffled_horizons", one, tmp_path / "none", seed=1)
+
+
+@pytest.fixture
+def base_backbone():
+    from transformers import AutoModelForCausalLM
+
+    from caftune.backbone import Backbone
+
+    return Backbone.of(AutoModelForCausalLM.from_pretrained(BASE))
+
+
+def test_arms_by_one_number_a_run_are_compared_by_the_paired_t_test():
+    rng = np.random.default_rng(3)
+    ours, theirs = rng.normal(1, 0.1, 5), rng.normal(0.9, 0.1, 5)
+    one, expected = compare_runs(ours, theirs), stats.ttest_rel(ours, theirs)
+    assert one.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+    reach = expected.confidence_interval(0.95)
+    assert (one.low, one.high) == pytest.approx((reach.low, reach.high), rel=1e-9)
+    same = compare_runs([0.5, 0.25], [0.5, 0.25])
+    assert (same.difference, same.p_value, same.low, same.high) == (0.0, 1.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="the same 2 or more runs, got 3 and 2"):
+        compare_runs([1, 2, 3], [1, 2])
