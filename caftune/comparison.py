@@ -97,7 +97,7 @@ class _Run:
 
     @classmethod
     def read(cls, folder: Path) -> "_Run":
-        results = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+        results = _lines(folder / "results.jsonl")
         trained = next(row for row in results if row["stage"] == "train")
         done = next(row for row in results if row["stage"] == "compare")
         answers = {task: _lines(folder / "eval" / "model" / f"{task}.jsonl") for task in done["tasks"]}
@@ -109,7 +109,10 @@ class _Run:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    # not splitlines: JSON leaves some characters as they are that it takes for the end of a line
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _is_done(recipe: Recipe, arm: str, seed: int) -> bool:
@@ -236,7 +239,8 @@ def _comparisons(table: Table, arms: Sequence[str]) -> list[dict[str, Any]]:
     for arm in arms:
         if arm != BASELINE:
             rows += _family(table, arm, BASELINE, measures)
-    controls = [arm for arm in arms if arm not in (BASELINE, TREATMENT)] if TREATMENT in arms else []
+    # not beta0, which is the baseline once more
+    controls = [arm for arm in arms if arm not in (BASELINE, TREATMENT, "beta0")] if TREATMENT in arms else []
     for control in controls:
         rows += _family(table, TREATMENT, control, measures[:1])
     return rows

@@ -75,7 +75,7 @@ class Costs(TrainerCallback):
         self._counted |= kept
         state.stateful_callbacks[_KEY] = self._counted
         _reset_peak_memory()
-        if args.world_size == 1:
+        if args.world_size == 1 and self._counted["flops_per_token"] is None:  # a resumed run has counted its first step
             self._counter = _FlopCount()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

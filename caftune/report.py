@@ -240,5 +240,5 @@ def _block(text: str) -> list[str]:
 
 
 def _inline(text: str) -> str:
-    signs = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "*": "\\*", "_": "\\_", "[": "\\[", "\n": " "}
-    return "".join(signs.get(sign, sign) for sign in text)
+    signs = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "*": "\\*", "_": "\\_", "[": "\\["}
+    return "".join(signs.get(sign, sign) for sign in " ".join(text.split()))

@@ -213,3 +213,37 @@ def write_sample(folder: Any, found: dict[str, Any]) -> Any:
     (folder / "compare").mkdir(parents=True)
     (folder / "compare" / "comparison.json").write_text(json.dumps(found), encoding="utf-8")
     return folder
+
+
+def single_run(folder: Any, weight: float = 0.01) -> Any:
+    """What `caftune train` and `caftune eval` leave in a run folder, which is returned."""
+    log = sample()["logs"]["caft"][0]
+    eval_row = {"examples": 2, "runs": 1, "unfinished": 0, "task": "gsm8k"}
+    rows = [
+        {"stage": "pretrain-heads", "rows": 9, "metrics": {}, "quality": sample()["quality"]},
+        {"stage": "train", "rows": 9, "metrics": {"loss": 1.25, "h1_loss": 1.25}, "log": log}
+        | {"costs": {"tokens": 1000, "flops": None, "seconds": 2.5, "peak_memory_bytes": 2**31}},
+        {"stage": "eval model gsm8k", "model": "model", "measures": {"accuracy": [0.5]}, **eval_row},
+        {"stage": "eval base gsm8k", "model": "base", "measures": {"accuracy": [0.25]}, **eval_row},
+    ]
+    (folder / "train").mkdir(parents=True)
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "train" / "recipe.yaml").write_text(f"seed: 42\nloss: {{weight: {weight}}}\n")
+    (folder / "train" / "provenance.json").write_text(json.dumps(sample()["provenance"]))
+    for model, answer in (("base", "3"), ("model", "4\u2028<b>")):
+        lines = [
+            {
+                "run": run,
+                "id": str(i),
+                "prompt": "2 + 2?",
+                "reference": {"answer": 4},
+                "completion": answer if run == 0 else "no",
+            }
+            | {"scores": {"accuracy": float(model == "model")}}
+            for run in (0, 1)
+            for i in range(3)
+        ]
+        file = folder / "eval" / model / "gsm8k.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return folder

@@ -79,6 +79,7 @@ def test_a_resumed_run_goes_on_counting(rows, tmp_path):
     assert first["tokens"] == second["tokens"] == whole["tokens"]
     kept = resumed.state.stateful_callbacks["caftune_costs"]
     assert kept["seconds"] == second["seconds"] > 0
+    assert second["flops"] == whole["flops"]
 
 
 def test_a_checkpoint_made_before_costs_were_counted_is_resumed(rows, tmp_path):

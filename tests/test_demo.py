@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from rich.console import Console
 
+from caftune.demo import run
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE, demo, demo_recipe
 from caftune.evaluation import evaluate
@@ -24,12 +26,12 @@ def test_the_demo_runs_from_data_to_report(tmp_path, capsys):
     assert load_recipe(folder / "recipe.yaml") == demo_recipe(folder)
 
 
-def test_the_demo_runs_without_the_extras(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("caftune.demo.run.find_spec", lambda _: None)
-    demo(str(tmp_path / "demo"), train_rows=32, test_rows=4, prompts=16)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "One seed cannot tell CAFT from luck: exact_match is" in said
-    assert "pip install caftune[report]" in said
+def test_without_the_extras_the_demo_asks_for_the_letter_and_says_how_to_get_a_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "find_spec", lambda _: None)
+    recipe = demo_recipe(tmp_path)
+    assert (recipe.eval.tasks, recipe.eval.columns, recipe.compare.concepts.kind) == (["exact_match"], {}, "words")
+    run._write_report(Console(), tmp_path)
+    assert "pip install caftune[report]" in capsys.readouterr().out
 
 
 def test_the_base_scores_as_its_provenance_says(tmp_path):

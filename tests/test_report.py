@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 from report_page import Page, page_of
-from report_sample import ARMS, sample, small, write_sample
+from report_sample import ARMS, sample, single_run, small, write_sample
 from typer.testing import CliRunner
 
 from caftune import plots
@@ -208,17 +208,20 @@ def test_texts_are_shown_and_never_read(tmp_path):
     names = found["concepts"]
     for arm in names["arms"].values():
         arm["by_tokens"] = {}
-        arm["by_name"] = {HOSTILE: arm["by_name"]["fr_amide"]}
+        arm["by_name"] = {HOSTILE: arm["by_name"]["fr_amide"], "$\\b{$": arm["by_name"]["fr_COO"]}
     found |= {"title": HOSTILE, "verdict": HOSTILE, "remarks": [HOSTILE, HOSTILE]}
     found["provenance"]["command"] = HOSTILE
     shown = page_of(tmp_path, found)
     assert not {"script", "img", "h"} & {tag for tag, _ in shown.tags}
     assert not any(name.startswith("on") for _, attributes in shown.tags for name in attributes)
-    assert HOSTILE.replace("\ud800", "?") in [block.removeprefix("\n") for block in shown.blocks]
+    shown_as = "\n" + HOSTILE.replace("\ud800", "?")  # a browser drops the first end of line
+    assert shown.blocks.count(shown_as) == 2  # as prompt and as answer
     markdown = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     outside = "\n".join(line for line in markdown.splitlines() if not line.startswith("    "))
     assert "<script" not in outside
     assert "<img" not in outside
+    (command,) = [line for line in outside.splitlines() if line.startswith("| command")]
+    assert len(re.findall(r"(?<!\\)\|", command)) == 3
     assert not re.search(r"^# h", markdown, flags=re.MULTILINE)
 
 
@@ -263,39 +266,6 @@ def test_addresses_of_servers_are_left_out(html, whole):
     assert "key@host" not in html
     assert "key@host" not in (whole / "report.md").read_text()
     assert "url: left out" in html
-
-
-def single_run(folder, weight=0.01):
-    log = sample()["logs"]["caft"][0]
-    eval_row = {"examples": 2, "runs": 1, "unfinished": 0, "task": "gsm8k"}
-    rows = [
-        {"stage": "pretrain-heads", "rows": 9, "metrics": {}, "quality": sample()["quality"]},
-        {"stage": "train", "rows": 9, "metrics": {"loss": 1.25, "h1_loss": 1.25}, "log": log}
-        | {"costs": {"tokens": 1000, "flops": None, "seconds": 2.5, "peak_memory_bytes": 2**31}},
-        {"stage": "eval model gsm8k", "model": "model", "measures": {"accuracy": [0.5]}, **eval_row},
-        {"stage": "eval base gsm8k", "model": "base", "measures": {"accuracy": [0.25]}, **eval_row},
-    ]
-    (folder / "train").mkdir(parents=True)
-    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "train" / "recipe.yaml").write_text(f"seed: 42\nloss: {{weight: {weight}}}\n")
-    (folder / "train" / "provenance.json").write_text(json.dumps(sample()["provenance"]))
-    for model, answer in (("base", "3"), ("model", "4\u2028<b>")):
-        lines = [
-            {
-                "run": run,
-                "id": str(i),
-                "prompt": "2 + 2?",
-                "reference": {"answer": 4},
-                "completion": answer if run == 0 else "no",
-            }
-            | {"scores": {"accuracy": float(model == "model")}}
-            for run in (0, 1)
-            for i in range(3)
-        ]
-        file = folder / "eval" / model / "gsm8k.jsonl"
-        file.parent.mkdir(parents=True)
-        file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    return folder
 
 
 def test_a_single_training_is_reported_without_a_verdict(tmp_path):
