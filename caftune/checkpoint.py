@@ -302,7 +302,7 @@ def provenance(data_files: Mapping[str, str | os.PathLike[str]] | None = None) -
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader finds the old file or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # others may be writing it, too
     partial.write_text(json.dumps(value, indent=2) + "\n")
     partial.replace(path)
 

@@ -20,6 +20,7 @@ scheduler can spread them; whoever comes last, or a call without `only`, puts th
 """
 
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -33,16 +34,18 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from caftune import pipeline
-from caftune.comparison import run_folder, seeds_of, summarise_comparison
+from caftune.checkpoint import describe_heads
+from caftune.compared_run import run_folder, seeds_of
+from caftune.comparison import summarise_comparison
 from caftune.concept_study import study_concepts
 from caftune.concepts import read_terms
 from caftune.control_heads import write_control_heads, write_untrained_heads
-from caftune.evaluation import evaluate, in_words
+from caftune.evaluation import evaluate, in_words, read_tasks
 from caftune.heads import HeadsConfig
 from caftune.recipe import Arm, Recipe, RecipeError, save_recipe
 from caftune.run_folder import is_begun, is_done, open_stage, record, refuse_other_stage
 from caftune.stage_options import load_model, load_tokenizer, pretrained_heads, stage_two_config, stage_two_heads
-from caftune.stage_rows import task_rows
+from caftune.stage_rows import head_source, task_rows
 from caftune.tokenization import tokenized
 from caftune.verdict import BASE
 
@@ -58,17 +61,18 @@ def compare(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
     Raises:
         RecipeError: settings that cannot be compared, no such run, or a run made from another recipe.
     """
-    _refuse_unfit(recipe)
     runs = [(arm, seed) for seed in seeds_of(recipe) for arm in recipe.compare.arms]
     chosen = _chosen(runs, only)
+    _refuse_unfit(recipe)
     if any(arm not in _WITHOUT_HEADS for arm, _ in runs):
         _ensure_heads(recipe, make=only is None)
+    _refuse_other_runs(recipe, runs)
     if only in (None, BASE):
         _base(recipe)
     for number, (arm, seed) in enumerate(chosen, start=1):
         tqdm.write(f"[{number}/{len(chosen)}] {arm}, seed {seed}", file=sys.stderr)
         _run(recipe, arm, seed)
-    return summarise_comparison(recipe)
+    return summarise_comparison(recipe, partly=only is None)
 
 
 def _refuse_unfit(recipe: Recipe) -> None:
@@ -84,6 +88,21 @@ def _refuse_unfit(recipe: Recipe) -> None:
         raise RecipeError("loss.weight must be above 0 in a comparison, got 0: arm ntp is the one without. Change it.")
     if not recipe.eval.tasks and recipe.data.eval is None:
         raise RecipeError("eval.tasks or data.eval must be given, got neither: there is nothing to compare. Add one.")
+    _refuse_arms(recipe)
+    if recipe.eval.tasks:
+        read_tasks(recipe)
+
+
+def _refuse_arms(recipe: Recipe) -> None:
+    if recipe.model.tuning != "full" and not recipe.model.lora.merge:
+        raise RecipeError("model.lora.merge must be true in a comparison, which evaluates whole models. Change it.")
+    scrambled = [arm for arm in recipe.compare.arms if arm in ("random_heads", "shuffled_horizons")]
+    if scrambled and recipe.adapt is not None:
+        raise RecipeError(
+            f"compare.arms must not hold {scrambled[0]} with adapt, which would train its heads on the task. Remove one."
+        )
+    if "shuffled_horizons" in recipe.compare.arms and _heads_config(recipe).count < 2:
+        raise RecipeError("compare.arms must not hold shuffled_horizons with one head. Remove it.")
 
 
 def _chosen(runs: Sequence[tuple[Arm, int]], only: str | None) -> list[tuple[Arm, int]]:
@@ -99,6 +118,8 @@ def _ensure_heads(recipe: Recipe, *, make: bool) -> None:
     """Heads made once for all arms; a single run does not make them, for another process might be at it."""
     if recipe.heads.path is not None or is_done(recipe, "pretrain-heads"):
         pretrained_heads(recipe)  # refuses what is not there
+        if recipe.heads.path is None:
+            refuse_other_stage(recipe, "pretrain", {"labels": head_source(recipe)})
         return
     if not make:
         raise RecipeError(
@@ -110,13 +131,33 @@ def _ensure_heads(recipe: Recipe, *, make: bool) -> None:
     gc.collect()
 
 
-def _base(recipe: Recipe) -> None:
-    """Evaluate and study the base, unless it is done."""
+def _heads_config(recipe: Recipe) -> HeadsConfig:
+    """How many heads of which kind: those of heads.path, or what the recipe has made."""
+    if recipe.heads.path is None:
+        return HeadsConfig(recipe.heads.count, recipe.heads.kind)
+    found = describe_heads(pretrained_heads(recipe))
+    return HeadsConfig(len(found["horizons"]), found["kind"])
+
+
+def _refuse_other_runs(recipe: Recipe, runs: Sequence[tuple[Arm, int]]) -> None:
+    """Raise RecipeError where a run that is done was made from another recipe or other files: it would be compared."""
+    every = [(BASE, _base_recipe(recipe)), *((arm, arm_recipe(recipe, arm, seed)) for arm, seed in runs)]
+    for arm, run in every:
+        if is_begun(run, "compare"):
+            refuse_other_stage(run, "compare", _files(recipe, run, arm))
+
+
+def _base_recipe(recipe: Recipe) -> Recipe:
     folder = Path(recipe.output, "compare", BASE)
     asked = recipe.eval.model_copy(update={"model": BASE})
-    run = arm_recipe(recipe, "ntp", recipe.seed).model_copy(update={"output": str(folder), "eval": asked})
+    return arm_recipe(recipe, "ntp", recipe.seed).model_copy(update={"output": str(folder), "eval": asked})
+
+
+def _base(recipe: Recipe) -> None:
+    """Evaluate and study the base, unless it is done."""
+    run = _base_recipe(recipe)
     is_whole = is_begun(run, "compare")
-    open_stage(run, "compare", _files(run))
+    open_stage(run, "compare", _files(recipe, run, BASE))
     if not is_whole:
         _finish(run, BASE, recipe.model.name)
 
@@ -124,11 +165,12 @@ def _base(recipe: Recipe) -> None:
 def arm_recipe(recipe: Recipe, arm: Arm, seed: int) -> Recipe:
     """The recipe of one run. Arms differ in `loss.weight` and `heads` alone."""
     folder = run_folder(recipe, arm, seed)
-    heads: dict[str, Any] = {"path": str(folder / "heads")}
+    config = _heads_config(recipe)
+    heads: dict[str, Any] = {"path": str(folder / "heads"), "count": config.count, "kind": config.kind}
     if arm == "ntp":
-        heads = {"path": None, "train": False, "lora_rank": None, "learning_rate": None, "max_grad_norm": None}
+        heads |= {"path": None, "train": False, "lora_rank": None, "learning_rate": None, "max_grad_norm": None}
     elif arm in ("caft", "beta0"):
-        heads = {"path": str(pretrained_heads(recipe))}
+        heads |= {"path": str(pretrained_heads(recipe))}
     elif arm == "no_pretraining":
         heads |= {"train": True}
     weight = 0.0 if arm in ("ntp", "beta0") else recipe.loss.weight
@@ -137,19 +179,25 @@ def arm_recipe(recipe: Recipe, arm: Arm, seed: int) -> Recipe:
         "seed": seed,
         "heads": recipe.heads.model_copy(update=heads),
         "loss": recipe.loss.model_copy(update={"weight": weight}),
-        "trainer": {"logging_first_step": True, **recipe.trainer},  # so that one can see that all begin alike
+        "adapt": None if arm == "no_pretraining" else recipe.adapt,
+        # The first step is logged, so that one can see that all begin alike.
+        "trainer": {"logging_first_step": True, **recipe.trainer, "data_seed": _data_seed(seed)},
         "eval": recipe.eval.model_copy(update={"model": None}),
     }
     return recipe.model_copy(update=changes)
+
+
+def _data_seed(seed: int) -> int:
+    """Accelerate (1.15) orders epoch e by data_seed + e: neighbouring seeds would share the orders of their epochs."""
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4]) >> 1
 
 
 def _run(recipe: Recipe, arm: Arm, seed: int) -> None:
     """Train, evaluate and study one arm with one seed, unless it is done."""
     run = arm_recipe(recipe, arm, seed)
     folder = Path(run.output)
-    heads = None if arm in _WITHOUT_HEADS else pretrained_heads(recipe) / "heads.json"
     is_whole = is_begun(run, "compare")
-    open_stage(run, "compare", {**_files(run), "heads": heads})
+    open_stage(run, "compare", _files(recipe, run, arm))
     if not is_whole:
         save_recipe(folder / "recipe.yaml", run.model_dump())
         _write_heads(recipe, run, arm, seed)
@@ -159,10 +207,11 @@ def _run(recipe: Recipe, arm: Arm, seed: int) -> None:
         _remove_models(folder)
 
 
-def _files(run: Recipe) -> dict[str, str | None]:
-    """The files that a run's result depends on. A stage of other files is refused when it is opened."""
+def _files(recipe: Recipe, run: Recipe, arm: str) -> dict[str, str | Path | None]:
+    """The files that a run's result depends on; of control heads those that they are made from."""
     data = {"train": run.data.train, "eval": run.data.eval, "terms": run.compare.concepts.terms}
-    return {**data, **run.eval.data}
+    heads = None if arm in (BASE, *_WITHOUT_HEADS) else pretrained_heads(recipe) / "heads.json"
+    return {**data, **run.eval.data, "heads": heads}
 
 
 def _finish(run: Recipe, arm: str, model: str) -> None:
@@ -184,14 +233,11 @@ def _train(run: Recipe) -> None:
 
 def _write_heads(recipe: Recipe, run: Recipe, arm: Arm, seed: int) -> None:
     target = Path(run.output, "heads")
-    if (target / "heads.json").is_file():
-        return
-    if arm == "no_pretraining":
-        config = HeadsConfig(recipe.heads.count, recipe.heads.kind)
-        write_untrained_heads(load_model(recipe), load_tokenizer(recipe), config, target)
+    if arm == "no_pretraining" and not (target / "heads.json").is_file():
+        write_untrained_heads(load_model(recipe), load_tokenizer(recipe), _heads_config(recipe), target)
         gc.collect()
     elif arm in ("random_heads", "shuffled_horizons"):
-        write_control_heads(arm, pretrained_heads(recipe), target, seed=seed)
+        write_control_heads(arm, pretrained_heads(recipe), target, seed=seed)  # again: its source may be another by now
 
 
 def _study(run: Recipe, model: str) -> int:

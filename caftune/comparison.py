@@ -13,22 +13,29 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 
-from caftune.checkpoint import provenance, write_json
+from caftune.checkpoint import QUALITY_FILE, describe_heads, provenance, write_json
+from caftune.compared_examples import compared_examples, terms_of
+from caftune.compared_run import (
+    ComparedRun,
+    base_folder,
+    base_is_done,
+    ids_of,
+    lines_of,
+    run_folder,
+    run_is_done,
+    seeds_of,
+)
 from caftune.concept_study import summarise_concepts
-from caftune.concepts import density, find_concepts, offsets_of, read_terms, token_positions
+from caftune.concepts import density
 from caftune.evals.statistics import Comparison, compare_runs, holm, interval
 from caftune.evals.statistics import compare as compare_scores
-from caftune.evals.task import Task
 from caftune.evals.tasks import TASKS
 from caftune.recipe import Recipe
-from caftune.run_folder import is_done
-from caftune.stage_options import load_tokenizer
+from caftune.stage_options import load_tokenizer, pretrained_heads
 from caftune.verdict import BASE, BASELINE, CONCEPTS, HELD_OUT, TREATMENT, remarks, verdict
 
 _FORMAT = 1
-_SHOWN = 8  # examples
 
 Scores = np.ndarray[Any, Any]  # [seeds, examples], or [seeds] where a measure is of a whole run
 
@@ -44,27 +51,21 @@ class _Measured:
 Table = dict[tuple[str, str, str], _Measured]  # task, measure, arm
 
 
-def seeds_of(recipe: Recipe) -> list[int]:
-    """The seeds of a comparison."""
-    return list(range(recipe.seed, recipe.seed + recipe.compare.seeds))
+def summarise_comparison(recipe: Recipe, *, partly: bool = True) -> dict[str, Any]:
+    """Compare the arms over the seeds that all of them have finished; written to compare/comparison.json.
 
-
-def run_folder(recipe: Recipe, arm: str, seed: int) -> Path:
-    """The folder of one run."""
-    return Path(recipe.output, "compare", arm, str(seed))
-
-
-def summarise_comparison(recipe: Recipe) -> dict[str, Any]:
-    """Compare the arms over the seeds that all of them have finished; written to compare/comparison.json."""
+    Args:
+        partly: write it also where runs are missing. Of processes that make a run each, only the last one should write.
+    """
     arms: list[str] = list(recipe.compare.arms)
     seeds = seeds_of(recipe)
-    missing = [(arm, seed) for seed in seeds for arm in arms if not _is_done(recipe, arm, seed)]
+    missing = [(arm, seed) for seed in seeds for arm in arms if not run_is_done(recipe, arm, seed)]
     complete = [seed for seed in seeds if all(seed != late for _, late in missing)]
-    runs = {arm: [_Run.read(run_folder(recipe, arm, seed)) for seed in complete] for arm in arms}
+    runs = {arm: [ComparedRun.read(run_folder(recipe, arm, seed)) for seed in complete] for arm in arms}
     table = _measures(recipe, runs) if complete else {}
     found: dict[str, Any] = {
         "format": _FORMAT,
-        "title": Path(recipe.output).name,
+        "title": Path(recipe.output).resolve().name,
         "recipe": recipe.model_dump(),
         "arms": arms,
         "seeds": complete,
@@ -73,53 +74,22 @@ def summarise_comparison(recipe: Recipe) -> dict[str, Any]:
         "measures": [_row(key, measured) for key, measured in table.items()],
         "comparisons": _comparisons(table, arms) if len(complete) > 1 else [],
         "costs": {arm: _costs(found) for arm, found in runs.items()},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": ", ".join(_devices(runs)),
         "logs": {arm: [run.log for run in found] for arm, found in runs.items()},
         "concepts": _concepts(recipe, runs) if complete else None,
-        "examples": _examples(recipe, runs) if complete and recipe.eval.tasks else [],
+        "examples": compared_examples(recipe, runs) if complete and recipe.eval.tasks else [],
         "checks": _checks(runs) if complete else {},
         "quality": _quality(recipe),
         "provenance": provenance({"train": str(recipe.data.train), "eval": str(recipe.data.eval), **recipe.eval.data}),
     }
     found["verdict"], found["remarks"] = verdict(found), remarks(found)
     Path(recipe.output, "compare").mkdir(parents=True, exist_ok=True)
-    write_json(Path(recipe.output, "compare", "comparison.json"), found)
+    if partly or not missing:
+        write_json(Path(recipe.output, "compare", "comparison.json"), found)
     return found
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What one arm and seed left behind."""
-
-    trained: dict[str, Any]  # its line of stage `train`
-    answers: dict[str, list[dict[str, Any]]]  # by task: the lines of TASK.jsonl
-    concepts: list[dict[str, Any]]
-
-    @classmethod
-    def read(cls, folder: Path) -> "_Run":
-        results = _lines(folder / "results.jsonl")
-        trained = next(row for row in results if row["stage"] == "train")
-        done = next(row for row in results if row["stage"] == "compare")
-        answers = {task: _lines(folder / "eval" / "model" / f"{task}.jsonl") for task in done["tasks"]}
-        return cls(trained, answers, _lines(folder / "concepts.jsonl"))
-
-    @property
-    def log(self) -> list[dict[str, Any]]:
-        return self.trained["log"]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    # not splitlines: JSON leaves some characters as they are that it takes for the end of a line
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def _is_done(recipe: Recipe, arm: str, seed: int) -> bool:
-    return is_done(recipe.model_copy(update={"output": str(run_folder(recipe, arm, seed))}), "compare")
-
-
-def _task(name: str, runs: Mapping[str, Sequence[_Run]]) -> dict[str, Any]:
+def _task(name: str, runs: Mapping[str, Sequence[ComparedRun]]) -> dict[str, Any]:
     task = TASKS[name]
     examples = len({line["id"] for line in runs[BASELINE][0].answers[name]})
     return {
@@ -130,11 +100,11 @@ def _task(name: str, runs: Mapping[str, Sequence[_Run]]) -> dict[str, Any]:
     }
 
 
-def _measures(recipe: Recipe, runs: Mapping[str, Sequence[_Run]]) -> Table:
+def _measures(recipe: Recipe, runs: Mapping[str, Sequence[ComparedRun]]) -> Table:
     """Every measure of every arm, the primary one of each task first."""
     table: Table = {}
     for name in recipe.eval.tasks:
-        base = _lines(Path(recipe.output, "compare", BASE, "eval", BASE, f"{name}.jsonl"))
+        base = lines_of(base_folder(recipe) / "eval" / BASE / f"{name}.jsonl") if base_is_done(recipe) else []
         by_arm = {BASE: [base]} if base else {}
         by_arm |= {arm: [run.answers[name] for run in found] for arm, found in runs.items()}
         dense = _dense_examples(recipe, next(iter(by_arm.values()))[0])
@@ -151,15 +121,15 @@ def _measures(recipe: Recipe, runs: Mapping[str, Sequence[_Run]]) -> Table:
     return table
 
 
-def _studied(recipe: Recipe, runs: Mapping[str, Sequence[_Run]]) -> dict[str, list[list[dict[str, Any]]]]:
+def _studied(recipe: Recipe, runs: Mapping[str, Sequence[ComparedRun]]) -> dict[str, list[list[dict[str, Any]]]]:
     """The concepts of each arm's runs, and of the base; empty where there are none."""
     if not all(run.concepts for found in runs.values() for run in found):
         return {}
-    base = _lines(Path(recipe.output, "compare", BASE, "concepts.jsonl"))
+    base = lines_of(base_folder(recipe) / "concepts.jsonl") if base_is_done(recipe) else []
     return ({BASE: [base]} if base else {}) | {arm: [run.concepts for run in found] for arm, found in runs.items()}
 
 
-def _main_losses(runs: Sequence[_Run]) -> list[float]:
+def _main_losses(runs: Sequence[ComparedRun]) -> list[float]:
     """L_1 on data.eval, which is what `loss` of an evaluation is in every arm of stage 2."""
     return [float(run.trained["metrics"]["loss"]) for run in runs]
 
@@ -179,21 +149,17 @@ def _of_task(name: str, answers: Sequence[list[dict[str, Any]]], dense: Mapping[
         found[measure] = _Measured(values, scores if is_mean else None)
     primary = found[task.primary].scores
     if primary is not None and dense:
-        marks = np.array([dense[name] for name in _ids(answers[0])])
+        marks = np.array([dense[name] for name in ids_of(answers[0])])
         for label, part in (("concept-dense", marks), ("concept-light", ~marks)):
             found[f"{task.primary}, {label}"] = _Measured(primary[:, part].mean(axis=1).tolist(), primary[:, part])
     return found
-
-
-def _ids(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(line["id"] for line in lines))
 
 
 def _scores(answers: Sequence[list[dict[str, Any]]], measure: str) -> Scores | None:
     """[seeds, examples], None where some answer lacks the measure."""
     rows = []
     for lines in answers:
-        by_id: dict[str, list[float]] = {name: [] for name in _ids(answers[0])}
+        by_id: dict[str, list[float]] = {name: [] for name in ids_of(answers[0])}
         for line in lines:
             if measure not in line["scores"]:
                 return None
@@ -207,9 +173,9 @@ def _dense_examples(recipe: Recipe, lines: Sequence[Mapping[str, Any]]) -> dict[
     section = recipe.compare.concepts
     tokenizer = load_tokenizer(recipe)
     texts = {line["id"]: line["answer"] for line in lines if line.get("answer")}
-    if len(texts) < len(_ids(lines)):
+    if len(texts) < len(ids_of(lines)):
         return {}
-    densities = {name: density(text, section.kind, tokenizer, _terms(recipe)) for name, text in texts.items()}
+    densities = {name: density(text, section.kind, tokenizer, terms_of(recipe)) for name, text in texts.items()}
     middle = median(densities.values())
     dense = {name: value > middle for name, value in densities.items()}
     return dense if sum(dense.values()) >= 2 else {}
@@ -233,7 +199,10 @@ def _row(key: tuple[str, str, str], measured: _Measured) -> dict[str, Any]:
 
 
 def _comparisons(table: Table, arms: Sequence[str]) -> list[dict[str, Any]]:
-    """Every arm against the baseline in every measure; CAFT against every control in the one that decides."""
+    """Every arm against the baseline in every measure; CAFT against every control in the one that decides.
+
+    The deciding measure is named before and stands as it is; the others of a pair are one family of Holm's.
+    """
     measures = list(dict.fromkeys(key[:2] for key in table))
     rows = []
     for arm in arms:
@@ -258,23 +227,29 @@ def _family(table: Table, arm: str, baseline: str, measures: Sequence[tuple[str,
         else:
             found = compare_runs(ours.values, theirs.values)
         rows.append({"task": task, "measure": measure, "arm": arm, "baseline": baseline} | _plain(found, is_both))
-    adjusted = holm([row["p_value"] for row in rows]).tolist() if rows else []
-    return [{**row, "p_holm": value} for row, value in zip(rows, adjusted, strict=True)]
+    others = rows[1:]
+    adjusted = holm([row["p_value"] for row in others]).tolist() if others else []
+    values = [rows[0]["p_value"], *adjusted] if rows else []
+    return [{**row, "p_holm": value} for row, value in zip(rows, values, strict=True)]
 
 
 def _plain(found: Comparison, is_both: bool) -> dict[str, Any]:
-    names = ("difference", "low", "high", "p_value", "minimum_detectable")
-    values = {name: value for name, value in asdict(found).items() if name in names}
+    values = {name: value for name, value in asdict(found).items() if name in ("difference", "low", "high", "p_value")}
     effect = found.effect_size if math.isfinite(found.effect_size) else None
-    return {**values, "effect_size": effect, "over": "runs and examples" if is_both else "runs"}
+    known = {"effect_size": effect, "minimum_detectable": found.minimum_detectable or None}
+    return {**values, **known, "over": "runs and examples" if is_both else "runs"}
 
 
-def _costs(runs: Sequence[_Run]) -> dict[str, list[Any]]:
+def _devices(runs: Mapping[str, Sequence[ComparedRun]]) -> list[str]:
+    return sorted({run.trained["costs"]["device"] for found in runs.values() for run in found})
+
+
+def _costs(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
     names = ("tokens", "flops", "seconds", "peak_memory_bytes")
-    return {name: [run.trained.get("costs", {}).get(name) for run in runs] for name in names}
+    return {name: [run.trained["costs"][name] for run in runs] for name in names}
 
 
-def _checks(runs: Mapping[str, Sequence[_Run]]) -> dict[str, Any]:
+def _checks(runs: Mapping[str, Sequence[ComparedRun]]) -> dict[str, Any]:
     """What must hold if the comparison is fair.
 
     `start`: the largest relative difference, over arms and seeds, between an arm's L_1 at the first step and the baseline's:
@@ -284,7 +259,8 @@ def _checks(runs: Mapping[str, Sequence[_Run]]) -> dict[str, Any]:
     baseline = [_first_loss(run.log) for run in runs[BASELINE]]
     known = all(value is not None for arm in starts for value in arm)
     apart = [abs(a / b - 1) for arm in starts for a, b in zip(arm, baseline, strict=True)] if known else []  # type: ignore[operator]
-    checks: dict[str, Any] = {"start": max(apart, default=None), "beta0": None, "answers": None}
+    checks: dict[str, Any] = {"start": max(apart, default=None), "devices": len(_devices(runs))}
+    checks |= {"beta0": None, "answers": None}
     if "beta0" in runs:
         pairs = [
             (ours["completion"], theirs["completion"])
@@ -292,7 +268,8 @@ def _checks(runs: Mapping[str, Sequence[_Run]]) -> dict[str, Any]:
             for task in one.answers
             for ours, theirs in zip(one.answers[task], other.answers[task], strict=True)
         ]
-        checks |= {"beta0": sum(a != b for a, b in pairs), "answers": len(pairs)}
+        if pairs:
+            checks |= {"beta0": sum(a != b for a, b in pairs), "answers": len(pairs)}
     return checks
 
 
@@ -302,7 +279,7 @@ def _first_loss(log: Sequence[Mapping[str, Any]]) -> float | None:
     return first.get("h1_loss", first.get("loss"))
 
 
-def _concepts(recipe: Recipe, runs: Mapping[str, Sequence[_Run]]) -> dict[str, Any] | None:
+def _concepts(recipe: Recipe, runs: Mapping[str, Sequence[ComparedRun]]) -> dict[str, Any] | None:
     studied = _studied(recipe, runs)
     if not studied:
         return None
@@ -322,65 +299,13 @@ def _joined(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return joined
 
 
-def _examples(recipe: Recipe, runs: Mapping[str, Sequence[_Run]]) -> list[dict[str, Any]]:
-    """Some examples of the first task with the first seed's answers: where CAFT is better, where it is worse, the rest."""
-    name = recipe.eval.tasks[0]
-    task, tokenizer = TASKS[name], load_tokenizer(recipe)
-    first = {arm: {line["id"]: line for line in reversed(found[0].answers[name])} for arm, found in runs.items()}
-    shown = TREATMENT if TREATMENT in runs else next(arm for arm in runs if arm != BASELINE)
-    sign = -1 if task.primary in task.lower_is_better else 1
-    gains = {
-        example: sign * (_primary(task, first[shown][example]) - _primary(task, first[BASELINE][example]))
-        for example in _ids(runs[BASELINE][0].answers[name])
-    }
-    kinds = [
-        [example for example, gain in gains.items() if gain > 0],
-        [example for example, gain in gains.items() if gain < 0],
-        [example for example, gain in gains.items() if gain == 0],
-    ]
-    chosen = [example for kind in kinds for example in kind[: _SHOWN // 3 + 1]][:_SHOWN]
-    return [
-        {
-            "task": name,
-            "id": example,
-            "prompt": first[BASELINE][example]["prompt"],
-            "reference": _marked(recipe, tokenizer, _reference(first[BASELINE][example])),
-            "answers": {
-                arm: {
-                    **_marked(recipe, tokenizer, lines[example]["completion"]),
-                    "score": _primary(task, lines[example]),
-                }
-                for arm, lines in first.items()
-            },
-        }
-        for example in chosen
-    ]
-
-
-def _primary(task: Task, line: Mapping[str, Any]) -> float:
-    return line["scores"].get(task.primary, 0.0)
-
-
-def _reference(line: Mapping[str, Any]) -> str:
-    return line.get("answer") or str(line["reference"])
-
-
-def _marked(recipe: Recipe, tokenizer: Any, text: str) -> dict[str, Any]:
-    """A text and the character ranges of its concepts of several tokens."""
-    section = recipe.compare.concepts
-    found = find_concepts(text, section.kind, _terms(recipe))
-    decoded, offsets = offsets_of(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer)
-    if decoded == text:  # else (a lost space, a replaced character) tokens have no place in the text
-        found = [concept for concept, _ in token_positions(found, offsets)]
-    return {"text": text, "concepts": [place for concept in found for place in concept.ranges]}
-
-
-def _terms(recipe: Recipe) -> list[str]:
-    source = recipe.compare.concepts.terms
-    return read_terms(source) if source is not None else []
-
-
 def _quality(recipe: Recipe) -> Any:
-    places = [Path(recipe.heads.path or ""), Path(recipe.output, "heads")]
-    file = next((place / "quality.json" for place in places if (place / "quality.json").is_file()), None)
-    return json.loads(file.read_text(encoding="utf-8")) if file is not None else None
+    """The quality report of the very heads that were used, from their folder or (`caftune heads measure`) the run's."""
+    if recipe.heads.path is None and not Path(recipe.output, "heads").is_dir():
+        return None
+    heads = pretrained_heads(recipe)
+    for file in (heads / QUALITY_FILE, Path(recipe.output, QUALITY_FILE)):
+        quality = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if quality.get("weights_sha256") == describe_heads(heads)["weights_sha256"]:
+            return quality
+    return None

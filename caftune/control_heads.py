@@ -44,8 +44,9 @@ def write_control_heads(control: Control, source: Path, target: Path, *, seed: i
     partial = target / f".{WEIGHTS_FILE}.partial"
     save_file(changed, partial, metadata={"format": "pt"})
     about = {"control": control, "seed": seed, "made_from": description["weights_sha256"]}
-    write_json(target / DESCRIPTION_FILE, {**description, "training": about, "weights_sha256": file_sha256(partial)})
+    changed_description = {**description, "training": about, "weights_sha256": file_sha256(partial)}
     partial.replace(target / WEIGHTS_FILE)
+    write_json(target / DESCRIPTION_FILE, changed_description)  # last: it says that all is there
 
 
 def write_untrained_heads(model: Any, tokenizer: Any, config: HeadsConfig, target: Path) -> None:

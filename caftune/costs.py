@@ -14,9 +14,11 @@ from transformers import Trainer, TrainerCallback
 
 _KEY = "caftune_costs"  # in the state that a checkpoint keeps
 _aten = torch.ops.aten
-# torch (2.13) has formulas for the kernels of GPUs only; those of the CPU take the same arguments.
+# torch (2.13) has no formulas for products in place (TRL's loss) and the CPU's attention, which take the same arguments.
 _FORMULAS = {
     **flop_registry,
+    _aten.addmm_: flop_registry[_aten.addmm],
+    _aten.baddbmm_: flop_registry[_aten.baddbmm],
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         _aten._scaled_dot_product_flash_attention_backward
@@ -75,7 +77,9 @@ class Costs(TrainerCallback):
         self._counted |= kept
         state.stateful_callbacks[_KEY] = self._counted
         _reset_peak_memory()
-        if args.world_size == 1 and self._counted["flops_per_token"] is None:  # a resumed run has counted its first step
+        if (
+            args.world_size == 1 and self._counted["flops_per_token"] is None
+        ):  # a resumed run has counted its first step
             self._counter = _FlopCount()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -103,8 +107,8 @@ class Costs(TrainerCallback):
             counter.__exit__(None, None, None)
 
     def total(self) -> dict[str, Any]:
-        """`seconds`, `tokens`, `flops` and `peak_memory_bytes` of the whole training."""
-        counted = dict(self._counted)
+        """`seconds`, `tokens`, `flops` and `peak_memory_bytes` of the whole training, and the `device` at its end."""
+        counted = {**self._counted, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
         per_token = counted.pop("flops_per_token")
         return {**counted, "flops": per_token * counted["tokens"] if per_token and counted["tokens"] else None}
 

@@ -54,6 +54,12 @@ def evaluate(recipe: Recipe) -> list[Result]:
         RecipeError: no such task, no data for it, or settings that cannot work together.
         TaskError: rows without what the task needs, or a package or permission that is missing.
     """
+    name = _model_of(recipe)
+    return [_evaluate(recipe, name, task, examples) for task, examples in read_tasks(recipe)]
+
+
+def read_tasks(recipe: Recipe) -> list[tuple[Task, list[Example]]]:
+    """The tasks of `eval` and their examples, after all checks that need no model. Raises what `evaluate` does."""
     section = recipe.eval
     if not section.tasks:
         raise RecipeError(f"eval.tasks must name tasks, got none. Known: {', '.join(TASKS)}.")
@@ -68,9 +74,7 @@ def evaluate(recipe: Recipe) -> list[Result]:
                 f"eval.structures needs the task {PROTEINS.name} in eval.tasks. Add it, or remove structures."
             )
         check_structures(section.structures)
-    name = _model_of(recipe)
-    prepared = {task: (TASKS[task], _examples(recipe, TASKS[task])) for task in section.tasks}
-    return [_evaluate(recipe, name, task, examples) for task, examples in prepared.values()]
+    return [(TASKS[task], _examples(recipe, TASKS[task])) for task in dict.fromkeys(section.tasks)]
 
 
 def _model_of(recipe: Recipe) -> str:

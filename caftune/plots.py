@@ -7,7 +7,6 @@ An SVG is 360 units wide, so that its text is still of 11 pixels on a phone, and
 import io
 import math
 import re
-import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+_LABEL = 26  # characters of a name
 _INK, _PALE = "#1f2937", "#9aa3af"
 _STYLES: dict[str, tuple[str, Any, str]] = {  # colour, dashes, marker
     "base": ("#858c99", "-", "x"),
@@ -248,7 +248,8 @@ def _style(name: str, number: int = 0) -> tuple[str, Any, str]:
 
 def _label(text: str) -> str:
     """A name in a picture: one short line of characters that XML can hold."""
-    return textwrap.shorten("".join(c if c.isprintable() else " " for c in text), 26, placeholder="…")
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= _LABEL else f"{line[: _LABEL - 9]}…{line[-8:]}"  # its end may hold a number
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:

@@ -102,7 +102,7 @@ def _single_run(folder: Path, stages: Mapping[str, Mapping[str, Any]]) -> dict[s
     recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) if recipe_file.is_file() else {}
     provenance = _json(provenance_file) if provenance_file.is_file() else {}
     trained = stages.get("train")
-    arm = TREATMENT if recipe.get("loss", {}).get("weight") else BASELINE
+    arm = stages.get("compare", {}).get("arm") or (TREATMENT if recipe.get("loss", {}).get("weight") else BASELINE)
     asked = [row for name, row in stages.items() if name.startswith("eval ") and row["task"] in TASKS]
     tasks = {row["task"]: row["examples"] for row in asked}
     measures = [

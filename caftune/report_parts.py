@@ -105,8 +105,10 @@ class Measure:
 
     @property
     def is_share(self) -> bool:
-        """Whether it is shown in percent: all its values are between 0 and 1, and it is no loss."""
-        return self.task != HELD_OUT and all(0 <= value <= 1 for row in self.rows.values() for value in row["values"])
+        """Whether it is shown in percent: all its values are between 0 and 1, and it is no loss and no count of faults."""
+        return not self.is_lower_better and all(
+            0 <= value <= 1 for row in self.rows.values() for value in row["values"]
+        )
 
     @property
     def factor(self) -> int:

@@ -27,7 +27,7 @@ _DEPENDS_ON: dict[str, Sequence[str]] = {
     "compare": (
         *("seed", "model", "heads", "loss", "data", "adapt", "trainer", "compare.concepts"),
         *(f"eval.{key}" for key in ("tasks", "data", "columns", "limit", "runs", "temperature", "top_p", "top_k")),
-        *("eval.max_new_tokens", "eval.structures"),
+        *("eval.max_new_tokens", "eval.structures", "eval.backend", "eval.vllm"),
     ),
 }
 

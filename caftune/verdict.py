@@ -25,11 +25,10 @@ def verdict(found: Mapping[str, Any]) -> str:
         shown = [_value(found, task, measure, value) for value in (ours, theirs)]
         return f"One seed cannot tell {name} from luck: {where} is {shown[0]} with it and {shown[1]} without. Run more seeds."
     pair = _pair(found, task, measure, arm, BASELINE)
-    least = _difference(found, task, measure, pair["minimum_detectable"])
     if not _is_apart(pair):
         return (
             f"This comparison cannot tell whether {name} helped: {where} {_interval(found, pair)} against next-token "
-            f"fine-tuning; a true difference of {least} would have been found four times out of five."
+            f"fine-tuning; {_power(found, task, measure, pair['minimum_detectable'])}."
         )
     helped = (pair["difference"] > 0) != _is_lower_better(found, task, measure)
     return (
@@ -43,6 +42,14 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
     if not found["measures"]:
         return said
     return [*_against_controls(found), *_other_measures(found), *_fairness(found), *_price(found), *said]
+
+
+def _power(found: Mapping[str, Any], task: str, measure: str, least: float | None) -> str:
+    if least is None:
+        return "the runs differ in nothing, so what could have been found is not known"
+    return (
+        f"a true difference of {_difference(found, task, measure, least)} would have been found four times out of five"
+    )
 
 
 def _against_controls(found: Mapping[str, Any]) -> list[str]:
@@ -97,6 +104,8 @@ def _fairness(found: Mapping[str, Any]) -> list[str]:
 def _price(found: Mapping[str, Any]) -> list[str]:
     ours, theirs = (found["costs"].get(arm, {}) for arm in (TREATMENT, BASELINE))
     said = []
+    if found["checks"].get("devices", 1) > 1:
+        return [f"Runs were made on different devices ({found['device']}), so their times cannot be compared."]
     kinds = [("seconds", "time"), ("flops", "FLOPs")]
     if found["device"] != "cpu":  # there it is that of the whole process, mostly libraries
         kinds.append(("peak_memory_bytes", "peak memory"))
@@ -139,7 +148,8 @@ def _is_lower_better(found: Mapping[str, Any], task: str, measure: str) -> bool:
 
 def _is_share(found: Mapping[str, Any], task: str, measure: str) -> bool:
     rows = [row for row in found["measures"] if (row["task"], row["measure"]) == (task, measure)]
-    return (task, measure) not in _UNITS and all(0 <= value <= 1 for row in rows for value in row["values"])
+    is_count = (task, measure) in _UNITS or _is_lower_better(found, task, measure)
+    return not is_count and all(0 <= value <= 1 for row in rows for value in row["values"])
 
 
 def _value(found: Mapping[str, Any], task: str, measure: str, value: float) -> str:

@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import stats
+from training import config
 from typer.testing import CliRunner
 
+from caftune import CAFTTrainer, pipeline
 from caftune import compare as comparing
-from caftune import pipeline
 from caftune.checkpoint import DESCRIPTION_FILE, describe_heads, load_heads
 from caftune.cli import app
 from caftune.compare import arm_recipe, compare
-from caftune.comparison import run_folder
+from caftune.compared_run import run_folder
 from caftune.control_heads import write_control_heads
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
@@ -159,7 +160,8 @@ def test_differences_and_corrected_p_values_are_those_of_the_values(found):
         ours, theirs = (measure(found, row["task"], row["measure"], arm)["values"] for arm in ("caft", "ntp"))
         assert row["difference"] == pytest.approx(np.mean(ours) - np.mean(theirs), abs=1e-12)
         assert row["low"] <= row["difference"] <= row["high"]
-    assert [row["p_holm"] for row in rows] == holm([row["p_value"] for row in rows]).tolist()
+    assert rows[0]["p_holm"] == rows[0]["p_value"]  # it decides, and was named before
+    assert [row["p_holm"] for row in rows[1:]] == holm([row["p_value"] for row in rows[1:]]).tolist()
     loss = next(row for row in rows if row["measure"] == "loss")
     pair = [measure(found, "held-out text", "loss", arm)["values"] for arm in ("caft", "ntp")]
     assert loss["p_value"] == pytest.approx(stats.ttest_rel(*pair).pvalue)
@@ -237,6 +239,58 @@ def test_a_finished_run_of_another_recipe_is_refused(copied, heads):
         compare(Recipe.model_validate(values))
 
 
+def test_runs_of_two_recipes_are_never_compared_with_each_other(copied, heads):
+    """One at a time: the run that is made fits the recipe, those made before do not."""
+    few = {"arms": ["ntp", "caft"], "seeds": 1}
+    shutil.rmtree(copied / "out")
+    compare(recipe_in(copied, heads, **few), "ntp/42")
+    values = values_in(copied, heads, **few)
+    values["eval"]["max_new_tokens"] = 11
+    with pytest.raises(RecipeError, match=r"of another recipe \(eval.max_new_tokens: 12 -> 11\)"):
+        compare(Recipe.model_validate(values), "caft/42")
+
+
+def test_the_last_of_single_runs_writes_the_comparison(copied, heads):
+    shutil.rmtree(copied / "out")
+    recipe = recipe_in(copied, heads, arms=["ntp", "caft"], seeds=1)
+    compare(recipe, "ntp/42")
+    assert not (copied / "out" / "compare" / "comparison.json").exists()
+    compare(recipe, "caft/42")
+    assert (copied / "out" / "compare" / "comparison.json").is_file()
+
+
+def test_control_heads_follow_the_heads_that_they_are_made_from(copied, heads, tmp_path):
+    other = tmp_path / "other"
+    write_control_heads("shuffled_horizons", Path(heads), other, seed=0)
+    run = arm_recipe(recipe_in(copied, heads, arms=["ntp", "random_heads"]), "random_heads", 42)
+    for source in (heads, str(other)):
+        comparing._write_heads(recipe_in(copied, source), run, "random_heads", 42)
+        made_from = describe_heads(Path(run.output, "heads"))["training"]["made_from"]
+        assert made_from == describe_heads(source)["weights_sha256"]
+
+
+def test_arms_have_as_many_heads_as_the_heads_that_are_named(copied, heads):
+    recipe = recipe_in(copied, heads)
+    for arm in ARMS:
+        assert arm_recipe(recipe, arm, 42).heads.count == 3
+        Recipe.model_validate(arm_recipe(recipe, arm, 42).model_dump())
+
+
+def test_seeds_share_the_order_of_no_epoch(rows, tmp_path):
+    """Accelerate orders epoch e by seed + e, so neighbouring seeds would see the same orders one epoch apart."""
+    orders = []
+    for seed in (42, 43):
+        recipe = Recipe.model_validate({"output": str(tmp_path), "model": {"name": str(BASE)}, "heads": {}})
+        options = arm_recipe(recipe, "ntp", seed).trainer
+        chosen = {"seed": seed, "data_seed": options["data_seed"], "num_train_epochs": 3, "max_steps": -1}
+        trainer = CAFTTrainer(str(BASE), config(tmp_path / str(seed), aux_weight=0.0, **chosen), train_dataset=rows)
+        loader = trainer.get_train_dataloader()
+        for epoch in range(3):
+            loader.set_epoch(epoch)
+            orders.append(tuple(tuple(batch["input_ids"].flatten().tolist()) for batch in loader))
+    assert len(set(orders)) == 6
+
+
 def test_a_trained_run_of_another_recipe_is_not_evaluated_for_this_one(copied, heads, monkeypatch):
     shutil.rmtree(copied / "out")
     recipe = recipe_in(copied, heads, arms=["ntp", "caft"], seeds=1)
@@ -274,13 +328,19 @@ def test_arms_differ_in_the_auxiliary_losses_and_heads_alone(copied, heads):
         ({"eval": {"tasks": ["exact_match"], "backend": "server"}}, "eval.backend must be transformers or vllm"),
         ({"heads": {}}, "heads is missing. Run `caftune label` and `caftune pretrain-heads`"),
         ({"heads": {"path": "nowhere/at/all"}}, "nowhere/at/all must be a folder"),
+        ({"model": {"name": str(BASE), "tuning": "lora", "lora": {"merge": False}}}, "model.lora.merge must be true"),
+        (
+            {"adapt": {}, "compare": {"arms": ["ntp", "random_heads"]}},
+            "compare.arms must not hold random_heads with adapt",
+        ),
+        ({"eval": {"tasks": ["exact_match"]}}, "eval.data.exact_match must name a file"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_runs(copied, heads, monkeypatch, changes, message):
     monkeypatch.setattr(pipeline, "finetune", lambda _: pytest.fail("trained"))
     values = {**values_in(copied, heads), "output": "elsewhere", **changes}
     with pytest.raises(ValueError, match=message):
-        compare(Recipe.model_validate(values), "caft/42")
+        compare(Recipe.model_validate(values), "ntp/42")
 
 
 def test_a_run_that_does_not_exist_is_refused_with_those_that_do(copied, heads):
@@ -350,5 +410,6 @@ def test_arms_by_one_number_a_run_are_compared_by_the_paired_t_test():
     assert (one.low, one.high) == pytest.approx((reach.low, reach.high), rel=1e-9)
     same = compare_runs([0.5, 0.25], [0.5, 0.25])
     assert (same.difference, same.p_value, same.low, same.high) == (0.0, 1.0, 0.0, 0.0)
+    assert compare_runs([0.5, 0.25], [0.25, 0.0]).p_value == 1.0  # no spread to hold the difference against
     with pytest.raises(ValueError, match="the same 2 or more runs, got 3 and 2"):
         compare_runs([1, 2, 3], [1, 2])

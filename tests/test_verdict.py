@@ -56,7 +56,7 @@ def test_an_interval_with_zero_or_a_large_p_value_decides_nothing_and_says_what_
 def test_less_is_better_turns_help_into_harm():
     base = found()
     base["tasks"][0]["lower_is_better"] = ["exact_match"]
-    assert verdict(base).startswith("CAFT did harm: exact_match on molecules +2.0 points")
+    assert verdict(base).startswith("CAFT did harm: exact_match on molecules +0.02 (95% interval")
 
 
 def test_a_loss_is_told_in_nats_and_less_of_it_is_better():
@@ -67,6 +67,24 @@ def test_a_loss_is_told_in_nats_and_less_of_it_is_better():
     assert verdict(base) == (
         "CAFT helped: loss on held-out text -0.1 nats (95% interval -0.15 to -0.05) against next-token fine-tuning."
     )
+
+
+def test_runs_that_differ_in_nothing_say_nothing_of_what_could_have_been_found():
+    base = found(0.0, 0.0, 0.0, 1.0)
+    base["comparisons"][0]["minimum_detectable"] = None
+    assert verdict(base).endswith("the runs differ in nothing, so what could have been found is not known.")
+
+
+def test_a_count_of_faults_below_one_is_no_share():
+    base = found(-0.2, -0.3, -0.1)
+    base["tasks"][0] = {"name": "molecules", "primary": "exact_match", "lower_is_better": ["exact_match"]}
+    assert verdict(base).startswith("CAFT helped: exact_match on molecules -0.2 (95% interval -0.3 to -0.1)")
+
+
+def test_runs_on_different_devices_are_not_timed_against_each_other():
+    said = remarks(found(checks={"start": 0.0, "devices": 2}, device="cpu, NVIDIA X"))
+    assert any("Runs were made on different devices (cpu, NVIDIA X)" in line for line in said)
+    assert not any("times the time" in line for line in said)
 
 
 def test_one_seed_decides_nothing():

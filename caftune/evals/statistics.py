@@ -31,7 +31,8 @@ class Comparison:
         effect_size: Cohen's d_z over examples, the mean of the examples' differences (each averaged over the seeds) by their
             standard deviation. Infinite where every example differs by the same. More seeds average out noise and raise it.
         minimum_detectable: the true difference that such a test at level 0.05 would find in 80% of repetitions, given the
-            spread seen here. With five seeds the spread, and so this number, is itself known to about a quarter.
+            spread seen here. With five seeds the spread, and so this number, is itself known to about a quarter. 0 without any
+            spread: then it is not known.
         num_seeds: of the treatment and of the baseline.
         num_examples: of both.
     """
@@ -180,7 +181,8 @@ def compare_runs(treatment: Sequence[float], baseline: Sequence[float]) -> Compa
     """Two arms by one number a run, for measures that are no means over examples (an F1 of a data set, a loss).
 
     Run s of both arms shares its seed: Student's paired t test over the runs, and its interval. It says what other runs
-    would give on these examples, and nothing of other examples. `effect_size` is over runs, `num_examples` is 0.
+    would give on these examples, and nothing of other examples. `effect_size` is over runs, `num_examples` is 0. Where all runs
+    differ by the same there is no spread to hold the difference against: p is 1.
 
     Raises:
         ValueError: fewer than two runs, arms of different length, or a value that is no finite number.
@@ -198,7 +200,7 @@ def compare_runs(treatment: Sequence[float], baseline: Sequence[float]) -> Compa
     spread = _Spread(deviation**2 / count, count - 1, examples=0.0, shrinkage=0.0)
     difference, scale = float(differences.mean()), deviation / math.sqrt(count)
     reach = float(_scipy()[0].t.ppf(1 - LEVEL / 2, count - 1)) * scale
-    p_value = float(2 * _scipy()[0].t.sf(abs(difference) / scale, count - 1)) if scale else float(difference == 0)
+    p_value = float(2 * _scipy()[0].t.sf(abs(difference) / scale, count - 1)) if scale else 1.0
     return Comparison(
         difference=difference,
         low=difference - reach,
