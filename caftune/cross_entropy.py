@@ -221,6 +221,6 @@ def _loss_and_slope(
 def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
     """total += one @ other, without a tensor for the product where the types allow it."""
     if total.dtype == one.dtype:
-        total.addmm_(one, other)
+        torch.addmm(total, one, other, out=total)  # counted by torch's FLOP counter, which addmm_ is not
     else:
         total += one @ other
