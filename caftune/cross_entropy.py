@@ -183,6 +183,7 @@ class _SummedLoss(torch.autograd.Function):
                 if of_bias is not None:
                     of_bias += slope.sum(0)
                 start += len(rows)
+                del slope  # before the next chunk's logits
         ctx.gradients = (of_hidden, of_weight, of_bias)
         found = torch.stack(hits).sum()
         ctx.mark_non_differentiable(found)
