@@ -54,8 +54,9 @@ def reference_compute_loss(schedule: str, step: int) -> Callable[[Callable[..., 
 def caftune_terms(logits: Tensor, labels: Tensor, schedule: str, step: int) -> Terms:
     """What caftune makes of the logits: `AuxiliaryHeads.forward`, its heads replaced by stored outputs.
 
-    An identity unembedding turns the stored logits into what a head would hand over, so caftune's own targets and
-    cross-entropy are used as in training. Horizon 1, which training leaves to TRL, goes through the same two functions.
+    An identity unembedding turns the stored logits into what a head would hand over, and row numbers stand for the trunk's
+    hidden states, so caftune's own targets and cross-entropy are used as in training. Horizon 1, which training leaves to
+    TRL, goes through the same two functions.
     """
     from caftune.backbone import LayerCall
     from caftune.cross_entropy import Unembedding, log_likelihood
@@ -67,13 +68,14 @@ def caftune_terms(logits: Tensor, labels: Tensor, schedule: str, step: int) -> T
             super().__init__()
             self.output = output
 
-        def forward(self, _hidden: Tensor, _normed: Tensor) -> Tensor:
-            return self.output
+        def forward(self, rows: Tensor, _normed: Tensor) -> Tensor:
+            return self.output.flatten(0, 1)[rows[..., 0]]
 
     identity = Unembedding(torch.eye(logits.shape[-1], dtype=logits.dtype))
     backbone = SimpleNamespace(close=lambda hidden: hidden, unembedding=lambda: identity)
     heads = AuxiliaryHeads(HeadsConfig(count=NUM_HEADS, kind="mlp"), [StoredHead(output) for output in logits[1:]])
-    scores = heads(backbone, LayerCall(output=logits[0]), labels)
+    numbers = torch.arange(labels.numel()).view(*labels.shape, 1)
+    scores = heads(backbone, LayerCall(output=numbers), labels)
     targets = horizon_targets(labels, 1)
     rows = targets != IGNORED
     main = -log_likelihood(logits[0][rows], identity, targets[rows])[0].mean()

@@ -9,7 +9,7 @@ carries MLP heads only, at the earliest place from which its output can be rebui
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,39 +17,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers.cache_utils import Cache
 
+from caftune.calls import LayerCall
 from caftune.cross_entropy import Unembedding
+from caftune.rows import Mixer, choose_mixer
 
-# Keyword arguments that would let a replayed layer read or write a cache. All are optional in every decoder layer.
-_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache_position", "state")
 _PROBE_TOKENS = 8
 
 
 class UnsupportedModelError(ValueError):
     """The model cannot carry auxiliary heads; the message says why."""
-
-
-@dataclass
-class LayerCall:
-    """The arguments of one call of the last decoder layer, and what it returned."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    output: Any = None
-
-    def replay(self, layer: nn.Module) -> Float[Tensor, "batch tokens *streams width"]:
-        """Call `layer` as the last layer was called, without a cache, and return its hidden states."""
-        args = tuple(None if isinstance(value, Cache) else value for value in self.args)
-        kwargs = {name: value for name, value in self.kwargs.items() if name not in _CACHE_ARGUMENTS}
-        if "use_cache" in kwargs:
-            kwargs["use_cache"] = False
-        return _hidden(layer(*args, **kwargs))
-
-    @property
-    def hidden(self) -> Float[Tensor, "batch tokens *streams width"]:
-        """The last layer's output, before the final norm."""
-        return _hidden(self.output)
 
 
 @dataclass(frozen=True)
@@ -63,6 +40,7 @@ class Backbone:
     scale: float
     softcap: float | None
     copy_refusal: str | None = None  # why the last layer cannot be copied; None where it can
+    mixer: Mixer | None = None  # how to run a copy of it at some rows; None: at all of them
 
     @classmethod
     def of(cls, model: Any) -> "Backbone":
@@ -78,7 +56,7 @@ class Backbone:
         with evaluating(model), torch.no_grad():
             _refuse_foresight(model)
             try:
-                return _verified(replace(draft, layer_name=_last_layer(model)))
+                return _verified(replace(draft, layer_name=last_layer(model)))
             except UnsupportedModelError as error:
                 refusal = str(error)
             try:
@@ -134,10 +112,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _hidden(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
 def _trunk(model: Any) -> nn.Module:
     """The base model; where the class names none (Mllama), the part that holds the input embeddings."""
     if model.base_model is not model:
@@ -150,7 +124,7 @@ def _name_of(part: nn.Module, model: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is part)
 
 
-def _last_layer(model: Any) -> str:
+def last_layer(model: Any) -> str:
     """Name of the last decoder layer: the end of the outermost list of as many modules as the configuration has layers."""
     config, trunk = model.config.get_text_config(), _trunk(model)
     # A layer can hold several attention layers, which num_hidden_layers then counts and num_layers does not (LongCat),
@@ -234,6 +208,8 @@ def _verified(draft: Backbone) -> Backbone:
             "(its layers share state between calls)"
         )
         return replace(found, copy_refusal=refusal)
+    if found.copy_refusal is None:
+        return replace(found, mixer=choose_mixer(found.layer, call, _is_close))
     return found
 
 

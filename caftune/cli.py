@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import Annotated
 
 import typer
@@ -24,6 +25,13 @@ RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe (YAM
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as trainer.learning_rate=1e-5.")
 ]
+
+
+class Stage(Enum):
+    """What `plan` plans."""
+
+    TRAIN = "train"
+    HEADS = "heads"
 
 
 @app.command()
@@ -170,6 +178,31 @@ def report(
 
         for path in write_report(runs, output):
             console.print(f"Report: {path}", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    stage: Annotated[Stage, typer.Option(help="The stage to plan: train, or heads (stage 1).")] = Stage.TRAIN,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and operations.")] = False,
+) -> None:
+    """What a stage will cost, and whether it fits this machine, before any weight is loaded."""
+    with _errors_in_one_line():
+        from caftune.recipe import load_recipe
+
+        loaded = load_recipe(recipe, overrides or [])
+        from datasets import disable_progress_bars
+
+        from caftune.plan import plan as plan_of
+        from caftune.plan import print_plan
+
+        disable_progress_bars()
+        found = plan_of(loaded, stage.value)
+        if as_json:
+            typer.echo(json.dumps(found.as_dict(), indent=2))
+        else:
+            print_plan(console, found)
 
 
 heads_app = typer.Typer(help="Heads: measure, look at, share.", no_args_is_help=True, rich_markup_mode=None)

@@ -30,6 +30,10 @@ class CAFTConfig(SFTConfig):
         aux_weight: beta. None: 0.01 in stage 2, 1 in stage 1.
         aux_decay: alpha.
         aux_schedule: gamma: reflected_sine, sine, linear or constant. None: reflected_sine in stage 2, constant in stage 1.
+        aux_rows: the share of each horizon's targets that its loss is computed on, drawn anew for every batch and horizon and
+            weighted so that loss and gradient are the same on average. 1: all targets.
+        aux_min_weight: stage 2, frozen heads: leave out the horizons whose weight, beta * gamma * alpha^(h-1), is below it;
+            their losses are then not logged. 0: none.
 
     Raises:
         ValueError: a value outside its range.
@@ -52,6 +56,8 @@ class CAFTConfig(SFTConfig):
         default=None,
         metadata={"help": f"gamma, one of {', '.join(SCHEDULES)}; None: reflected_sine, constant in stage 1."},
     )
+    aux_rows: float = field(default=1.0, metadata={"help": "Share of the targets in the auxiliary losses."})
+    aux_min_weight: float = field(default=0.0, metadata={"help": "Leave out horizons whose weight is below it."})
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not is_torch_bf16_gpu_available():
@@ -65,6 +71,7 @@ class CAFTConfig(SFTConfig):
         HeadsConfig(self.num_heads, self.head_kind)
         self._check_training_of_heads()
         self._check_soft_targets()
+        self._check_savings()
         if self.pretrain_heads and self.aux_weight == 0:
             raise ValueError("aux_weight must be above 0 in stage 1 (pretrain_heads=True), got 0.")
         if not self.pretrain_heads and self.heads is None and self.aux_weight > 0:
@@ -84,6 +91,17 @@ class CAFTConfig(SFTConfig):
             raise ValueError("soft_targets must be False in stage 2: there the tokens of the task are the targets.")
         if self.soft_top_k is not None and not (self.soft_targets and self.soft_top_k >= 1):
             raise ValueError(f"soft_top_k must be at least 1, and needs soft_targets=True, got {self.soft_top_k}.")
+
+    def _check_savings(self) -> None:
+        if not 0 < self.aux_rows <= 1:
+            raise ValueError(f"aux_rows must be in (0, 1], got {self.aux_rows}.")
+        if self.aux_min_weight < 0:
+            raise ValueError(f"aux_min_weight must be a number >= 0, got {self.aux_min_weight}.")
+        if self.aux_min_weight > 0 and (self.pretrain_heads or self.train_heads):
+            raise ValueError(
+                f"aux_min_weight must be 0 where heads are trained (pretrain_heads, train_heads), got {self.aux_min_weight}: "
+                "heads that are left out would not learn."
+            )
 
     def _check_packing(self) -> None:
         if self.packing and self.packing_strategy == "wrapped":

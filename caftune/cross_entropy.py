@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 # Logits of one chunk: 2^26 values, 256 MiB in float32.
-_CHUNK_VALUES = 2**26
+CHUNK_VALUES = 2**26
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,24 @@ def log_likelihood(
         log p(target) = logits[target] - logsumexp(logits),   logits = unembedding.logits(hidden)
 
     Rows go through in chunks whose logits are computed again in the backward pass instead of being kept, so the memory
-    needed does not grow with rows x vocabulary. Logits in half precision are summed in float32; float64 stays float64.
+    needed does not grow with rows x vocabulary. (The hits are computed again, too, for nothing: `summed_loss` does not.)
+    Logits in half precision are summed in float32; float64 stays float64.
     """
     return _scored(_score_targets, hidden, unembedding, targets)
+
+
+def summed_loss(
+    hidden: Float[Tensor, "rows width"], unembedding: Unembedding, targets: Int[Tensor, " rows"]
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """-sum of `log_likelihood`, and the number of rows whose target is their most likely token.
+
+    Here no logits are computed twice: the gradients of a chunk are computed with its logits, which one sum of losses allows
+    (every row has the same factor upstream) at the price of holding the weight's gradient, where it has one, until the
+    backward pass.
+    """
+    transform = (unembedding.scale, unembedding.softcap)
+    weights = (unembedding.weight, unembedding.bias)
+    return _SummedLoss.apply(transform, torch.is_grad_enabled(), targets, hidden, *weights)
 
 
 def divergence(
@@ -87,7 +104,7 @@ def top_divergence(
 
 def row_chunks(vocabulary: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of equal length cut into as many rows as have logits that may be held at a time."""
-    rows = max(1, _CHUNK_VALUES // vocabulary)
+    rows = max(1, CHUNK_VALUES // vocabulary)
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
@@ -130,3 +147,81 @@ def _score_top(unembedding: Unembedding, hidden: Tensor, tokens: Tensor, logs: T
 def in_full(logits: Tensor) -> Tensor:
     """Logits as they are summed: half precision in float32."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+class _SummedLoss(torch.autograd.Function):
+    """`summed_loss`: its forward pass computes the gradients for a factor of 1 upstream."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        transform: tuple[float, float | None],
+        has_backward: bool,
+        targets: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        wanted = [has_backward and wants for wants in ctx.needs_input_grad[3:]]
+        given = zip((hidden, weight, bias), wanted, strict=True)
+        of_hidden, of_weight, of_bias = (None if x is None or not wants else torch.zeros_like(x) for x, wants in given)
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        losses, hits, start = [], [], 0
+        with torch.autocast(device, enabled=False):
+            cast = Unembedding(weight.to(dtype), None if bias is None else bias.to(dtype))
+            for rows, chunk in row_chunks(weight.shape[0], hidden, targets):
+                rows = rows.to(dtype)
+                loss, right, slope = _loss_and_slope(in_full(cast.logits(rows)), chunk, *transform)
+                losses.append(loss)
+                hits.append(right)
+                slope = slope.to(dtype)
+                if of_hidden is not None:
+                    of_hidden[start : start + len(rows)] = slope @ cast.weight
+                if of_weight is not None:
+                    _add_product(of_weight, slope.T, rows)
+                if of_bias is not None:
+                    of_bias += slope.sum(0)
+                start += len(rows)
+                del slope  # before the next chunk's logits
+        ctx.gradients = (of_hidden, of_weight, of_bias)
+        found = torch.stack(hits).sum()
+        ctx.mark_non_differentiable(found)
+        return torch.stack(losses).sum(), found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _hits: Any) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, None, *(None if x is None else x.mul_(upstream.to(x.dtype)) for x in gradients)
+
+
+def _loss_and_slope(
+    logits: Float[Tensor, "rows vocabulary"], targets: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-sum of log p(target), the number of right rows, and the loss's derivative by the logits, which are destroyed."""
+    if scale != 1.0:
+        logits *= scale
+    bend = None
+    if softcap is not None:
+        bent = torch.tanh_(logits.div_(softcap))
+        bend = 1 - bent.square()
+        logits = bent.mul_(softcap)
+    top, place = logits.max(-1, keepdim=True)
+    target = logits.gather(-1, targets[:, None]) - top
+    odds = logits.sub_(top).exp_()
+    total = odds.sum(-1, keepdim=True)
+    loss = (total.log() - target).sum()
+    slope = odds.div_(total)
+    slope.scatter_add_(-1, targets[:, None], -torch.ones_like(target))
+    if bend is not None:
+        slope *= bend
+    return loss, (place[:, 0] == targets).sum(), slope.mul_(scale) if scale != 1.0 else slope
+
+
+def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """total += one @ other, without a tensor for the product where the types allow it."""
+    if total.dtype == one.dtype:
+        torch.addmm(total, one, other, out=total)  # counted by torch's FLOP counter, which addmm_ is not
+    else:
+        total += one @ other

@@ -4,18 +4,22 @@ import copy
 import functools
 import inspect
 import types
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, make_dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
+from caftune.at_once import weighted_sum
 from caftune.backbone import Backbone, LayerCall, UnsupportedModelError, evaluating
-from caftune.cross_entropy import divergence, log_likelihood, top_divergence, top_tokens
+from caftune.cross_entropy import Unembedding, log_likelihood, summed_loss
 from caftune.objective import IGNORED, horizon_targets
+from caftune.rows import at_rows, run_at
+from caftune.targets import Sample, Teacher
 
 # Where each kind of head leaves the trunk, in stage 1 and stage 2 alike.
 FORK_POINTS: dict[str, str] = {"decoder": "input of the last layer", "mlp": "output of the last layer"}
@@ -112,6 +116,20 @@ class AuxiliaryHeads(nn.Module):
             return backbone.close(call.replay(head))
         return backbone.close(head(call.hidden, backbone.close(call.hidden)))
 
+    def hidden_at(
+        self, index: int, backbone: Backbone, call: LayerCall, rows: Int[Tensor, " rows"]
+    ) -> Float[Tensor, "rows width"]:
+        """`hidden` at `rows` alone, which count through the batch. Other rows are computed where the head must see them."""
+        head = self.heads[index]
+        if self.config.kind == "mlp":
+            hidden = at_rows(call.hidden, rows)
+            hidden = head(hidden, backbone.close(hidden))
+        elif backbone.mixer is None or len(rows) in (0, call.hidden.shape[:2].numel()) or _is_checkpointed(head):
+            hidden = at_rows(call.replay(head), rows)
+        else:
+            hidden = run_at(head, backbone.mixer, call, rows)
+        return backbone.close(hidden)[0]
+
     def forward(
         self,
         backbone: Backbone,
@@ -122,54 +140,97 @@ class AuxiliaryHeads(nn.Module):
         attention_mask: Tensor | None = None,
         soft: bool = False,
         soft_top_k: int | None = None,
+        weights: Float[Tensor, " scored"] | None = None,
+        sample: Sample | None = None,
     ) -> dict[str, Tensor]:
-        """Score every horizon of a batch, one head after another.
+        """Score the horizons of a batch, one head after another.
 
         Args:
             soft: hold horizon h at position t to the model's own next-token distribution at t + h - 1, where the token
                 t + h is a target, instead of to that token.
             soft_top_k: of these distributions keep the so many most likely tokens; None: all.
+            weights: of the first so many horizons in `loss`; the others are not scored. None: all are, and there is no `loss`.
+            sample: score a share of the targets, and estimate the sums over all of them; None: score all.
 
         Returns:
-            `nll`: sum of -log p over the horizon's targets (soft: of KL divergences), in nats, with gradient, shape [heads];
+            `nll`: sum of -log p over the horizon's targets (soft: of KL divergences), in nats, shape [heads];
             `count`: number of targets, shape [heads]; `correct`: targets that were the most likely token (soft: rows where
-            model and head agree on it), shape [heads].
+            model and head agree on it), shape [heads]. With `weights` also `loss`, the sum of weights * nll: it has the
+            gradient and nll has none, for every head's is computed at once (`at_once`), where that is possible.
         """
-        nll, count, correct = [], [], []
-        teacher = backbone.close(call.hidden) if soft else None
-        top = None
-        if teacher is not None and soft_top_k is not None:
-            first = horizon_targets(labels, 1, position_ids=position_ids, attention_mask=attention_mask) != IGNORED
-            top = _top_of_rows(teacher, first, backbone, soft_top_k)
-        for index, horizon in enumerate(self.config.horizons):
-            targets = horizon_targets(labels, horizon, position_ids=position_ids, attention_mask=attention_mask)
-            rows = targets != IGNORED
+        horizons = self.config.horizons[: None if weights is None else len(weights)]
+        where = {"position_ids": position_ids, "attention_mask": attention_mask}
+        every = [horizon_targets(labels, horizon, **where).flatten() for horizon in horizons]
+        unembedding = backbone.unembedding()
+        teacher = None
+        if soft:
+            teacher = Teacher.of(call.hidden, horizon_targets(labels, 1, **where) != IGNORED, backbone, soft_top_k)
+
+        def score(index: int, call: LayerCall, loss_of: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+            targets, horizon = every[index], horizons[index]
+            rows, factor = (targets != IGNORED).nonzero()[:, 0], 1.0
+            if sample is not None:
+                rows, factor = sample.of(rows, horizon)
             with autocast_like(call.hidden):
-                hidden = self.hidden(index, backbone, call)[rows]
-                # Teachers are shifted, so that row t holds what the model says at t + horizon - 1.
-                if top is not None:
-                    tokens, logs = (part.roll(1 - horizon, dims=1)[rows] for part in top)
-                    losses, hits = top_divergence(hidden, backbone.unembedding(), tokens, logs)
-                elif teacher is not None:
-                    losses, hits = divergence(hidden, backbone.unembedding(), teacher.roll(1 - horizon, dims=1)[rows])
+                hidden = self.hidden_at(index, backbone, call, rows)
+                if teacher is not None:
+                    loss, hits = teacher.distance(hidden, unembedding, rows, horizon)
                 else:
-                    likelihood, hits = log_likelihood(hidden, backbone.unembedding(), targets[rows])
-                    losses = -likelihood
-            nll.append(losses.sum())
-            count.append(rows.sum())
-            correct.append(hits.sum())
-        return {"nll": torch.stack(nll), "count": torch.stack(count), "correct": torch.stack(correct)}
+                    loss, hits = loss_of(hidden, unembedding, targets[rows])
+            return loss * factor, hits * factor
+
+        scores = {"count": torch.stack([(targets != IGNORED).sum() for targets in every])}
+        given = call.differentiable()
+        own = [self._trained(index, backbone, unembedding) for index in range(len(horizons))]
+        has_gradients = torch.is_grad_enabled() and any((given, *own))
+        if weights is None or not has_gradients or not call.is_open or self._is_sharded(backbone):
+            parts = [score(index, call, _loss_in_graph) for index in range(len(horizons))]
+            nll, correct = (torch.stack(part) for part in zip(*parts, strict=True))
+            loss = {} if weights is None else {"loss": (weights.to(nll.dtype) * nll).sum()}
+            return {"nll": nll, "correct": correct, **scores, **loss}
+
+        def score_at_once(index: int, instead: list[Tensor]) -> tuple[Tensor, Tensor]:
+            return score(index, call.with_tensors(given, instead), summed_loss)
+
+        with _keeping_activations(self.heads):
+            total, nll, correct = weighted_sum(score_at_once, weights, given, own)
+        return {"nll": nll, "correct": correct, **scores, "loss": total}
+
+    def _trained(self, index: int, backbone: Backbone, unembedding: Unembedding) -> list[Tensor]:
+        """The weights between the fork and head `index`'s loss that have a gradient."""
+        closing = (backbone.model.get_submodule(name) for name in backbone.closing_names)
+        parameters = [p for module in (self.heads[index], *closing) for p in module.parameters()]
+        return [p for p in (*parameters, unembedding.weight, unembedding.bias) if p is not None and p.requires_grad]
+
+    def _is_sharded(self, backbone: Backbone) -> bool:
+        """Whether FSDP2 holds parts of it: its hooks take a gradient in the forward pass for the backward pass of the step."""
+        parts = (backbone.model, backbone.layer, backbone.model.get_output_embeddings(), *self.heads)
+        return any(isinstance(part, FSDPModule) for part in parts)
 
 
-def _top_of_rows(
-    teacher: Float[Tensor, "batch tokens width"], rows: Bool[Tensor, "batch tokens"], backbone: Backbone, k: int
-) -> tuple[Tensor, Tensor]:
-    """`top_tokens` of the marked rows, in their places [batch, tokens, k]."""
-    found = top_tokens(teacher[rows], backbone.unembedding(), k)
-    places = [part.new_zeros(*rows.shape, part.shape[-1]) for part in found]
-    for place, part in zip(places, found, strict=True):
-        place[rows] = part
-    return places[0], places[1]
+def _loss_in_graph(hidden: Tensor, unembedding: Unembedding, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`summed_loss`, but without keeping a gradient of the weight for each head."""
+    if not unembedding.weight.requires_grad:
+        return summed_loss(hidden, unembedding, targets)
+    likelihood, hits = log_likelihood(hidden, unembedding, targets)
+    return -likelihood.sum(), hits.sum()
+
+
+def _is_checkpointed(head: nn.Module) -> bool:
+    return bool(getattr(head, "gradient_checkpointing", False)) and head.training and torch.is_grad_enabled()
+
+
+@contextmanager
+def _keeping_activations(heads: nn.ModuleList) -> Iterator[None]:
+    """Within the block no head checkpoints: its backward pass follows at once, and would only compute it twice."""
+    checkpointed = [part for part in heads.modules() if getattr(part, "gradient_checkpointing", False)]
+    for part in checkpointed:
+        part.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for part in checkpointed:
+            part.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
@@ -178,7 +239,8 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
     Afterwards `model(..., labels=labels, auxiliary="add")` returns the model's own outputs and, under `auxiliary`, what
     `AuxiliaryHeads.forward` returns; `auxiliary="only"` runs the trunk without a graph and returns the heads' part alone,
     `auxiliary="soft"` the same with the model's own distributions (or their `soft_top_k` likeliest tokens) as targets; without
-    the argument the forward is as it was. Only this instance changes. `model.save_pretrained` leaves the heads out.
+    the argument the forward is as it was. `auxiliary_weights` and `auxiliary_sample` are the `weights` and `sample` of
+    `AuxiliaryHeads.forward`. Only this instance changes. `model.save_pretrained` leaves the heads out.
     """
     model = backbone.model
     if hasattr(model, ATTRIBUTE):
@@ -187,7 +249,13 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
 
     @functools.wraps(type(model).forward)
     def forward(
-        self: Any, *args: Any, auxiliary: str | None = None, soft_top_k: int | None = None, **kwargs: Any
+        self: Any,
+        *args: Any,
+        auxiliary: str | None = None,
+        soft_top_k: int | None = None,
+        auxiliary_weights: Tensor | None = None,
+        auxiliary_sample: Sample | None = None,
+        **kwargs: Any,
     ) -> Any:
         # `self` and not `model`: a deep copy of the model runs its own parts.
         kwargs |= dict(zip(names, args, strict=False))
@@ -208,8 +276,16 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
             else:
                 _run_trunk(own, **kwargs)
         where = {name: kwargs.get(name) for name in ("position_ids", "attention_mask")}
-        soft = {"soft": auxiliary == "soft", "soft_top_k": soft_top_k}
-        scores = getattr(self, ATTRIBUTE)(own, call, kwargs["labels"], **soft, **where)
+        scores = getattr(self, ATTRIBUTE)(
+            own,
+            call,
+            kwargs["labels"],
+            soft=auxiliary == "soft",
+            soft_top_k=soft_top_k,
+            weights=auxiliary_weights,
+            sample=auxiliary_sample,
+            **where,
+        )
         if outputs is None:
             return {"auxiliary": scores}
         kind: Any = type(outputs)

@@ -96,5 +96,12 @@ def auxiliary_loss(
             gradients of the micro-batches add up to that of one large batch. A horizon without targets adds zero.
         weights: `AuxiliaryWeights.at` of this step.
     """
-    scale = torch.tensor(weights, dtype=negative_log_likelihood.dtype, device=negative_log_likelihood.device)
-    return (scale * negative_log_likelihood / counts.to(scale.device).clamp(min=1)).sum()
+    scale = weights_of_sums(weights, counts.to(negative_log_likelihood.device), negative_log_likelihood.dtype)
+    return (scale * negative_log_likelihood).sum()
+
+
+def weights_of_sums(
+    weights: Sequence[float], counts: Int[Tensor, " heads"], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, " heads"]:
+    """What one nat of each horizon weighs in `auxiliary_loss`: its weight divided by its number of targets."""
+    return torch.tensor(weights, dtype=dtype, device=counts.device) / counts.clamp(min=1)

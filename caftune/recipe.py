@@ -28,6 +28,8 @@ _SET_ELSEWHERE = {
     "aux_weight": "loss.weight",
     "aux_decay": "loss.decay",
     "aux_schedule": "loss.schedule",
+    "aux_rows": "loss.rows",
+    "aux_min_weight": "loss.min_weight",
     "max_length": "data.max_length",
     "pretrain_heads": "the command `caftune pretrain-heads`",
 }
@@ -136,6 +138,8 @@ class LossSection(_Section):
     )
     decay: float = Field(0.8, gt=0, le=1, description="alpha")
     schedule: Literal["reflected_sine", "sine", "linear", "constant"] = "reflected_sine"
+    rows: float = Field(1.0, gt=0, le=1, description="Share of the targets that the auxiliary losses are computed on.")
+    min_weight: float = Field(0.0, ge=0, description="Leave out horizons whose weight is below it.")
 
 
 class DataSection(_Section):

@@ -55,6 +55,8 @@ def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
         "aux_weight": loss.weight,
         "aux_decay": loss.decay,
         "aux_schedule": loss.schedule,
+        "aux_rows": loss.rows,
+        "aux_min_weight": 0.0 if loss.weight == 0 else loss.min_weight,
         "max_length": _training_length(recipe),
         "output_dir": str(folder),
         **_model_options(recipe, "trainer"),

@@ -26,7 +26,7 @@ from caftune.config import CAFTConfig
 from caftune.export import export_model, load_trained
 from caftune.heads import ATTRIBUTE, attach_heads
 from caftune.loading import keep_trainable_on_cpu, load_base, load_or_build_heads
-from caftune.objective import IGNORED, auxiliary_loss, horizon_targets
+from caftune.objective import IGNORED, horizon_targets, weights_of_sums
 from caftune.packing import RefuseLeaks
 from caftune.refusals import (
     refuse_arguments,
@@ -37,6 +37,7 @@ from caftune.refusals import (
     refuse_split_rows,
     refuse_unfit,
 )
+from caftune.targets import Sample
 from caftune.training_heads import (
     give_own_learning_rate,
     load_state,
@@ -105,6 +106,7 @@ class CAFTTrainer(SFTTrainer):
             args.model_init_kwargs = model_init_kwargs
         self.add_callback(RefuseLeaks(self))
         self._horizon_counts: Tensor | None = None
+        self._micro_batch = 0  # within the optimizer step
         self._horizon_sums: dict[str, dict[str, Tensor]] = {}
         if self.heads is not None:
             self._attach()
@@ -204,32 +206,35 @@ class CAFTTrainer(SFTTrainer):
         if self.args.pretrain_heads:
             soft = {"auxiliary": "soft", "soft_top_k": self.args.soft_top_k}
             mode = soft if self.args.soft_targets and self.model.training else {"auxiliary": "only"}
-            auxiliary = model(**inputs, use_cache=False, **mode)["auxiliary"]
-            loss = self._auxiliary_loss(auxiliary, num_items_in_batch)
-            return (loss, auxiliary) if return_outputs else loss
+            scoring = self._scoring(inputs, num_items_in_batch)
+            auxiliary = model(**inputs, use_cache=False, **mode, **scoring)["auxiliary"]
+            self._record(auxiliary)
+            return (auxiliary["loss"], auxiliary) if return_outputs else auxiliary["loss"]
         training = self.model.training
-        if self.heads is None or (training and self.args.aux_weight == 0):
+        if self.heads is None or (training and self._scored_horizons == 0):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        scoring = self._scoring(inputs, num_items_in_batch) if training else {}
         scores: dict[str, Tensor] = {}
 
         def forward(**arguments: Any) -> Any:
             if not arguments.get("fused_lm_head"):
                 return model(**arguments)
-            outputs = model(**arguments, auxiliary="add")
+            outputs = model(**arguments, auxiliary="add", **scoring)
             scores.update(outputs["auxiliary"])
             self._record_main(outputs)
             return outputs
 
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
+        self._record(scores)
         if not training:
-            self._record(scores)
             return result
-        loss = (result[0] if return_outputs else result) + self._auxiliary_loss(scores, num_items_in_batch)
+        loss = (result[0] if return_outputs else result) + scores["loss"]
         return (loss, result[1]) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimizer step; the targets of every horizon are counted over all of them."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._micro_batch = 0
         if self.heads is not None and batches:
             horizons = self.heads.config.horizons
             counts = torch.stack([_count_targets(batch, horizons) for batch in batches]).sum(0).to(device)
@@ -264,6 +269,8 @@ class CAFTTrainer(SFTTrainer):
         horizons = horizons if len(table["count"]) == len(horizons) else [1, *horizons]
         metrics = {}
         for i, horizon in enumerate(horizons):
+            if table["count"][i] == 0 and self.args.aux_min_weight > 0:
+                continue  # no head was scored
             count = max(table["count"][i], 1)
             metrics[f"h{horizon}_loss"] = table["nll"][i] / count
             metrics[f"h{horizon}_accuracy"] = table["correct"][i] / count
@@ -277,17 +284,32 @@ class CAFTTrainer(SFTTrainer):
         horizons = self.heads.config.horizons
         return self.args.auxiliary_weights.at(step, max(self.state.max_steps, 1), horizons)
 
-    def _auxiliary_loss(self, scores: dict[str, Tensor], num_items_in_batch: Any) -> Tensor:
-        self._record(scores)
-        if not self.model.training:  # stage 1: the objective without gamma, so that evaluations can be compared
-            return auxiliary_loss(scores["nll"], scores["count"], self._weights_without_gamma())
-        if self._horizon_counts is None:
-            return auxiliary_loss(scores["nll"], scores["count"], self._weights_at(self.state.global_step))
-        loss = auxiliary_loss(scores["nll"], self._horizon_counts, self._weights_at(self.state.global_step))
-        if num_items_in_batch is None:  # then Trainer divides what compute_loss returns by the number of micro-batches
-            loss = loss * self.current_gradient_accumulation_steps
-        # DDP averages gradients over ranks, while the counts are sums over ranks: as SFTTrainer does for L_1.
-        return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+    @property
+    def _scored_horizons(self) -> int:
+        """How many horizons, from the second on, have losses in this step: none at beta = 0, else those that weigh enough."""
+        weights = [] if self.args.aux_weight == 0 else self._weights_at(self.state.global_step)
+        return sum(weight >= self.args.aux_min_weight for weight in weights)
+
+    def _scoring(self, inputs: dict[str, Any], num_items_in_batch: Any) -> dict[str, Any]:
+        """What the model's forward is told of the auxiliary losses: the weight of every sum, and a sample."""
+        is_training = self.model.training
+        counts = self._horizon_counts if is_training else None
+        if counts is None:
+            counts = _count_targets(inputs, self.heads.config.horizons)
+        if not is_training:  # stage 1: the objective without gamma, so that evaluations can be compared
+            return {"auxiliary_weights": weights_of_sums(self._weights_without_gamma(), counts)}
+        scored, factor = self._scored_horizons, 1
+        weights = weights_of_sums(self._weights_at(self.state.global_step)[:scored], counts[:scored])
+        if self._horizon_counts is not None:
+            if num_items_in_batch is None:  # Trainer divides what compute_loss returns by the number of micro-batches
+                factor = self.current_gradient_accumulation_steps
+            if self.args.average_tokens_across_devices:
+                # DDP averages gradients over ranks, while the counts are sums over ranks: as SFTTrainer does for L_1.
+                factor *= self.accelerator.num_processes
+        seed = (self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index)
+        self._micro_batch += 1
+        sample = Sample(self.args.aux_rows, seed) if self.args.aux_rows < 1 else None
+        return {"auxiliary_weights": weights * factor, "auxiliary_sample": sample}
 
     def _record_main(self, outputs: Any) -> None:
         self._main = {
@@ -300,9 +322,11 @@ class CAFTTrainer(SFTTrainer):
         """Add a batch's sums to those since the last log: horizon 1 first where it was computed."""
         main = self.__dict__.pop("_main", None)
         kept = self._horizon_sums.setdefault("train" if self.model.training else "eval", {})
-        for name, value in scores.items():
+        for name in ("nll", "count", "correct"):
+            value = scores[name]
             exact = torch.float32 if value.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-            row = value.detach().to(exact)
+            row = value.new_zeros(self.heads.config.count, dtype=exact)
+            row[: len(value)] = value.detach()
             row = row if main is None else torch.cat([main[name].to(exact)[None], row])
             kept[name] = kept[name] + row if name in kept else row
 

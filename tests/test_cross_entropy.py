@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from caftune import cross_entropy
-from caftune.cross_entropy import Unembedding, divergence, log_likelihood, top_divergence, top_tokens
+from caftune.cross_entropy import Unembedding, divergence, log_likelihood, summed_loss, top_divergence, top_tokens
 
 ROWS, WIDTH, VOCABULARY = 23, 8, 37
 TRANSFORMS = {
@@ -42,7 +42,7 @@ def both(name, dtype=torch.float64):
 
 @pytest.fixture(params=[1, 3 * VOCABULARY, 7 * VOCABULARY + 5, 2**26], ids=["1row", "3rows", "7rows", "one_chunk"])
 def chunk_values(request, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_CHUNK_VALUES", request.param)
+    monkeypatch.setattr(cross_entropy, "CHUNK_VALUES", request.param)
     return request.param
 
 
@@ -101,7 +101,7 @@ def test_zero_rows_give_an_empty_result_with_zero_gradients():
 
 
 def test_no_more_logits_are_held_for_the_backward_pass_than_hidden_states(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_CHUNK_VALUES", 2 * VOCABULARY)
+    monkeypatch.setattr(cross_entropy, "CHUNK_VALUES", 2 * VOCABULARY)
     hidden, weight, _, targets = tensors()
     kept = []
 
@@ -153,7 +153,7 @@ def test_divergence_and_its_gradients_are_those_of_the_formula():
 def test_divergence_does_not_depend_on_the_chunks(monkeypatch):
     hidden, weight, teacher = torch.randn(9, 4).double(), torch.randn(6, 4).double(), torch.randn(9, 4).double()
     whole = divergence(hidden, Unembedding(weight), teacher)
-    monkeypatch.setattr("caftune.cross_entropy._CHUNK_VALUES", 12)
+    monkeypatch.setattr("caftune.cross_entropy.CHUNK_VALUES", 12)
     chunked = divergence(hidden, Unembedding(weight), teacher)
     torch.testing.assert_close(chunked[0], whole[0], rtol=1e-12, atol=0)
     assert torch.equal(chunked[1], whole[1])
@@ -230,7 +230,7 @@ def test_top_tokens_are_the_likeliest_first_with_probabilities_that_add_up_to_on
 def test_top_tokens_do_not_depend_on_the_chunks(monkeypatch):
     _, weight, teacher, _, _ = taught("plain")
     tokens, logs = top_tokens(teacher, Unembedding(weight), KEPT)
-    monkeypatch.setattr(cross_entropy, "_CHUNK_VALUES", 3 * VOCABULARY)
+    monkeypatch.setattr(cross_entropy, "CHUNK_VALUES", 3 * VOCABULARY)
     chunked_tokens, chunked_logs = top_tokens(teacher, Unembedding(weight), KEPT)
     assert torch.equal(chunked_tokens, tokens)
     torch.testing.assert_close(chunked_logs, logs, rtol=0, atol=1e-12)
@@ -259,3 +259,71 @@ def test_logits_in_half_precision_are_compared_in_float32():
     unembedding = Unembedding(weight)
     tokens, logs = top_tokens(hidden, unembedding, KEPT)
     assert logs.dtype == top_divergence(hidden, unembedding, tokens, logs)[0].dtype == torch.float32
+
+
+# The sum with its gradients at once.
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_sum_and_its_gradients_equal_the_full_computation_at_every_chunk_size(name, chunk_values):
+    hidden, weight, targets, settings, leaves = both(name)
+    loss, hits = summed_loss(hidden, Unembedding(weight, **settings), targets)
+    expected, expected_hits = full(hidden, weight, targets, **settings)
+    torch.testing.assert_close(loss, -expected.sum(), rtol=1e-12, atol=1e-9)
+    assert hits == expected_hits.sum()
+    found = torch.autograd.grad(-0.3 * loss, leaves)
+    for one, other in zip(found, torch.autograd.grad(0.3 * expected.sum(), leaves), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_the_sum_has_gradients_for_what_is_trained_alone(trained):
+    hidden, weight, targets, settings, leaves = both("all")
+    expected = torch.autograd.grad(-full(hidden, weight, targets, **settings)[0].sum(), leaves)[trained]
+    for place, leaf in enumerate(leaves):
+        leaf.requires_grad_(place == trained)
+    summed_loss(hidden, Unembedding(weight, **settings), targets)[0].backward()
+    torch.testing.assert_close(leaves[trained].grad, expected, rtol=0, atol=1e-9)
+    assert [leaf.grad is None for leaf in leaves] == [place != trained for place in range(3)]
+
+
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_the_sum_in_bfloat16_is_no_worse_than_the_plain_computation(name):
+    hidden, weight, targets, settings, leaves = both(name, torch.bfloat16)
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    truth = full(*doubles[:2], targets, **{**settings, "bias": doubles[2] if len(doubles) == 3 else None})[0].sum()
+    exact = torch.autograd.grad(truth, doubles)
+    ours = summed_loss(hidden, Unembedding(weight, **settings), targets)[0]
+    naive = full(hidden, weight, targets, **settings)[0].sum()
+    assert ours.dtype == torch.float32
+    errors = [
+        [(one.double() - other).abs().mean().item() for one, other in zip(gradients, exact, strict=True)]
+        for gradients in (torch.autograd.grad(-ours, leaves), torch.autograd.grad(naive, leaves))
+    ]
+    assert all(one <= 1.05 * other for one, other in zip(*errors, strict=True))
+
+
+def test_the_sum_keeps_master_weights_under_autocast():
+    hidden, weight, targets, _, leaves = both("plain", torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = summed_loss(hidden, Unembedding(weight), targets)
+    found = torch.autograd.grad(-loss, leaves)
+    assert [gradient.dtype for gradient in found] == [torch.float32, torch.float32]
+    for one, other in zip(found, torch.autograd.grad(full(hidden, weight, targets)[0].sum(), leaves), strict=True):
+        assert (one - other).norm() < 0.03 * other.norm()
+
+
+def test_the_sum_of_no_rows_is_zero_with_zero_gradients():
+    hidden, weight, bias, targets = tensors()
+    loss, hits = summed_loss(hidden[:0], Unembedding(weight, bias), targets[:0])
+    assert loss == hits == 0
+    for gradient in torch.autograd.grad(loss, [hidden, weight, bias]):
+        assert not gradient.any()
+
+
+def test_the_sum_gives_its_gradients_once():
+    hidden, weight, _, targets = tensors()
+    loss, _ = summed_loss(hidden, Unembedding(weight), targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(TypeError):
+        loss.backward()

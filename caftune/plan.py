@@ -1,0 +1,272 @@
+"""`caftune plan`: what a run will cost and whether it fits, from its configuration, tokenizer and rows. No weight is loaded."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+from caftune.checkpoint import describe_heads
+from caftune.config import CAFTConfig
+from caftune.estimate import Estimate, Setup, estimate
+from caftune.objective import IGNORED
+from caftune.recipe import Recipe
+from caftune.stage_options import load_tokenizer, lora_config, stage_one_config, stage_two_config
+from caftune.stage_rows import head_rows, head_source, task_rows
+from caftune.tokenization import tokenized
+
+# Rows that are read to learn their length and labelled share.
+_ROWS_READ = 1000
+_ASSUMED_LABELLED = 0.5
+_SHORTEST = 128  # tokens, below which no remedy cuts rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows a run trains on, as they are tokenized. `assumed` says so where there are none to read."""
+
+    read: int
+    mean_length: float
+    longest: int
+    labelled: float
+    assumed: str | None = None
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that makes a run smaller, and the peak with it and those before it."""
+
+    change: str
+    peak: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost. Bytes, operations per token, parameters."""
+
+    model: str
+    setup: Setup
+    rows: Rows
+    estimate: Estimate
+    device: str
+    available: int  # bytes
+    remedies: list[Remedy] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within what the device has."""
+        return self.estimate.memory.peak <= self.available
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        setup = {**asdict(self.setup), "dtype": str(self.setup.dtype).removeprefix("torch.")}
+        flops = {**asdict(self.estimate.flops), "total": self.estimate.flops.total}
+        return {
+            **asdict(self),
+            "setup": setup,
+            "estimate": {**asdict(self.estimate), "flops": flops},
+            "fits": self.fits,
+        }
+
+
+def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
+    """What a stage of a recipe will cost on this machine.
+
+    Raises:
+        RecipeError, DataError: as the stage itself would, for the data and options it would refuse.
+        UnsupportedModelError: the model has no decoder layers that can be found or copied.
+    """
+    folder = Path(recipe.output, "plan")
+    if stage == "heads":
+        args = stage_one_config(recipe, folder)
+    else:
+        args = stage_two_config(recipe, folder, heads=None, aux_weight=0.0, aux_min_weight=0.0)
+    rows = _rows(recipe, stage, args)
+    config = AutoConfig.from_pretrained(recipe.model.name, revision=recipe.model.revision or "main")
+    setup = _setup(recipe, stage, args, rows, config)
+    adapter = lora_config(recipe) if stage == "train" else None
+    device, available = _device()
+    found = estimate(config, setup, adapter)
+    remedies = []
+    if found.memory.peak > available:
+        for change, smaller in _smaller(recipe, setup):
+            peak = estimate(config, smaller, _adapter(recipe, smaller)).memory.peak
+            remedies.append(Remedy(change, peak))
+            if peak <= available:
+                break
+    return Plan(recipe.model.name, setup, rows, found, device, available, remedies)
+
+
+def _rows(recipe: Recipe, stage: str, args: CAFTConfig) -> Rows:
+    """Length and labelled share of the rows; assumed where the recipe names none, or the labels are still to be made."""
+    longest = args.max_length or recipe.data.max_length or 1024
+    if stage == "heads":
+        if not recipe.heads.text and not Path(head_source(recipe)).is_file():
+            return _assumed(longest, f"{head_source(recipe)} is still to be made")
+        return measure_rows(head_rows(recipe, args)[0], longest)
+    if recipe.data.train is None:
+        return _assumed(longest, "data.train names no data")
+    tokenizer = load_tokenizer(recipe)
+    rows = task_rows(recipe, "train", tokenizer, args, limit=min(recipe.data.limit or _ROWS_READ, _ROWS_READ))
+    assert rows is not None
+    if "labels" not in rows.column_names:
+        rows = tokenized(rows, tokenizer, args, name="train")
+    return measure_rows(rows, longest)
+
+
+def _assumed(length: int, why: str) -> Rows:
+    text = f"{why}: rows of {length} tokens are assumed, {_ASSUMED_LABELLED:.0%} of them labelled"
+    return Rows(0, float(length), length, _ASSUMED_LABELLED, text)
+
+
+def measure_rows(rows: Dataset, longest: int) -> Rows:
+    """Lengths and labels of tokenized rows, of the first thousand. What is beyond `longest` is cut, as in training."""
+    labels = [row[:longest] for row in rows.select(range(min(len(rows), _ROWS_READ)))["labels"]]
+    tokens = sum(len(row) for row in labels)
+    marks = [[label != IGNORED for label in row[1:]] for row in labels]
+    return Rows(
+        read=len(labels),
+        mean_length=tokens / len(labels),
+        longest=max(len(row) for row in labels),
+        labelled=sum(sum(row) for row in marks) / tokens,
+    )
+
+
+def _setup(recipe: Recipe, stage: Literal["heads", "train"], args: CAFTConfig, rows: Rows, config: Any) -> Setup:
+    given = dict(args.model_init_kwargs or {}).get("dtype", "float32")  # type: ignore[arg-type]
+    given = getattr(config.get_text_config(), "dtype", None) or "float32" if given == "auto" else given
+    has_heads = stage == "heads" or recipe.loss.weight > 0
+    described = describe_heads(recipe.heads.path) if has_heads and recipe.heads.path else None
+    length = args.max_length if args.packing and args.max_length else rows.longest
+    return Setup(
+        stage=stage,
+        tuning=recipe.model.tuning if stage == "train" else "full",
+        heads=0 if not has_heads else len(described["horizons"]) if described else recipe.heads.count,
+        head_kind=described["kind"] if described else recipe.heads.kind,
+        trains_heads=recipe.heads.train,
+        heads_lora_rank=recipe.heads.lora_rank,
+        rows=args.aux_rows if stage == "heads" else recipe.loss.rows,
+        batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        length=length,
+        # Documents of a packed row do not see each other, but fill it.
+        mean_length=rows.mean_length,
+        labelled=rows.labelled,
+        is_padded=not args.packing and rows.mean_length < rows.longest,
+        checkpointing=bool(args.gradient_checkpointing),
+        optimizer=str(getattr(args.optim, "value", args.optim)),
+        dtype=getattr(torch, given) if isinstance(given, str) else given,
+        half=bool(args.bf16 or args.fp16),
+        on_gpu=torch.cuda.is_available() and not args.use_cpu,
+    )
+
+
+def _adapter(recipe: Recipe, setup: Setup) -> Any:
+    """The LoraConfig of a setup, which may be one of a remedy."""
+    if setup.stage == "heads" or setup.tuning == "full":
+        return None
+    model = recipe.model.model_copy(update={"tuning": setup.tuning})
+    return lora_config(recipe.model_copy(update={"model": model}))
+
+
+def _device() -> tuple[str, int]:
+    """The device's name, and the bytes that are free on it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]
+    return "CPU", psutil.virtual_memory().available
+
+
+def _smaller(recipe: Recipe, setup: Setup) -> Iterator[tuple[str, Setup]]:
+    """Changes to make, each on top of those before it: first what changes no result, last what does most."""
+    section = "pretrain" if setup.stage == "heads" else "trainer"
+    if not setup.checkpointing and setup.stage == "train":
+        setup = replace(setup, checkpointing=True)
+        yield "trainer.gradient_checkpointing=true (the same results, one more forward pass)", setup
+    while setup.batch_size > 1:
+        size = setup.batch_size // 2
+        steps = -(-setup.batch_size * setup.accumulation // size)
+        setup = replace(setup, batch_size=size, accumulation=steps)
+        name = f"{section}.per_device_train_batch_size={size} {section}.gradient_accumulation_steps={steps}"
+        yield f"{name} (the same results)", setup
+    if setup.stage == "train" and setup.tuning == "full":
+        setup = replace(setup, tuning="lora")
+        yield "model.tuning=lora", setup
+    if setup.stage == "train" and setup.tuning == "lora" and setup.on_gpu:
+        setup = replace(setup, tuning="qlora", dtype=torch.bfloat16)
+        yield "model.tuning=qlora", setup
+    while setup.length // 2 >= _SHORTEST:
+        length = setup.length // 2
+        setup = replace(setup, length=length, mean_length=min(setup.mean_length, float(length)))
+        yield f"data.max_length={length}", setup
+    while setup.heads > 1 and recipe.heads.path is None:
+        setup = replace(setup, heads=setup.heads // 2)
+        yield f"heads.count={setup.heads}", setup
+
+
+def print_plan(console: Console, found: Plan) -> None:
+    """Show a plan to a person."""
+    console.print(found.model, style="bold", soft_wrap=True)
+    for title, lines in _sections(found).items():
+        table = Table(title=title, title_justify="left", show_header=False)
+        table.add_column()
+        table.add_column(justify="right")
+        for name, value in lines.items():
+            table.add_row(name, value)
+        console.print(table)
+    if found.rows.assumed:
+        console.print(f"Assumed: {found.rows.assumed}.", soft_wrap=True)
+    if not found.estimate.memory.optimizer_is_known:
+        console.print(
+            f"Not known: the state of {found.setup.optimizer}, taken to be as large as AdamW's.", soft_wrap=True
+        )
+    verdict = "fits" if found.fits else "does not fit"
+    peak, available = _size(found.estimate.memory.peak), _size(found.available)
+    console.print(f"It {verdict}: {peak} of the {available} that are free on {found.device}.", soft_wrap=True)
+    for remedy in found.remedies:
+        console.print(f"  {remedy.change}: {_size(remedy.peak)}", soft_wrap=True)
+    if found.remedies and found.remedies[-1].peak > found.available:
+        console.print("All of these together are not enough: take a larger device or a smaller model.", soft_wrap=True)
+
+
+def _sections(found: Plan) -> dict[str, dict[str, str]]:
+    """The tables: name and value of each line."""
+    sizes, memory, flops = found.estimate.parameters, found.estimate.memory, found.estimate.flops
+    rows, setup = found.rows, found.setup
+    ways = "stage 1: heads alone" if setup.stage == "heads" else f"{setup.tuning}, {setup.heads} heads"
+    parts = {name: _size(value) for name, value in asdict(memory).items() if name not in ("peak", "optimizer_is_known")}
+    return {
+        f"Parameters ({ways})": {name.replace("_", " "): _number(value) for name, value in asdict(sizes).items()},
+        "Rows": {
+            "read": str(rows.read),
+            "tokens, mean (longest)": f"{rows.mean_length:.0f} ({rows.longest})",
+            "labelled": f"{rows.labelled:.0%}",
+        },
+        f"Memory, {setup.batch_size} rows of {setup.length} tokens": {
+            **{name.replace("_", " "): value for name, value in parts.items()},
+            "peak": _size(memory.peak),
+        },
+        "Operations per token": {
+            "forward": f"{_number(flops.forward)}FLOP",
+            "step": f"{_number(flops.total)}FLOP",
+            "over plain fine-tuning": f"x {found.estimate.overhead:.2f}",
+            "the same with TRL's loss on this device": f"x {found.estimate.overhead_here:.2f}",
+        },
+    }
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _number(count: float) -> str:
+    """In billions, millions or thousands."""
+    for unit, letter in ((1e9, "G"), (1e6, "M")):
+        if count >= unit:
+            return f"{count / unit:,.2f} {letter}"
+    return f"{count / 1e3:,.1f} k"
