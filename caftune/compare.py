@@ -25,10 +25,12 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
@@ -91,6 +93,8 @@ def _refuse_unfit(recipe: Recipe) -> None:
     _refuse_arms(recipe)
     if recipe.eval.tasks:
         read_tasks(recipe)
+    if recipe.compare.concepts.terms is not None:
+        read_terms(recipe.compare.concepts.terms)
 
 
 def _refuse_arms(recipe: Recipe) -> None:
@@ -144,7 +148,14 @@ def _refuse_other_runs(recipe: Recipe, runs: Sequence[tuple[Arm, int]]) -> None:
     every = [(BASE, _base_recipe(recipe)), *((arm, arm_recipe(recipe, arm, seed)) for arm, seed in runs)]
     for arm, run in every:
         if is_begun(run, "compare"):
-            refuse_other_stage(run, "compare", _files(recipe, run, arm))
+            try:
+                refuse_other_stage(run, "compare", _files(recipe, run, arm))
+            except RecipeError as error:
+                what = str(error).partition(" Remove ")[0]
+                everything = Path(recipe.output, "compare")
+                raise RecipeError(
+                    f"{what} Undo the change, use another output, or remove {everything} to make all runs anew."
+                ) from error
 
 
 def _base_recipe(recipe: Recipe) -> Recipe:
@@ -156,10 +167,11 @@ def _base_recipe(recipe: Recipe) -> Recipe:
 def _base(recipe: Recipe) -> None:
     """Evaluate and study the base, unless it is done."""
     run = _base_recipe(recipe)
-    is_whole = is_begun(run, "compare")
-    open_stage(run, "compare", _files(recipe, run, BASE))
-    if not is_whole:
-        _finish(run, BASE, recipe.model.name)
+    with _alone(run):
+        is_whole = is_begun(run, "compare")
+        open_stage(run, "compare", _files(recipe, run, BASE))
+        if not is_whole:
+            _finish(run, BASE, recipe.model.name)
 
 
 def arm_recipe(recipe: Recipe, arm: Arm, seed: int) -> Recipe:
@@ -196,15 +208,32 @@ def _run(recipe: Recipe, arm: Arm, seed: int) -> None:
     """Train, evaluate and study one arm with one seed, unless it is done."""
     run = arm_recipe(recipe, arm, seed)
     folder = Path(run.output)
-    is_whole = is_begun(run, "compare")
-    open_stage(run, "compare", _files(recipe, run, arm))
-    if not is_whole:
-        save_recipe(folder / "recipe.yaml", run.model_dump())
-        _write_heads(recipe, run, arm, seed)
-        _train(run)
-        _finish(run, arm, str(folder / "model"))
-    if not recipe.compare.keep_models:
-        _remove_models(folder)
+    with _alone(run):
+        is_whole = is_begun(run, "compare")
+        open_stage(run, "compare", _files(recipe, run, arm))
+        if not is_whole:
+            save_recipe(folder / "recipe.yaml", run.model_dump())
+            _write_heads(recipe, run, arm, seed)
+            _train(run)
+            _finish(run, arm, str(folder / "model"))
+        if not recipe.compare.keep_models:
+            _remove_models(folder)
+
+
+@contextmanager
+def _alone(run: Recipe) -> Iterator[None]:
+    """Within the block no other process makes this run. A lock ends with its process, however that ends."""
+    folder = Path(run.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RecipeError(f"{folder} is being made by another process. Wait for it, or start another run.") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _files(recipe: Recipe, run: Recipe, arm: str) -> dict[str, str | Path | None]:

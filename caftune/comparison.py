@@ -70,6 +70,7 @@ def summarise_comparison(recipe: Recipe, *, partly: bool = True) -> dict[str, An
         "arms": arms,
         "seeds": complete,
         "missing": [f"{arm}/{seed}" for arm, seed in missing],
+        "unused_seeds": _unused_seeds(recipe, seeds),
         "tasks": [_task(name, runs) for name in recipe.eval.tasks] if complete else [],
         "measures": [_row(key, measured) for key, measured in table.items()],
         "comparisons": _comparisons(table, arms) if len(complete) > 1 else [],
@@ -87,6 +88,12 @@ def summarise_comparison(recipe: Recipe, *, partly: bool = True) -> dict[str, An
     if partly or not missing:
         write_json(Path(recipe.output, "compare", "comparison.json"), found)
     return found
+
+
+def _unused_seeds(recipe: Recipe, seeds: Sequence[int]) -> list[int]:
+    """Seeds of runs that an earlier call made, and that this one's compare.seeds leaves out."""
+    made = (folder.name for folder in Path(recipe.output, "compare", BASELINE).glob("*"))
+    return sorted(int(name) for name in made if name.isdecimal() and int(name) not in seeds)
 
 
 def _task(name: str, runs: Mapping[str, Sequence[ComparedRun]]) -> dict[str, Any]:
@@ -236,7 +243,9 @@ def _family(table: Table, arm: str, baseline: str, measures: Sequence[tuple[str,
 def _plain(found: Comparison, is_both: bool) -> dict[str, Any]:
     values = {name: value for name, value in asdict(found).items() if name in ("difference", "low", "high", "p_value")}
     effect = found.effect_size if math.isfinite(found.effect_size) else None
-    known = {"effect_size": effect, "minimum_detectable": found.minimum_detectable or None}
+    # of two runs, a spread is too little known to say what they could have found
+    least = found.minimum_detectable if min(found.num_seeds) > 2 and found.minimum_detectable > 0 else None
+    known = {"effect_size": effect, "minimum_detectable": least}
     return {**values, **known, "over": "runs and examples" if is_both else "runs"}
 
 

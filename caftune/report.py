@@ -87,6 +87,8 @@ def read_run(folder: str | Path) -> dict[str, Any]:
                 f"{compared} must be of format {_FORMAT}, got {found.get('format')}. Run `caftune compare` again."
             )
         return found
+    if compared.parent.is_dir():
+        raise ReportError(f"{folder} holds a comparison that is not finished. Run `caftune compare` to its end first.")
     if not results.is_file():
         raise ReportError(
             f"{folder} must hold compare/comparison.json or results.jsonl, got neither. Run `caftune compare` or "

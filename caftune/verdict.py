@@ -39,6 +39,9 @@ def verdict(found: Mapping[str, Any]) -> str:
 def remarks(found: Mapping[str, Any]) -> list[str]:
     """What one should know beside the verdict: controls, other measures, whether the arms were alike, costs, missing runs."""
     said = [f"Missing runs: {', '.join(found['missing'])}."] if found["missing"] else []
+    if found.get("unused_seeds"):
+        seeds = ", ".join(map(str, found["unused_seeds"]))
+        said.append(f"Runs with seed {seeds} are there and not in this: compare.seeds is {len(found['seeds'])}.")
     if not found["measures"]:
         return said
     return [*_against_controls(found), *_other_measures(found), *_fairness(found), *_price(found), *said]
@@ -46,7 +49,7 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
 
 def _power(found: Mapping[str, Any], task: str, measure: str, least: float | None) -> str:
     if least is None:
-        return "the runs differ in nothing, so what could have been found is not known"
+        return "with runs so few or so alike it is not known what could have been found"
     return (
         f"a true difference of {_difference(found, task, measure, least)} would have been found four times out of five"
     )

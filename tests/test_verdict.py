@@ -72,7 +72,7 @@ def test_a_loss_is_told_in_nats_and_less_of_it_is_better():
 def test_runs_that_differ_in_nothing_say_nothing_of_what_could_have_been_found():
     base = found(0.0, 0.0, 0.0, 1.0)
     base["comparisons"][0]["minimum_detectable"] = None
-    assert verdict(base).endswith("the runs differ in nothing, so what could have been found is not known.")
+    assert verdict(base).endswith("with runs so few or so alike it is not known what could have been found.")
 
 
 def test_a_count_of_faults_below_one_is_no_share():
