@@ -1,4 +1,4 @@
-"""Pictures: SVG for the report's page, PNG for heads and the demo. The only user of matplotlib.
+"""Pictures: SVG for the report's page, PNG for heads. The only user of matplotlib.
 
 An SVG is 360 units wide, so that its text is still of 11 pixels on a phone, and its colours are CSS variables with a default
 (`var(--c0f766e, #0f766e)`), so that a page can give others to a dark background.
@@ -29,7 +29,6 @@ _STYLES: dict[str, tuple[str, Any, str]] = {  # colour, dashes, marker
     "shuffled_horizons": ("#7c3aed", (0, (8, 2, 1, 2, 1, 2)), "v"),
     "no_pretraining": ("#be185d", (0, (2.5, 2)), "P"),
 }
-_COLOURS = {"next-token": "#6b7280", "CAFT": "#0f766e"}
 _KINDS = {
     "heads": ("heads", "#0f766e", "o"),
     "untrained": ("untrained copies", "#b45309", "s"),
@@ -209,35 +208,6 @@ _QUALITY = {
     "Right: first guess (line), first five (dots)": _draw_hits,
     "Guesses the model writes itself": _draw_agreement,
 }
-
-
-def plot_losses(ntp: Sequence[dict[str, float]], caft: Sequence[dict[str, float]], path: Path) -> None:
-    """Left: the next-token loss L_1 of both arms. Right: CAFT's loss at every horizon, and its weight over time."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(*_series(ntp, "loss"), color=_COLOURS["next-token"], label="next-token", linewidth=3, alpha=0.5)
-    left.plot(*_series(caft, "h1_loss"), color=_COLOURS["CAFT"], label="CAFT", linewidth=2, linestyle="--")
-    left.set(title="Next-token loss on the task", xlabel="optimizer step", ylabel="nats per token")
-    left.legend(frameon=False)
-    horizons = sorted({int(key[1:-5]) for entry in caft for key in entry if key[0] == "h" and key.endswith("_loss")})
-    for position, horizon in enumerate(horizons):
-        shade = 0.25 + 0.75 * (1 - position / max(len(horizons) - 1, 1))
-        right.plot(*_series(caft, f"h{horizon}_loss"), color=_COLOURS["CAFT"], alpha=shade, label=f"h = {horizon}")
-    right.set(title="CAFT: loss by horizon, and the weight of h = 2", xlabel="optimizer step", ylabel="nats per token")
-    right.legend(frameon=False, ncols=5, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    weight = right.twinx()
-    weight.plot(*_series(caft, "h2_weight"), color="#b45309", linestyle=":", linewidth=1.5)
-    weight.set_ylabel("β γ(t) α", color="#b45309")
-    weight.set_ylim(bottom=0)
-    for axes in (left, right):
-        axes.spines[["top"]].set_visible(False)
-        axes.grid(alpha=0.2)
-    figure.savefig(path, dpi=130)
-
-
-def _series(log: Sequence[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
-    points = [(entry["step"], entry[name]) for entry in log if name in entry]
-    return [step for step, _ in points], [value for _, value in points]
 
 
 def _style(name: str, number: int = 0) -> tuple[str, Any, str]:
