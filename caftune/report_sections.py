@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import yaml
@@ -342,7 +342,7 @@ def _costs(run: Run) -> Section:
         ]
         rows.append([Cell(arm), *cells])
     many = any(len(values) > 1 for costs in run["costs"].values() for values in costs.values())
-    how = f"Of one training{', mean of the seeds' * many}{f'; × is the ratio to {BASELINE}' * (len(rows) > 1)}."
+    how = f"Of one training{', median of the seeds' * many}{f'; × is the ratio to {BASELINE}' * (len(rows) > 1)}."
     head = ["arm", *(heading for heading, _ in columns.values())]
     return Section("Costs", tables=[Table(f"Training on {run['device']}", how, head, rows)] if rows else [])
 
@@ -351,9 +351,9 @@ def _cost(values: Sequence[float | None], baseline: Sequence[float | None], show
     known, theirs = ([value for value in found if value is not None] for found in (values, baseline))
     if not known:
         return Cell("not measured")
-    ratio = f" (×{fmean(known) / fmean(theirs):.2f})" if theirs and fmean(theirs) > 0 else ""
+    ratio = f" (×{median(known) / median(theirs):.2f})" if theirs and median(theirs) > 0 else ""
     some = f", {len(known)} of {len(values)} runs" if len(known) < len(values) else ""
-    return Cell(f"{shown(fmean(known))}{ratio}{some}")
+    return Cell(f"{shown(median(known))}{ratio}{some}")
 
 
 def _heads(run: Run) -> Section:

@@ -1,7 +1,7 @@
 """What may be concluded of a comparison, in sentences."""
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 from caftune.evals.statistics import LEVEL
@@ -115,7 +115,7 @@ def _price(found: Mapping[str, Any]) -> list[str]:
     for name, words in kinds:
         values = [[value for value in arm.get(name, []) if value is not None] for arm in (ours, theirs)]
         if all(values):
-            said.append(f"{fmean(values[0]) / fmean(values[1]):.2f} times the {words}")
+            said.append(f"{median(values[0]) / median(values[1]):.2f} times the {words}")
     return [f"A step of CAFT took {', '.join(said)} of next-token fine-tuning."] if said else []
 
 

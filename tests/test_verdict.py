@@ -136,5 +136,10 @@ def test_beta_zero_that_differs_from_the_baseline_is_told():
     assert any("all 400 answers are those" in said for said in remarks(found(checks=checks)))
 
 
+def test_one_run_that_something_held_up_does_not_make_the_price():
+    costs = {"ntp": {"seconds": [1.0, 1.0, 1.0, 1.0, 40.0]}, "caft": {"seconds": [1.5] * 5}}
+    assert "A step of CAFT took 1.50 times the time of next-token fine-tuning." in remarks(found(costs=costs))
+
+
 def test_the_price_is_told():
     assert "A step of CAFT took 1.50 times the time of next-token fine-tuning." in remarks(found())
