@@ -38,6 +38,12 @@ class Batch:
     length: int
     labelled: float  # share of its positions
     is_padded: bool = False
+    sampled: float = 1.0  # share of the labelled positions that a head is trained on
+
+    @property
+    def scored(self) -> float:
+        """Share of the positions that a head's loss looks at."""
+        return self.labelled * self.sampled
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def kept_activations(
         head = 0
         if heads is not None and heads.config.kind == "decoder":
             _make_fake(heads)
-            head = _kept_by(heads.heads[0], call, batch, rows=batch.labelled)
+            head = _kept_by(heads.heads[0], call, batch, rows=batch.scored)
         elif heads is not None:  # a residual perceptron: its input, twice the inner width, its change
             head = 4 * call.hidden.nbytes
         closing = ledger.total - after_layer[-1] if trains_trunk else 3 * call.hidden.nbytes
@@ -181,7 +187,8 @@ def logits_bytes(batch: Batch, vocabulary: int, width: int, *, has_triton: bool,
     rows = labelled if has_triton else batch.rows * (batch.length - 1)
     tile = min(rows, _TILE_ROWS) * min(vocabulary, _TILE_COLUMNS) * (itemsize if has_triton else 4)
     main = tile * (_TILES_TRITON if has_triton else _TILES_PLAIN) + 4 * rows * width
-    chunk = min(labelled, max(1, CHUNK_VALUES // vocabulary)) * vocabulary
+    scored = round(batch.rows * batch.length * batch.scored)
+    chunk = min(scored, max(1, CHUNK_VALUES // vocabulary)) * vocabulary
     # The heads' loss turns logits into their gradient in place; in half precision both are there twice.
     return round(main), chunk * (4 if itemsize >= 4 else 4 + 2 * itemsize)
 
@@ -219,7 +226,7 @@ def peak_memory(
     weights, of_heads = weight_bytes(model, four_bits=four_bits), sum(weight.nbytes for weight in head_weights)
     gradients = sum(weight.nbytes for weight in (*trained, *trained_heads))
     state, is_known = state_bytes(optimizer, [*trained, *trained_heads])
-    one_head = kept.head + round(kept.closing * batch.labelled) if heads is not None else 0
+    one_head = kept.head + round(kept.closing * batch.scored) if heads is not None else 0
     unembedding = model.get_output_embeddings().weight
     new = 0 if accumulates else 1
     early = new * sum(weight.nbytes for weight in trained_heads)  # gradients that are there before the trunk's

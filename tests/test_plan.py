@@ -287,6 +287,14 @@ def test_checkpointing_and_fewer_rows_need_less():
     assert 0.49 < half / whole.activations < 0.52
 
 
+def test_stage_one_on_a_sample_keeps_less_by_what_is_not_scored():
+    setup = Setup(stage="heads", batch_size=8, length=256, checkpointing=False)
+    whole, sample = (estimate(small("llama"), replace(setup, rows=rows)).memory for rows in (1.0, 0.25))
+    assert sample.logits == whole.logits / 4
+    assert 0 < sample.head_activations < whole.head_activations
+    assert whole.peak > sample.peak
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("adamw_torch", 800), ("sgd", 0), ("adamw_bnb_8bit", 200), ("adafactor", 80), ("lion_32bit", 800)],
