@@ -4,6 +4,7 @@ CAFTTrainer, CAFTConfig        a drop-in for TRL's SFTTrainer and SFTConfig
 attach_heads, detach_heads     put heads into a model, take them out: for a training loop of your own
 Backbone, AuxiliaryHeads, HeadsConfig, AuxiliaryWeights, auxiliary_loss      the method, without TRL
 load_heads, save_heads, export_model                                         heads and models on disk
+SpeculativeDecoding            kept heads draft for their model
 """
 
 from importlib import import_module
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from caftune.export import export_model
     from caftune.heads import AuxiliaryHeads, HeadsConfig, attach_heads, detach_heads
     from caftune.objective import AuxiliaryWeights, auxiliary_loss
+    from caftune.speculative import SpeculativeDecoding
     from caftune.trainer import CAFTTrainer
 
 _HOME = {
@@ -29,6 +31,7 @@ _HOME = {
     "load_heads": "checkpoint",
     "save_heads": "checkpoint",
     "export_model": "export",
+    "SpeculativeDecoding": "speculative",
     "CAFTConfig": "config",
     "CAFTTrainer": "trainer",
 }
@@ -39,6 +42,7 @@ __all__ = [
     "CAFTConfig",
     "CAFTTrainer",
     "HeadsConfig",
+    "SpeculativeDecoding",
     "attach_heads",
     "auxiliary_loss",
     "detach_heads",

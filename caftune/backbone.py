@@ -178,12 +178,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _refuse_foresight(model: Any) -> None:
     """Change the last token of the probe: the logits before it must stay."""
-    ids = _probe(model)
+    ids = probe(model)
     changed = ids.clone()
     changed[0, -1] = ids[0, 0]
     before, after = (model(input_ids=row, use_cache=False).logits[:, :-1] for row in (ids, changed))
     rounded = getattr(model, "is_quantized", False)  # LLM.int8 picks its outlier columns over the whole row
-    if not _is_close(after, before, tolerance=5e-2 if rounded else None):
+    if not is_close(after, before, tolerance=5e-2 if rounded else None):
         raise UnsupportedModelError(
             f"The outputs of {type(model).__name__} move when a later token is changed, so what its heads are to predict "
             "would be before their eyes. Use a causal model; some become one with is_decoder=True in their configuration."
@@ -194,11 +194,11 @@ def _verified(draft: Backbone) -> Backbone:
     """`draft` with its closing modules, after comparing with the model's own output."""
     model = draft.model
     with draft.capture() as call, _watch(draft) as closing_names:
-        logits = model(input_ids=_probe(model), use_cache=False).logits
+        logits = model(input_ids=probe(model), use_cache=False).logits
     if call.output is None:
         raise UnsupportedModelError(f"{type(model).__name__} does not call its {draft.layer_name} in a forward pass")
     found = replace(draft, closing_names=tuple(closing_names), width=call.hidden.shape[-1])
-    if not _repeats(lambda: found.unembedding().logits(found.close(call.hidden)).to(logits.dtype), logits, _is_close):
+    if not _repeats(lambda: found.unembedding().logits(found.close(call.hidden)).to(logits.dtype), logits, is_close):
         raise UnsupportedModelError(
             f"{type(model).__name__} does more between its last layer and its logits than caftune can repeat"
         )
@@ -209,7 +209,7 @@ def _verified(draft: Backbone) -> Backbone:
         )
         return replace(found, copy_refusal=refusal)
     if found.copy_refusal is None:
-        return replace(found, mixer=choose_mixer(found.layer, call, _is_close))
+        return replace(found, mixer=choose_mixer(found.layer, call, is_close))
     return found
 
 
@@ -250,7 +250,8 @@ def _watch(draft: Backbone) -> Iterator[list[str]]:
             handle.remove()
 
 
-def _probe(model: Any) -> Tensor:
+def probe(model: Any) -> Tensor:
+    """Eight tokens to try a model on."""
     embedding = model.get_input_embeddings().weight
     return torch.arange(1, _PROBE_TOKENS + 1, device=embedding.device)[None] % embedding.shape[0]
 
@@ -264,6 +265,7 @@ def _repeats(compute: Callable[[], Tensor], expected: Tensor, is_same: Callable[
     return found.shape == expected.shape and is_same(found, expected)
 
 
-def _is_close(found: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
+def is_close(found: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
+    """Whether two computations of the same thing agree to rounding, half precision's where they are in it."""
     tolerance = tolerance or (1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2)
     return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))

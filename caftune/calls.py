@@ -23,12 +23,14 @@ class LayerCall:
     kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
 
-    def replay(self, layer: nn.Module) -> Float[Tensor, "batch tokens *streams width"]:
-        """Call `layer` as the last layer was called, without a cache, and return its hidden states."""
-        args = tuple(None if isinstance(value, Cache) else value for value in self.args)
-        kwargs = {name: value for name, value in self.kwargs.items() if name not in _CACHE_ARGUMENTS}
-        if "use_cache" in kwargs:
-            kwargs["use_cache"] = False
+    def replay(self, layer: nn.Module, cache: Cache | None = None) -> Float[Tensor, "batch tokens *streams width"]:
+        """Call `layer` as the last layer was called, with `cache` in the place of the model's, and return its hidden states."""
+        args = tuple(cache if isinstance(value, Cache) else value for value in self.args)
+        kwargs = {name: cache if isinstance(value, Cache) else value for name, value in self.kwargs.items()}
+        if cache is None:
+            kwargs = {name: value for name, value in kwargs.items() if name not in _CACHE_ARGUMENTS}
+            if "use_cache" in kwargs:
+                kwargs["use_cache"] = False
         return hidden_of(layer(*args, **kwargs))
 
     @property

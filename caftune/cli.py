@@ -211,18 +211,38 @@ HeadsName = Annotated[str, typer.Argument(metavar="HEADS", help="A heads folder,
 
 
 @heads_app.command()
-def info(heads: HeadsName) -> None:
-    """What heads are: their base, how they were trained, how good they are."""
+def info(
+    heads: HeadsName,
+    measure: Annotated[
+        str | None, typer.Option(metavar="PROMPTS", help="Decode with them from these prompts (a file or hub id).")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model they draft for; their base by default.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Use the first so many prompts.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+) -> None:
+    """What heads are: their base, how they were trained, how good they are; with --measure, what their drafts are worth."""
     with _errors_in_one_line():
         from rich.markdown import Markdown
 
         from caftune.cards import heads_card
-        from caftune.checkpoint import find_heads, read_heads
+        from caftune.checkpoint import describe_heads, find_heads, read_heads
 
         folder = find_heads(heads)
         read_heads(folder)
-        card = heads_card(folder, heads, licence="see the base")
-        console.print(Markdown(card.split("---", 2)[2]))
+        if measure is None:
+            card = heads_card(folder, heads, licence="see the base")
+            console.print(Markdown(card.split("---", 2)[2]))
+            return
+        from transformers.utils import logging
+
+        from caftune.generation import Sampling
+        from caftune.writing import Writer, print_drafting
+
+        logging.disable_progress_bar()
+        description = describe_heads(folder)
+        writer = Writer(model or description["base"]["name"], heads, length=len(description["horizons"]))
+        asked = writer.prompts([], measure)[:limit]
+        print_drafting(console, list(writer.write(asked, Sampling(max_new_tokens, temperature=0), alone=True)))
 
 
 @heads_app.command()
@@ -267,6 +287,55 @@ def pull(
         from caftune.sharing import pull_heads
 
         console.print(f"Heads: {pull_heads(name, folder)}", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub id.")],
+    heads: Annotated[
+        str, typer.Argument(metavar="HEADS", help="Its heads: a folder, or a hub id owner/name[@revision].")
+    ],
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to go on from.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A file or hub id with prompts, as labels.prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0: all tokens.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(min=0)] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends an answer; may be given several times.")
+    ] = None,
+    seed: Annotated[int, typer.Option()] = 42,
+    draft: Annotated[int | None, typer.Option(min=1, help="Tokens of a draft; what pays by default.")] = None,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Let the model write without heads, too, and compare.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Of the model on the hub.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each prompt.")] = False,
+) -> None:
+    """Let a model write, faster: its heads draft tokens, which it checks. The answers are those of the model alone."""
+    with _errors_in_one_line():
+        from transformers.utils import logging
+
+        from caftune.generation import Sampling
+        from caftune.writing import Writer, print_answer, print_drafting
+
+        logging.disable_progress_bar()
+        writer = Writer(model, heads, revision=revision, length=draft)
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k)
+        found = []
+        for answer in writer.write(
+            writer.prompts(texts or [], prompts)[:limit],
+            sampling,
+            seed=seed,
+            repetition_penalty=repetition_penalty,
+            stop=stop or [],
+            alone=alone,
+        ):
+            found.append(answer)
+            print_answer(answer, writer.tokenizer, as_json=as_json)
+        print_drafting(Console(stderr=True), found)
 
 
 @app.command()

@@ -154,7 +154,7 @@ def answer_in_batches(
         width = max(len(prompts[i]) for i in batch)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-        with torch.inference_mode(), _only_these_settings(model, config):
+        with torch.inference_mode(), only_these_settings(model, config):
             output = model.generate(
                 ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
             )
@@ -170,7 +170,7 @@ def until_end(tokens: list[int], eos: set[int]) -> Answer:
 
 
 @contextmanager
-def _only_these_settings(model: Any, config: GenerationConfig) -> Iterator[None]:
+def only_these_settings(model: Any, config: GenerationConfig) -> Iterator[None]:
     """`generate` fills what a configuration leaves open from the model's own (a repetition penalty, say): not here."""
     own, model.generation_config = model.generation_config, config
     try:
@@ -196,7 +196,7 @@ def _answer_continuously(
         sizes.num_blocks, sizes.max_requests_per_batch = pages * batch_size, batch_size
         sizes.max_batch_tokens = 8 * batch_size
     with (
-        _only_these_settings(model, config),
+        only_these_settings(model, config),
         model.continuous_batching_context_manager(
             generation_config=config, continuous_batching_config=sizes
         ) as manager,

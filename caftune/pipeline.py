@@ -7,6 +7,7 @@
       adapt/          heads/ and checkpoints         the same heads after an epoch on the task's data, where asked for
       train/          checkpoints of stage 2 (ordinary ones)
       model/          the result: an ordinary checkpoint
+      model-heads/    heads that can draft for it, where heads.keep asks for them
       results.jsonl                                  one line per finished stage
 
 What keeps two runs apart is in run_folder.py.
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer
 
 from caftune.backbone import Backbone
 from caftune.cards import write_model_card
@@ -34,6 +36,7 @@ from caftune.checkpoint import (
     file_name,
     load_heads,
     model_fingerprint,
+    save_heads,
     write_json,
 )
 from caftune.costs import Costs
@@ -66,6 +69,7 @@ from caftune.stage_options import (
 from caftune.stage_rows import describe_head_source, head_rows, head_source, task_rows
 from caftune.tokenization import tokenized
 from caftune.trainer import CAFTTrainer
+from caftune.training_heads import merged_state, training_record
 
 _MEASURED_ROWS = 256
 
@@ -272,6 +276,8 @@ def finetune(recipe: Recipe) -> Path:
     metrics = evaluated(trainer) if evaluation is not None else {}
     model = Path(recipe.output, "model")
     native = trainer.export(model, merged=recipe.model.lora.merge)
+    if recipe.heads.keep and trainer.heads is not None:
+        _keep_heads(trainer, model, Path(recipe.output, "model-heads"))
     copied = {"native_multi_token_modules": f"{len(native)} tensors, copied from the base unchanged"} if native else {}
     record(
         recipe,
@@ -279,6 +285,17 @@ def finetune(recipe: Recipe) -> Path:
         | {"log": trainer.state.log_history},
     )
     return model
+
+
+def _keep_heads(trainer: CAFTTrainer, model: Path, folder: Path) -> None:
+    """Write the heads of a finished stage 2 as those of the exported model, for which they can draft."""
+    heads = trainer.heads
+    assert heads is not None
+    state = merged_state(heads)
+    if is_main_process():
+        backbone = Backbone.of(load_trained(str(model), str(model)))
+        training = {**training_record(trainer.args, trainer.state.global_step), "command": _command()}
+        save_heads(folder, heads, backbone, AutoTokenizer.from_pretrained(model), training=training, state=state)
 
 
 def export(recipe: Recipe, checkpoint: str | None = None) -> Path:

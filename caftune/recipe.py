@@ -115,6 +115,10 @@ class HeadsSection(_Section):
     text: str | None = Field(None, description="Stage 1 on this file or hub id (labels.columns) instead of labels.")
     path: str | None = Field(None, description="Take these heads instead of training some.")
     force: bool = Field(False, description="Accept heads of a base with the same architecture and tokenizer.")
+    keep: bool = Field(
+        False,
+        description="Write them beside the model, to draft for it: by default trained along, with a rising loss.schedule.",
+    )
     train: bool = Field(False, description="Train the heads along in stage 2.")
     lora_rank: int | None = Field(None, gt=0, description="Train them through a LoRA of this rank.")
     learning_rate: float | None = Field(None, gt=0, description="Theirs in stage 2. None: trainer.learning_rate.")
@@ -215,6 +219,15 @@ class Recipe(_Section):
     trainer: dict[str, Any] = Field({}, description="Stage 2 options of CAFTConfig.")
     eval: EvalSection = EvalSection()
     compare: CompareSection = CompareSection()
+
+    @model_validator(mode="after")
+    def _keeps_heads(self) -> "Recipe":
+        if self.heads.keep:
+            if "train" not in self.heads.model_fields_set:
+                self.heads.train = True
+            if "schedule" not in self.loss.model_fields_set:
+                self.loss.schedule = "sine"
+        return self
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -44,6 +44,7 @@ from caftune.training_heads import (
     make_trainable,
     merged_state,
     save_adapter,
+    training_record,
 )
 
 
@@ -361,10 +362,7 @@ class CAFTTrainer(SFTTrainer):
         super()._save(output_dir, state_dict)
 
     def _save_heads(self, folder: Path, about: Mapping[str, Any] | None = None) -> None:
-        names = ("learning_rate", "num_train_epochs", "seed", "aux_decay", "soft_targets", "soft_top_k")
-        stage = {name: getattr(self.args, name) for name in names}
-        number = 1 if self.args.pretrain_heads else 2
-        training = {"stage": number, "steps": self.state.global_step, **stage, **(about or {})}
+        training = {**training_record(self.args, self.state.global_step), **(about or {})}
         state, write = merged_state(self.heads), self.args.should_save
         save_heads(
             folder, self.heads, self.backbone, self._given_tokenizer, training=training, state=state, write=write

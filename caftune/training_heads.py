@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from caftune.backbone import whole
+from caftune.config import CAFTConfig
 from caftune.heads import AuxiliaryHeads
 
 _ADAPTER_FILE = "adapter.safetensors"
@@ -48,6 +49,15 @@ def give_own_learning_rate(optimizer: torch.optim.Optimizer, heads: AuxiliaryHea
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
             rest = {key: value for key, value in group.items() if key != "params"}
             optimizer.add_param_group({**rest, "params": heads_part, "lr": learning_rate})
+
+
+def training_record(args: CAFTConfig, steps: int) -> dict[str, Any]:
+    """How heads were trained, for their heads.json: in stage 1, or in stage 2 along with the model or frozen beside it."""
+    names = ["learning_rate", "num_train_epochs", "seed", "aux_decay", "soft_targets", "soft_top_k"]
+    if not args.pretrain_heads:
+        names += ["aux_weight", "aux_schedule", "train_heads", "heads_lora_rank", "heads_learning_rate"]
+    stage = 1 if args.pretrain_heads else 2
+    return {"stage": stage, "steps": steps, **{name: getattr(args, name) for name in names}}
 
 
 def merged_state(heads: AuxiliaryHeads) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
     python scripts/models_table.py
 
-It takes two to three minutes on one core. tests/test_families.py holds the page to the same examination.
+It takes three to four minutes on one core. tests/test_families.py holds the page to the same examination.
 """
 
 import os
@@ -32,11 +32,14 @@ gradients reach the embeddings and every head, and gradient checkpointing (where
 gradients; the heads alone learn; they come back from disk bit for bit; the exported model has the keys, shapes and dtypes
 of the base's own checkpoint and its logits.
 
-**LoRA**: adapters train beside the heads and are merged in the export, on *all linear* layers or, where PEFT cannot wrap
-each of those (routers, Mamba's output projection), on input *projections*. **Packing**: two documents in one row, told
-apart by their positions alone, without flash attention: *yes* means that the second does not see the first, *leaks* that
-it does (the model's own loss too: pack such a model's rows only with an attention that separates them, or not at all),
-*-* that the model has no such attention implementation.
+**drafts**: speculative decoding ([decoding](decoding.md)) with decoder heads, or with MLP heads where there are none: greedy
+texts are those of `generate` token for token, and heads say behind their caches what they say without; *no* where the model
+cannot read several tokens at once behind a cache and take some of them back. **LoRA**:
+adapters train beside the heads and are merged in the export, on *all linear* layers or, where PEFT cannot wrap each of
+those (routers, Mamba's output projection), on input *projections*. **Packing**: two documents in one row, told apart by
+their positions alone, without flash attention: *yes* means that the second does not see the first, *leaks* that it does (the
+model's own loss too: pack such a model's rows only with an attention that separates them, or not at all), *-* that the model
+has no such attention implementation.
 """
 
 
@@ -84,8 +87,8 @@ def counts(results: dict[str, Found]) -> str:
 def tables(results: dict[str, Found]) -> str:
     """The page without its introduction."""
     accepted = {family: found for family, found in results.items() if "refused" not in found}
-    lines = ["| family | model type | decoder heads | MLP heads | LoRA | packing, eager | packing, sdpa |"]
-    lines += ["|---|---|---|---|---|---|---|", *(row(family, found) for family, found in accepted.items())]
+    lines = ["| family | model type | decoder heads | MLP heads | drafts | LoRA | packing, eager | packing, sdpa |"]
+    lines += ["|---|---|---|---|---|---|---|---|", *(row(family, found) for family, found in accepted.items())]
     lines += ["", "## MLP heads only", "", 'What `head_kind="decoder"` says:', ""]
     lines += [
         f'- {family}: "{found["decoder refused"]}"' for family, found in accepted.items() if "decoder refused" in found
@@ -100,8 +103,8 @@ def tables(results: dict[str, Found]) -> str:
 def row(family: str, found: Found) -> str:
     """One line of the table."""
     lora = "no" if is_refused(found["lora"]) else found["lora"]
-    cells: list[Any] = [family, f"`{found['model type']}`", verdict(found, "decoder"), verdict(found, "mlp"), lora]
-    return f"| {' | '.join([*cells, found['packing eager'], found['packing sdpa']])} |"
+    cells: list[Any] = [family, f"`{found['model type']}`", verdict(found, "decoder"), verdict(found, "mlp")]
+    return f"| {' | '.join([*cells, found['drafts'], lora, found['packing eager'], found['packing sdpa']])} |"
 
 
 def is_refused(lora: str) -> bool:

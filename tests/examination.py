@@ -9,6 +9,7 @@ import functools
 import json
 import tempfile
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from safetensors import safe_open
 from torch.nn.functional import cross_entropy
 from transformers.utils import logging
 
+from caftune import speculative
 from caftune.backbone import Backbone, UnsupportedModelError
 from caftune.checkpoint import load_heads, save_heads
 from caftune.export import export_model
-from caftune.heads import AuxiliaryHeads, HeadsConfig, attach_heads
+from caftune.heads import AuxiliaryHeads, HeadsConfig, attach_heads, detach_heads
+from caftune.speculative import SpeculativeDecoding
 
 logging.disable_progress_bar()
 KINDS = ("decoder", "mlp")
@@ -52,7 +55,7 @@ def examine(family):
             continue
         for check in (is_causal, has_the_horizons_losses, has_gradients, learns, survives_saving):
             found[f"{check.__name__} {kind}"] = answer(check, family, kind)
-    found |= {"exports": answer(exports, family), "lora": lora(family)}
+    found |= {"exports": answer(exports, family), "lora": lora(family), "drafts": drafts(family)}
     return found
 
 
@@ -290,6 +293,59 @@ def trains_with_lora(family, targets):
         export_model(adapted, result, base_name=str(published))
         assert contents(result) == contents(published)
         logits_equal(load(result, family), adapted, tolerance=1e-3)
+
+
+def drafts(family):
+    """ "yes" where decoding with heads writes what `generate` writes; "no" where it is refused."""
+    kind = "mlp" if backbone_of(family).copy_refusal else "decoder"
+    model, backbone = with_heads(family, kind)
+    heads = detach_heads(model)
+    if kind == "decoder":  # as the model itself: these drafts are sometimes right
+        heads.heads[0].load_state_dict(model.get_submodule(backbone.layer_name).state_dict())
+    try:
+        decoding = SpeculativeDecoding(backbone, heads, length=HEADS)
+    except UnsupportedModelError:
+        return "no"
+    return answer(writes_the_same, decoding, model)
+
+
+def writes_the_same(decoding, model):
+    """Greedy texts are those of the model alone, and heads say behind a cache what they say without one."""
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with heads_said() as said:
+        for ids in (IDS[:1], IDS[1:, :5]):
+            said.clear()
+            output = decoding.generate(ids, **options)
+            alone = model.generate(ids, **options)
+            assert torch.equal(output, alone), f"{output.tolist()} instead of {alone.tolist()}"
+            with torch.no_grad(), decoding.backbone.capture() as call:
+                model(input_ids=output, use_cache=False)
+                whole = [decoding.heads.hidden(index, decoding.backbone, call) for index in range(HEADS)]
+            for index, length, hidden in said:  # the last token of the text is the model's latest, which none has read
+                same(hidden[0], whole[index][0, length - 2], 1e-4)
+    assert decoding.total.passes <= decoding.total.tokens == 24
+
+
+@contextmanager
+def heads_said():
+    """Within the block, collect (head, tokens of the text, hidden states) of every draft."""
+    said, length = [], None
+    drafted, hidden = speculative._Drafts._drafted, speculative._Drafts._hidden
+
+    def begin(self, ids, count):
+        nonlocal length
+        length = ids.shape[1]
+        return drafted(self, ids, count)
+
+    def keep(self, index):
+        said.append((index, length, hidden(self, index)))
+        return said[-1][-1]
+
+    speculative._Drafts._drafted, speculative._Drafts._hidden = begin, keep
+    try:
+        yield said
+    finally:
+        speculative._Drafts._drafted, speculative._Drafts._hidden = drafted, hidden
 
 
 def load(folder, family):

@@ -25,6 +25,51 @@ MLP_ONLY = {
     "hrm_text": "has no list of 16 decoder layers that caftune can find, so it cannot carry decoder heads. Use MLP heads",
     "mllama_crossing": "does not call its model.layers.1 in a forward pass, so it cannot carry decoder heads. Use MLP",
 }
+# Families whose heads cannot draft, because the model cannot check several tokens at once and take some of them back.
+DRAFTLESS = {
+    "qwen3_next_attention",
+    "qwen3_next_linear",
+    "qwen3_5_attention",
+    "qwen3_5_linear",
+    "qwen3_5_moe",
+    "olmo_hybrid_attention",
+    "olmo_hybrid_linear",
+    "granitemoehybrid_attention",
+    "granitemoehybrid_mamba",
+    "falcon_mamba",
+    "falcon_h1",
+    "openai_gpt",
+    "mamba",
+    "mamba2",
+    "jamba_attention",
+    "jamba_mamba",
+    "bamba_attention",
+    "bamba_mamba",
+    "zamba",
+    "zamba2",
+    "nemotron_h",
+    "minimax_attention",
+    "minimax_linear",
+    "kimi_linear_attention",
+    "kimi_linear_linear",
+    "bailing_hybrid",
+    "moshi",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "deepseek_v4",
+    "hy_v4",
+    "qwen4_exp",
+    "axk2",
+    "rwkv",
+    "zaya",
+    "recurrent_gemma_attention",
+    "recurrent_gemma_recurrent",
+    "xlstm",
+    "qwen3_5_multimodal",
+    "qwen3_5_moe_multimodal",
+    "xlm",
+    "reformer",
+}
 # Families of newer transformers than the installed one are left out.
 KNOWN = [family for family in FAMILIES if FAMILIES[family][0] in CONFIG_MAPPING]
 
@@ -50,6 +95,7 @@ def test_a_family_has_every_property_or_is_refused_with_a_sentence(family, exami
         return
     if family in MLP_ONLY:
         assert re.search(MLP_ONLY[family], found.pop("decoder refused"))
+    assert found.pop("drafts") == ("no" if family in DRAFTLESS else "yes")
     for told in ("model type", "packing eager", "packing sdpa", "lora"):
         found.pop(told)
     kinds = KINDS[1:] if family in MLP_ONLY else KINDS

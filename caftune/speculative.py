@@ -1,0 +1,297 @@
+"""Speculative decoding with a model's own heads: they draft the next tokens, and one forward pass of the model checks them all.
+
+What comes out is what the model alone would write: greedy answers token for token, sampled ones from the same distribution.
+The loop is transformers' own, for assisted generation; here is what it asks for drafts. Head h reads the last token that the
+model has accepted and says what the h-th token after it will be. Decoder heads keep keys and values of their own, in a copy of
+the model's cache: they are called as the last layer was, with its rows, mask and positions, and forget what it forgets.
+
+Source: arXiv 2211.17192 (acceptance of sampled drafts), arXiv 2401.10774 (drafts from heads, Medusa).
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import CandidateGenerator, LogitsProcessorList, StoppingCriteriaList
+
+from caftune.backbone import Backbone, UnsupportedModelError, evaluating, is_close, probe
+from caftune.calls import LayerCall
+from caftune.cross_entropy import in_full
+from caftune.heads import AuxiliaryHeads, autocast_like
+
+# How fast the shares of accepted drafts follow what happens, and drift back to 1 where nothing is drafted, so that horizons
+# that were given up are tried again.
+_FOLLOW, _DRIFT = 0.1, 0.01
+
+
+@dataclass
+class Drafting:
+    """What became of the drafts."""
+
+    passes: int = 0  # forward passes of the model, that over the prompt included
+    checks: int = 0  # those among them that checked a draft
+    tokens: int = 0  # new tokens
+    drafted: list[int] = field(default_factory=list)  # of each head
+    accepted: list[int] = field(default_factory=list)  # of each head: those that the model took over
+
+    @property
+    def accepted_length(self) -> float:
+        """Tokens of a draft that are taken over, on average."""
+        return sum(self.accepted) / max(self.checks, 1)
+
+    def add(self, other: "Drafting") -> None:
+        """Count what `other` counts, too."""
+        self.passes += other.passes
+        self.checks += other.checks
+        self.tokens += other.tokens
+        for mine, more in ((self.drafted, other.drafted), (self.accepted, other.accepted)):
+            mine += [0] * (len(more) - len(mine))
+            mine[: len(more)] = [a + b for a, b in zip(mine, more, strict=False)]
+
+
+class SpeculativeDecoding:
+    """Generation in which a model's heads draft and the model checks.
+
+        decoding = SpeculativeDecoding(backbone, load_heads("heads", backbone, tokenizer))
+        output = decoding.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=200)
+
+    Args:
+        heads: of this model. Others draft badly, and cost time, but cannot change what is generated.
+        length: tokens of a draft, at most; None: as many as recent acceptance makes worth their operations.
+
+    Attributes:
+        total: what became of all drafts so far.
+
+    Raises:
+        UnsupportedModelError: the model cannot check a draft.
+    """
+
+    def __init__(self, backbone: Backbone, heads: AuxiliaryHeads, *, length: int | None = None) -> None:
+        if length is not None and not 1 <= length <= len(heads.heads):
+            raise ValueError(f"length must be from 1 to {len(heads.heads)}, the number of heads, got {length}.")
+        if not _takes_tokens_back(backbone.model):
+            raise UnsupportedModelError(
+                f"{type(backbone.model).__name__} cannot read several tokens behind a cache and take some of them back, as "
+                "checking a draft needs (state spaces and linear attention cannot). Use model.generate."
+            )
+        self.backbone, self.heads, self.length = backbone, heads, length
+        self.total = Drafting()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`model.generate` with the same arguments, for one row: greedy or sampled, with any processors and stopping criteria.
+
+        Equal to it up to rounding: the model checks several rows at once, and in half precision two tokens of nearly
+        equal probability can change places.
+
+        Raises:
+            ValueError: several rows, beams or return sequences, or a cache with tokens in it.
+        """
+        model = self.backbone.model
+        config = kwargs.get("generation_config") or model.generation_config
+        beams = kwargs.get("num_beams", config.num_beams)
+        if (beams or 1) > 1:
+            raise ValueError(
+                f"num_beams must be 1 for speculative decoding, got {beams}. Use model.generate for beams."
+            )
+        drafts: list[_Drafts] = []
+        with self.backbone.capture() as call, evaluating(self.heads), self._asked_for_drafts(call, drafts):
+            kwargs.setdefault("use_cache", True)
+            output = model.generate(*args, **kwargs, prompt_lookup_num_tokens=len(self.heads.heads))
+        self.total.add(drafts[0].found)
+        return output
+
+    @contextmanager
+    def _asked_for_drafts(self, call: LayerCall, drafts: "list[_Drafts]") -> Iterator[None]:
+        """Within the block, the model's assisted generation takes its candidates from the heads."""
+        model = self.backbone.model
+        criteria = StoppingCriteriaList()
+
+        def stopping_criteria(**given: Any) -> StoppingCriteriaList:
+            criteria.extend(type(model)._get_stopping_criteria(model, **given))
+            return criteria
+
+        def candidate_generator(
+            *,
+            generation_config: GenerationConfig,
+            logits_processor: LogitsProcessorList,
+            input_ids: Tensor,
+            model_kwargs: dict[str, Any],
+            **_others: Any,
+        ) -> CandidateGenerator:
+            cache = model_kwargs["past_key_values"]
+            if len(input_ids) > 1:
+                raise ValueError(
+                    f"Speculative decoding must be given 1 row, got {len(input_ids)}. Give them one by one."
+                )
+            if cache.get_seq_length() > 0:
+                raise ValueError(
+                    f"past_key_values must be empty for speculative decoding, got {cache.get_seq_length()} tokens, which "
+                    "the heads have not read. Give the whole prompt."
+                )
+            drafts.append(_Drafts(self, call, cache, generation_config, logits_processor, criteria))
+            return drafts[0]
+
+        model._get_stopping_criteria = stopping_criteria
+        model._get_candidate_generator = candidate_generator
+        try:
+            yield
+        finally:
+            del model._get_stopping_criteria, model._get_candidate_generator
+
+
+class _Drafts(CandidateGenerator):
+    """The drafts of one generation."""
+
+    requires_model_outputs = True  # drafts begin once the model has read the prompt
+    model_kwargs_overrides: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(
+        self,
+        decoding: SpeculativeDecoding,
+        call: LayerCall,
+        cache: Cache,
+        config: GenerationConfig,
+        processor: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+    ) -> None:
+        self.backbone, self.heads, self.length = decoding.backbone, decoding.heads, decoding.length
+        self.call, self.config, self.processor, self.criteria = call, config, processor, criteria
+        count = self.length or len(self.heads.heads)
+        self.is_stateless = self.heads.config.kind == "mlp"
+        self.caches = [copy.deepcopy(cache) for _ in range(count)]  # empty: of its kind and settings
+        self.behind: list[list[_Read]] = [[] for _ in range(count)]  # what the model has read and a head has not
+        self.limit = int(config.max_length or 0)
+        self.size = 0  # of the draft that is being checked
+        self.price = relative_price(self.backbone, self.heads)
+        self.shares = [1.0] * count  # how often each head's token is accepted where those before it were
+        self.found = Drafting(drafted=[0] * count, accepted=[0] * count)
+
+    def get_candidates(  # type: ignore[override]
+        self, input_ids: Int[Tensor, "1 tokens"], *, is_first_iteration: bool, n_last_matches: int, **_outputs: Any
+    ) -> tuple[Int[Tensor, "1 longer"], Float[Tensor, "1 drafted vocabulary"] | None]:
+        """The text with a draft behind it and, where tokens are sampled, the logits these were drawn from."""
+        if is_first_iteration:
+            return input_ids, None
+        read = _Read(copy.copy(self.call), self.size - int(n_last_matches))
+        for waiting in self.behind:
+            if self.is_stateless:
+                waiting.clear()
+            waiting.append(read)
+        room = self.limit - input_ids.shape[1] - 1  # the model adds a token of its own
+        longer, logits = self._drafted(input_ids, min(self._wanted(), room))
+        self.size = longer.shape[1] - input_ids.shape[1]
+        for index in range(self.size):
+            self.found.drafted[index] += 1
+        return longer, torch.cat(logits, 1) if logits and self.config.do_sample else None
+
+    def update_candidate_strategy(self, _ids: Tensor, _scores: Tensor, num_matches: int) -> None:
+        """Learn what was accepted."""
+        matches = int(num_matches)
+        self.found.passes += 1
+        self.found.checks += self.size > 0
+        self.found.tokens += matches + 1
+        for index in range(len(self.shares)):
+            if index < matches:
+                self.found.accepted[index] += 1
+            if index < min(matches + 1, self.size):
+                self.shares[index] += _FOLLOW * ((index < matches) - self.shares[index])
+            elif index >= self.size:
+                self.shares[index] += _DRIFT * (1 - self.shares[index])
+
+    def _wanted(self) -> int:
+        """The length of draft with the most tokens per operation: what is accepted of it, and the model's own."""
+        if self.length is not None:
+            return self.length
+        best, wanted, reached, tokens = 1.0, 0, 1.0, 1.0
+        for length, share in enumerate(self.shares, start=1):
+            reached *= share
+            tokens += reached
+            if tokens / (1 + length * self.price) > best:
+                best, wanted = tokens / (1 + length * self.price), length
+        return wanted
+
+    def _drafted(self, ids: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
+        """`ids` and at most `count` more tokens, up to the first that ends the text, and the processed logits of each."""
+        found: list[Tensor] = []
+        self.config.max_length = self.limit
+        for index in range(count):
+            logits = in_full(self.backbone.unembedding().logits(self._hidden(index)))
+            logits = self.processor(ids, logits)  # type: ignore[arg-type]
+            token = _drawn(logits) if self.config.do_sample else logits.argmax(-1, keepdim=True)
+            ids = torch.cat([ids, token.to(ids.device)], 1)
+            found.append(logits[:, None])
+            if bool(self.criteria(ids, None).any()):
+                # The loop adds a token of the model behind a draft that it accepts, and cuts the text at this length.
+                self.config.max_length = ids.shape[1]
+                break
+        return ids, found
+
+    def _hidden(self, index: int) -> Float[Tensor, "1 width"]:
+        """Head `index` at the last accepted token, after reading what it has not read yet."""
+        head, cache = self.heads.heads[index], self.caches[index]
+        for read in self.behind[index]:
+            with autocast_like(read.call.hidden):
+                hidden = read.call.hidden if self.is_stateless else read.call.replay(head, cache)
+            hidden = hidden[:, : hidden.shape[1] - read.refused][:, -1:]
+            for layer in cache.layers:
+                if _is_used(layer):
+                    layer.crop(-read.refused)  # type: ignore[union-attr]
+        self.behind[index].clear()
+        with autocast_like(hidden):
+            if self.is_stateless:
+                hidden = head(hidden, self.backbone.close(hidden))
+            return self.backbone.close(hidden)[:, 0]
+
+
+def _is_used(layer: Any) -> bool:
+    """Whether a layer of a cache holds anything. In a head's cache those of the trunk do not; some cannot be cropped then."""
+    convolutions = getattr(layer, "is_conv_states_initialized", {})
+    return bool(getattr(layer, "is_initialized", False)) or any(convolutions.values())
+
+
+def _takes_tokens_back(model: Any) -> bool:
+    """Whether eight tokens, read in parts of which one is taken back, give the logits they give at once."""
+    ids = probe(model)
+    if model._is_stateful or not model._supports_default_dynamic_cache():
+        return False
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if any(hasattr(layer, "indexer_keys") for layer in cache.layers):
+        return False  # transformers 5.23: sparse attention picks other tokens when several are read at once
+    cache.activate_past_recording()
+    try:
+        with torch.no_grad(), evaluating(model):
+            expected = model(input_ids=ids, use_cache=False).logits[:, -2:]
+            for part, refused in ((ids[:, :3], 0), (ids[:, 3:7], 2), (ids[:, 5:], 0)):
+                found = model(input_ids=part, past_key_values=cache, use_cache=True).logits[:, -2:]
+                cache.crop(-refused)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        return False
+    return is_close(found, expected)
+
+
+def _drawn(logits: Float[Tensor, "1 vocabulary"]) -> Int[Tensor, "1 1"]:
+    return torch.multinomial(logits.softmax(-1), 1)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A forward pass of the model over new tokens, as its last layer saw it; the last `refused` of them were taken back."""
+
+    call: LayerCall
+    refused: int
+
+
+def relative_price(backbone: Backbone, heads: AuxiliaryHeads) -> float:
+    """Weights that a head's draft reads, its own and the unembedding, over those that a forward pass of the model reads."""
+    unembedding = backbone.unembedding().weight.numel()
+    embeddings = backbone.model.get_input_embeddings().weight.numel()
+    trunk = sum(weight.numel() for weight in backbone.trunk.parameters()) - embeddings
+    head = sum(weight.numel() for weight in heads.heads[0].parameters())
+    return (head + unembedding) / (trunk + unembedding)

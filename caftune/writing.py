@@ -1,0 +1,160 @@
+"""`caftune generate`: a model writes, its heads draft for it."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from datasets import Dataset
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from caftune.backbone import Backbone
+from caftune.checkpoint import load_heads
+from caftune.data import load_rows
+from caftune.generation import Sampling, end_tokens, only_these_settings, until_end
+from caftune.prompts import Prompt, conversations
+from caftune.speculative import Drafting, SpeculativeDecoding
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer, what it took, and (where asked for) what it took the model alone. Seconds are those of `generate`."""
+
+    prompt: Prompt
+    ids: list[int]
+    drafting: Drafting
+    seconds: float
+    seconds_alone: float | None = None
+    is_same: bool | None = None  # as the model's alone; of greedy answers
+
+
+class Writer:
+    """A model with its heads. These may be another fine-tuning's of the same base: they draft, and decide nothing.
+
+    Raises:
+        ValueError: no such model, or heads of another architecture or tokenizer.
+    """
+
+    def __init__(self, model: str, heads: str, *, revision: str | None = None, length: int | None = None) -> None:
+        if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model, "config.json").is_file():
+            raise ValueError(f"MODEL must be a folder with a config.json or a hub id, and {model} is no such folder.")
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model, revision=revision or "main")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision or "main", dtype="auto")
+        self.model: Any = loaded.to(where).eval()
+        backbone = Backbone.of(self.model)
+        found = load_heads(heads, backbone, self.tokenizer, force=True)
+        self.decoding = SpeculativeDecoding(backbone, found, length=length)
+
+    def prompts(self, texts: Sequence[str], file: str | None) -> list[Prompt]:
+        """Texts (to a chat model: what the user says), and the rows of a file, up to where the model speaks first."""
+        is_chat = bool(getattr(self.tokenizer, "chat_template", None))
+        own = [{"messages": [{"role": "user", "content": text}]} if is_chat else {"prompt": text} for text in texts]
+        sources = [Dataset.from_list(own)] if own else []
+        if file is not None:
+            sources.append(load_rows(file, chat=is_chat))
+        talks = [talk for rows in sources for talk in conversations(rows, self.tokenizer)]
+        found = [talk.prompt(0, [], self.tokenizer) for talk in talks if talk.turns]
+        if not found:
+            raise ValueError(
+                "Something to write from must be given, got no prompt. Name one, or a file with --prompts."
+            )
+        return found
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int = 0,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
+        alone: bool = False,
+    ) -> Iterator[Written]:
+        """Answers, one prompt after another. Sampled ones begin with the seed `seed` + the prompt's number.
+
+        Args:
+            stop: texts that end an answer, which keeps them.
+            alone: let the model write each answer by itself, too.
+
+        Raises:
+            ValueError: a prompt that leaves no room for `max_new_tokens` in the model's context.
+        """
+        self._refuse_long(prompts, sampling)
+        pad = next(t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if t is not None)
+        eos = end_tokens(self.model.generation_config, self.tokenizer)
+        config = sampling.generation_config(eos, pad)
+        config.repetition_penalty = repetition_penalty
+        more = {"stop_strings": list(stop), "tokenizer": self.tokenizer} if stop else {}
+
+        def answer(generate: Any, prompt: Prompt, number: int) -> tuple[list[int], float]:
+            ids = torch.tensor([prompt.ids], device=self.model.device)
+            torch.manual_seed(seed + number)
+            with torch.inference_mode(), only_these_settings(self.model, config):
+                began = time.perf_counter()
+                output = generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **more)
+                return until_end(output[0, ids.shape[1] :].tolist(), set(eos)).ids, time.perf_counter() - began
+
+        for number, prompt in enumerate(prompts):
+            self.decoding.total = Drafting()
+            found, seconds = answer(self.decoding.generate, prompt, number)
+            written = Written(prompt, found, self.decoding.total, seconds)
+            if alone:
+                other, seconds_alone = answer(self.model.generate, prompt, number)
+                same = None if sampling.temperature else other == found
+                written = Written(prompt, found, self.decoding.total, seconds, seconds_alone, same)
+            yield written
+
+    def _refuse_long(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        if context is not None and longest + sampling.max_new_tokens > context:
+            raise ValueError(
+                f"A prompt and --max-new-tokens must fit the model's context of {context} tokens, got {longest} + "
+                f"{sampling.max_new_tokens}. Lower --max-new-tokens or shorten the prompt."
+            )
+
+
+def print_answer(answer: Written, tokenizer: Any, *, as_json: bool) -> None:
+    """An answer for a person, or as a line of JSON."""
+    prompt = tokenizer.decode(answer.prompt.ids, skip_special_tokens=True)
+    # Together, because some decoders drop a space before the first word.
+    text = tokenizer.decode([*answer.prompt.ids, *answer.ids], skip_special_tokens=True).removeprefix(prompt)
+    if as_json:
+        facts = {
+            "prompt": prompt,
+            "text": text,
+            "ids": answer.ids,
+            **asdict(answer.drafting),
+            "seconds": answer.seconds,
+        }
+        typer.echo(json.dumps({**facts, "seconds_alone": answer.seconds_alone, "same": answer.is_same}))
+    else:
+        typer.secho(prompt, dim=True, nl=False)
+        typer.echo(text + "\n")
+
+
+def print_drafting(console: Console, written: Sequence[Written]) -> None:
+    """How many passes of the model the answers took, and how often each head was right."""
+    total = Drafting()
+    for answer in written:
+        total.add(answer.drafting)
+    seconds = sum(answer.seconds for answer in written)
+    shares = ", ".join(f"{a / max(d, 1):.0%} of {d}" for a, d in zip(total.accepted, total.drafted, strict=True))
+    console.print(
+        f"{total.tokens} tokens in {total.passes} passes of the model ({total.passes / max(total.tokens, 1):.2f} a token) and "
+        f"{seconds:.1f} s. Taken over of the heads' tokens: {shares}; {total.accepted_length:.2f} a draft.",
+        soft_wrap=True,
+        highlight=False,
+    )
+    alone = [answer for answer in written if answer.seconds_alone is not None]
+    if alone:
+        other = sum(answer.seconds_alone or 0.0 for answer in alone)
+        judged = [answer.is_same for answer in alone if answer.is_same is not None]
+        same = f" The same answers: {sum(judged)} of {len(judged)}." if judged else ""
+        console.print(f"The model alone: {other:.1f} s, {other / seconds:.2f} times as long.{same}", soft_wrap=True)
