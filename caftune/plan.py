@@ -90,11 +90,10 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
     else:
         args = stage_two_config(recipe, folder, heads=None, aux_weight=0.0, aux_min_weight=0.0)
     rows = _rows(recipe, stage, args)
-    config = AutoConfig.from_pretrained(recipe.model.name, revision=recipe.model.revision or "main")
+    config = _config(recipe)
     setup = _setup(recipe, stage, args, rows, config)
-    adapter = lora_config(recipe) if stage == "train" else None
     device, available = _device()
-    found = estimate(config, setup, adapter)
+    found = estimate(config, setup, _adapter(recipe, setup))
     remedies = []
     if found.memory.peak > available:
         for change, smaller in _smaller(recipe, setup):
@@ -103,6 +102,22 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
             if peak <= available:
                 break
     return Plan(recipe.model.name, setup, rows, found, device, available, remedies)
+
+
+def plan_of_run(recipe: Recipe, args: CAFTConfig, rows: Dataset, tokenizer: Any) -> dict[str, float]:
+    """What `plan` says of stage 2 and a run can measure, from the options and the `task_rows` that the run has."""
+    config = _config(recipe)
+    setup = _setup(recipe, "train", args, _measured(rows, tokenizer, args), config)
+    found = estimate(config, setup, _adapter(recipe, setup))
+    return {
+        "flops_per_token": found.flops.total,
+        "overhead": found.overhead_here,
+        "peak_memory_bytes": found.memory.peak,
+    }
+
+
+def _config(recipe: Recipe) -> Any:
+    return AutoConfig.from_pretrained(recipe.model.name, revision=recipe.model.revision or "main")
 
 
 def _rows(recipe: Recipe, stage: str, args: CAFTConfig) -> Rows:
@@ -117,9 +132,14 @@ def _rows(recipe: Recipe, stage: str, args: CAFTConfig) -> Rows:
     tokenizer = load_tokenizer(recipe)
     rows = task_rows(recipe, "train", tokenizer, args, limit=min(recipe.data.limit or _ROWS_READ, _ROWS_READ))
     assert rows is not None
+    return _measured(rows, tokenizer, args)
+
+
+def _measured(rows: Dataset, tokenizer: Any, args: CAFTConfig) -> Rows:
+    """The same of the rows of a task, which `task_rows` has not tokenized where the trainer is to do more than that."""
     if "labels" not in rows.column_names:
-        rows = tokenized(rows, tokenizer, args, name="train")
-    return measure_rows(rows, longest, args.per_device_train_batch_size)
+        rows = tokenized(rows.select(range(min(len(rows), _ROWS_READ))), tokenizer, args, name="train")
+    return measure_rows(rows, args.max_length, args.per_device_train_batch_size)
 
 
 def _assumed(length: int, why: str) -> Rows:
@@ -127,7 +147,7 @@ def _assumed(length: int, why: str) -> Rows:
     return Rows(0, float(length), length, _ASSUMED_LABELLED, float(length), text)
 
 
-def measure_rows(rows: Dataset, longest: int, batch_size: int) -> Rows:
+def measure_rows(rows: Dataset, longest: int | None, batch_size: int) -> Rows:
     """Lengths and labels of tokenized rows, of the first thousand. What is beyond `longest` is cut, as in training."""
     labels = [row[:longest] for row in rows.select(range(min(len(rows), _ROWS_READ)))["labels"]]
     lengths = [len(row) for row in labels]
