@@ -1,7 +1,6 @@
 """What a training cost: seconds, tokens, FLOPs, peak memory. A run that was stopped goes on counting."""
 
 import ctypes
-import gc
 import re
 import time
 from contextlib import suppress
@@ -134,7 +133,6 @@ def _of_process(name: str) -> int | None:
 
 def _reset_peak_memory() -> None:
     """Start anew, as far as the system lets us: a process of Linux may reset its own peak."""
-    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
