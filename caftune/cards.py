@@ -4,13 +4,14 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
-from rich.console import Console
-from rich.markdown import Markdown
 
 from caftune.checkpoint import QUALITY_FILE, describe_heads, file_name
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -105,8 +106,10 @@ def read_quality(folder: Path) -> dict[str, Any] | None:
     return quality if quality.get("weights_sha256") == describe_heads(folder)["weights_sha256"] else None
 
 
-def print_quality(console: Console, folder: Path) -> None:
+def print_quality(console: "Console", folder: Path) -> None:
     """Show the quality report of a heads folder, where it has one."""
+    from rich.markdown import Markdown  # here, for a training needs none
+
     quality = read_quality(folder)
     if quality is not None:
         console.print(Markdown("\n".join(quality_table(quality))))

@@ -75,6 +75,7 @@ def summarise_comparison(recipe: Recipe, *, partly: bool = True) -> dict[str, An
         "measures": [_row(key, measured) for key, measured in table.items()],
         "comparisons": _comparisons(table, arms) if len(complete) > 1 else [],
         "costs": {arm: _costs(found) for arm, found in runs.items()},
+        "plans": {arm: _plans(found) for arm, found in runs.items()},
         "device": ", ".join(_devices(runs)),
         "logs": {arm: [run.log for run in found] for arm, found in runs.items()},
         "concepts": _concepts(recipe, runs) if complete else None,
@@ -255,7 +256,14 @@ def _devices(runs: Mapping[str, Sequence[ComparedRun]]) -> list[str]:
 
 def _costs(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
     names = ("tokens", "flops", "seconds", "peak_memory_bytes")
-    return {name: [run.trained["costs"][name] for run in runs] for name in names}
+    known = {name: [run.trained["costs"][name] for run in runs] for name in names}
+    return {**known, "memory_before_bytes": [run.trained["costs"].get("memory_before_bytes") for run in runs]}
+
+
+def _plans(runs: Sequence[ComparedRun]) -> dict[str, list[float]]:
+    """What `caftune plan` says of an arm's runs; empty where it could not, or the runs are older than that."""
+    made = [run.trained["plan"] for run in runs if run.trained.get("plan")]
+    return {name: [plan[name] for plan in made] for name in made[0]} if made else {}
 
 
 def _checks(runs: Mapping[str, Sequence[ComparedRun]]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a training cost: seconds, tokens, FLOPs, peak memory. A run that was stopped goes on counting."""
 
-import gc
+import ctypes
 import re
 import time
 from contextlib import suppress
@@ -51,7 +51,7 @@ class Costs(TrainerCallback):
     - `flops`: matrix products and attention of the first step, forward and backward, counted by torch as it ran, by that
       step's tokens, times all tokens. Kernels that torch does not know are not in it. None with several processes.
     - `peak_memory_bytes`: of the GPU's allocator; on a CPU of the whole process with Python and its libraries (Linux; else
-      None).
+      None). `memory_bytes` before a model is loaded says how much of that is not the training's.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -113,16 +113,26 @@ class Costs(TrainerCallback):
         return {**counted, "flops": per_token * counted["tokens"] if per_token and counted["tokens"] else None}
 
 
-def _peak_memory_bytes() -> int | None:
+def memory_bytes() -> int | None:
+    """What is held now of that which `peak_memory_bytes` is the highest of, all that is free given back."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE) if _STATUS.is_file() else None
+        return torch.cuda.memory_allocated()
+    with suppress(AttributeError, TypeError):  # glibc alone has it, and keeps what an earlier model took
+        ctypes.CDLL(None).malloc_trim(0)
+    return _of_process("VmRSS")
+
+
+def _peak_memory_bytes() -> int | None:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _of_process("VmHWM")
+
+
+def _of_process(name: str) -> int | None:
+    found = re.search(rf"^{name}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE) if _STATUS.is_file() else None
     return int(found[1]) * 1024 if found else None
 
 
 def _reset_peak_memory() -> None:
     """Start anew, as far as the system lets us: a process of Linux may reset its own peak."""
-    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):

@@ -28,6 +28,7 @@ class Setup:
         length: tokens of the longest row, to which a batch is padded; `mean_length` those of the mean row.
         labelled: share of the positions that have a next token to be trained on.
         is_padded: whether rows differ in length.
+        padding: positions that a batch has for each token, 1 without padding.
         dtype: what the weights are loaded in; `half`: whether products run in half precision around it (bf16, fp16).
         on_gpu: kernels and optimizers of a GPU.
     """
@@ -45,6 +46,7 @@ class Setup:
     mean_length: float = 1024.0
     labelled: float = 1.0
     is_padded: bool = False
+    padding: float = 1.0
     checkpointing: bool = True
     optimizer: str = "adamw_torch_fused"
     dtype: torch.dtype = torch.float32
@@ -72,7 +74,7 @@ class Estimate:
 
     parameters: Parameters
     memory: Memory
-    flops: Flops  # per token, as the code computes them
+    flops: Flops  # per token that is no padding, as the code computes them
     overhead: (
         float  # operations of a step over plain fine-tuning's, both with a next-token loss that skips unlabelled rows
     )
@@ -129,7 +131,7 @@ def estimate(config: Any, setup: Setup, adapter: Any = None) -> Estimate:
     return Estimate(
         parameters=parameters,
         memory=memory,
-        flops=flops(anatomy, step),
+        flops=flops(anatomy, step).times(setup.padding),
         overhead=overhead(anatomy, ideal),
         least_overhead=overhead(anatomy, replace(ideal, layer_rows="needed")),
         overhead_here=overhead(anatomy, step),
@@ -172,14 +174,14 @@ def _put_in(model: Any, adapter: Any, setup: Setup) -> None:
 
 
 def step_of(setup: Setup, backbone: Backbone, heads: AuxiliaryHeads | None) -> Step:
-    """What a step of the run computes."""
+    """What a step of the run computes: its padding is computed like any token."""
     adapters = sum(p.numel() for name, p in backbone.model.named_parameters() if "lora_" in name and p.dim() == 2)
     one = heads.heads[0] if heads is not None else nn.Identity()
     head_adapters = sum(p.numel() for name, p in one.named_parameters() if "lora_" in name)
     trains: Literal["all", "adapters", "none"] = "all" if setup.tuning == "full" else "adapters"
     return Step(
-        length=setup.mean_length,
-        labelled=setup.labelled,
+        length=setup.mean_length * setup.padding,
+        labelled=setup.labelled / setup.padding,
         heads=setup.heads,
         head_layer=sum(p.numel() for p in one.parameters()) if setup.head_kind == "mlp" and heads else None,
         rows=setup.rows,

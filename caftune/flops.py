@@ -12,7 +12,7 @@ Only matrix products count: two operations for a multiplication with an addition
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -110,6 +110,10 @@ class Flops:
     def total(self) -> float:
         """Operations of a step, per token."""
         return self.trunk + self.unembedding + self.heads + self.recomputation
+
+    def times(self, factor: float) -> "Flops":
+        """As many of each."""
+        return Flops(*(factor * part for part in astuple(self)))
 
 
 def anatomy_of(model: Any, layers: list[nn.Module]) -> Anatomy:

@@ -39,12 +39,14 @@ from caftune.checkpoint import (
     save_heads,
     write_json,
 )
-from caftune.costs import Costs
+from caftune.config import CAFTConfig
+from caftune.costs import Costs, memory_bytes
 from caftune.data import load_rows
 from caftune.export import export_model, load_trained, refuse_tied_adapters
 from caftune.generation import Sampling, end_tokens
 from caftune.labels import AnswerCache, Labelling, generate_labels, write_labels
 from caftune.objective import IGNORED, horizon_targets
+from caftune.plan import plan_of_run
 from caftune.progress import run, show_progress
 from caftune.prompts import conversations, refuse_long_prompts
 from caftune.quality import measure_heads
@@ -259,6 +261,7 @@ def finetune(recipe: Recipe) -> Path:
         refuse_other_stage(recipe, "train", files)  # before the data are prepared
     train, evaluation = (task_rows(recipe, name, tokenizer, args) for name in sources)
     folder = open_stage(recipe, "train", files)
+    held = memory_bytes()
     trainer = CAFTTrainer(
         recipe.model.name,
         args,
@@ -281,7 +284,8 @@ def finetune(recipe: Recipe) -> Path:
     copied = {"native_multi_token_modules": f"{len(native)} tensors, copied from the base unchanged"} if native else {}
     record(
         recipe,
-        {"stage": "train", "rows": len(train or ()), "metrics": metrics, "costs": costs.total(), **copied}
+        {"stage": "train", "rows": len(train or ()), "metrics": metrics, **copied}
+        | {"costs": {**costs.total(), "memory_before_bytes": held}, "plan": _plan(recipe, args, train, tokenizer)}
         | {"log": trainer.state.log_history},
     )
     return model
@@ -296,6 +300,17 @@ def _keep_heads(trainer: CAFTTrainer, model: Path, folder: Path) -> None:
         backbone = Backbone.of(load_trained(str(model), str(model)))
         training = {**training_record(trainer.args, trainer.state.global_step), "command": _command()}
         save_heads(folder, heads, backbone, AutoTokenizer.from_pretrained(model), training=training, state=state)
+
+
+def _plan(recipe: Recipe, args: CAFTConfig, rows: Any, tokenizer: Any) -> dict[str, float] | None:
+    """What the plan says of this run, to be shown beside what it was. Made at its end, so that nothing waits for it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return None  # neither the plan nor the count of operations is of several processes
+    try:
+        return plan_of_run(recipe, args, rows, tokenizer)
+    except Exception as error:  # whatever a model not planned for brings up, the run is done and must be recorded
+        tqdm.write(f"This run has no plan beside its costs: {error}", file=sys.stderr)
+        return None
 
 
 def export(recipe: Recipe, checkpoint: str | None = None) -> Path:

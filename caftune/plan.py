@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from math import comb
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ class Rows:
     mean_length: float
     longest: int
     labelled: float
+    padded_length: float  # of a batch, on average: its longest row
     assumed: str | None = None
 
 
@@ -88,11 +90,10 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
     else:
         args = stage_two_config(recipe, folder, heads=None, aux_weight=0.0, aux_min_weight=0.0)
     rows = _rows(recipe, stage, args)
-    config = AutoConfig.from_pretrained(recipe.model.name, revision=recipe.model.revision or "main")
+    config = _config(recipe)
     setup = _setup(recipe, stage, args, rows, config)
-    adapter = lora_config(recipe) if stage == "train" else None
     device, available = _device()
-    found = estimate(config, setup, adapter)
+    found = estimate(config, setup, _adapter(recipe, setup))
     remedies = []
     if found.memory.peak > available:
         for change, smaller in _smaller(recipe, setup):
@@ -103,39 +104,69 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
     return Plan(recipe.model.name, setup, rows, found, device, available, remedies)
 
 
+def plan_of_run(recipe: Recipe, args: CAFTConfig, rows: Dataset, tokenizer: Any) -> dict[str, float]:
+    """What `plan` says of stage 2 and a run can measure, from the options and the `task_rows` that the run has."""
+    config = _config(recipe)
+    setup = _setup(recipe, "train", args, _measured(rows, tokenizer, args), config)
+    found = estimate(config, setup, _adapter(recipe, setup))
+    return {
+        "flops_per_token": found.flops.total,
+        "overhead": found.overhead_here,
+        "peak_memory_bytes": found.memory.peak,
+    }
+
+
+def _config(recipe: Recipe) -> Any:
+    return AutoConfig.from_pretrained(recipe.model.name, revision=recipe.model.revision or "main")
+
+
 def _rows(recipe: Recipe, stage: str, args: CAFTConfig) -> Rows:
     """Length and labelled share of the rows; assumed where the recipe names none, or the labels are still to be made."""
     longest = args.max_length or recipe.data.max_length or 1024
     if stage == "heads":
         if not recipe.heads.text and not Path(head_source(recipe)).is_file():
             return _assumed(longest, f"{head_source(recipe)} is still to be made")
-        return measure_rows(head_rows(recipe, args)[0], longest)
+        return measure_rows(head_rows(recipe, args)[0], longest, args.per_device_train_batch_size)
     if recipe.data.train is None:
         return _assumed(longest, "data.train names no data")
     tokenizer = load_tokenizer(recipe)
     rows = task_rows(recipe, "train", tokenizer, args, limit=min(recipe.data.limit or _ROWS_READ, _ROWS_READ))
     assert rows is not None
+    return _measured(rows, tokenizer, args)
+
+
+def _measured(rows: Dataset, tokenizer: Any, args: CAFTConfig) -> Rows:
+    """The same of the rows of a task, which `task_rows` has not tokenized where the trainer is to do more than that."""
     if "labels" not in rows.column_names:
-        rows = tokenized(rows, tokenizer, args, name="train")
-    return measure_rows(rows, longest)
+        rows = tokenized(rows.select(range(min(len(rows), _ROWS_READ))), tokenizer, args, name="train")
+    return measure_rows(rows, args.max_length, args.per_device_train_batch_size)
 
 
 def _assumed(length: int, why: str) -> Rows:
     text = f"{why}: rows of {length} tokens are assumed, {_ASSUMED_LABELLED:.0%} of them labelled"
-    return Rows(0, float(length), length, _ASSUMED_LABELLED, text)
+    return Rows(0, float(length), length, _ASSUMED_LABELLED, float(length), text)
 
 
-def measure_rows(rows: Dataset, longest: int) -> Rows:
+def measure_rows(rows: Dataset, longest: int | None, batch_size: int) -> Rows:
     """Lengths and labels of tokenized rows, of the first thousand. What is beyond `longest` is cut, as in training."""
     labels = [row[:longest] for row in rows.select(range(min(len(rows), _ROWS_READ)))["labels"]]
-    tokens = sum(len(row) for row in labels)
+    lengths = [len(row) for row in labels]
+    tokens = sum(lengths)
     marks = [[label != IGNORED for label in row[1:]] for row in labels]
     return Rows(
         read=len(labels),
         mean_length=tokens / len(labels),
-        longest=max(len(row) for row in labels),
+        longest=max(lengths),
         labelled=sum(sum(row) for row in marks) / tokens,
+        padded_length=_mean_longest(lengths, batch_size),
     )
+
+
+def _mean_longest(lengths: list[int], count: int) -> float:
+    """The longest of so many rows drawn at random, on average: row i by length is it in C(i, count - 1) of C(n, count)."""
+    count = min(count, len(lengths))
+    draws = sum(length * comb(i, count - 1) for i, length in enumerate(sorted(lengths)))
+    return draws / comb(len(lengths), count)
 
 
 def _setup(recipe: Recipe, stage: Literal["heads", "train"], args: CAFTConfig, rows: Rows, config: Any) -> Setup:
@@ -159,6 +190,7 @@ def _setup(recipe: Recipe, stage: Literal["heads", "train"], args: CAFTConfig, r
         mean_length=rows.mean_length,
         labelled=rows.labelled,
         is_padded=not args.packing and rows.mean_length < rows.longest,
+        padding=1.0 if args.packing or args.padding_free else rows.padded_length / rows.mean_length,
         checkpointing=bool(args.gradient_checkpointing),
         optimizer=str(getattr(args.optim, "value", args.optim)),
         dtype=getattr(torch, given) if isinstance(given, str) else given,
@@ -245,6 +277,7 @@ def _sections(found: Plan) -> dict[str, dict[str, str]]:
         "Rows": {
             "read": str(rows.read),
             "tokens, mean (longest)": f"{rows.mean_length:.0f} ({rows.longest})",
+            "positions of a batch for each token": f"{setup.padding:.2f}",
             "labelled": f"{rows.labelled:.0%}",
         },
         f"Memory, {setup.batch_size} rows of {setup.length} tokens": {

@@ -137,6 +137,9 @@ def _single_run(folder: Path, stages: Mapping[str, Mapping[str, Any]]) -> dict[s
         "costs": {arm: {name: [value] for name, value in trained["costs"].items()}}
         if trained and "costs" in trained
         else {},
+        "plans": {arm: {name: [value] for name, value in trained["plan"].items()}}
+        if trained and trained.get("plan")
+        else {},
         "device": provenance.get("device", "an unknown device"),
         "logs": {arm: [trained["log"]]} if trained else {},
         "concepts": None,

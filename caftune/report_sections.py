@@ -1,14 +1,15 @@
 """The sections of a report, as plain values: sentences, tables, pictures, examples. report.py lays them out."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import fmean, median
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import yaml
 
 from caftune import plots
 from caftune.evals.statistics import LEVEL
+from caftune.report_costs import costs
 from caftune.report_parts import (
     ARMS,
     Answer,
@@ -26,7 +27,6 @@ from caftune.report_parts import (
     number,
     p_value,
     places_for,
-    scaled,
     without_addresses,
     without_servers,
 )
@@ -37,7 +37,7 @@ _HORIZON = re.compile(r"h(\d+)_(loss|weight)")
 
 def sections(run: Run) -> Iterator[Section]:
     """The sections that this run has something for, in their order."""
-    for build in (_verdict, _results, _training, _concepts, _examples, _costs, _heads, _provenance):
+    for build in (_verdict, _results, _training, _concepts, _examples, costs, _heads, _provenance):
         section = build(run)
         if not section.is_empty():
             yield section
@@ -325,35 +325,6 @@ def _examples(run: Run) -> Section:
 
 def _judged(score: float, *, is_binary: bool) -> tuple[str, str]:
     return ("right" if score == 1 else "wrong", "") if is_binary else ("", f"score {score:.3g}".replace("-", "−"))
-
-
-def _costs(run: Run) -> Section:
-    columns: dict[str, tuple[str, Callable[[float], str]]] = {
-        "tokens": ("tokens", scaled),
-        "flops": ("FLOPs", scaled),
-        "seconds": ("seconds", lambda value: number(value, 1)),
-        "peak_memory_bytes": ("peak memory, GiB", lambda value: number(value / 2**30, 2)),
-    }
-    rows = []
-    for arm, costs in run["costs"].items():
-        cells = [
-            _cost(costs.get(name, []), run["costs"].get(BASELINE, {}).get(name, []) if arm != BASELINE else [], shown)
-            for name, (_, shown) in columns.items()
-        ]
-        rows.append([Cell(arm), *cells])
-    many = any(len(values) > 1 for costs in run["costs"].values() for values in costs.values())
-    how = f"Of one training{', median of the seeds' * many}{f'; × is the ratio to {BASELINE}' * (len(rows) > 1)}."
-    head = ["arm", *(heading for heading, _ in columns.values())]
-    return Section("Costs", tables=[Table(f"Training on {run['device']}", how, head, rows)] if rows else [])
-
-
-def _cost(values: Sequence[float | None], baseline: Sequence[float | None], shown: Callable[[float], str]) -> Cell:
-    known, theirs = ([value for value in found if value is not None] for found in (values, baseline))
-    if not known:
-        return Cell("not measured")
-    ratio = f" (×{median(known) / median(theirs):.2f})" if theirs and median(theirs) > 0 else ""
-    some = f", {len(known)} of {len(values)} runs" if len(known) < len(values) else ""
-    return Cell(f"{shown(median(known))}{ratio}{some}")
 
 
 def _heads(run: Run) -> Section:

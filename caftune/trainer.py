@@ -343,7 +343,9 @@ class CAFTTrainer(SFTTrainer):
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         if args.max_length is not None and not (packing and args.packing_strategy == "bfd_split"):
-            refuse_cut_answers(dataset, args.max_length, name=dataset_name, keep_end=args.truncation_mode == "keep_end")
+            cut = refuse_cut_answers(dataset, args.max_length, args.truncation_mode, name=dataset_name)
+            if not (cut or packing):  # SFTTrainer would go through all rows twice to cut none
+                whole.shuffle_dataset, args = args.shuffle_dataset, whole
         return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -82,6 +82,7 @@ def sample(*, seeds: int = 5, arms: list[str] | None = None) -> dict[str, Any]:
             "A step of CAFT took 1.31 times the time, 1.24 times the FLOPs of next-token fine-tuning.",
         ],
         "costs": {arm: _costs(arm, seeds) for arm in names},
+        "plans": {arm: _plan(arm, seeds) for arm in names},
         "device": "cpu",
         "logs": {arm: [_log(arm, draw) for _ in range(seeds)] for arm in names},
         "concepts": {"kind": "smiles", "arms": {arm: _concepts(arm, seeds, draw) for arm in names}},
@@ -148,6 +149,16 @@ def _costs(arm: str, seeds: int) -> dict[str, list[float | None]]:
         "flops": [1.02e12 * ratio] * seeds,
         "seconds": [20.4 * ratio + 0.1 * seed for seed in range(seeds)],
         "peak_memory_bytes": [None] * seeds if arm == "beta0" else [1.1 * 2**30 * ratio] * seeds,
+        "memory_before_bytes": [2**29] * seeds,
+    }
+
+
+def _plan(arm: str, seeds: int) -> dict[str, list[float]]:
+    ratio = 1.0 if arm == "ntp" else 1.2
+    return {
+        "flops_per_token": [5.2e6 * ratio] * seeds,
+        "overhead": [ratio] * seeds,
+        "peak_memory_bytes": [600 * 2**20 * ratio] * seeds,
     }
 
 
@@ -222,7 +233,16 @@ def single_run(folder: Any, weight: float = 0.01) -> Any:
     rows = [
         {"stage": "pretrain-heads", "rows": 9, "metrics": {}, "quality": sample()["quality"]},
         {"stage": "train", "rows": 9, "metrics": {"loss": 1.25, "h1_loss": 1.25}, "log": log}
-        | {"costs": {"tokens": 1000, "flops": None, "seconds": 2.5, "peak_memory_bytes": 2**31}},
+        | {
+            "costs": {
+                "tokens": 1000,
+                "flops": None,
+                "seconds": 2.5,
+                "peak_memory_bytes": 2**31,
+                "memory_before_bytes": 2**29,
+            }
+        }
+        | {"plan": {name: values[0] for name, values in _plan("caft", 1).items()}},
         {"stage": "eval model gsm8k", "model": "model", "measures": {"accuracy": [0.5]}, **eval_row},
         {"stage": "eval base gsm8k", "model": "base", "measures": {"accuracy": [0.25]}, **eval_row},
     ]

@@ -22,6 +22,7 @@ from caftune.control_heads import write_control_heads
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.evals.statistics import holm
+from caftune.plan import plan
 from caftune.recipe import Recipe, RecipeError
 
 ARMS = ["ntp", "caft", "beta0", "no_pretraining"]
@@ -132,6 +133,19 @@ def test_beta_zero_is_next_token_fine_tuning_and_its_heads_are_measured(found):
         )
     assert found["checks"]["beta0"] == 0
     assert any("eval_h2_loss" in entry for entry in found["logs"]["beta0"][0])
+
+
+def test_the_plan_of_every_run_is_written_down_beside_its_costs(copied, heads, found):
+    for arm in ("ntp", "caft", "beta0"):  # the heads of the fourth are gone
+        for number, seed in enumerate(found["seeds"]):
+            said, kept = plan(arm_recipe(recipe_in(copied, heads), arm, seed)).estimate, found["plans"][arm]
+            assert kept["flops_per_token"][number] == said.flops.total
+            assert kept["overhead"][number] == said.overhead_here
+            assert kept["peak_memory_bytes"][number] == said.memory.peak
+    assert found["plans"]["no_pretraining"]["overhead"] > found["plans"]["caft"]["overhead"] > [1.0, 1.0]
+    for cost in found["costs"].values():
+        for before, peak in zip(cost["memory_before_bytes"], cost["peak_memory_bytes"], strict=True):
+            assert 0 < before < peak
 
 
 def test_concept_measures_are_found_again_from_the_concepts(finished, found):

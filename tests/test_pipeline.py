@@ -19,6 +19,7 @@ from caftune.data import DataError
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.recipe import Recipe, RecipeError
+from caftune.report import read_run
 
 FAST = {"per_device_train_batch_size": 8, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 2}
 
@@ -64,6 +65,17 @@ def test_one_recipe_gives_an_ordinary_model(finished):
     loaded = AutoModelForCausalLM.from_pretrained(finished / "model")
     ids = AutoTokenizer.from_pretrained(finished / "model")("Name: ethanol\nSMILES:", return_tensors="pt")["input_ids"]
     assert loaded.generate(ids, max_new_tokens=3).shape[1] > ids.shape[1]
+
+
+def test_a_run_whose_plan_fails_is_recorded_without_it(values, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "plan_of_run", lambda *_: 1 / 0)
+    recipe = recipe_with({**values, "output": str(tmp_path)}, loss={"weight": 0}, trainer={"max_steps": 1})
+    assert (pipeline.finetune(recipe) / "model.safetensors").is_file()
+    result = json.loads((tmp_path / "results.jsonl").read_text())
+    assert result["plan"] is None
+    assert result["costs"]["flops"] > 0
+    assert "This run has no plan beside its costs: division by zero" in capsys.readouterr().err
+    assert read_run(tmp_path)["plans"] == {}
 
 
 def test_stage_one_lowers_the_loss_of_every_head(finished):

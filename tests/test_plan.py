@@ -238,6 +238,21 @@ def test_operations_are_those_of_a_real_step(family, mode, tmp_path, monkeypatch
     assert abs(found.flops.total * 2 * 64 / counter.total - 1) < 0.05
 
 
+def test_operations_of_padding_are_those_of_a_real_step(tmp_path, monkeypatch):
+    trainer = trainer_of(small("llama"), tmp_path)
+    ids = [list(range(3, 67)), list(range(3, 19))]
+    trainer.train_dataset = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    with Counter() as counter:
+        trainer.train()
+    monkeypatch.setattr("caftune.estimate.ATTENTION_SHARE", 1.0)
+    rows = measure_rows(trainer.train_dataset, 64, 2)
+    shape = {"length": 64, "mean_length": 40, "labelled": rows.labelled, "padding": rows.padded_length / 40}
+    config = small("llama")
+    config._attn_implementation = "eager"
+    found = estimate(config, Setup(batch_size=2, checkpointing=False, is_padded=True, **shape))
+    assert abs(found.flops.total * 80 / counter.total - 1) < 0.05
+
+
 class Peak(TrainerCallback):
     """Resident memory of the last step above that before it, in bytes."""
 
@@ -287,14 +302,6 @@ def test_checkpointing_and_fewer_rows_need_less():
     assert 0.49 < half / whole.activations < 0.52
 
 
-def test_stage_one_on_a_sample_keeps_less_by_what_is_not_scored():
-    setup = Setup(stage="heads", batch_size=8, length=256, checkpointing=False)
-    whole, sample = (estimate(small("llama"), replace(setup, rows=rows)).memory for rows in (1.0, 0.25))
-    assert sample.logits == whole.logits / 4
-    assert 0 < sample.head_activations < whole.head_activations
-    assert whole.peak > sample.peak
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("adamw_torch", 800), ("sgd", 0), ("adamw_bnb_8bit", 200), ("adafactor", 80), ("lion_32bit", 800)],
@@ -303,13 +310,6 @@ def test_the_state_of_an_optimizer(name, expected):
     found, is_known = state_bytes(name, [torch.nn.Parameter(torch.zeros(10, 10))])
     assert found == expected
     assert is_known == (name != "lion_32bit")
-
-
-def test_rows_are_measured():
-    rows = Dataset.from_dict({"labels": [[-100, -100, 5, 6], [-100, 7, -100, 8, 9, 9]]})
-    found = measure_rows(rows, 5)  # the second row is cut to five
-    assert (found.read, found.mean_length, found.longest) == (2, 4.5, 5)
-    assert found.labelled == 5 / 9
 
 
 @pytest.fixture

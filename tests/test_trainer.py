@@ -211,6 +211,18 @@ def test_truncation_from_the_start_keeps_answers(tmp_path):
     assert len(trainer.train_dataset) == 4
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("length", [60, 128])
+def test_rows_are_what_sft_trainer_makes_of_them_cut_or_whole(rows, length, shuffled, tmp_path):
+    options = {**OPTIONS, "max_length": length, "shuffle_dataset": shuffled}
+    theirs = SFTTrainer(str(BASE), SFTConfig(str(tmp_path), **options), train_dataset=rows).train_dataset
+    args = CAFTConfig(str(tmp_path), aux_weight=0.0, **options)
+    ours = CAFTTrainer(str(BASE), args, train_dataset=rows).train_dataset
+    assert max(map(len, theirs["labels"])) == length if length == 60 else max(map(len, theirs["labels"])) < length
+    for name in ("input_ids", "labels"):
+        assert list(ours[name]) == list(theirs[name])
+
+
 def test_adapters_with_biases_hold_none_of_the_heads(rows, tmp_path):
     from safetensors.torch import load_file as load
     from transformers import Qwen2Config, Qwen2ForCausalLM

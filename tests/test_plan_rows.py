@@ -1,0 +1,35 @@
+"""What a plan knows of the rows."""
+
+from dataclasses import replace
+from itertools import combinations
+from statistics import fmean
+
+import pytest
+from datasets import Dataset
+from models import config_of
+
+from caftune.estimate import Setup, estimate
+from caftune.plan import measure_rows
+
+
+def test_rows_are_measured():
+    rows = Dataset.from_dict({"labels": [[-100, -100, 5, 6], [-100, 7, -100, 8, 9, 9]]})
+    found = measure_rows(rows, 5, 1)  # the second row is cut to five
+    assert (found.read, found.mean_length, found.longest) == (2, 4.5, 5)
+    assert found.labelled == 5 / 9
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
+def test_a_batch_is_padded_to_its_longest_row(size):
+    lengths = [3, 9, 4, 4, 17]
+    rows = Dataset.from_dict({"labels": [[5] * length for length in lengths]})
+    longest = [max(batch) for batch in combinations(lengths, min(size, 5))]
+    assert measure_rows(rows, 100, size).padded_length == pytest.approx(fmean(longest), rel=1e-12)
+
+
+def test_stage_one_on_a_sample_keeps_less_by_what_is_not_scored():
+    setup = Setup(stage="heads", batch_size=8, length=256, checkpointing=False)
+    whole, sample = (estimate(config_of("llama"), replace(setup, rows=rows)).memory for rows in (1.0, 0.25))
+    assert sample.logits == whole.logits / 4
+    assert 0 < sample.head_activations < whole.head_activations
+    assert whole.peak > sample.peak
