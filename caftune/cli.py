@@ -240,9 +240,13 @@ def info(
 
         logging.disable_progress_bar()
         description = describe_heads(folder)
-        writer = Writer(model or description["base"]["name"], heads, length=len(description["horizons"]))
+        base, beside = description["base"], folder.parent / "model"
+        if model is None:  # kept heads lie beside their model
+            model = str(beside) if folder.name == "model-heads" and beside.is_dir() else base["name"]
+        revision = base["revision"] if model == base["name"] else None
+        writer = Writer(model, heads, revision=revision, length=len(description["horizons"]))
         asked = writer.prompts([], measure)[:limit]
-        print_drafting(console, list(writer.write(asked, Sampling(max_new_tokens, temperature=0), alone=True)))
+        print_drafting(console, list(writer.write(asked, Sampling(writer.room(asked, max_new_tokens), 0), alone=True)))
 
 
 @heads_app.command()
@@ -298,7 +302,7 @@ def generate(
     texts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to go on from.")] = None,
     prompts: Annotated[str | None, typer.Option(help="A file or hub id with prompts, as labels.prompts.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="256, or what the context leaves.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="0: all tokens.")] = 0,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
@@ -323,10 +327,11 @@ def generate(
 
         logging.disable_progress_bar()
         writer = Writer(model, heads, revision=revision, length=draft)
-        sampling = Sampling(max_new_tokens, temperature, top_p, top_k)
+        asked = writer.prompts(texts or [], prompts)[:limit]
+        sampling = Sampling(max_new_tokens or writer.room(asked, 256), temperature, top_p, top_k)
         found = []
         for answer in writer.write(
-            writer.prompts(texts or [], prompts)[:limit],
+            asked,
             sampling,
             seed=seed,
             repetition_penalty=repetition_penalty,

@@ -100,6 +100,8 @@ def _refuse_unfit(recipe: Recipe) -> None:
 def _refuse_arms(recipe: Recipe) -> None:
     if recipe.model.tuning != "full" and not recipe.model.lora.merge:
         raise RecipeError("model.lora.merge must be true in a comparison, which evaluates whole models. Change it.")
+    if recipe.heads.keep:
+        raise RecipeError("heads.keep must be false in a comparison, which keeps no heads. Change it.")
     scrambled = [arm for arm in recipe.compare.arms if arm in ("random_heads", "shuffled_horizons")]
     if scrambled and recipe.adapt is not None:
         raise RecipeError(

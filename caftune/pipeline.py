@@ -18,12 +18,13 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -36,6 +37,7 @@ from caftune.checkpoint import (
     file_name,
     load_heads,
     model_fingerprint,
+    read_heads,
     save_heads,
     write_json,
 )
@@ -44,6 +46,7 @@ from caftune.costs import Costs, memory_bytes
 from caftune.data import load_rows
 from caftune.export import export_model, load_trained, refuse_tied_adapters
 from caftune.generation import Sampling, end_tokens
+from caftune.heads import AuxiliaryHeads, HeadsConfig
 from caftune.labels import AnswerCache, Labelling, generate_labels, write_labels
 from caftune.objective import IGNORED, horizon_targets
 from caftune.plan import plan_of_run
@@ -280,7 +283,9 @@ def finetune(recipe: Recipe) -> Path:
     model = Path(recipe.output, "model")
     native = trainer.export(model, merged=recipe.model.lora.merge)
     if recipe.heads.keep and trainer.heads is not None:
-        _keep_heads(trainer, model, Path(recipe.output, "model-heads"))
+        state = merged_state(trainer.heads)
+        best = trainer.state.best_global_step if args.load_best_model_at_end else None
+        _keep_heads(recipe, trainer.heads.config, state, args, best or trainer.state.global_step)
     copied = {"native_multi_token_modules": f"{len(native)} tensors, copied from the base unchanged"} if native else {}
     record(
         recipe,
@@ -291,15 +296,15 @@ def finetune(recipe: Recipe) -> Path:
     return model
 
 
-def _keep_heads(trainer: CAFTTrainer, model: Path, folder: Path) -> None:
-    """Write the heads of a finished stage 2 as those of the exported model, for which they can draft."""
-    heads = trainer.heads
-    assert heads is not None
-    state = merged_state(heads)
+def _keep_heads(recipe: Recipe, config: HeadsConfig, state: Mapping[str, Tensor], args: CAFTConfig, steps: int) -> None:
+    """Write heads as those of the exported model, for which they can draft."""
     if is_main_process():
-        backbone = Backbone.of(load_trained(str(model), str(model)))
-        training = {**training_record(trainer.args, trainer.state.global_step), "command": _command()}
-        save_heads(folder, heads, backbone, AutoTokenizer.from_pretrained(model), training=training, state=state)
+        model, trust = str(Path(recipe.output, "model")), args.trust_remote_code
+        backbone = Backbone.of(load_trained(model, model, trust_remote_code=trust))
+        heads = AuxiliaryHeads.build(backbone, config)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
+        about = {**training_record(args, steps), "command": _command()}
+        save_heads(Path(recipe.output, "model-heads"), heads, backbone, tokenizer, training=about, state=state)
 
 
 def _plan(recipe: Recipe, args: CAFTConfig, rows: Any, tokenizer: Any) -> dict[str, float] | None:
@@ -333,7 +338,12 @@ def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
     )
     steps = int(Path(source).name.rpartition("-")[2])
     description = describe_heads(heads) if heads is not None else None
-    write_model_card(target, recipe.model.name, stage_two_config(recipe, folder), steps, heads=description)
+    args = stage_two_config(recipe, folder)
+    if recipe.heads.keep and heads is not None and description is not None:
+        own = Path(source, "heads")
+        state = read_heads(own if own.is_dir() else heads)
+        _keep_heads(recipe, HeadsConfig(len(description["horizons"]), description["kind"]), state, args, steps)
+    write_model_card(target, recipe.model.name, args, steps, heads=description)
     record(recipe, {"stage": "export", "checkpoint": Path(source).name})
     return target
 

@@ -220,14 +220,13 @@ class Recipe(_Section):
     eval: EvalSection = EvalSection()
     compare: CompareSection = CompareSection()
 
-    @model_validator(mode="after")
-    def _keeps_heads(self) -> "Recipe":
-        if self.heads.keep:
-            if "train" not in self.heads.model_fields_set:
-                self.heads.train = True
-            if "schedule" not in self.loss.model_fields_set:
-                self.loss.schedule = "sine"
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_of_kept_heads(cls, values: Any) -> Any:
+        heads, loss = (values.get(name, {}) if isinstance(values, dict) else None for name in ("heads", "loss"))
+        if isinstance(heads, dict) and isinstance(loss, dict) and heads.get("keep") is True:
+            return {**values, "heads": {"train": True, **heads}, "loss": {"schedule": "sine", **loss}}
+        return values
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -19,7 +19,8 @@ from caftune.recipe import Recipe, RecipeError, first_difference, save_recipe
 _DEPENDS_ON: dict[str, Sequence[str]] = {
     "labels": ("seed", "model.name", "model.revision", "labels"),
     "pretrain": (
-        *("seed", "model.name", "model.revision", "heads", "loss.decay", "pretrain"),
+        *("seed", "model.name", "model.revision", "loss.decay", "pretrain"),
+        *(f"heads.{key}" for key in ("count", "kind", "targets", "top_k", "text", "held_out")),
         *("labels.keep_truncated", "labels.columns", "labels.limit"),
     ),
     "adapt": ("seed", "model.name", "model.revision", "heads.path", "heads.force", "loss.decay", "data", "adapt"),

@@ -19,16 +19,25 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import CandidateGenerator, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import (
+    CandidateGenerator,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from caftune.backbone import Backbone, UnsupportedModelError, evaluating, is_close, probe
 from caftune.calls import LayerCall
 from caftune.cross_entropy import in_full
 from caftune.heads import AuxiliaryHeads, autocast_like
 
-# How fast the shares of accepted drafts follow what happens, and drift back to 1 where nothing is drafted, so that horizons
-# that were given up are tried again.
+# How fast the shares of accepted drafts follow what happens, and drift back to 1 where nothing is drafted, so that a horizon
+# that was given up is tried again when those before it do well.
 _FOLLOW, _DRIFT = 0.1, 0.01
+_WAITING = 32  # passes of the model after which a head reads them though it is not asked
+# Processors that remember calls or run the model: asked about drafts too, they would say something else than without.
+_REFUSED_PROCESSORS = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 
 
 @dataclass
@@ -76,45 +85,56 @@ class SpeculativeDecoding:
     def __init__(self, backbone: Backbone, heads: AuxiliaryHeads, *, length: int | None = None) -> None:
         if length is not None and not 1 <= length <= len(heads.heads):
             raise ValueError(f"length must be from 1 to {len(heads.heads)}, the number of heads, got {length}.")
-        if not _takes_tokens_back(backbone.model):
+        model = backbone.model
+        self.model = model.get_base_model() if hasattr(model, "peft_config") else model  # with its adapters in it
+        if not _takes_tokens_back(self.model):
             raise UnsupportedModelError(
-                f"{type(backbone.model).__name__} cannot read several tokens behind a cache and take some of them back, as "
+                f"{type(self.model).__name__} cannot read several tokens behind a cache and take some of them back, as "
                 "checking a draft needs (state spaces and linear attention cannot). Use model.generate."
             )
         self.backbone, self.heads, self.length = backbone, heads, length
         self.total = Drafting()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`model.generate` with the same arguments, for one row: greedy or sampled, with any processors and stopping criteria.
+        """`model.generate` with the same arguments, for one row: greedy or sampled.
 
-        Equal to it up to rounding: the model checks several rows at once, and in half precision two tokens of nearly
-        equal probability can change places.
+        Processors of logits and stopping criteria must be functions of the text, for they are asked about drafts, too.
+        Equal to `model.generate` up to rounding: the model checks several rows at once, and in half precision two tokens of
+        nearly equal probability can change places.
 
         Raises:
-            ValueError: several rows, beams or return sequences, or a cache with tokens in it.
+            ValueError: several rows, beams or return sequences, a cache with tokens in it, a model in training mode, a
+                processor that is known to remember, or a text that passes the context at which the model's rotary phases
+                begin to change with the length of the text.
         """
-        model = self.backbone.model
-        config = kwargs.get("generation_config") or model.generation_config
-        beams = kwargs.get("num_beams", config.num_beams)
-        if (beams or 1) > 1:
-            raise ValueError(
-                f"num_beams must be 1 for speculative decoding, got {beams}. Use model.generate for beams."
-            )
+        if self.model.training:
+            raise ValueError("The model must be in evaluation mode for speculative decoding. Call model.eval().")
+        count = len(self.heads.heads)
+        if kwargs.get("generation_config") is not None:
+            config = kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+            config.prompt_lookup_num_tokens = count
+            config.use_cache = True
+        else:
+            kwargs |= {"prompt_lookup_num_tokens": count, "use_cache": True}
         drafts: list[_Drafts] = []
         with self.backbone.capture() as call, evaluating(self.heads), self._asked_for_drafts(call, drafts):
-            kwargs.setdefault("use_cache", True)
-            output = model.generate(*args, **kwargs, prompt_lookup_num_tokens=len(self.heads.heads))
+            output = self.model.generate(*args, **kwargs)
+        if not drafts:
+            raise ValueError(
+                "Speculative decoding must be greedy or plain sampling, and these arguments ask for another way of generating "
+                "(beams, say). Use model.generate."
+            )
         self.total.add(drafts[0].found)
         return output
 
     @contextmanager
     def _asked_for_drafts(self, call: LayerCall, drafts: "list[_Drafts]") -> Iterator[None]:
         """Within the block, the model's assisted generation takes its candidates from the heads."""
-        model = self.backbone.model
-        criteria = StoppingCriteriaList()
+        model = self.model
+        own_criteria, criteria = model._get_stopping_criteria, StoppingCriteriaList()
 
         def stopping_criteria(**given: Any) -> StoppingCriteriaList:
-            criteria.extend(type(model)._get_stopping_criteria(model, **given))
+            criteria.extend(own_criteria(**given))
             return criteria
 
         def candidate_generator(
@@ -126,15 +146,7 @@ class SpeculativeDecoding:
             **_others: Any,
         ) -> CandidateGenerator:
             cache = model_kwargs["past_key_values"]
-            if len(input_ids) > 1:
-                raise ValueError(
-                    f"Speculative decoding must be given 1 row, got {len(input_ids)}. Give them one by one."
-                )
-            if cache.get_seq_length() > 0:
-                raise ValueError(
-                    f"past_key_values must be empty for speculative decoding, got {cache.get_seq_length()} tokens, which "
-                    "the heads have not read. Give the whole prompt."
-                )
+            _refuse(model, generation_config, logits_processor, input_ids, cache)
             drafts.append(_Drafts(self, call, cache, generation_config, logits_processor, criteria))
             return drafts[0]
 
@@ -144,6 +156,47 @@ class SpeculativeDecoding:
             yield
         finally:
             del model._get_stopping_criteria, model._get_candidate_generator
+
+
+def _refuse(
+    model: Any, config: GenerationConfig, processors: LogitsProcessorList, ids: Int[Tensor, "rows tokens"], cache: Cache
+) -> None:
+    """Raise ValueError for what drafts would change, or cannot be made for."""
+    if len(ids) > 1:
+        raise ValueError(f"Speculative decoding must be given 1 row, got {len(ids)}. Give them one by one.")
+    if cache.get_seq_length() > 0:
+        raise ValueError(
+            f"past_key_values must be empty for speculative decoding, got {cache.get_seq_length()} tokens, which "
+            "the heads have not read. Give the whole prompt."
+        )
+    if config.assistant_ensemble_weight is not None:
+        raise ValueError(
+            "assistant_ensemble_weight must be None for speculative decoding: it changes the distribution."
+        )
+    for processor in processors:
+        if isinstance(processor, _REFUSED_PROCESSORS):
+            raise ValueError(
+                f"{type(processor).__name__} cannot be asked about drafts, for it remembers calls. Use model.generate."
+            )
+    context = _changing_context(model.config.get_text_config())
+    if context is not None and int(config.max_length or 0) > context:
+        raise ValueError(
+            f"A text must end within {context} tokens for speculative decoding with this model, whose rotary phases change "
+            f"with its length from there on; prompt and new tokens may come to {config.max_length}. Use model.generate."
+        )
+
+
+def _changing_context(config: Any) -> int | None:
+    """From where on the phases of a text's first tokens depend on its last ones (dynamic NTK, LongRoPE); None: nowhere."""
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = [given, *(part for part in given.values() if isinstance(part, dict))]
+    changing = [part for part in kinds if part.get("rope_type") in ("dynamic", "longrope")]
+    if not changing:
+        return None
+    original = changing[0].get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
+    return int(original or config.max_position_embeddings)
 
 
 class _Drafts(CandidateGenerator):
@@ -168,7 +221,7 @@ class _Drafts(CandidateGenerator):
         self.caches = [copy.deepcopy(cache) for _ in range(count)]  # empty: of its kind and settings
         self.behind: list[list[_Read]] = [[] for _ in range(count)]  # what the model has read and a head has not
         self.limit = int(config.max_length or 0)
-        self.size = 0  # of the draft that is being checked
+        self.size, self.draft = 0, torch.empty(0)  # what is being checked
         self.price = relative_price(self.backbone, self.heads)
         self.shares = [1.0] * count  # how often each head's token is accepted where those before it were
         self.found = Drafting(drafted=[0] * count, accepted=[0] * count)
@@ -180,23 +233,28 @@ class _Drafts(CandidateGenerator):
         if is_first_iteration:
             return input_ids, None
         read = _Read(copy.copy(self.call), self.size - int(n_last_matches))
-        for waiting in self.behind:
+        for index, waiting in enumerate(self.behind):
             if self.is_stateless:
                 waiting.clear()
             waiting.append(read)
+            if len(waiting) > _WAITING:
+                self._hidden(index)
         room = self.limit - input_ids.shape[1] - 1  # the model adds a token of its own
         longer, logits = self._drafted(input_ids, min(self._wanted(), room))
-        self.size = longer.shape[1] - input_ids.shape[1]
+        self.draft = longer[0, input_ids.shape[1] :]
+        self.size = len(self.draft)
         for index in range(self.size):
             self.found.drafted[index] += 1
         return longer, torch.cat(logits, 1) if logits and self.config.do_sample else None
 
-    def update_candidate_strategy(self, _ids: Tensor, _scores: Tensor, num_matches: int) -> None:
-        """Learn what was accepted."""
-        matches = int(num_matches)
+    def update_candidate_strategy(self, ids: Int[Tensor, "1 tokens"], _scores: Tensor, num_matches: int) -> None:
+        """Learn what was accepted. (`num_matches` is one less where the text ends with a draft that is right throughout.)"""
+        new = int(num_matches) + 1
+        kept = ids[0, ids.shape[1] - new :][: self.size]
+        matches = int((kept == self.draft[: len(kept)].to(kept.device)).cumprod(0).sum())
         self.found.passes += 1
         self.found.checks += self.size > 0
-        self.found.tokens += matches + 1
+        self.found.tokens += new
         for index in range(len(self.shares)):
             if index < matches:
                 self.found.accepted[index] += 1
@@ -222,10 +280,10 @@ class _Drafts(CandidateGenerator):
         found: list[Tensor] = []
         self.config.max_length = self.limit
         for index in range(count):
-            logits = in_full(self.backbone.unembedding().logits(self._hidden(index)))
+            logits = in_full(self.backbone.unembedding().logits(self._hidden(index))).to(ids.device)
             logits = self.processor(ids, logits)  # type: ignore[arg-type]
             token = _drawn(logits) if self.config.do_sample else logits.argmax(-1, keepdim=True)
-            ids = torch.cat([ids, token.to(ids.device)], 1)
+            ids = torch.cat([ids, token], 1)
             found.append(logits[:, None])
             if bool(self.criteria(ids, None).any()):
                 # The loop adds a token of the model behind a draft that it accepts, and cuts the text at this length.

@@ -45,6 +45,8 @@ def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
     for key in ("lora_rank", "learning_rate", "max_grad_norm"):
         if getattr(recipe.heads, key) is not None and not recipe.heads.train:
             raise RecipeError(f"heads.{key} needs heads.train: true, for heads are frozen in stage 2 otherwise.")
+    if recipe.heads.keep and loss.weight == 0:
+        raise RecipeError("heads.keep needs loss.weight above 0: without it there are no heads to keep. Change one.")
     if recipe.heads.keep and recipe.model.tuning != "full" and not recipe.model.lora.merge:
         raise RecipeError(
             "heads.keep needs model.lora.merge: true, for heads are kept beside a whole model. Change one."

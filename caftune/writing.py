@@ -85,12 +85,17 @@ class Writer:
         Raises:
             ValueError: a prompt that leaves no room for `max_new_tokens` in the model's context.
         """
-        self._refuse_long(prompts, sampling)
+        if self.room(prompts, sampling.max_new_tokens) < sampling.max_new_tokens:
+            raise ValueError(
+                "A prompt and --max-new-tokens must fit the model's context, and leave room for "
+                f"{self.room(prompts, sampling.max_new_tokens)} tokens, got {sampling.max_new_tokens}. Lower it."
+            )
         pad = next(t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if t is not None)
         eos = end_tokens(self.model.generation_config, self.tokenizer)
         config = sampling.generation_config(eos, pad)
         config.repetition_penalty = repetition_penalty
-        more = {"stop_strings": list(stop), "tokenizer": self.tokenizer} if stop else {}
+        config.stop_strings = list(stop) or None
+        more = {"tokenizer": self.tokenizer} if stop else {}
 
         def answer(generate: Any, prompt: Prompt, number: int) -> tuple[list[int], float]:
             ids = torch.tensor([prompt.ids], device=self.model.device)
@@ -110,14 +115,17 @@ class Writer:
                 written = Written(prompt, found, self.decoding.total, seconds, seconds_alone, same)
             yield written
 
-    def _refuse_long(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+    def room(self, prompts: Sequence[Prompt], wanted: int) -> int:
+        """How many new tokens, of those wanted, fit the model's context behind the longest prompt.
+
+        Raises:
+            ValueError: none.
+        """
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(len(prompt.ids) for prompt in prompts)
-        if context is not None and longest + sampling.max_new_tokens > context:
-            raise ValueError(
-                f"A prompt and --max-new-tokens must fit the model's context of {context} tokens, got {longest} + "
-                f"{sampling.max_new_tokens}. Lower --max-new-tokens or shorten the prompt."
-            )
+        if context is not None and longest >= context:
+            raise ValueError(f"A prompt must fit the model's context of {context} tokens, got {longest}. Shorten it.")
+        return wanted if context is None else min(wanted, context - longest)
 
 
 def print_answer(answer: Written, tokenizer: Any, *, as_json: bool) -> None:

@@ -6,8 +6,9 @@ from collections import Counter
 import pytest
 import torch
 from models import VOCABULARY, build
+from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessorList
 from transformers.generation import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
 
 from caftune import speculative
@@ -69,16 +70,16 @@ def test_greedy_texts_are_those_of_generate_at_any_length_of_draft(family, lengt
     assert decoding.total.tokens == 90
 
 
-@pytest.mark.parametrize(("name", "prompts"), [("stories260k", "Once upon a time"), ("smiles-gpt2-0.5m", None)])
-def test_greedy_texts_of_real_models_are_those_of_generate(shared, name, prompts):
+@pytest.mark.parametrize("name", ["stories260k", "smiles-gpt2-0.5m"])
+def test_greedy_texts_of_real_models_are_those_of_generate(shared, name):
     model = AutoModelForCausalLM.from_pretrained(shared / "models" / name)
     vocabulary = model.config.vocab_size
     decoding = decoding_of(model.eval(), 4, length=4)
     for number in range(200):
         ids = ids_of(3 + number % 20, seed=number, vocabulary=vocabulary)
-        expected = model.generate(ids, max_new_tokens=24, **GREEDY)
-        assert torch.equal(decoding.generate(ids, max_new_tokens=24, **GREEDY), expected), number
-    assert sum(decoding.total.accepted) > 0, prompts
+        expected = model.generate(ids, max_new_tokens=16, **GREEDY)
+        assert torch.equal(decoding.generate(ids, max_new_tokens=16, **GREEDY), expected), number
+    assert sum(decoding.total.accepted) > 0
 
 
 @pytest.mark.parametrize(
@@ -206,20 +207,20 @@ def test_a_refused_draft_leaves_nothing_in_the_heads_caches():
 
 @pytest.mark.parametrize("length", [2, None])
 def test_sampled_texts_have_the_models_own_distribution(length):
-    """Three tokens of a vocabulary of seven, 3,000 times, against the product of the processed distributions."""
-    model = build("llama", dtype=torch.float32, spread=6.0, vocab_size=7)
+    """Three tokens of a vocabulary of seven, 900 times, against the product of the processed distributions."""
+    model = build("llama", dtype=torch.float32, spread=16.0, vocab_size=7)
     decoding = decoding_of(model, 2, length=length)
     ids, settings = torch.tensor([[3, 5, 4]]), {"temperature": 1.3, "top_k": 5, "repetition_penalty": 1.2}
     options = {"do_sample": True, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 3, **settings}
     torch.manual_seed(1)
-    drawn = Counter(tuple(decoding.generate(ids, **options)[0, 3:].tolist()) for _ in range(3000))
-    assert 300 < decoding.total.accepted[0] < decoding.total.drafted[0]
+    drawn = Counter(tuple(decoding.generate(ids, **options)[0, 3:].tolist()) for _ in range(900))
+    assert 90 < decoding.total.accepted[0] < decoding.total.drafted[0]
 
     def chance(temperature):
-        return chisquare(*grouped(drawn, exact(model, ids, {**settings, "temperature": temperature}), 3000)).pvalue
+        return chisquare(*grouped(drawn, exact(model, ids, {**settings, "temperature": temperature}), 900)).pvalue
 
     assert chance(1.3) > 0.01
-    assert chance(0.6) < 1e-6  # so few draws would tell another distribution apart
+    assert chance(1.0) < 1e-4  # so few draws would tell another distribution apart
 
 
 def exact(model, ids, settings):
@@ -300,10 +301,21 @@ def test_the_model_is_as_it_was_afterwards(llama):
     assert not any(module._forward_pre_hooks for module in llama.modules())
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_beams": 3}, r"must be greedy or plain sampling.*\(beams, say\)\. Use model\.generate"),
+        ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidanceLogitsProcessor cannot be asked about drafts"),
+        ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight must be None for speculative decoding"),
+    ],
+)
+def test_ways_of_generating_that_drafts_would_change_are_refused(llama, options, said):
+    with pytest.raises(ValueError, match=said):
+        decoding_of(llama).generate(ids_of(4), max_new_tokens=5, **{**GREEDY, **options})
+
+
 def test_what_cannot_be_decoded_with_heads_is_refused(llama):
     decoding = decoding_of(llama)
-    with pytest.raises(ValueError, match=r"num_beams must be 1 for speculative decoding, got 3\. Use model\.generate"):
-        decoding.generate(ids_of(4), num_beams=3, max_new_tokens=5, **GREEDY)
     cache = llama(ids_of(3), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="past_key_values must be empty for speculative decoding, got 3 tokens"):
         decoding.generate(ids_of(4), past_key_values=cache, max_new_tokens=5, **GREEDY)
@@ -311,6 +323,72 @@ def test_what_cannot_be_decoded_with_heads_is_refused(llama):
         decoding_of(llama, 3, length=4)
     with pytest.raises(UnsupportedModelError, match="cannot read several tokens behind a cache and take some of them"):
         decoding_of(build("falcon_mamba", dtype=torch.float32))
+    training = build("llama", dtype=torch.float32).train()
+    with pytest.raises(ValueError, match="must be in evaluation mode"):
+        decoding_of(training).generate(ids_of(4), max_new_tokens=5, **GREEDY)
+
+
+def test_texts_end_where_rotary_phases_begin_to_change():
+    phases = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    model = build("llama", dtype=torch.float32, rope_parameters=phases, max_position_embeddings=20)
+    decoding = decoding_of(model)
+    assert torch.equal(
+        decoding.generate(ids_of(4), max_length=20, **GREEDY), model.generate(ids_of(4), max_length=20, **GREEDY)
+    )
+    with pytest.raises(ValueError, match="A text must end within 20 tokens for speculative decoding with this model"):
+        decoding.generate(ids_of(4), max_length=21, **GREEDY)
+
+
+def test_an_adapted_model_is_decoded_with_its_adapter():
+    model = build("llama", dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    backbone = Backbone.of(adapted.eval())
+    heads = AuxiliaryHeads.build(Backbone.of(build("llama", dtype=torch.float32)), HeadsConfig(2))
+    expected = adapted.generate(input_ids=ids_of(4), max_new_tokens=20, **GREEDY)
+    found = SpeculativeDecoding(backbone, heads).generate(input_ids=ids_of(4), max_new_tokens=20, **GREEDY)
+    assert torch.equal(found, expected)
+    with adapted.disable_adapter():
+        assert not torch.equal(adapted.generate(input_ids=ids_of(4), max_new_tokens=20, **GREEDY), expected)
+
+
+def test_a_configuration_given_is_not_changed(llama):
+    config = GenerationConfig(max_new_tokens=9, do_sample=False, pad_token_id=0)
+    before = config.to_dict()
+    output = decoding_of(llama).generate(ids_of(4), generation_config=config)
+    assert config.to_dict() == before
+    assert torch.equal(output, llama.generate(ids_of(4), generation_config=config))
+
+
+def test_a_streamer_gets_every_token_in_order(llama):
+    class Kept(list):
+        def put(self, tokens):
+            self.extend(tokens.flatten().tolist())
+
+        def end(self):
+            self.append("end")
+
+    streamer = Kept()
+    output = decoding_of(llama).generate(ids_of(4), max_new_tokens=20, streamer=streamer, **GREEDY)
+    assert streamer == [*output[0].tolist(), "end"]
+
+
+def test_heads_that_are_not_asked_for_long_read_in_between(monkeypatch, llama):
+    monkeypatch.setattr(speculative, "_WAITING", 5)
+    waiting = []
+    wanted = speculative._Drafts._wanted
+
+    def counted(self):
+        waiting.append(max(map(len, self.behind)))
+        return min(wanted(self), 1)
+
+    monkeypatch.setattr(speculative._Drafts, "_wanted", counted)
+    expected = llama.generate(ids_of(4), max_new_tokens=50, **GREEDY)
+    assert torch.equal(decoding_of(llama).generate(ids_of(4), max_new_tokens=50, **GREEDY), expected)
+    assert max(waiting) == 5
 
 
 def test_counts_of_several_texts_add_up():
