@@ -17,7 +17,7 @@ from caftune.cli import app
 from caftune.demo.run import BASE
 from caftune.recipe import Recipe, RecipeError
 
-PROMPTS = ["2-chlorobutane", "ethanol", "methyl 2-phenoxyacetate"]
+PROMPTS = ["2-chloropropane: ", "ethanol: ", "methyl 2-phenoxyacetate: "]
 
 
 def invoke(*arguments):
@@ -133,13 +133,9 @@ def test_generate_repeats_samples_of_a_seed(kept):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_generate_stops_at_a_stop_string(kept):
-    run = kept / "preset"
-
+def test_generate_stops_at_a_stop_string(heads):
     def text(*options):
-        said = invoke(
-            "generate", run / "model", run / "model-heads", PROMPTS[0], "--max-new-tokens", 9, "--json", *options
-        )
+        said = invoke("generate", BASE, heads, PROMPTS[0], "--max-new-tokens", 20, "--json", *options)
         return json.loads(said.stdout.splitlines()[0])["text"]
 
     whole = text()
