@@ -9,7 +9,8 @@ checkpointing. Every arm of a case runs once per round in a process of its own, 
 machine hits all alike; a number is the median of all rounds' steps (processor: seconds of all threads,
 which other jobs disturb less). Memory comes from one more process per arm, in which freed
 memory goes back at once: the peak of a step above the process before its model was built. Cases are all combinations of the
-options. Writes step.json and step.md; ratios are to SFTTrainer, beside them what `caftune plan` states.
+options. Writes step.json and step.md; ratios are to SFTTrainer, beside them what `caftune plan` states
+(with TRL's loss as it is on this device). FLOPs are matrix products and attention, counted in the first step.
 """
 
 import argparse
@@ -78,7 +79,7 @@ def summary(case: Case, arm: str, results: list[dict[str, Any]]) -> dict[str, An
     seconds = [second for result in results[1:] for second in result["seconds"]]
     found |= {"seconds": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
     found["processor"] = statistics.median(second for result in results[1:] for second in result["processor"])
-    found |= {"peak_mib": results[0]["peak_mib"], "growth_mib": results[0]["growth_mib"]}
+    found |= {name: results[0][name] for name in ("peak_mib", "growth_mib", "flops")}
     if arm in ("sft", "exact", "sampled"):
         plan = planned(case, arm)
         found |= {"plan_overhead": plan.overhead, "plan_overhead_here": plan.overhead_here}
@@ -112,32 +113,34 @@ def planned(case: Case, arm: str) -> Estimate:
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: an arm a row."""
     lines = [
-        "| tuning | vocabulary | labelled | heads | rows x tokens | arm | step, s (range) | to SFTTrainer | processor, s | "
-        "to SFTTrainer | plan | plan, unlabelled rows skipped | peak, MiB | to SFTTrainer | plan, MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| tuning | vocabulary | labelled | heads | rows x tokens | arm | step, s (range) | to SFTTrainer | processor time, to "
+        "SFTTrainer | FLOPs, to SFTTrainer | plan | peak, MiB | to SFTTrainer | plan, MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     names = [f.name for f in fields(Case)]
     for result in results:
         first = [f"{result[name]}" for name in names[:-2]] + [f"{result['batch']} x {result['length']}", result["arm"]]
         if "failed" in result:
             why = result["failed"].replace("\n", " ").replace("|", "/")
-            lines.append(f"| {' | '.join(first)} | {why} | | | | | | | | |")
+            lines.append(f"| {' | '.join(first)} | {why} | | | | | | | |")
             continue
         base = next(r for r in results if r["arm"] == "sft" and all(r[n] == result[n] for n in names))
-        over, here = result.get("plan_overhead"), result.get("plan_overhead_here")
+        here, peak = result.get("plan_overhead_here"), result.get("plan_peak_mib")
         cells = [
             f"{result['seconds']:.2f} ({result['fastest']:.2f}-{result['slowest']:.2f})",
-            f"{result['seconds'] / base['seconds']:.2f}" if "seconds" in base else "",
-            f"{result['processor']:.2f}",
-            f"{result['processor'] / base['processor']:.2f}" if "processor" in base else "",
+            *(ratio(result, base, name) for name in ("seconds", "processor", "flops")),
             f"{here:.2f}" if here else "",
-            f"{over:.2f}" if over else "",
             f"{result['peak_mib']:.0f}",
-            f"{result['peak_mib'] / base['peak_mib']:.2f}" if "peak_mib" in base else "",
-            f"{result['plan_peak_mib']:.0f}" if over else "",
+            ratio(result, base, "peak_mib"),
+            f"{peak:.0f}" if peak else "",
         ]
         lines.append(f"| {' | '.join([*first, *cells])} |")
     return "\n".join(lines)
+
+
+def ratio(result: dict[str, Any], base: dict[str, Any], name: str) -> str:
+    """A number over SFTTrainer's, as a cell."""
+    return f"{result[name] / base[name]:.2f}" if result.get(name) and base.get(name) else ""
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:

@@ -1,6 +1,6 @@
 """Training steps of one arm, in a process of its own: benchmarks/step.py runs it, the reference's with the reference's Python.
 
-Prints one line of JSON: seconds of every step but the first, peak memory, and memory before. What only one of the two
+Prints one line of JSON: seconds of every step but the first, operations of the first, peak memory, and memory before. What only one of the two
 environments has is imported inside its own functions.
 """
 
@@ -35,7 +35,7 @@ class Case:
 
 @dataclass
 class Meter:
-    """Time and memory of steps, the first of which makes the optimizer's state and is not timed."""
+    """Time and memory of steps, the first of which makes the optimizer's state, is counted, and is not timed."""
 
     device: str
     seconds: list[float] = field(default_factory=list)
@@ -44,6 +44,7 @@ class Meter:
     imported: float = 0.0  # MiB before the model is built
     before: float = 0.0  # MiB before the last step
     started: tuple[float, float] = (0.0, 0.0)
+    counter: Any = None  # of the first step's operations
 
     def begin(self) -> None:
         """A step begins."""
@@ -54,6 +55,8 @@ class Meter:
         else:
             Path("/proc/self/clear_refs").write_text("5")  # the highest memory so far is forgotten
         self.before = memory(self.device)
+        if self.counter is not None and not self.seconds:
+            self.counter.__enter__()
         self.started = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
@@ -63,6 +66,8 @@ class Meter:
         self.seconds.append(time.perf_counter() - self.started[0])
         self.processor.append(time.process_time() - self.started[1])
         self.peaks.append(memory(self.device, highest=True))
+        if self.counter is not None and len(self.seconds) == 1:
+            self.counter.__exit__(None, None, None)
 
     def result(self) -> dict[str, Any]:
         """What is to be reported."""
@@ -71,6 +76,7 @@ class Meter:
             "processor": self.processor[1:],
             "peak_mib": max(self.peaks[1:]) - self.imported,
             "growth_mib": self.peaks[-1] - self.before,
+            "flops": self.counter.total if self.counter is not None else None,
         }
 
 
@@ -110,7 +116,10 @@ def trained_by_trl(case: Case, arm: str, folder: Path, steps: int, meter: Meter)
     from datasets import Dataset
     from transformers import AutoTokenizer
 
+    from caftune.costs import FlopCount
     from caftune.demo.run import BASE
+
+    meter.counter = FlopCount()
 
     class Watch(transformers.TrainerCallback):
         def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:

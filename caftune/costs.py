@@ -27,7 +27,7 @@ _FORMULAS = {
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-class _FlopCount(TorchDispatchMode):
+class FlopCount(TorchDispatchMode):
     """Counts with torch's formulas. (Its own counter takes operations apart, which changes the last bits of results.)"""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Costs(TrainerCallback):
             "peak_memory_bytes": None,
             "flops_per_token": None,
         }
-        self._counter: _FlopCount | None = None
+        self._counter: FlopCount | None = None
         self._began = 0.0
         self._tokens_before = 0
         trainer.add_callback(self)
@@ -80,7 +80,7 @@ class Costs(TrainerCallback):
         if (
             args.world_size == 1 and self._counted["flops_per_token"] is None
         ):  # a resumed run has counted its first step
-            self._counter = _FlopCount()
+            self._counter = FlopCount()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._counter is not None:
