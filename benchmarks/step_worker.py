@@ -1,7 +1,7 @@
 """Training steps of one arm, in a process of its own: benchmarks/step.py runs it, the reference's with the reference's Python.
 
-Prints one line of JSON: seconds of every step but the first, operations of the first, peak memory, and memory before. What only one of the two
-environments has is imported inside its own functions.
+Prints one line of JSON: seconds of every step but the first, operations of the first, peak memory, and memory before. What
+only one of the two environments has is imported inside its own functions.
 """
 
 import argparse
