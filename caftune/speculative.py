@@ -220,6 +220,7 @@ class _Drafts(CandidateGenerator):
         self.is_stateless = self.heads.config.kind == "mlp"
         self.caches = [copy.deepcopy(cache) for _ in range(count)]  # empty: of its kind and settings
         self.behind: list[list[_Read]] = [[] for _ in range(count)]  # what the model has read and a head has not
+        self.latest: list[Tensor] = [torch.empty(0)] * count  # what each says of the last token it has read
         self.limit = int(config.max_length or 0)
         self.size, self.draft = 0, torch.empty(0)  # what is being checked
         self.price = relative_price(self.backbone, self.heads)
@@ -238,7 +239,7 @@ class _Drafts(CandidateGenerator):
                 waiting.clear()
             waiting.append(read)
             if len(waiting) > _WAITING:
-                self._hidden(index)
+                self._catch_up(index)
         room = self.limit - input_ids.shape[1] - 1  # the model adds a token of its own
         longer, logits = self._drafted(input_ids, min(self._wanted(), room))
         self.draft = longer[0, input_ids.shape[1] :]
@@ -292,20 +293,25 @@ class _Drafts(CandidateGenerator):
         return ids, found
 
     def _hidden(self, index: int) -> Float[Tensor, "1 width"]:
-        """Head `index` at the last accepted token, after reading what it has not read yet."""
+        """Head `index` at the last accepted token."""
+        self._catch_up(index)
+        hidden = self.latest[index]
+        with autocast_like(hidden):
+            if self.is_stateless:
+                hidden = self.heads.heads[index](hidden, self.backbone.close(hidden))
+            return self.backbone.close(hidden)[:, 0]
+
+    def _catch_up(self, index: int) -> None:
+        """Let head `index` read what it has not read yet."""
         head, cache = self.heads.heads[index], self.caches[index]
         for read in self.behind[index]:
             with autocast_like(read.call.hidden):
                 hidden = read.call.hidden if self.is_stateless else read.call.replay(head, cache)
-            hidden = hidden[:, : hidden.shape[1] - read.refused][:, -1:]
+            self.latest[index] = hidden[:, : hidden.shape[1] - read.refused][:, -1:]
             for layer in cache.layers:
                 if _is_used(layer):
                     layer.crop(-read.refused)  # type: ignore[union-attr]
         self.behind[index].clear()
-        with autocast_like(hidden):
-            if self.is_stateless:
-                hidden = head(hidden, self.backbone.close(hidden))
-            return self.backbone.close(hidden)[:, 0]
 
 
 def _is_used(layer: Any) -> bool:

@@ -376,19 +376,20 @@ def test_a_streamer_gets_every_token_in_order(llama):
     assert streamer == [*output[0].tolist(), "end"]
 
 
-def test_heads_that_are_not_asked_for_long_read_in_between(monkeypatch, llama):
-    monkeypatch.setattr(speculative, "_WAITING", 5)
-    waiting = []
-    wanted = speculative._Drafts._wanted
+@pytest.mark.parametrize("limit", [5, 7, 8])
+def test_heads_that_are_not_asked_for_long_read_in_between(monkeypatch, llama, limit):
+    monkeypatch.setattr(speculative, "_WAITING", limit)
+    waiting, turn = [], iter(itertools.cycle([1, 1, 1, 1, 1, 1, 1, 1, 3]))
 
     def counted(self):
         waiting.append(max(map(len, self.behind)))
-        return min(wanted(self), 1)
+        return next(turn)  # every ninth time all, also right after they have caught up
 
     monkeypatch.setattr(speculative._Drafts, "_wanted", counted)
-    expected = llama.generate(ids_of(4), max_new_tokens=50, **GREEDY)
-    assert torch.equal(decoding_of(llama).generate(ids_of(4), max_new_tokens=50, **GREEDY), expected)
-    assert max(waiting) == 5
+    for ids in (ids_of(4), ids_of(5)):
+        expected = llama.generate(ids, max_new_tokens=56, **GREEDY)
+        assert torch.equal(decoding_of(llama).generate(ids, max_new_tokens=56, **GREEDY), expected)
+    assert max(waiting) == limit
 
 
 def test_counts_of_several_texts_add_up():
