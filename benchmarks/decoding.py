@@ -74,7 +74,7 @@ def written(path: Path, rows: Sequence[dict[str, str]]) -> str:
 def line(name: str, model: str, heads: str, prompts: str, sampling: Sampling, length: int | None, limit: int) -> str:
     """One row of a table."""
     writer = Writer(model, heads, length=length)
-    asked = writer.prompts([], prompts)[:limit]
+    asked = writer.prompts([], prompts, limit)
     total, seconds, alone, same = Drafting(), 0.0, 0.0, 0
     for answer in writer.write(asked, sampling, alone=True):
         total.add(answer.drafting)
@@ -162,7 +162,7 @@ def main() -> None:
                     "train": str(options.gsm8k / "train.jsonl"),
                     "columns": {"prompt": "question", "completion": "answer"},
                 },
-                **{"separator": "\n", "limit": 1000, "max_length": 512},
+                **{"separator": "\n", "limit": 300, "max_length": 512},
             },
             "trainer": {"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 16},
             **changes,

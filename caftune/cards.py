@@ -33,18 +33,11 @@ def heads_card(folder: Path, name: str, *, licence: str) -> str:
         "made with": f"caftune {description['caftune']}",
         "licence": licence,
     }
+    use = _for_drafting(facts["base"]) if training.get("stage") == 2 else _for_training(facts["base"], name)
     lines = [
         f"# {name}",
         "",
-        f"Auxiliary heads for {facts['base']}, for concept-aware fine-tuning (CAFT, "
-        "[arXiv 2506.07833](https://arxiv.org/abs/2506.07833)): during fine-tuning, head h says which token stands h places "
-        "ahead; afterwards the heads are dropped. They fit this base alone, and loading checks that.",
-        "",
-        "```python",
-        "from caftune import CAFTConfig, CAFTTrainer",
-        "",
-        f'trainer = CAFTTrainer("{facts["base"]}", CAFTConfig("run", heads="{name}"), train_dataset=task)',
-        "```",
+        *use,
         "",
         "| | |",
         "|---|---|",
@@ -54,6 +47,31 @@ def heads_card(folder: Path, name: str, *, licence: str) -> str:
     if quality is not None:
         lines += ["", "## Quality", "", *quality_table(quality)]
     return _card(_metadata(base["name"], licence, "caftune-heads"), lines)
+
+
+def _for_drafting(model: str) -> list[str]:
+    return [
+        f"Auxiliary heads of {model}, kept from its fine-tuning: they draft for it, so that it writes in fewer passes. They "
+        "fit this model, and loading checks that.",
+        "",
+        "```",
+        'caftune generate MODEL HEADS "Once upon a time"',
+        "```",
+    ]
+
+
+def _for_training(base: str, name: str) -> list[str]:
+    return [
+        f"Auxiliary heads for {base}, for concept-aware fine-tuning (CAFT, "
+        "[arXiv 2506.07833](https://arxiv.org/abs/2506.07833)): during fine-tuning, head h says which token stands h places "
+        "ahead; afterwards the heads are dropped. They fit this base alone, and loading checks that.",
+        "",
+        "```python",
+        "from caftune import CAFTConfig, CAFTTrainer",
+        "",
+        f'trainer = CAFTTrainer("{base}", CAFTConfig("run", heads="{name}"), train_dataset=task)',
+        "```",
+    ]
 
 
 def write_model_card(folder: Path, base: str, options: Any, steps: int, *, heads: Mapping[str, Any] | None) -> None:
@@ -77,7 +95,7 @@ def write_model_card(folder: Path, base: str, options: Any, steps: int, *, heads
     if heads is None:
         facts["auxiliary heads"] = "none (plain next-token fine-tuning)"
     else:
-        facts["auxiliary heads"] = f"{len(heads['horizons'])} ({heads['kind']}), dropped afterwards"
+        facts["auxiliary heads"] = f"{len(heads['horizons'])} ({heads['kind']}), not part of this checkpoint"
         facts["SHA-256 of the heads"] = heads["weights_sha256"]
         facts["training of the heads"] = _in_words(heads["training"])
     lines = [

@@ -245,7 +245,7 @@ def info(
             model = str(beside) if folder.name == "model-heads" and beside.is_dir() else base["name"]
         revision = base["revision"] if model == base["name"] else None
         writer = Writer(model, heads, revision=revision, length=len(description["horizons"]))
-        asked = writer.prompts([], measure)[:limit]
+        asked = writer.prompts([], measure, limit)
         print_drafting(console, list(writer.write(asked, Sampling(writer.room(asked, max_new_tokens), 0), alone=True)))
 
 
@@ -301,7 +301,7 @@ def generate(
     ],
     texts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to go on from.")] = None,
     prompts: Annotated[str | None, typer.Option(help="A file or hub id with prompts, as labels.prompts.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of --prompts, use the first so many.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="256, or what the context leaves.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="0: all tokens.")] = 0,
@@ -318,7 +318,7 @@ def generate(
     revision: Annotated[str | None, typer.Option(help="Of the model on the hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each prompt.")] = False,
 ) -> None:
-    """Let a model write, faster: its heads draft tokens, which it checks. The answers are those of the model alone."""
+    """Let a model write in fewer passes: its heads draft tokens, which it checks. The answers are those of the model alone."""
     with _errors_in_one_line():
         from transformers.utils import logging
 
@@ -327,7 +327,7 @@ def generate(
 
         logging.disable_progress_bar()
         writer = Writer(model, heads, revision=revision, length=draft)
-        asked = writer.prompts(texts or [], prompts)[:limit]
+        asked = writer.prompts(texts or [], prompts, limit)
         sampling = Sampling(max_new_tokens or writer.room(asked, 256), temperature, top_p, top_k)
         found = []
         for answer in writer.write(

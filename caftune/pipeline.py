@@ -304,7 +304,9 @@ def _keep_heads(recipe: Recipe, config: HeadsConfig, state: Mapping[str, Tensor]
         heads = AuxiliaryHeads.build(backbone, config)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
         about = {**training_record(args, steps), "command": _command()}
-        save_heads(Path(recipe.output, "model-heads"), heads, backbone, tokenizer, training=about, state=state)
+        folder = Path(recipe.output, "model-heads")
+        save_heads(folder, heads, backbone, tokenizer, training=about, state=state)
+        tqdm.write(f"Heads that draft for it: {folder} (caftune generate {model} {folder} PROMPT)", file=sys.stderr)
 
 
 def _plan(recipe: Recipe, args: CAFTConfig, rows: Any, tokenizer: Any) -> dict[str, float] | None:

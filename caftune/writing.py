@@ -51,19 +51,17 @@ class Writer:
         found = load_heads(heads, backbone, self.tokenizer, force=True)
         self.decoding = SpeculativeDecoding(backbone, found, length=length)
 
-    def prompts(self, texts: Sequence[str], file: str | None) -> list[Prompt]:
-        """Texts (to a chat model: what the user says), and the rows of a file, up to where the model speaks first."""
+    def prompts(self, texts: Sequence[str], file: str | None, limit: int | None = None) -> list[Prompt]:
+        """Texts (to a chat model: what the user says), and the first rows of a file, up to where the model speaks first."""
         is_chat = bool(getattr(self.tokenizer, "chat_template", None))
         own = [{"messages": [{"role": "user", "content": text}]} if is_chat else {"prompt": text} for text in texts]
         sources = [Dataset.from_list(own)] if own else []
         if file is not None:
-            sources.append(load_rows(file, chat=is_chat))
+            sources.append(load_rows(file, limit=limit, chat=is_chat))
         talks = [talk for rows in sources for talk in conversations(rows, self.tokenizer)]
         found = [talk.prompt(0, [], self.tokenizer) for talk in talks if talk.turns]
         if not found:
-            raise ValueError(
-                "Something to write from must be given, got no prompt. Name one, or a file with --prompts."
-            )
+            raise ValueError("A prompt must be given, got none. Name one, or a file with --prompts.")
         return found
 
     def write(
@@ -83,12 +81,14 @@ class Writer:
             alone: let the model write each answer by itself, too.
 
         Raises:
-            ValueError: a prompt that leaves no room for `max_new_tokens` in the model's context.
+            ValueError: a prompt that leaves no room for `max_new_tokens` in the model's context, or a penalty of 0.
         """
+        if repetition_penalty <= 0:
+            raise ValueError(f"--repetition-penalty must be above 0, got {repetition_penalty}. 1 is none.")
         if self.room(prompts, sampling.max_new_tokens) < sampling.max_new_tokens:
             raise ValueError(
-                "A prompt and --max-new-tokens must fit the model's context, and leave room for "
-                f"{self.room(prompts, sampling.max_new_tokens)} tokens, got {sampling.max_new_tokens}. Lower it."
+                f"--max-new-tokens must be at most {self.room(prompts, sampling.max_new_tokens)}, which the longest prompt "
+                f"leaves of the model's context, got {sampling.max_new_tokens}. Lower it."
             )
         pad = next(t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if t is not None)
         eos = end_tokens(self.model.generation_config, self.tokenizer)
@@ -156,7 +156,7 @@ def print_drafting(console: Console, written: Sequence[Written]) -> None:
     shares = ", ".join(f"{a / max(d, 1):.0%} of {d}" for a, d in zip(total.accepted, total.drafted, strict=True))
     console.print(
         f"{total.tokens} tokens in {total.passes} passes of the model ({total.passes / max(total.tokens, 1):.2f} a token) and "
-        f"{seconds:.1f} s. Taken over of the heads' tokens: {shares}; {total.accepted_length:.2f} a draft.",
+        f"{seconds:.2f} s. Taken over of the heads' tokens, from the nearest: {shares}; {total.accepted_length:.2f} a draft.",
         soft_wrap=True,
         highlight=False,
     )
@@ -165,4 +165,8 @@ def print_drafting(console: Console, written: Sequence[Written]) -> None:
         other = sum(answer.seconds_alone or 0.0 for answer in alone)
         judged = [answer.is_same for answer in alone if answer.is_same is not None]
         same = f" The same answers: {sum(judged)} of {len(judged)}." if judged else ""
-        console.print(f"The model alone: {other:.1f} s, {other / seconds:.2f} times as long.{same}", soft_wrap=True)
+        console.print(
+            f"The model alone: {other:.2f} s. With its heads it is {other / seconds:.2f} times as fast.{same}",
+            soft_wrap=True,
+            highlight=False,
+        )

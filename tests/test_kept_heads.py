@@ -157,8 +157,8 @@ def test_heads_of_the_base_draft_for_its_child(kept, heads):
             "MODEL must be a folder with a config.json or a hub id, and /nowhere is no such",
         ),
         (["{model}", "/nowhere", "x"], "/nowhere must be a folder with heads.json"),
-        (["{model}", "{heads}"], "Something to write from must be given, got no prompt"),
-        (["{model}", "{heads}", "x", "--max-new-tokens", "100000"], "must fit the model's context"),
+        (["{model}", "{heads}"], "A prompt must be given, got none"),
+        (["{model}", "{heads}", "x", "--max-new-tokens", "100000"], "--max-new-tokens must be at most"),
         (["{model}", "{heads}", "x", "--draft", "9"], "length must be from 1 to 3, the number of heads, got 9"),
     ],
 )
