@@ -67,6 +67,11 @@ def end_tokens(generation_config: GenerationConfig, tokenizer: Any) -> list[int]
     return [eos] if isinstance(eos, int) else list(eos or ())
 
 
+def padding_token(tokenizer: Any) -> int:
+    """The token that fills rows up: the tokenizer's own, else any, for it is masked."""
+    return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+
+
 def transformers_backend(
     model: Any,
     tokenizer: Any,
@@ -80,7 +85,7 @@ def transformers_backend(
     Rows of a batch share their random numbers, which begin with the first prompt's seed.
     """
     eos = end_tokens(model.generation_config, tokenizer)
-    pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    pad = padding_token(tokenizer)
     config = sampling.generation_config(eos, pad)
     is_continuous = batching == "continuous" or (batching == "auto" and _gains_from_continuous(model))
 

@@ -195,7 +195,7 @@ def context_length(recipe: Recipe, name: str | None = None) -> int | None:
 
 def load_tokenizer(recipe: Recipe, name: str | None = None) -> Any:
     """The tokenizer of the base (or another model)."""
-    _refuse_missing_model(name or recipe.model.name)
+    refuse_missing_model(name or recipe.model.name)
     return AutoTokenizer.from_pretrained(name or recipe.model.name, revision=_revision(recipe, name))
 
 
@@ -246,6 +246,7 @@ def _generation_config(name: str, revision: str) -> GenerationConfig:
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, revision=revision))
 
 
-def _refuse_missing_model(name: str) -> None:
+def refuse_missing_model(name: str, place: str = "model.name") -> None:
+    """Raise RecipeError for the path of a folder that is none; hub ids are left to the hub."""
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name, "config.json").is_file():
-        raise RecipeError(f"model.name must be a folder with a config.json or a hub id, and {name} is no such folder.")
+        raise RecipeError(f"{place} must be a folder with a config.json or a hub id, and {name} is no such folder.")

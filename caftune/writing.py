@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from caftune.backbone import Backbone
 from caftune.checkpoint import load_heads
 from caftune.data import load_rows
-from caftune.generation import Sampling, end_tokens, only_these_settings, until_end
+from caftune.generation import Sampling, end_tokens, only_these_settings, padding_token, until_end
 from caftune.prompts import Prompt, conversations
 from caftune.speculative import Drafting, SpeculativeDecoding
+from caftune.stage_options import refuse_missing_model
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class Writer:
     """
 
     def __init__(self, model: str, heads: str, *, revision: str | None = None, length: int | None = None) -> None:
-        if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model, "config.json").is_file():
-            raise ValueError(f"MODEL must be a folder with a config.json or a hub id, and {model} is no such folder.")
+        refuse_missing_model(model, "MODEL")
         where = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model, revision=revision or "main")
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision or "main", dtype="auto")
@@ -90,9 +89,8 @@ class Writer:
                 f"--max-new-tokens must be at most {self.room(prompts, sampling.max_new_tokens)}, which the longest prompt "
                 f"leaves of the model's context, got {sampling.max_new_tokens}. Lower it."
             )
-        pad = next(t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if t is not None)
         eos = end_tokens(self.model.generation_config, self.tokenizer)
-        config = sampling.generation_config(eos, pad)
+        config = sampling.generation_config(eos, padding_token(self.tokenizer))
         config.repetition_penalty = repetition_penalty
         config.stop_strings = list(stop) or None
         more = {"tokenizer": self.tokenizer} if stop else {}

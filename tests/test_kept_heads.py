@@ -14,6 +14,7 @@ from caftune import pipeline
 from caftune.backbone import Backbone
 from caftune.checkpoint import HeadsError, load_heads
 from caftune.cli import app
+from caftune.compare import compare
 from caftune.demo.run import BASE
 from caftune.recipe import Recipe, RecipeError
 
@@ -92,11 +93,48 @@ def test_the_preset_gives_way_to_what_the_recipe_says():
         assert again == recipe
 
 
-def test_heads_of_an_adapter_alone_cannot_be_kept(kept, heads):
-    lora = {"name": str(BASE), "tuning": "lora", "lora": {"r": 4, "merge": False}}
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"loss": {"weight": 0.0}}, "heads.keep needs loss.weight above 0"),
+        (
+            {"model": {"name": str(BASE), "tuning": "lora", "lora": {"merge": False}}},
+            "heads.keep needs model.lora.merge",
+        ),
+    ],
+)
+def test_heads_that_cannot_be_kept_are_refused_before_training(kept, heads, changes, said):
     data = {"train": str(kept / "data.jsonl")}
-    with pytest.raises(RecipeError, match="heads.keep needs model.lora.merge: true"):
-        pipeline.finetune(recipe_in(kept, "x", adapt=None, data=data, model=lora, heads={"path": heads, "keep": True}))
+    recipe = recipe_in(kept, "x", **{"adapt": None, "data": data, "heads": {"path": heads, "keep": True}, **changes})
+    with pytest.raises(RecipeError, match=said):
+        pipeline.finetune(recipe)
+    assert not (kept / "x").exists()
+
+
+def test_a_comparison_keeps_no_heads(kept, heads):
+    data = {"train": str(kept / "data.jsonl"), "eval": str(kept / "data.jsonl")}
+    with pytest.raises(RecipeError, match="heads.keep must be false in a comparison"):
+        compare(recipe_in(kept, "x", adapt=None, data=data, heads={"path": heads, "keep": True}))
+
+
+def test_kept_heads_follow_the_checkpoint_that_is_exported(kept, heads, tmp_path):
+    data, trainer = {"train": str(kept / "data.jsonl")}, {**TRAINER, "learning_rate": 1e-2, "save_strategy": "steps"}
+    recipe = recipe_in(
+        tmp_path,
+        **{"data": data, "adapt": None, "heads": {"path": heads, "keep": True}},
+        trainer={**trainer, "save_steps": 1},
+    )
+    pipeline.finetune(recipe)
+    run = tmp_path / "run"
+    last = load_file(run / "model-heads" / "heads.safetensors")
+    pipeline.export(recipe, str(run / "train" / "checkpoint-2"))
+    found = load_file(run / "model-heads" / "heads.safetensors")
+    expected = load_file(run / "train" / "checkpoint-2" / "heads" / "heads.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert any(not torch.equal(found[name], value) for name, value in last.items())
+    backbone, tokenizer = loaded(run)
+    load_heads(run / "model-heads", backbone, tokenizer)  # not by force
+    assert json.loads((run / "model-heads" / "heads.json").read_text())["training"]["steps"] == 2
 
 
 def test_generate_writes_what_the_model_writes(kept, tmp_path):
@@ -159,6 +197,7 @@ def test_heads_of_the_base_draft_for_its_child(kept, heads):
         (["{model}", "/nowhere", "x"], "/nowhere must be a folder with heads.json"),
         (["{model}", "{heads}"], "A prompt must be given, got none"),
         (["{model}", "{heads}", "x", "--max-new-tokens", "100000"], "--max-new-tokens must be at most"),
+        (["{model}", "{heads}", "x", "--repetition-penalty", "0"], "--repetition-penalty must be above 0, got 0.0"),
         (["{model}", "{heads}", "x", "--draft", "9"], "length must be from 1 to 3, the number of heads, got 9"),
     ],
 )
@@ -169,10 +208,12 @@ def test_what_cannot_be_written_is_told_in_one_line(kept, arguments, said):
     assert said in result.stderr
 
 
-def test_info_measures_what_drafts_are_worth(kept, tmp_path):
+@pytest.mark.parametrize("named", [True, False])
+def test_info_measures_what_drafts_are_worth(kept, named, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
-    options = ["--measure", tmp_path / "prompts.jsonl", "--model", kept / "preset" / "model", "--max-new-tokens", 20]
+    model = ["--model", kept / "preset" / "model"] if named else []  # else that beside the heads
+    options = ["--measure", tmp_path / "prompts.jsonl", *model, "--max-new-tokens", 20, "--limit", 2]
     result = invoke("heads", "info", kept / "preset" / "model-heads", *options)
     assert result.exit_code == 0, result.output
     assert "a draft." in result.output
-    assert "The same answers: 3 of 3" in result.output
+    assert "The same answers: 2 of 2" in result.output

@@ -289,13 +289,15 @@ def test_peak_memory_is_that_of_a_real_step(is_lora, tmp_path):
 
 
 def test_peak_does_not_grow_with_the_number_of_heads_beyond_their_weights():
-    one, eight = (estimate(small("llama"), Setup(heads=k, batch_size=4, length=256)).memory for k in (1, 8))
+    one, eight = (
+        estimate(small("llama"), Setup(heads=k, batch_size=4, length=256, mean_length=256)).memory for k in (1, 8)
+    )
     assert eight.peak - eight.heads == one.peak - one.heads
     assert eight.heads == 8 * one.heads
 
 
 def test_checkpointing_and_fewer_rows_need_less():
-    setup = Setup(batch_size=8, length=256, checkpointing=False)
+    setup = Setup(batch_size=8, length=256, mean_length=256, checkpointing=False)
     whole = estimate(small("llama"), setup).memory
     assert estimate(small("llama"), replace(setup, checkpointing=True)).memory.activations < whole.activations / 5
     half = estimate(small("llama"), replace(setup, batch_size=4)).memory.activations
