@@ -123,12 +123,14 @@ def test_an_end_of_text_inside_an_accepted_draft_ends_it(llama, oracle, place):
 def test_a_draft_that_ends_the_text_counts_as_accepted(llama, oracle):
     ids = ids_of(4)
     text = llama.generate(ids, max_new_tokens=30, **GREEDY)
-    place = next(place for place in range(6, 30) if text[0, place] not in text[0, 4:place])
-    ended = {**GREEDY, "eos_token_id": int(text[0, place])}
     decoding = oracle(llama, text)
-    decoding.generate(ids, max_new_tokens=30, **ended)
-    assert decoding.total.tokens == place - 3
-    assert sum(decoding.total.drafted) == sum(decoding.total.accepted) > 0
+    new = [place for place in range(5, 30) if text[0, place] not in text[0, 4:place]]
+    assert {(place - 5) % 4 for place in new} > {0, 1}  # first and second of a draft, and more
+    for place in new:
+        decoding.total = Drafting()
+        decoding.generate(ids, max_new_tokens=30, **{**GREEDY, "eos_token_id": int(text[0, place])})
+        assert decoding.total.tokens == place - 3
+        assert sum(decoding.total.drafted) == sum(decoding.total.accepted)
 
 
 @pytest.mark.parametrize("new", range(1, 10))
