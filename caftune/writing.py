@@ -48,6 +48,10 @@ class Writer:
         self.model: Any = loaded.to(where).eval()
         backbone = Backbone.of(self.model)
         found = load_heads(heads, backbone, self.tokenizer, force=True)
+        if length is not None and length > found.config.count:
+            raise ValueError(
+                f"--draft must be at most {found.config.count}, the number of heads, got {length}. Lower it."
+            )
         self.decoding = SpeculativeDecoding(backbone, found, length=length)
 
     def prompts(self, texts: Sequence[str], file: str | None, limit: int | None = None) -> list[Prompt]:
@@ -80,8 +84,13 @@ class Writer:
             alone: let the model write each answer by itself, too.
 
         Raises:
-            ValueError: a prompt that leaves no room for `max_new_tokens` in the model's context, or a penalty of 0.
+            ValueError: a prompt that leaves no room for `max_new_tokens` in the model's context, a penalty of 0, or settings of
+                sampling without it.
         """
+        if sampling.temperature == 0 and (sampling.top_p < 1 or sampling.top_k > 0):
+            raise ValueError(
+                "--temperature must be above 0 for --top-p and --top-k, got 0, which draws nothing. Raise it."
+            )
         if repetition_penalty <= 0:
             raise ValueError(f"--repetition-penalty must be above 0, got {repetition_penalty}. 1 is none.")
         if self.room(prompts, sampling.max_new_tokens) < sampling.max_new_tokens:

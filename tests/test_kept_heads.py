@@ -198,7 +198,9 @@ def test_heads_of_the_base_draft_for_its_child(kept, heads):
         (["{model}", "{heads}"], "A prompt must be given, got none"),
         (["{model}", "{heads}", "x", "--max-new-tokens", "100000"], "--max-new-tokens must be at most"),
         (["{model}", "{heads}", "x", "--repetition-penalty", "0"], "--repetition-penalty must be above 0, got 0.0"),
-        (["{model}", "{heads}", "x", "--draft", "9"], "length must be from 1 to 3, the number of heads, got 9"),
+        (["{model}", "{heads}", "x", "--draft", "9"], "--draft must be at most 3, the number of heads, got 9"),
+        (["{model}", "{heads}", "x", "--top-p", "0.9"], "--temperature must be above 0 for --top-p and --top-k, got 0"),
+        (["{model}", "{heads}", "x", "--top-k", "5"], "--temperature must be above 0 for --top-p and --top-k, got 0"),
     ],
 )
 def test_what_cannot_be_written_is_told_in_one_line(kept, arguments, said):
