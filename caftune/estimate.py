@@ -25,6 +25,7 @@ class Setup:
         stage: "heads": stage 1, "train": stage 2.
         heads: K; 0 for plain fine-tuning.
         rows: share of its targets that each head is trained on (sampled mode).
+        leaves_out_heads: whether steps may come that run no head (`loss.min_weight`), and so are plain fine-tuning's.
         length: tokens of the longest row, to which a batch is padded; `mean_length` those of the mean row.
         labelled: share of the positions that have a next token to be trained on.
         is_padded: whether rows differ in length.
@@ -40,6 +41,7 @@ class Setup:
     trains_heads: bool = False
     heads_lora_rank: int | None = None
     rows: float = 1.0
+    leaves_out_heads: bool = False
     batch_size: int = 8
     accumulation: int = 1
     length: int = 1024
@@ -80,7 +82,7 @@ class Estimate:
     )
     least_overhead: float  # the same, did heads ask for queries at labelled rows alone
     overhead_here: (
-        float  # the same with TRL's own next-token loss, which skips them on GPUs only and computes logits twice
+        float  # the same with TRL's kernel: it computes logits twice; plain fine-tuning skips rows on GPUs only
     )
 
 
@@ -106,7 +108,8 @@ def estimate(config: Any, setup: Setup, adapter: Any = None) -> Estimate:
     trained = [p for p in model.parameters() if p.requires_grad]
     itemsize = 2 if setup.half else setup.dtype.itemsize
     weight = model.get_output_embeddings().weight
-    work = logits_bytes(batch, *weight.shape, has_triton=setup.on_gpu, itemsize=itemsize)
+    skips = step.main_rows == "labelled" and (setup.on_gpu or not setup.leaves_out_heads)
+    work = logits_bytes(batch, *weight.shape, has_triton=setup.on_gpu, skips=skips, itemsize=itemsize)
     memory = peak_memory(
         backbone,
         heads,
@@ -134,7 +137,7 @@ def estimate(config: Any, setup: Setup, adapter: Any = None) -> Estimate:
         flops=flops(anatomy, step).times(setup.padding),
         overhead=overhead(anatomy, ideal),
         least_overhead=overhead(anatomy, replace(ideal, layer_rows="needed")),
-        overhead_here=overhead(anatomy, step),
+        overhead_here=overhead(anatomy, step, plain_rows=_rows_of_trl(heads=0, on_gpu=setup.on_gpu)),
     )
 
 
@@ -191,10 +194,15 @@ def step_of(setup: Setup, backbone: Backbone, heads: AuxiliaryHeads | None) -> S
         adapters=adapters,
         head_adapters=head_adapters,
         checkpointing=setup.checkpointing,
-        main_rows="labelled" if setup.on_gpu else "all",
+        main_rows=_rows_of_trl(setup.heads, on_gpu=setup.on_gpu),
         recomputes_logits=True,
         attention_share=ATTENTION_SHARE,
     )
+
+
+def _rows_of_trl(heads: int, *, on_gpu: bool) -> Literal["labelled", "all"]:
+    """Of which positions TRL's kernel (1.16) computes logits: beside heads it is given the labelled ones alone."""
+    return "labelled" if on_gpu or heads > 0 else "all"
 
 
 def _parameters(backbone: Backbone, heads: AuxiliaryHeads | None, plain: list[tuple[str, nn.Parameter]]) -> Parameters:

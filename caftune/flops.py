@@ -245,9 +245,12 @@ def _head_rows(anatomy: Anatomy, step: Step, targets: float) -> tuple[float, flo
     return everywhere + targets * (anatomy.layer - everywhere), anatomy.layer_attention * targets
 
 
-def overhead(anatomy: Anatomy, step: Step) -> float:
-    """Operations of a step over those of plain fine-tuning of the same weights (stage 1: of all of them) in the same way."""
-    plain = replace(step, heads=0)
+def overhead(anatomy: Anatomy, step: Step, *, plain_rows: Literal["labelled", "all"] = "labelled") -> float:
+    """Operations of a step over those of plain fine-tuning of the same weights (stage 1: of all of them) in the same way.
+
+    `plain_rows` are the `main_rows` of plain fine-tuning, whatever the step's are.
+    """
+    plain = replace(step, heads=0, main_rows=plain_rows)
     if step.trains == "none":
         plain = replace(plain, trains="all", trains_unembedding=True)
     return flops(anatomy, step).total / flops(anatomy, plain).total

@@ -272,7 +272,8 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
         with own.capture() as call:
             outputs: Any = None
             if auxiliary == "add":
-                outputs = self._caftune_inner_forward(**kwargs)
+                with _at_labelled_rows(own.trunk, kwargs) as arguments:
+                    outputs = self._caftune_inner_forward(**arguments)
             else:
                 _run_trunk(own, **kwargs)
         where = {name: kwargs.get(name) for name in ("position_ids", "attention_mask")}
@@ -318,6 +319,33 @@ def _keys(heads: AuxiliaryHeads) -> list[str]:
 def _with_auxiliary(kind: Any) -> Any:
     """An output class with one more field: DDP takes outputs apart and builds them again by their fields."""
     return make_dataclass(f"{kind.__name__}WithAuxiliary", [("auxiliary", Any, None)], bases=(kind,))
+
+
+@contextmanager
+def _at_labelled_rows(trunk: nn.Module, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Within the block, TRL's fused head is given the rows that have a next token to be trained on, and no others.
+
+    On a GPU it picks them itself; elsewhere (TRL 1.16) it computes the logits of every row and drops what it does not need.
+    """
+    if not arguments.get("fused_lm_head") or arguments.get("shift_labels") is not None:
+        yield arguments
+        return
+    targets = horizon_targets(arguments["labels"], 1).flatten()
+    rows = (targets != IGNORED).nonzero()[:, 0]
+
+    def cut(_trunk: nn.Module, _args: Any, output: Any) -> Any:
+        cut_output = copy.copy(
+            output
+        )  # where heads leave behind the whole trunk, the call they are to see holds this one
+        hidden = output.last_hidden_state
+        cut_output.last_hidden_state = at_rows(hidden, rows.to(hidden.device))
+        return cut_output
+
+    handle = trunk.register_forward_hook(cut)
+    try:
+        yield {**arguments, "labels": None, "shift_labels": targets[rows][None]}
+    finally:
+        handle.remove()
 
 
 def _run_trunk(backbone: Backbone, **kwargs: Any) -> None:

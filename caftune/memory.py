@@ -181,10 +181,12 @@ def weight_bytes(model: Any, *, four_bits: bool) -> int:
     return round(sum(sizes)) + sum(buffer.nbytes for buffer in model.buffers())
 
 
-def logits_bytes(batch: Batch, vocabulary: int, width: int, *, has_triton: bool, itemsize: int) -> tuple[int, int]:
-    """Working sets of TRL's kernel for the model's own loss, and of the heads' cross-entropy."""
+def logits_bytes(
+    batch: Batch, vocabulary: int, width: int, *, has_triton: bool, skips: bool, itemsize: int
+) -> tuple[int, int]:
+    """Working sets of TRL's kernel for the model's own loss, which `skips` unlabelled rows, and of the heads' loss."""
     labelled = round(batch.rows * batch.length * batch.labelled)
-    rows = labelled if has_triton else batch.rows * (batch.length - 1)
+    rows = labelled if skips else batch.rows * (batch.length - 1)
     tile = min(rows, _TILE_ROWS) * min(vocabulary, _TILE_COLUMNS) * (itemsize if has_triton else 4)
     main = tile * (_TILES_TRITON if has_triton else _TILES_PLAIN) + 4 * rows * width
     scored = round(batch.rows * batch.length * batch.scored)

@@ -183,6 +183,7 @@ def _setup(recipe: Recipe, stage: Literal["heads", "train"], args: CAFTConfig, r
         trains_heads=recipe.heads.train,
         heads_lora_rank=recipe.heads.lora_rank,
         rows=args.aux_rows if stage == "heads" else recipe.loss.rows,
+        leaves_out_heads=stage == "train" and recipe.loss.min_weight > 0,
         batch_size=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         length=length,

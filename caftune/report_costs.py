@@ -57,8 +57,9 @@ def _beside_the_plan(run: Run) -> list[Table]:
     libraries = ", here of a process, whose libraries take some while they train" * (run["device"] == "cpu")
     how = (
         "Plan: what `caftune plan` says of these runs on their device, written down when they ended. FLOPs per token: planned "
-        "over all rows, measured in the first step, where torch counts attention as if it looked both ways; padding is "
-        f"computed and is no token. FLOPs and time over {BASELINE} are per token. Peak memory, measured: less what was held "
+        "over all rows, measured in the first step, where attention counts in full under a written-out mask (of padded rows), "
+        "as it is then computed; padding is computed, too, and is no token. "
+        f"FLOPs and time over {BASELINE} are per token. Peak memory, measured: less what was held "
         f"before the model was loaded{libraries}."
     )
     return [Table("Plan and measurement", how, head, rows)]

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training import BASE, config
 
 from caftune import CAFTTrainer
-from caftune.costs import Costs
+from caftune.costs import Costs, FlopCount
 
 
 def trainer_of(folder, rows, heads=None, **options):
@@ -65,6 +65,19 @@ def test_attention_kernels_of_the_cpu_are_counted(rows, tmp_path):
     ]
     # The fused kernel computes the scores once more in the backward pass.
     assert costs[0] < costs[1] < 1.05 * costs[0]
+
+
+def test_causal_attention_counts_half():
+    def counted(**how):
+        query = torch.zeros(1, 2, 64, 8, requires_grad=True)
+        with FlopCount() as counter:
+            torch.nn.functional.scaled_dot_product_attention(query, query, query, **how).sum().backward()
+        return counter.total
+
+    whole = 2 * 2 * 64 * 64 * 8 * 2  # heads, rows, rows, size, twice: scores and values
+    # The backward pass: scores once more, and the gradients of queries, keys, values and probabilities.
+    assert counted(attn_mask=torch.ones(64, 64).bool().tril()) == whole + 5 * whole // 2
+    assert counted(is_causal=True) == (whole + 5 * whole // 2) // 2
 
 
 def test_heads_cost_flops(rows, heads, tmp_path):
