@@ -124,7 +124,7 @@ def table(results: list[dict[str, Any]]) -> str:
             why = result["failed"].replace("\n", " ").replace("|", "/")
             lines.append(f"| {' | '.join(first)} | {why} | | | | | | | |")
             continue
-        base = next(r for r in results if r["arm"] == "sft" and all(r[n] == result[n] for n in names))
+        base = next((r for r in results if r["arm"] == "sft" and all(r[n] == result[n] for n in names)), {})
         here, peak = result.get("plan_overhead_here"), result.get("plan_peak_mib")
         cells = [
             f"{result['seconds']:.2f} ({result['fastest']:.2f}-{result['slowest']:.2f})",

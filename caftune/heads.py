@@ -334,12 +334,10 @@ def _at_labelled_rows(trunk: nn.Module, arguments: dict[str, Any]) -> Iterator[d
     rows = (targets != IGNORED).nonzero()[:, 0]
 
     def cut(_trunk: nn.Module, _args: Any, output: Any) -> Any:
-        cut_output = copy.copy(
-            output
-        )  # where heads leave behind the whole trunk, the call they are to see holds this one
         hidden = output.last_hidden_state
-        cut_output.last_hidden_state = at_rows(hidden, rows.to(hidden.device))
-        return cut_output
+        output = copy.copy(output)  # heads that leave behind the whole trunk look at the one it returned
+        output.last_hidden_state = at_rows(hidden, rows.to(hidden.device))
+        return output
 
     handle = trunk.register_forward_hook(cut)
     try:

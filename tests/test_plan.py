@@ -376,8 +376,10 @@ def test_the_command_prints_a_table_or_json(folder):
     assert found["fits"] is True
 
 
-def test_plain_fine_tuning_has_no_overhead(folder):
+def test_plain_fine_tuning_has_no_overhead_and_steps_without_heads_are_planned_for(folder):
     assert plan(recipe_of(folder, loss={"weight": 0})).estimate.overhead == 1
+    setups = [plan(recipe_of(folder, loss={"min_weight": bound})).setup for bound in (0, 1e-4)]
+    assert [setup.leaves_out_heads for setup in setups] == [False, True]
 
 
 def test_the_adapter_of_a_meta_model_is_in_its_last_layer_but_not_in_its_heads():
