@@ -48,27 +48,28 @@ def _beside_the_plan(run: Run) -> list[Table]:
     plans = {arm: plan for arm, plan in run.get("plans", {}).items() if plan}
     if not plans:
         return []
+    baseline = run["costs"].get(BASELINE)
     head = ["arm", "FLOPs per token: plan", "FLOPs per token: measured", f"FLOPs over {BASELINE}: plan"]
-    head += [f"FLOPs over {BASELINE}: measured", f"time over {BASELINE}: measured"]
+    head += [f"FLOPs over {BASELINE}: measured", f"time over {BASELINE}: measured"] * (baseline is not None)
     head += ["peak memory, MiB: plan", "peak memory, MiB: measured"]
-    rows = [
-        [Cell(arm), *_pairs(plan, run["costs"][arm], run["costs"].get(BASELINE, {}))] for arm, plan in plans.items()
-    ]
+    rows = [[Cell(arm), *_pairs(plan, run["costs"][arm], baseline)] for arm, plan in plans.items()]
     libraries = ", here of a process, whose libraries take some while they train" * (run["device"] == "cpu")
     how = (
         "Plan: what `caftune plan` says of these runs on their device, written down when they ended. FLOPs per token: planned "
         "over all rows, measured in the first step, where attention counts in full under a written-out mask (of padded rows), "
         "as it is then computed; padding is computed, too, and is no token. "
-        f"FLOPs and time over {BASELINE} are per token. Peak memory, measured: less what was held "
+        f"What is over {BASELINE} is per token. Peak memory, measured: less what was held "
         f"before the model was loaded{libraries}."
     )
     return [Table("Plan and measurement", how, head, rows)]
 
 
-def _pairs(plan: _Costs, ours: _Costs, theirs: _Costs) -> list[Cell]:
-    """What was planned of an arm, and what was measured."""
+def _pairs(plan: _Costs, ours: _Costs, theirs: _Costs | None) -> list[Cell]:
+    """What was planned of an arm, and what was measured; `theirs` None: without a baseline."""
     per_token = {name: _combined(ours, name, "tokens", _divided) for name in ("flops", "seconds")}
-    ratios = [_over(values, _combined(theirs, name, "tokens", _divided)) for name, values in per_token.items()]
+    ratios = []
+    if theirs is not None:
+        ratios = [_over(values, _combined(theirs, name, "tokens", _divided)) for name, values in per_token.items()]
     grown = _combined(ours, "peak_memory_bytes", "memory_before_bytes", lambda peak, before: peak - before)
     return [
         *(_cost(values, [], scaled) for values in (plan["flops_per_token"], per_token["flops"])),
