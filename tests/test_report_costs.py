@@ -44,11 +44,3 @@ def test_a_run_without_a_plan_has_no_table_of_it(tmp_path):
     ]
     del found["plans"]
     assert "Plan and measurement" not in page_of(tmp_path / "other", found).tables
-
-
-def test_one_training_alone_is_not_held_against_a_baseline_that_was_not_run(tmp_path):
-    found = small()
-    found["costs"], found["plans"] = ({"caft": found[name]["caft"]} for name in ("costs", "plans"))
-    head, row = page_of(tmp_path, found).tables["Plan and measurement"]
-    assert head[3:5] == ["FLOPs over ntp: plan", "peak memory, MiB: plan"]
-    assert (len(row), row[3], "not measured" in row) == (6, "×1.20", False)
