@@ -7,9 +7,9 @@
 A Llama of 6 layers, width 512, random weights, float32 on a CPU (bfloat16 autocast on a GPU), 2 threads, AdamW, no gradient
 checkpointing. Every arm of a case runs once per round in a process of its own, the arms in turn, so that a slow spell of the
 machine hits all alike; a number is the median of all rounds' steps (processor: seconds of all threads,
-which other jobs disturb less). Freed memory is kept in them, so that no page fault is timed. Memory comes from one more process
-per arm, in which it goes back at once: the peak of a step above the process before its model was built. Cases are all
-combinations of the options. Writes step.json and step.md; ratios are to SFTTrainer, beside them what `caftune plan` states
+which other jobs disturb less). The timed processes keep freed memory, so that page faults hardly count. Memory comes from one
+more process per arm, in which it goes back at once: the peak of a step above the process before its model was built. Cases are
+all combinations of the options. Writes step.json and step.md; ratios are to SFTTrainer, beside them what `caftune plan` states
 (with TRL's loss as it is on this device). FLOPs are matrix products and attention, counted in the first step.
 """
 
@@ -47,6 +47,7 @@ def run(python: str, arm: str, case: Case, folder: Path, options: argparse.Names
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
     # glibc gives freed blocks of more than 32 MiB back, and page faults then cost as much as a step or nothing, by machine.
     keeps = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**35), "THP_MEM_ALLOC_ENABLE": "1"}
+    environment = {name: value for name, value in environment.items() if name not in keeps}
     environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**20)} if frees else keeps
     command = [python, str(WORKER), arm, json.dumps(asdict(case)), str(folder), "--device", options.device]
     command += ["--threads", str(options.threads), "--steps", str(1 if frees else options.steps)]
