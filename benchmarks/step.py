@@ -5,8 +5,8 @@
         [--heads 1 2 4 8] [--shapes 4x512 ...] [--arms ...] [--rounds 3] [--steps 3] [--reference-python PATH]
 
 A Llama of 6 layers, width 512, random weights, float32 on a CPU (bfloat16 autocast on a GPU), 2 threads, AdamW, no gradient
-checkpointing. Every arm of a case runs once per round in a process of its own, the arms in turn, so that a slow spell of the
-machine hits all alike; a number is the median of all rounds' steps (processor: seconds of all threads,
+checkpointing. Every arm of a case runs once per round in a process of its own, so that a slow spell of the machine hits all
+alike, cases too; a number is the median of all rounds' steps (processor: seconds of all threads,
 which other jobs disturb less). The timed processes keep freed memory, so that page faults hardly count. Memory comes from one
 more process per arm, in which it goes back at once: the peak of a step above the process before its model was built. Cases are
 all combinations of the options. Writes step.json and step.md; ratios are to SFTTrainer, beside them what `caftune plan` states
@@ -58,19 +58,27 @@ def run(python: str, arm: str, case: Case, folder: Path, options: argparse.Names
     return json.loads(done.stdout.rstrip().rpartition("\n")[2])
 
 
-def measured(case: Case, pythons: dict[str, str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The arms of a case."""
-    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in pythons}
+def measure(cases: list[Case], pythons: dict[str, str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All arms of all cases, round by round; what is known is written after each timed case."""
+    runs: dict[tuple[Case, str], list[dict[str, Any]]] = {(case, arm): [] for case in cases for arm in pythons}
     with tempfile.TemporaryDirectory() as folder:
-        heads = Path(folder, "heads")
-        run(sys.executable, "write-heads", case, heads, options, frees=False)
+        heads = {case: Path(folder, str(number), "heads") for number, case in enumerate(cases)}
+        for case in cases:
+            run(sys.executable, "write-heads", case, heads[case], options, frees=False)
         for number in range(options.rounds + 1):  # the first round is for memory
-            for arm, results in runs.items():
-                if results and "failed" in results[0]:
+            for (case, arm), results in runs.items():
+                if results and "failed" in results[-1]:
                     continue
-                results.append(run(pythons[arm], arm, case, heads, options, frees=number == 0))
+                results.append(run(pythons[arm], arm, case, heads[case], options, frees=number == 0))
                 print(f"{case}, round {number}, {arm}: {results[-1]}", file=sys.stderr, flush=True)
-    return [summary(case, arm, results) for arm, results in runs.items()]
+                write([summary(*key, found) for key, found in runs.items() if len(found) > 1], options.output)
+    return [summary(*key, results) for key, results in runs.items()]
+
+
+def write(results: list[dict[str, Any]], path: Path) -> None:
+    """The numbers and their table."""
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    path.with_suffix(".md").write_text(table(results) + "\n")
 
 
 def summary(case: Case, arm: str, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -179,19 +187,16 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run every case; after each, write what is known."""
+    """Run every case."""
     options = parsed()
     pythons = {arm: sys.executable for arm in ARMS if arm in options.arms and arm != "reference"}
-    results: list[dict[str, Any]] = []
     with reference_environment(options.reference_python if "reference" in options.arms else sys.executable) as python:
         if "reference" in options.arms:
             pythons["reference"] = python
             if options.reference_python is None and "lora" in options.tunings:
                 subprocess.run([python, "-m", "pip", "install", "--quiet", *PEFT], check=True)
-        for case in cases_of(options):
-            results += measured(case, pythons, options)
-            options.output.write_text(json.dumps(results, indent=2) + "\n")
-            options.output.with_suffix(".md").write_text(table(results) + "\n")
+        results = measure(cases_of(options), pythons, options)
+    write(results, options.output)
     print(table(results))
 
 
