@@ -39,9 +39,7 @@ def heads_card(folder: Path, name: str, *, licence: str) -> str:
         "",
         *use,
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {key} | {_cell(value)} |" for key, value in facts.items()),
+        *_listed(facts),
     ]
     quality = read_quality(folder)
     if quality is not None:
@@ -107,9 +105,7 @@ def write_model_card(folder: Path, base: str, options: Any, steps: int, *, heads
         if is_adapter
         else "An ordinary checkpoint: its keys are those of the base.",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {key} | {_cell(value)} |" for key, value in facts.items()),
+        *_listed(facts),
     ]
     card = _card(_metadata(base, None, "caft" if heads is not None else "sft"), lines)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -178,5 +174,6 @@ def _in_words(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {word}" for key, word in zip(given, words, strict=True))
 
 
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+def _listed(facts: Mapping[str, Any]) -> list[str]:
+    """A list and no table: on a narrow screen a table would cut hashes short."""
+    return [f"- **{name}**: {' '.join(str(value).split())}" for name, value in facts.items()]

@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from caftune.backbone import Backbone, whole
 from caftune.heads import FORK_POINTS, AuxiliaryHeads, HeadsConfig
@@ -53,16 +54,8 @@ _VOLATILE = {
         "use_cache",
         "quantization_config",
     ),
-    *(
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "id2label",
-        "label2id",
-        "vocab_size",
-    ),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "output_router_logits", "router_aux_loss_coef"),
+    *("id2label", "label2id", "vocab_size"),
     *("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout"),
 }
 
@@ -79,20 +72,22 @@ def save_heads(
     *,
     training: Mapping[str, Any] | None = None,
     state: Mapping[str, Tensor] | None = None,
+    revision: str | None = None,
     write: bool = True,
 ) -> None:
     """Write `heads` and what they belong to. A crash leaves the old folder or the new one, never half of each.
 
     Args:
+        revision: of the base on the hub, where that is not `main`. Its commit is recorded.
         training: how they were trained, for the record.
         state: the heads' weights, where these are not `heads.state_dict()` (sharded, or with a LoRA to merge).
         write: False on the ranks that only take part in gathering a sharded model.
     """
-    config = backbone.model.config
-    named = {"name": file_name(getattr(config, "_name_or_path", "")), "revision": getattr(config, "_commit_hash", None)}
-    base = {**named, **base_fingerprint(backbone)}
+    base = base_fingerprint(backbone)
     if not write:
         return
+    name = str(getattr(backbone.model.config, "_name_or_path", ""))
+    base = {"name": file_name(name), "revision": _commit(name, revision, fetch=False), **base}
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     found = heads.state_dict() if state is None else state
@@ -275,10 +270,18 @@ def model_fingerprint(name: str, revision: str | None = None) -> str:
     """What tells one published model from another: its commit on the hub, or a hash of a folder's files."""
     folder = Path(name)
     if not folder.is_dir():
-        return f"{name}@{AutoConfig.from_pretrained(name, revision=revision or 'main')._commit_hash}"
+        return f"{name}@{_commit(name, revision, fetch=True)}"
     configs = [folder / file for file in ("config.json", "generation_config.json")]
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     return _sha256("".join(file_sha256(path) for path in [*configs, *weights] if path.is_file()).encode())
+
+
+def _commit(name: str, revision: str | None, *, fetch: bool) -> str | None:
+    """The commit of a model on the hub: now (`fetch`), or when this machine last loaded it. None where it is not known."""
+    with nullcontext() if fetch else suppress(OSError, ValueError):
+        file = cached_file(name, "config.json", revision=revision or "main", local_files_only=not fetch)
+        return extract_commit_hash(file, None)
+    return None
 
 
 def tokenizer_fingerprint(tokenizer: Any, *, size: int | None = None) -> str:

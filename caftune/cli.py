@@ -231,7 +231,7 @@ def info(
         read_heads(folder)
         if measure is None:
             card = heads_card(folder, heads, licence="see the base")
-            console.print(Markdown(card.split("---", 2)[2]))
+            console.print(Markdown(card.split("\n---\n", 1)[1]))
             return
         from transformers.utils import logging
 

@@ -265,7 +265,8 @@ def _train(run: Recipe) -> None:
 def _write_heads(recipe: Recipe, run: Recipe, arm: Arm, seed: int) -> None:
     target = Path(run.output, "heads")
     if arm == "no_pretraining" and not (target / "heads.json").is_file():
-        write_untrained_heads(load_model(recipe), load_tokenizer(recipe), _heads_config(recipe), target)
+        model, tokenizer, revision = load_model(recipe), load_tokenizer(recipe), recipe.model.revision
+        write_untrained_heads(model, tokenizer, _heads_config(recipe), target, revision=revision)
         gc.collect()
     elif arm in ("random_heads", "shuffled_horizons"):
         write_control_heads(arm, pretrained_heads(recipe), target, seed=seed)  # again: its source may be another by now

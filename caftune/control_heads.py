@@ -49,11 +49,13 @@ def write_control_heads(control: Control, source: Path, target: Path, *, seed: i
     write_json(target / DESCRIPTION_FILE, changed_description)  # last: it says that all is there
 
 
-def write_untrained_heads(model: Any, tokenizer: Any, config: HeadsConfig, target: Path) -> None:
+def write_untrained_heads(
+    model: Any, tokenizer: Any, config: HeadsConfig, target: Path, *, revision: str | None
+) -> None:
     """Write to `target` heads as stage 1 begins with them: copies of the model's last layer."""
     backbone = Backbone.of(model)
     heads = AuxiliaryHeads.build(backbone, config)
-    save_heads(target, heads, backbone, tokenizer, training={"control": "no_pretraining"})
+    save_heads(target, heads, backbone, tokenizer, training={"control": "no_pretraining"}, revision=revision)
 
 
 def _permuted(tensor: Tensor, generator: torch.Generator) -> Tensor:

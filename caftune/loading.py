@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from trl.trainer.utils import create_model_from_path
 
 from caftune.backbone import Backbone
@@ -19,6 +19,19 @@ class Start:
     heads: AuxiliaryHeads | None = None
     backbone: Backbone | None = None
     description: dict[str, Any] | None = None  # heads.json of the heads that were loaded
+
+
+def load_tokenizer(model: PreTrainedModel, args: CAFTConfig) -> Any:
+    """The model's own tokenizer."""
+    options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    trust = options.get("trust_remote_code", args.trust_remote_code)
+    name, revision = model.config._name_or_path, options.get("revision")
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust)
+
+
+def text_tokenizer(processing_class: Any) -> Any:
+    """The tokenizer, where a model of several media has a processor around it."""
+    return processing_class if hasattr(processing_class, "get_vocab") else processing_class.tokenizer
 
 
 def load_or_build_heads(model: PreTrainedModel, args: CAFTConfig, tokenizer: Any) -> Start:

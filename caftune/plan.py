@@ -11,14 +11,13 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
 
 from caftune.checkpoint import describe_heads
 from caftune.config import CAFTConfig
 from caftune.estimate import Estimate, Setup, estimate
 from caftune.objective import IGNORED
 from caftune.recipe import Recipe
-from caftune.stage_options import load_tokenizer, lora_config, stage_one_config, stage_two_config
+from caftune.stage_options import load_config, load_tokenizer, lora_config, stage_one_config, stage_two_config
 from caftune.stage_rows import head_rows, head_source, task_rows
 from caftune.tokenization import tokenized
 
@@ -90,7 +89,7 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
     else:
         args = stage_two_config(recipe, folder, heads=None, aux_weight=0.0, aux_min_weight=0.0)
     rows = _rows(recipe, stage, args)
-    config = _config(recipe)
+    config = load_config(recipe)
     setup = _setup(recipe, stage, args, rows, config)
     device, available = _device()
     found = estimate(config, setup, _adapter(recipe, setup))
@@ -106,7 +105,7 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
 
 def plan_of_run(recipe: Recipe, args: CAFTConfig, rows: Dataset, tokenizer: Any) -> dict[str, float]:
     """What `plan` says of stage 2 and a run can measure, from the options and the `task_rows` that the run has."""
-    config = _config(recipe)
+    config = load_config(recipe)
     setup = _setup(recipe, "train", args, _measured(rows, tokenizer, args), config)
     found = estimate(config, setup, _adapter(recipe, setup))
     return {
@@ -114,10 +113,6 @@ def plan_of_run(recipe: Recipe, args: CAFTConfig, rows: Dataset, tokenizer: Any)
         "overhead": found.overhead_here,
         "peak_memory_bytes": found.memory.peak,
     }
-
-
-def _config(recipe: Recipe) -> Any:
-    return AutoConfig.from_pretrained(recipe.model.name, revision=recipe.model.revision or "main")
 
 
 def _rows(recipe: Recipe, stage: str, args: CAFTConfig) -> Rows:

@@ -15,6 +15,7 @@ _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 _SET_ELSEWHERE = {
     "output_dir": "output",
     "seed": "seed",
+    "trust_remote_code": "model.trust_remote_code",
     "heads": "heads.path",
     "num_heads": "heads.count",
     "head_kind": "heads.kind",
@@ -60,6 +61,7 @@ class ModelSection(_Section):
 
     name: str = Field(description="A folder or a hub id.")
     revision: str | None = None
+    trust_remote_code: bool | None = Field(None, description="Run the code that the base brings along.")
     tuning: Literal["full", "lora", "qlora"] = Field("full", description="qlora: LoRA on a base in 4 bits.")
     lora: LoraSection = LoraSection()
 

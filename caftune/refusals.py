@@ -48,13 +48,20 @@ def refuse_processes(args: CAFTConfig) -> None:
             f"{launched} processes were launched, and each would train alone, in the same folder. Without GPUs set "
             "use_cpu=True; else launch with a configuration like those in recipes/accelerate."
         )
+    if not (args.pretrain_heads or args.heads is not None):
+        return
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process must have one GPU with auxiliary heads, got {args.n_gpu}: the model would lie on several. Launch a "
+            "process for each (accelerate launch, recipes/accelerate), or set CUDA_VISIBLE_DEVICES=0."
+        )
     plugin = args.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3 and (args.pretrain_heads or args.heads is not None):
+    if plugin is not None and plugin.zero_stage == 3:
         raise ValueError(
             "zero_stage must be at most 2 with auxiliary heads, got 3: the unembedding, which the heads share, is empty there "
             "outside its own call. FSDP2 shards the weights too (recipes/accelerate/fsdp2.yaml)."
         )
-    if is_fsdp_enabled() and (args.pretrain_heads or args.heads is not None):  # true only with efficient loading
+    if is_fsdp_enabled():  # true only with efficient loading
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading must be false with auxiliary heads: every process copies them from the whole "
             "base, which with it only the first one has. Set it in accelerate's configuration (recipes/accelerate/fsdp2.yaml)."
@@ -168,11 +175,8 @@ def refuse_cut_answers(dataset: Dataset, max_length: int, truncation_mode: str, 
             f"within max_length={max_length}. Raise max_length, shorten their prompts, or remove these rows."
         )
     if shortened:
+        end = "beginning" if truncation_mode == "keep_end" else "end"
         _logger.warning(
-            "%d of %d %s rows are longer than max_length=%d and lose their end.",
-            shortened,
-            len(dataset),
-            name,
-            max_length,
+            f"{shortened} of {len(dataset)} {name} rows are longer than max_length={max_length} and lose their {end}."
         )
     return shortened

@@ -16,7 +16,7 @@ _DEFAULT_LENGTH = 1024
 # Options that say which tokens of a row are trained on, and what the model is.
 _ROW_OPTIONS = (
     *("assistant_only_loss", "completion_only_loss", "chat_template_path", "eos_token", "pad_token", "truncation_mode"),
-    *("dataset_text_field", "dataset_kwargs", "model_init_kwargs", "trust_remote_code"),
+    *("dataset_text_field", "dataset_kwargs", "model_init_kwargs"),
 )
 
 
@@ -133,10 +133,11 @@ def _training_length(recipe: Recipe) -> int:
 def _model_options(recipe: Recipe, section: Literal["pretrain", "adapt", "trainer"]) -> dict[str, Any]:
     """What `from_pretrained` is given beyond the name: the base's revision, bfloat16 around 4 bits."""
     options = {"revision": recipe.model.revision} if recipe.model.revision is not None else {}
+    trust = {"trust_remote_code": True} if recipe.model.trust_remote_code else {}
     if section == "trainer" and recipe.model.tuning == "qlora":
         options["dtype"] = "bfloat16"
     given = (getattr(recipe, section) or {}).get("model_init_kwargs", {})
-    return {"model_init_kwargs": {**options, **given}} if options else {}
+    return trust | ({"model_init_kwargs": {**options, **given}} if options else {})
 
 
 def _refuse_other_heads(recipe: Recipe) -> None:
@@ -169,7 +170,7 @@ def lora_config(recipe: Recipe) -> Any:
 
 def quantization(recipe: Recipe) -> Any:
     """Four bits with the settings of the QLoRA paper (NormalFloat4, double quantisation, bfloat16), None for other tunings."""
-    config = AutoConfig.from_pretrained(recipe.model.name, revision=recipe.model.revision or "main")
+    config = load_config(recipe)
     if recipe.model.lora.merge and getattr(config, "quantization_config", None):
         raise RecipeError(
             f"model.name must be an unquantised base, and {recipe.model.name} is published quantised: an adapter cannot be "
@@ -189,14 +190,18 @@ def quantization(recipe: Recipe) -> Any:
 
 def context_length(recipe: Recipe, name: str | None = None) -> int | None:
     """The context of the base (or another model) in tokens, None where its configuration names none."""
-    config = AutoConfig.from_pretrained(name or recipe.model.name, revision=_revision(recipe, name))
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return getattr(load_config(recipe, name).get_text_config(), "max_position_embeddings", None)
 
 
 def load_tokenizer(recipe: Recipe, name: str | None = None) -> Any:
     """The tokenizer of the base (or another model)."""
     refuse_missing_model(name or recipe.model.name)
-    return AutoTokenizer.from_pretrained(name or recipe.model.name, revision=_revision(recipe, name))
+    return AutoTokenizer.from_pretrained(name or recipe.model.name, **_where(recipe, name))
+
+
+def load_config(recipe: Recipe, name: str | None = None) -> Any:
+    """The configuration of the base (or another model)."""
+    return AutoConfig.from_pretrained(name or recipe.model.name, **_where(recipe, name))
 
 
 def load_model(recipe: Recipe, name: str | None = None) -> Any:
@@ -204,8 +209,7 @@ def load_model(recipe: Recipe, name: str | None = None) -> Any:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"dtype": "auto", "revision": _revision(recipe, name)}
-    model: Any = AutoModelForCausalLM.from_pretrained(name or recipe.model.name, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(name or recipe.model.name, dtype="auto", **_where(recipe, name))
     return model.to(device).eval()
 
 
@@ -218,10 +222,12 @@ def answer_backend(
         return transformers_backend(
             model, tokenizer, sampling, batching=section.batching, batch_size=section.batch_size
         )
-    model_name, revision = name or recipe.model.name, _revision(recipe, name)
-    eos = end_tokens(_generation_config(model_name, revision), tokenizer)
+    model_name = name or recipe.model.name
+    eos = end_tokens(_generation_config(recipe, model_name), tokenizer)
     if section.backend == "vllm":
-        return vllm_backend(model_name, revision, sampling, eos, section.vllm)
+        where = _where(recipe, name)
+        engine = {"trust_remote_code": where["trust_remote_code"], **section.vllm}
+        return vllm_backend(model_name, where["revision"], sampling, eos, engine)
     server = Server(**{**section.server.model_dump(), "model": section.server.model or model_name})
     return server_backend(server, tokenizer, sampling, eos)
 
@@ -234,16 +240,17 @@ def who_answers(section: AnswersSection) -> str:
     return str(engine) if engine and section.backend == "vllm" else ""
 
 
-def _revision(recipe: Recipe, name: str | None) -> str:
-    """The recipe's revision is the base's; other models are taken as they are."""
-    return recipe.model.revision or "main" if name in (None, recipe.model.name) else "main"
+def _where(recipe: Recipe, name: str | None = None) -> dict[str, Any]:
+    """What `from_pretrained` is given. The recipe's revision is the base's; other models are taken as they are."""
+    revision = recipe.model.revision if name in (None, recipe.model.name) else None
+    return {"revision": revision or "main", "trust_remote_code": bool(recipe.model.trust_remote_code)}
 
 
-def _generation_config(name: str, revision: str) -> GenerationConfig:
+def _generation_config(recipe: Recipe, name: str) -> GenerationConfig:
     try:
-        return GenerationConfig.from_pretrained(name, revision=revision)
+        return GenerationConfig.from_pretrained(name, **_where(recipe, name))
     except OSError:  # older models have none: it is part of their configuration
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, revision=revision))
+        return GenerationConfig.from_model_config(load_config(recipe, name))
 
 
 def refuse_missing_model(name: str, place: str = "model.name") -> None:

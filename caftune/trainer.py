@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from datasets import IterableDataset
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from caftune.cards import write_model_card
@@ -25,7 +25,7 @@ from caftune.checkpoint import read_heads, save_heads
 from caftune.config import CAFTConfig
 from caftune.export import export_model, load_trained
 from caftune.heads import ATTRIBUTE, attach_heads
-from caftune.loading import keep_trainable_on_cpu, load_base, load_or_build_heads
+from caftune.loading import keep_trainable_on_cpu, load_base, load_or_build_heads, load_tokenizer, text_tokenizer
 from caftune.objective import IGNORED, horizon_targets, weights_of_sums
 from caftune.packing import RefuseLeaks
 from caftune.refusals import (
@@ -83,12 +83,12 @@ class CAFTTrainer(SFTTrainer):
             quantization_config = None
         revision = dict(args.model_init_kwargs or {}).get("revision")  # type: ignore[arg-type]
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path, revision=revision)
+            processing_class = load_tokenizer(model, args)
         refuse_unfit(model, peft_config, args)
         keep_trainable_on_cpu(model)
-        self._start = load_or_build_heads(model, args, processing_class)
+        self._given_tokenizer = copy.deepcopy(text_tokenizer(processing_class))  # SFTTrainer may add tokens to it
+        self._start = load_or_build_heads(model, args, self._given_tokenizer)
         self.heads, self.backbone = self._start.heads, self._start.backbone
-        self._given_tokenizer = copy.deepcopy(processing_class)  # SFTTrainer may add tokens to it
         name = str(model.config._name_or_path)
         # Absolute, because a run may change its folder before it exports.
         self._base = (str(Path(name).resolve()) if Path(name).is_dir() else name, revision)
@@ -343,7 +343,8 @@ class CAFTTrainer(SFTTrainer):
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         if args.max_length is not None and not (packing and args.packing_strategy == "bfd_split"):
-            cut = refuse_cut_answers(dataset, args.max_length, args.truncation_mode, name=dataset_name)
+            mode = "keep_start" if packing else args.truncation_mode  # SFTTrainer packs the start in either case
+            cut = refuse_cut_answers(dataset, args.max_length, mode, name=dataset_name)
             if not (cut or packing):  # SFTTrainer would go through all rows twice to cut none
                 whole.shuffle_dataset, args = args.shuffle_dataset, whole
         return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
@@ -365,10 +366,9 @@ class CAFTTrainer(SFTTrainer):
 
     def _save_heads(self, folder: Path, about: Mapping[str, Any] | None = None) -> None:
         training = {**training_record(self.args, self.state.global_step), **(about or {})}
-        state, write = merged_state(self.heads), self.args.should_save
-        save_heads(
-            folder, self.heads, self.backbone, self._given_tokenizer, training=training, state=state, write=write
-        )
+        about = {"training": training, "state": merged_state(self.heads), "revision": self._base[1]}
+        write = self.args.should_save
+        save_heads(folder, self.heads, self.backbone, self._given_tokenizer, **about, write=write)
         save_adapter(folder, self.heads, write=write)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

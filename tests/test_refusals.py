@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from caftune import AuxiliaryHeads, Backbone, CAFTConfig, CAFTTrainer, HeadsConfig, save_heads
 from caftune.checkpoint import HeadsError
 from caftune.demo.run import BASE
+from caftune.refusals import refuse_processes
 
 OPTIONS = {"report_to": [], "bf16": False, "use_cpu": True, "disable_tqdm": True, "max_length": 32, "max_steps": 1}
 ROWS = Dataset.from_list([{"prompt": "Name: ethanol\nSMILES:", "completion": " CCO"}] * 4)
@@ -69,6 +70,29 @@ def test_rows_that_only_lose_their_end_are_told(tmp_path, caplog):
 def test_horizons_beyond_the_context_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"leave horizons below the context of 32 tokens, got horizon 33"):
         trainer(tmp_path, pretrain_heads=True, num_heads=32)
+
+
+def test_the_start_of_rows_counts_with_packing_for_that_is_what_is_packed(tmp_path):
+    long = {"prompt": "Name: " + "methyl" * 40 + "\nSMILES:", "completion": " C"}
+    rows = Dataset.from_list([ROWS[0], long])
+    options = {"truncation_mode": "keep_end", "pretrain_heads": True, "max_length": 64}
+    trainer(tmp_path / "padded", rows=rows, **options)
+    with pytest.raises(ValueError, match=r"1 of 2 rows of the train data \(counted from 0: 1\)"):
+        trainer(tmp_path / "packed", rows=rows, packing=True, **options)
+
+
+def test_the_end_that_rows_lose_is_named(tmp_path, caplog):
+    rows = Dataset.from_list([{"text": "Name: ethanol" * 40}])
+    for mode, end in {"keep_end": "beginning", "keep_start": "end"}.items():
+        trainer(tmp_path / mode, rows=rows, truncation_mode=mode, pretrain_heads=True)
+        assert f"1 of 1 train rows are longer than max_length=32 and lose their {end}." in caplog.text
+
+
+def test_one_process_with_several_gpus_is_refused_with_heads_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(CAFTConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match="One process must have one GPU with auxiliary heads, got 2"):
+        trainer(tmp_path, pretrain_heads=True)
+    refuse_processes(CAFTConfig(str(tmp_path), **OPTIONS, aux_weight=0.0))
 
 
 def test_heads_of_another_base_are_refused(tmp_path):

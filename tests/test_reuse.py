@@ -131,10 +131,10 @@ def test_heads_are_not_measured_on_rows_they_may_have_been_trained_on(folder):
 def test_an_exported_checkpoint_has_a_card_of_its_own(folder):
     recipe = recipe_in(folder, adapt=None, trainer={**FAST, "max_steps": 3, "save_steps": 1, "save_total_limit": 5})
     model = pipeline.finetune(recipe)
-    assert "| settings | steps 3, " in (model / "README.md").read_text()
+    assert "- **settings**: steps 3, " in (model / "README.md").read_text()
     pipeline.export(recipe, str(folder / "run" / "train" / "checkpoint-2"))
     text = (model / "README.md").read_text()
-    assert "| settings | steps 2, " in text
+    assert "- **settings**: steps 2, " in text
     assert file_sha256(folder / "heads" / "heads.safetensors") in text
 
 

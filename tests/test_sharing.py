@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -147,8 +148,10 @@ def test_a_new_repository_is_private_when_asked(hub, made, private):
 
 def test_the_card_says_what_the_heads_are_and_how_they_were_made(hub, made):
     push_heads(made, NAME, licence="apache-2.0")
-    rows = [line.strip("| ").split(" | ") for line in card_of(hub).text.splitlines() if line.count("|") == 3]
-    facts = {row[0]: row[1].strip("`") for row in rows if len(row) == 2}
+    facts = {
+        name: value.strip("`")
+        for name, value in re.findall(r"^- \*\*(.+?)\*\*: (.+)$", card_of(hub).text, re.MULTILINE)
+    }
     assert facts["base"] == BASE.name
     assert facts["kind"] == "decoder, leaving the model at the input of the last layer"
     assert facts["horizons"] == "2, 3"
@@ -353,7 +356,7 @@ def commands(made, tmp_path_factory):
         "info": ("info", NAME),
         "pull": ("pull", NAME, str(folder / "pulled")),
     }
-    own = {"HF_TOKEN": "hf_any", "HF_HOME": str(folder / "home"), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    own = {"HF_TOKEN": "hf_any", "HF_HOME": str(folder / "home"), "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
     printed = {}
     with serve_hub(folder / "hub") as served:
         environment = {**os.environ, **served.environment, **own}
@@ -373,7 +376,7 @@ def test_the_command_push_prints_the_address(commands):
 
 
 def test_the_command_info_shows_the_card(commands, made):
-    printed = commands[2]["info"]
+    printed = " ".join(commands[2]["info"].split())
     for part in (NAME, BASE.name, "text notes.jsonl, rows 40", file_sha256(made / "heads.safetensors"), "Quality"):
         assert part in printed
     assert "license:" not in printed  # the front matter is for the hub
