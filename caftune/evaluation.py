@@ -1,7 +1,8 @@
 """Evaluation of a model on tasks: ask it, score the answers, put them down one by one.
 
-    output/eval/MODEL/TASK.jsonl      one line per example and run: prompt, completion, measures. MODEL is `base`, `model` for
-                                      the run's own, and for any other its last name and a short hash of its whole name
+    output/eval/MODEL/TASK.jsonl      one line per example and run: prompt, completion (what is scored), measures. MODEL is
+                                      `base`, `model` for the run's own, and for any other its last name and a short hash of
+                                      its whole name
     output/eval/cache.jsonl           the answers, by what was asked: a stopped evaluation goes on, a second one asks nothing
 
 Every number can be computed again from TASK.jsonl, without the model.
@@ -24,7 +25,7 @@ from caftune.checkpoint import model_fingerprint
 from caftune.data import read_rows
 from caftune.evals.proteins import PROTEINS, sequence_of
 from caftune.evals.statistics import interval
-from caftune.evals.task import Example, Task, TaskError, until_stop
+from caftune.evals.task import Example, Task, TaskError, until_stop, without_thought
 from caftune.evals.tasks import TASKS
 from caftune.generation import Sampling
 from caftune.labels import AnswerCache, generate_labels
@@ -165,8 +166,10 @@ def _ask_all(recipe: Recipe, name: str, task: Task, examples: Sequence[Example])
         found = generate_labels(talks, tokenizer, cache, opened, room=room)
         _refuse_failures(task, examples, found.failures)
         for label in found.labels:
-            example, completion = examples[label.row], until_stop(label.completion, task.stop)
-            measured = {"scores": task.score(example, completion), "finish": label.finish}
+            example, said = examples[label.row], without_thought(label.completion)
+            completion = until_stop(said, task.stop)
+            finish = label.finish if completion == said else "stop"
+            measured = {"scores": task.score(example, completion), "finish": finish}
             lines.append({"run": run, "seed": seed, **asdict(example), "completion": completion, **measured})
     return lines
 

@@ -17,8 +17,9 @@ from caftune.cli import app
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.evals.proteins import sequence_of
-from caftune.evals.task import TaskError, means, until_stop
+from caftune.evals.task import TaskError, means, until_stop, without_thought
 from caftune.evals.tasks import TASKS
+from caftune.generation import Answer
 from caftune.recipe import Recipe, RecipeError
 
 
@@ -115,6 +116,57 @@ def test_rows_as_a_model_is_trained_on_them_are_asked_unchanged_to_the_letter_or
         assert letter["reference"] == molecule["reference"] == row["completion"].strip()
         assert letter["completion"] == molecule["completion"]
         assert letter["scores"]["exact_match"] == (letter["completion"].strip() == row["completion"].strip())
+
+
+# What is scored
+
+
+@pytest.fixture
+def reply(monkeypatch):
+    """Lets every model answer with one text; the prompts that it was asked are gathered."""
+
+    def replies(text, finish="stop"):
+        asked, ids = [], AutoTokenizer.from_pretrained(BASE)(text)["input_ids"]
+
+        def backend(prompts, _seeds):
+            asked.extend(prompts)
+            yield from ((place, Answer(ids, finish)) for place in range(len(prompts)))
+
+        monkeypatch.setattr(evaluation, "answer_backend", lambda *_, **__: backend)
+        return asked
+
+    return replies
+
+
+def test_a_closed_thought_before_an_answer_is_not_scored(own_rows, reply):
+    row = json.loads(Path(own_rows["eval"]["data"]["exact_match"]).read_text().splitlines()[0])
+    reply(f"<think>\n\n</think>\n\n{row['completion'].strip()}")
+    assert evaluated(own_rows, limit=1).measures["exact_match"] == [1.0]
+    assert lines_of(own_rows, task="exact_match")[0]["completion"] == row["completion"].strip()
+
+
+@pytest.mark.parametrize(
+    ("said", "scored"),
+    [
+        ("<think>\nOne.\n\nTwo.\n</think>\n\n    return x\n", "    return x\n"),
+        ("\n<think></think>15", "15"),
+        ("<think>a</think>b</think>c", "b</think>c"),
+        ("<think>It is 15", "<think>It is 15"),
+        ("15 <think>no</think>", "15 <think>no</think>"),
+        ("15", "15"),
+    ],
+)
+def test_a_thought_is_taken_off_where_it_comes_first_and_is_closed(said, scored):
+    assert without_thought(said) == scored
+
+
+def test_an_answer_that_a_stop_text_ends_was_not_cut_off(own_rows, reply):
+    for text, unfinished in (("CC\nDescription: an", 0), ("CC\nDescr", 6)):
+        Path(own_rows["output"], "eval", "cache.jsonl").unlink(missing_ok=True)
+        reply(text, "length")
+        result = evaluated(own_rows, tasks=["molecules"], columns={"smiles": "completion"})
+        assert result.unfinished == unfinished
+        assert {line["finish"] for line in lines_of(own_rows)} == {"length" if unfinished else "stop"}
 
 
 # Which model it was
