@@ -12,7 +12,7 @@ from openai_server import Replies, serve
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from caftune import evaluation
+from caftune import compare, evaluation
 from caftune.cli import app
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
@@ -103,6 +103,7 @@ def test_the_command_prints_a_table(values, tmp_path):
     ran = CliRunner().invoke(app, ["eval", str(tmp_path / "recipe.yaml")])
     assert ran.exit_code == 0, ran.output
     assert "molecules: base (12 examples, 1 run)" in " ".join(ran.output.split())
+    assert "Asked as plain text (eval.chat)." in ran.output
     assert "valid" in ran.output
 
 
@@ -118,7 +119,31 @@ def test_rows_as_a_model_is_trained_on_them_are_asked_unchanged_to_the_letter_or
         assert letter["scores"]["exact_match"] == (letter["completion"].strip() == row["completion"].strip())
 
 
-# What is scored
+# In which form, and what is scored
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<said>{% endif %}"
+)
+ASKED, ANSWERED = ({"role": role, "content": "C"} for role in ("user", "assistant"))
+TEXTS = {"prompt": "C", "completion": "C"}
+
+
+@pytest.fixture
+def chatty(own_rows, tmp_path):
+    """The recipe with a base that has a chat template."""
+    shutil.copytree(BASE, tmp_path / "chatty")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    return {**own_rows, "model": {"name": str(tmp_path / "chatty")}}
+
+
+def trained_on(values, row):
+    """The recipe with this row as data.train."""
+    path = Path(values["output"]).with_name("train.jsonl")
+    path.write_text(json.dumps(row) + "\n")
+    return {**values, "data": {"train": str(path)}}
 
 
 @pytest.fixture
@@ -136,6 +161,53 @@ def reply(monkeypatch):
         return asked
 
     return replies
+
+
+@pytest.mark.parametrize(
+    ("row", "chat", "in_conversation"),
+    [
+        (TEXTS, None, False),
+        ({"text": "CC"}, None, False),
+        ({"messages": [ASKED, ANSWERED]}, None, True),
+        ({"prompt": [ASKED], "completion": [ANSWERED]}, None, True),
+        ({"instruction": "C", "output": "C"}, None, True),
+        (None, None, True),
+        (TEXTS, True, True),
+        ({"messages": [ASKED, ANSWERED]}, False, False),
+    ],
+)
+def test_a_model_is_asked_in_the_form_it_is_trained_in_unless_told(chatty, reply, row, chat, in_conversation):
+    asked = reply("C")
+    result = evaluated(trained_on(chatty, row) if row else chatty, chat=chat)
+    lines = lines_of(chatty, task="exact_match")
+    assert [prompt.messages is not None for prompt in asked] == [in_conversation] * 6
+    assert {line["chat"] for line in lines} == {result.chat} == {in_conversation}
+    assert evaluation.summarise(TASKS["exact_match"], "base", lines) == result
+
+
+def test_a_model_without_a_chat_template_is_asked_in_plain_text_whatever_it_is_trained_on(own_rows, reply):
+    asked = reply("C")
+    assert evaluated(trained_on(own_rows, {"instruction": "C", "output": "C"})).chat is False
+    assert {prompt.messages for prompt in asked} == {None}
+
+
+def test_where_the_form_cannot_be_known_it_must_be_given(chatty, reply):
+    reply("C")
+    unknown = {**chatty, "data": {"train": "nowhere.jsonl"}}
+    with pytest.raises(RecipeError, match=r"eval\.chat must be given .*nowhere\.jsonl must be an existing file"):
+        evaluated(unknown)
+    assert evaluated(unknown, chat=True).chat is True
+
+
+def test_a_comparison_says_the_form_where_it_is_another_than_before_there_was_a_choice(chatty, own_rows):
+    def said(values, **changes):
+        return compare._with_form(Recipe.model_validate({**values, "eval": {**values["eval"], **changes}})).eval.chat
+
+    assert said(trained_on(chatty, TEXTS)) is False
+    assert said(trained_on(chatty, {"messages": [ASKED, ANSWERED]})) is said(trained_on(own_rows, TEXTS)) is None
+    assert said(trained_on(chatty, TEXTS), chat=True) is True
+    with pytest.raises(RecipeError, match=r"eval\.chat must not be true"):
+        said(own_rows, chat=True)
 
 
 def test_a_closed_thought_before_an_answer_is_not_scored(own_rows, reply):
@@ -276,6 +348,7 @@ def test_without_one_nothing_is_folded(proteins, monkeypatch):
             "run/model is missing. Run `caftune train` first, or name a model in eval.model",
         ),
         ({"columns": {"smiles": "nothing"}}, TaskError, r"rows\.jsonl: .*eval\.columns"),
+        ({"chat": True}, RecipeError, r"eval\.chat must not be true for .*, which has no chat template\. Remove it"),
         ({"max_new_tokens": 250}, RecipeError, "prompts of molecules .* leave no room for 250 tokens"),
     ],
 )

@@ -19,7 +19,7 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """One question: `prompt` is a text to be continued (for a chat model: what the user says).
+    """One question: `prompt` is a text to be continued (in a conversation: what the user says).
 
     `reference` is what `score` compares with, JSON. `answer` is the text of a perfect answer, as the data set gives it, and
     empty where it gives none. It is never shown to a model and nothing is scored by it.
