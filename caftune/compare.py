@@ -42,7 +42,7 @@ from caftune.comparison import summarise_comparison
 from caftune.concept_study import study_concepts
 from caftune.concepts import read_terms
 from caftune.control_heads import write_control_heads, write_untrained_heads
-from caftune.evaluation import evaluate, in_words, read_tasks
+from caftune.evaluation import evaluate, in_words, read_tasks, with_form
 from caftune.heads import HeadsConfig
 from caftune.recipe import Arm, Recipe, RecipeError, save_recipe
 from caftune.run_folder import is_begun, is_done, open_stage, record, refuse_other_stage
@@ -66,6 +66,7 @@ def compare(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
     runs = [(arm, seed) for seed in seeds_of(recipe) for arm in recipe.compare.arms]
     chosen = _chosen(runs, only)
     _refuse_unfit(recipe)
+    recipe = _with_form(recipe)
     if any(arm not in _WITHOUT_HEADS for arm, _ in runs):
         _ensure_heads(recipe, make=only is None)
     _refuse_other_runs(recipe, runs)
@@ -95,6 +96,15 @@ def _refuse_unfit(recipe: Recipe) -> None:
         read_tasks(recipe)
     if recipe.compare.concepts.terms is not None:
         read_terms(recipe.compare.concepts.terms)
+
+
+def _with_form(recipe: Recipe) -> Recipe:
+    """The recipe that says where a chat model is asked plain text: runs made before there was `eval.chat` asked otherwise."""
+    if not recipe.eval.tasks:
+        return recipe
+    tokenizer = load_tokenizer(recipe)
+    decided = with_form(recipe, tokenizer)
+    return decided if tokenizer.chat_template and not decided.eval.chat else recipe
 
 
 def _refuse_arms(recipe: Recipe) -> None:

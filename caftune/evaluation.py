@@ -1,7 +1,8 @@
 """Evaluation of a model on tasks: ask it, score the answers, put them down one by one.
 
-    output/eval/MODEL/TASK.jsonl      one line per example and run: prompt, completion, measures. MODEL is `base`, `model` for
-                                      the run's own, and for any other its last name and a short hash of its whole name
+    output/eval/MODEL/TASK.jsonl      one line per example and run: prompt, completion (what is scored), measures. MODEL is
+                                      `base`, `model` for the run's own, and for any other its last name and a short hash of
+                                      its whole name
     output/eval/cache.jsonl           the answers, by what was asked: a stopped evaluation goes on, a second one asks nothing
 
 Every number can be computed again from TASK.jsonl, without the model.
@@ -21,14 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 from caftune.checkpoint import model_fingerprint
-from caftune.data import read_rows
+from caftune.data import DataError, load_rows, read_rows
 from caftune.evals.proteins import PROTEINS, sequence_of
 from caftune.evals.statistics import interval
-from caftune.evals.task import Example, Task, TaskError, until_stop
+from caftune.evals.task import Example, Task, TaskError, until_stop, without_thought
 from caftune.evals.tasks import TASKS
 from caftune.generation import Sampling
 from caftune.labels import AnswerCache, generate_labels
-from caftune.prompts import Conversation
+from caftune.prompts import Conversation, is_chat
 from caftune.recipe import Recipe, RecipeError
 from caftune.run_folder import record
 from caftune.stage_options import answer_backend, context_length, load_tokenizer, who_answers
@@ -45,6 +46,7 @@ class Result:
     runs: int
     measures: dict[str, list[float]]
     unfinished: int  # answers, of all runs, that max_new_tokens cut off
+    chat: bool  # asked in a conversation
 
 
 def evaluate(recipe: Recipe) -> list[Result]:
@@ -54,8 +56,38 @@ def evaluate(recipe: Recipe) -> list[Result]:
         RecipeError: no such task, no data for it, or settings that cannot work together.
         TaskError: rows without what the task needs, or a package or permission that is missing.
     """
-    name = _model_of(recipe)
-    return [_evaluate(recipe, name, task, examples) for task, examples in read_tasks(recipe)]
+    name, tasks = _model_of(recipe), read_tasks(recipe)
+    recipe = with_form(recipe, load_tokenizer(recipe, name))
+    return [_evaluate(recipe, name, task, examples) for task, examples in tasks]
+
+
+def with_form(recipe: Recipe, tokenizer: Any) -> Recipe:
+    """The recipe with `eval.chat` decided: the form that data.train has, and that the model therefore knows.
+
+    Raises:
+        RecipeError: a conversation without a chat template, or a data.train that cannot be read.
+    """
+    chat, has_template = recipe.eval.chat, bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template:
+        raise RecipeError(
+            f"eval.chat must not be true for {tokenizer.name_or_path}, which has no chat template. Remove it."
+        )
+    if chat is None:
+        chat = has_template and not _is_trained_on_text(recipe)
+    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"chat": chat})})
+
+
+def _is_trained_on_text(recipe: Recipe) -> bool:
+    """Whether a model with a chat template is trained on plain text all the same."""
+    if recipe.data.train is None:
+        return False
+    try:
+        return not is_chat(load_rows(recipe.data.train, recipe.data.columns, limit=1, chat=True))
+    except DataError as error:
+        raise RecipeError(
+            f"eval.chat must be given where data.train cannot be read ({error}). Add it: true for a model that is trained in "
+            "conversations, false for one that is trained on plain text."
+        ) from error
 
 
 def read_tasks(recipe: Recipe) -> list[tuple[Task, list[Example]]]:
@@ -144,7 +176,7 @@ def _ask_all(recipe: Recipe, name: str, task: Task, examples: Sequence[Example])
     """The lines of TASK.jsonl: every example asked and scored in every run. The model is let go before this returns."""
     section = recipe.eval
     tokenizer = load_tokenizer(recipe, name)
-    talks = dict(enumerate(_ask(example, tokenizer) for example in examples))
+    talks = dict(enumerate(_ask(example, chat=bool(section.chat)) for example in examples))
     sampling = Sampling(
         section.max_new_tokens or task.max_new_tokens, section.temperature, section.top_p, section.top_k
     )
@@ -165,8 +197,10 @@ def _ask_all(recipe: Recipe, name: str, task: Task, examples: Sequence[Example])
         found = generate_labels(talks, tokenizer, cache, opened, room=room)
         _refuse_failures(task, examples, found.failures)
         for label in found.labels:
-            example, completion = examples[label.row], until_stop(label.completion, task.stop)
-            measured = {"scores": task.score(example, completion), "finish": label.finish}
+            example, said = examples[label.row], without_thought(label.completion)
+            completion = until_stop(said, task.stop)
+            finish = label.finish if completion == said else "stop"
+            measured = {"scores": task.score(example, completion), "finish": finish, "chat": section.chat}
             lines.append({"run": run, "seed": seed, **asdict(example), "completion": completion, **measured})
     return lines
 
@@ -178,9 +212,8 @@ def with_structures(lines: Sequence[Mapping[str, Any]], folder_or_hub_id: str) -
     return [{**line, "scores": {**line["scores"], **m}} for line, m in zip(lines, measured, strict=True)]
 
 
-def _ask(example: Example, tokenizer: Any) -> Conversation:
-    """A chat model is asked in a conversation; any other continues the text."""
-    if getattr(tokenizer, "chat_template", None):
+def _ask(example: Example, *, chat: bool) -> Conversation:
+    if chat:
         return Conversation(messages=[{"role": "user", "content": example.prompt}])
     return Conversation(text=example.prompt)
 
@@ -206,6 +239,7 @@ def summarise(task: Task, model: str, lines: Sequence[Mapping[str, Any]]) -> Res
         runs=len(runs),
         measures={name: [measures[name] for measures in combined if name in measures] for name in names},
         unfinished=sum(line["finish"] == "length" for line in lines),
+        chat=all(line["chat"] for line in lines),
     )
 
 
@@ -219,6 +253,7 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
         for name, values in result.measures.items():
             table.add_row(name, in_words(values))
         console.print(table)
+        console.print(f"Asked {'in a conversation' if result.chat else 'as plain text'} (eval.chat).", highlight=False)
         if result.unfinished:
             console.print(f"{result.unfinished} answers were cut off by eval.max_new_tokens.", highlight=False)
 

@@ -167,6 +167,10 @@ class EvalSection(AnswersSection):
     columns: dict[str, str] = Field({}, description="The data set's name of a column: the file's name.")
     limit: int | None = Field(None, gt=0, description="Use the first so many rows.")
     model: str | None = Field(None, description="`base`, a folder or a hub id. None: the model/ of the run.")
+    chat: bool | None = Field(
+        None,
+        description="Ask in a conversation. None: where the tokenizer has a chat template and data.train is not plain text.",
+    )
     runs: int = Field(1, gt=0, description="Independent runs, with the seeds seed, seed + 1, ...")
     temperature: float = Field(0.0, ge=0, description="0 is greedy.")
     max_new_tokens: int | None = Field(None, gt=0, description="None: what the task needs.")

@@ -28,7 +28,7 @@ _DEPENDS_ON: dict[str, Sequence[str]] = {
     "compare": (
         *("seed", "model", "heads", "loss", "data", "adapt", "trainer", "compare.concepts"),
         *(f"eval.{key}" for key in ("tasks", "data", "columns", "limit", "runs", "temperature", "top_p", "top_k")),
-        *("eval.max_new_tokens", "eval.structures", "eval.backend", "eval.vllm"),
+        *("eval.max_new_tokens", "eval.chat", "eval.structures", "eval.backend", "eval.vllm"),
     ),
 }
 

@@ -252,6 +252,19 @@ def test_a_finished_run_of_another_recipe_is_refused(copied, heads):
         compare(Recipe.model_validate(values))
 
 
+def test_runs_made_before_there_was_a_form_to_choose_are_compared_unless_one_is_chosen(copied, heads, monkeypatch):
+    monkeypatch.setattr(pipeline, "finetune", lambda _: pytest.fail("trained"))
+    for file in (copied / "out" / "compare").rglob("compare/recipe.yaml"):
+        kept = file.read_text()
+        assert "eval.chat: null\n" in kept
+        file.write_text(kept.replace("eval.chat: null\n", ""))
+    compare(recipe_in(copied, heads))
+    values = values_in(copied, heads)
+    values["eval"]["chat"] = False
+    with pytest.raises(RecipeError, match=r"of another recipe \(eval.chat: None -> False\)"):
+        compare(Recipe.model_validate(values))
+
+
 def test_runs_of_two_recipes_are_never_compared_with_each_other(copied, heads):
     """One at a time: the run that is made fits the recipe, those made before do not."""
     few = {"arms": ["ntp", "caft"], "seeds": 1}

@@ -12,13 +12,14 @@ from openai_server import Replies, serve
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from caftune import evaluation
+from caftune import compare, evaluation
 from caftune.cli import app
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.evals.proteins import sequence_of
-from caftune.evals.task import TaskError, means, until_stop
+from caftune.evals.task import TaskError, means, until_stop, without_thought
 from caftune.evals.tasks import TASKS
+from caftune.generation import Answer
 from caftune.recipe import Recipe, RecipeError
 
 
@@ -102,6 +103,7 @@ def test_the_command_prints_a_table(values, tmp_path):
     ran = CliRunner().invoke(app, ["eval", str(tmp_path / "recipe.yaml")])
     assert ran.exit_code == 0, ran.output
     assert "molecules: base (12 examples, 1 run)" in " ".join(ran.output.split())
+    assert "Asked as plain text (eval.chat)." in ran.output
     assert "valid" in ran.output
 
 
@@ -115,6 +117,128 @@ def test_rows_as_a_model_is_trained_on_them_are_asked_unchanged_to_the_letter_or
         assert letter["reference"] == molecule["reference"] == row["completion"].strip()
         assert letter["completion"] == molecule["completion"]
         assert letter["scores"]["exact_match"] == (letter["completion"].strip() == row["completion"].strip())
+
+
+# In which form, and what is scored
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<said>{% endif %}"
+)
+ASKED, ANSWERED = ({"role": role, "content": "C"} for role in ("user", "assistant"))
+TEXTS = {"prompt": "C", "completion": "C"}
+
+
+@pytest.fixture
+def chatty(own_rows, tmp_path):
+    """The recipe with a base that has a chat template."""
+    shutil.copytree(BASE, tmp_path / "chatty")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    return {**own_rows, "model": {"name": str(tmp_path / "chatty")}}
+
+
+def trained_on(values, row):
+    """The recipe with this row as data.train."""
+    path = Path(values["output"]).with_name("train.jsonl")
+    path.write_text(json.dumps(row) + "\n")
+    return {**values, "data": {"train": str(path)}}
+
+
+@pytest.fixture
+def reply(monkeypatch):
+    """Lets every model answer with one text; the prompts that it was asked are gathered."""
+
+    def replies(text, finish="stop"):
+        asked, ids = [], AutoTokenizer.from_pretrained(BASE)(text)["input_ids"]
+
+        def backend(prompts, _seeds):
+            asked.extend(prompts)
+            yield from ((place, Answer(ids, finish)) for place in range(len(prompts)))
+
+        monkeypatch.setattr(evaluation, "answer_backend", lambda *_, **__: backend)
+        return asked
+
+    return replies
+
+
+@pytest.mark.parametrize(
+    ("row", "chat", "in_conversation"),
+    [
+        (TEXTS, None, False),
+        ({"text": "CC"}, None, False),
+        ({"messages": [ASKED, ANSWERED]}, None, True),
+        ({"prompt": [ASKED], "completion": [ANSWERED]}, None, True),
+        ({"instruction": "C", "output": "C"}, None, True),
+        (None, None, True),
+        (TEXTS, True, True),
+        ({"messages": [ASKED, ANSWERED]}, False, False),
+    ],
+)
+def test_a_model_is_asked_in_the_form_it_is_trained_in_unless_told(chatty, reply, row, chat, in_conversation):
+    asked = reply("C")
+    result = evaluated(trained_on(chatty, row) if row else chatty, chat=chat)
+    lines = lines_of(chatty, task="exact_match")
+    assert [prompt.messages is not None for prompt in asked] == [in_conversation] * 6
+    assert {line["chat"] for line in lines} == {result.chat} == {in_conversation}
+    assert evaluation.summarise(TASKS["exact_match"], "base", lines) == result
+
+
+def test_a_model_without_a_chat_template_is_asked_in_plain_text_whatever_it_is_trained_on(own_rows, reply):
+    asked = reply("C")
+    assert evaluated(trained_on(own_rows, {"instruction": "C", "output": "C"})).chat is False
+    assert {prompt.messages for prompt in asked} == {None}
+
+
+def test_where_the_form_cannot_be_known_it_must_be_given(chatty, reply):
+    reply("C")
+    unknown = {**chatty, "data": {"train": "nowhere.jsonl"}}
+    with pytest.raises(RecipeError, match=r"eval\.chat must be given .*nowhere\.jsonl must be an existing file"):
+        evaluated(unknown)
+    assert evaluated(unknown, chat=True).chat is True
+
+
+def test_a_comparison_says_the_form_where_it_is_another_than_before_there_was_a_choice(chatty, own_rows):
+    def said(values, **changes):
+        return compare._with_form(Recipe.model_validate({**values, "eval": {**values["eval"], **changes}})).eval.chat
+
+    assert said(trained_on(chatty, TEXTS)) is False
+    assert said(trained_on(chatty, {"messages": [ASKED, ANSWERED]})) is said(trained_on(own_rows, TEXTS)) is None
+    assert said(trained_on(chatty, TEXTS), chat=True) is True
+    with pytest.raises(RecipeError, match=r"eval\.chat must not be true"):
+        said(own_rows, chat=True)
+
+
+def test_a_closed_thought_before_an_answer_is_not_scored(own_rows, reply):
+    row = json.loads(Path(own_rows["eval"]["data"]["exact_match"]).read_text().splitlines()[0])
+    reply(f"<think>\n\n</think>\n\n{row['completion'].strip()}")
+    assert evaluated(own_rows, limit=1).measures["exact_match"] == [1.0]
+    assert lines_of(own_rows, task="exact_match")[0]["completion"] == row["completion"].strip()
+
+
+@pytest.mark.parametrize(
+    ("said", "scored"),
+    [
+        ("<think>\nOne.\n\nTwo.\n</think>\n\n    return x\n", "    return x\n"),
+        ("\n<think></think>15", "15"),
+        ("<think>a</think>b</think>c", "b</think>c"),
+        ("<think>It is 15", "<think>It is 15"),
+        ("15 <think>no</think>", "15 <think>no</think>"),
+        ("15", "15"),
+    ],
+)
+def test_a_thought_is_taken_off_where_it_comes_first_and_is_closed(said, scored):
+    assert without_thought(said) == scored
+
+
+def test_an_answer_that_a_stop_text_ends_was_not_cut_off(own_rows, reply):
+    for text, unfinished in (("CC\nDescription: an", 0), ("CC\nDescr", 6)):
+        Path(own_rows["output"], "eval", "cache.jsonl").unlink(missing_ok=True)
+        reply(text, "length")
+        result = evaluated(own_rows, tasks=["molecules"], columns={"smiles": "completion"})
+        assert result.unfinished == unfinished
+        assert {line["finish"] for line in lines_of(own_rows)} == {"length" if unfinished else "stop"}
 
 
 # Which model it was
@@ -224,6 +348,7 @@ def test_without_one_nothing_is_folded(proteins, monkeypatch):
             "run/model is missing. Run `caftune train` first, or name a model in eval.model",
         ),
         ({"columns": {"smiles": "nothing"}}, TaskError, r"rows\.jsonl: .*eval\.columns"),
+        ({"chat": True}, RecipeError, r"eval\.chat must not be true for .*, which has no chat template\. Remove it"),
         ({"max_new_tokens": 250}, RecipeError, "prompts of molecules .* leave no room for 250 tokens"),
     ],
 )

@@ -7,8 +7,8 @@ The final answer is the first of these that a completion has:
 3. what the last "answer is", or "final answer:", is followed by, up to the end of the sentence or of the formula;
 4. the last number.
 
-A box that is not closed is an answer that broke off: neither it nor what follows counts. Words around an answer ("18 dollars")
-and marks of type and spacing are taken off.
+A box that is not closed is an answer that broke off: neither it nor what follows counts. Words around an answer ("18 dollars",
+"18 in total") and marks of type and spacing are taken off.
 
 Answers are equal if they are the same text, or if math-verify finds them equal: 1/2, 0.5, 50% and \frac12; x = 3 and 3;
 1,000 and 1000; 3, 5 and 5, 3; but not (2, 4) and [2, 4], nor (2, 4) and (4, 2). It is lenient: 50% is 50, {2, 4} is (2, 4),
@@ -47,7 +47,8 @@ _HASHES = re.compile(rf"^####[ \t]*+({_NUMBER.pattern})[ \t]*+(?:[A-Za-z][A-Za-z
 _ANNOUNCED = re.compile(r"\b(?:answer\**\s+is\b|final answer\**\s*:)[\s:*]*", re.IGNORECASE)
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _SENTENCE = re.compile(r".*?(?=\.\s|\.?$)", re.MULTILINE)
-_WORD = re.compile(r"[A-Za-z][A-Za-z']{2,}[,;:]?")
+_LONG_WORD = re.compile(r"[A-Za-z][A-Za-z']{2,}[,;:]?")
+_WORD = re.compile(rf"{_LONG_WORD.pattern}|(?:an?|as|at|by|in|is|it|of|on|or|so|to)[,;:]?", re.IGNORECASE)
 _SPACING = re.compile(r"(?<!\\)\\[!,;: ]|\\(?:left|right|displaystyle)(?![A-Za-z])|\\?\$|~")
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 _BASE = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")
@@ -118,7 +119,8 @@ def _tidy(answer: str) -> str:
     if len(answer) > LONGEST_ANSWER:
         return answer
     words = answer.split()
-    others = [word for word in words if not _WORD.fullmatch(word) or word.lower() in _MEANT]
+    is_word = (_WORD if len(words) > 2 else _LONG_WORD).fullmatch  # "5 a" is a product
+    others = [word for word in words if not is_word(word) or word.lower() in _MEANT]
     if len(others) == 1 and _NUMBER.fullmatch(others[0]):
         answer = others[0]
     return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer

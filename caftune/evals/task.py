@@ -5,9 +5,12 @@ wrote it. Tasks use rows as their data sets publish them; where a data set names
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+_THOUGHT = re.compile(r"\s*<think>.*?</think>\n*", re.DOTALL)
 
 
 class TaskError(ValueError):
@@ -16,7 +19,7 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """One question: `prompt` is a text to be continued (for a chat model: what the user says).
+    """One question: `prompt` is a text to be continued (in a conversation: what the user says).
 
     `reference` is what `score` compares with, JSON. `answer` is the text of a perfect answer, as the data set gives it, and
     empty where it gives none. It is never shown to a model and nothing is scored by it.
@@ -96,6 +99,16 @@ def text(row: Mapping[str, Any], number: int, *names: str) -> str:
             f"Row {number} (from 0): {' or '.join(names)} must be a text, got {type(found).__name__}. Write it as one text."
         )
     return found
+
+
+def without_thought(completion: str) -> str:
+    r"""The completion without the thought that it begins with, where that is closed.
+
+    >>> without_thought("<think>\n\n</think>\n\n15")
+    '15'
+    """
+    thought = _THOUGHT.match(completion)
+    return completion[thought.end() :] if thought else completion
 
 
 def until_stop(completion: str, stop: Sequence[str]) -> str:
