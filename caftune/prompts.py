@@ -1,7 +1,10 @@
 """What the base model is asked: texts to continue, and conversations whose assistant turns it writes."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 from datasets import Dataset
@@ -9,6 +12,10 @@ from datasets import Dataset
 from caftune.data import DataError
 
 _NAMED_ROWS = 5
+# The day on which everything is asked, where a chat template writes today's date: a question must be the same tomorrow. It is
+# the day that Llama 3's own templates fall back on.
+_TODAY = date(2024, 7, 26)
+_ASKS_THE_DAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,18 @@ class Conversation:
         asked = list(self.messages[: self.turns[turn]])
         for place, answer in zip(self.turns[:turn], answers, strict=True):
             asked[place] = {"role": "assistant", "content": answer}
-        rendered = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True, **self.options)
-        return Prompt(rendered["input_ids"], messages=asked, options=self.options)
+        ids = as_written(asked, self.options, tokenizer, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return Prompt(ids, messages=asked, options=self.options)
+
+
+def as_written(messages: list[dict[str, Any]], options: Mapping[str, Any], tokenizer: Any, **how: Any) -> Any:
+    """What `tokenizer.apply_chat_template` makes of messages, at any time: today is a fixed day, unless `options` give one.
+
+    transformers 5.23 hands no function of ours to a template, so its calls of `strftime_now` are replaced by what they write.
+    """
+    template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
+    dated = _ASKS_THE_DAY.sub(lambda call: json.dumps(_TODAY.strftime(call[2])), template)
+    return tokenizer.apply_chat_template(messages, **{**options, "chat_template": dated}, **how)
 
 
 def conversations(rows: Dataset, tokenizer: Any, *, system: str | None = None) -> list[Conversation]:

@@ -23,7 +23,7 @@ from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from caftune.generation import Answer, Backend, Failure, Sampling, until_end
-from caftune.prompts import Conversation, Prompt
+from caftune.prompts import Conversation, Prompt, as_written
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -306,13 +306,13 @@ def _ends_of(prompt: Prompt, tokenizer: Any, eos: Sequence[int]) -> Sequence[int
     if prompt.messages is None or len(eos) < 2:
         return eos
     answered = [*prompt.messages, {"role": "assistant", "content": "a"}]
-    ids = tokenizer.apply_chat_template(answered, return_dict=True, **prompt.options)["input_ids"]
+    ids = as_written(answered, prompt.options, tokenizer, return_dict=True)["input_ids"]
     first = next((token for token in ids[len(prompt.ids) :] if token in eos), eos[0])
     return [first, *(token for token in eos if token != first)]
 
 
 def _rendered(prompt: Prompt, tokenizer: Any) -> str:
-    return tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=False, **prompt.options)
+    return as_written(prompt.messages or [], prompt.options, tokenizer, add_generation_prompt=True, tokenize=False)
 
 
 def _closed(ids: list[int], finish: str | None, eos: Sequence[int], *, exact: bool) -> Answer:

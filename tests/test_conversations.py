@@ -1,6 +1,7 @@
 """Conversations: rendered as in training, each assistant turn written anew in its place."""
 
 import copy
+from importlib import resources
 
 import pytest
 from datasets import Dataset
@@ -10,7 +11,7 @@ from caftune.data import DataError
 from caftune.demo.run import BASE
 from caftune.generation import Answer, Sampling
 from caftune.labels import AnswerCache, generate_labels, label_dataset
-from caftune.prompts import conversations
+from caftune.prompts import as_written, conversations
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 TEMPLATE = TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -133,3 +134,22 @@ def test_tools_and_conversational_prompts_are_rendered_as_in_training(tokenizer)
     rows = Dataset.from_list([{"prompt": [say("user", "CC")], "tools": tools}])
     (talk,) = conversations(rows, with_tools)
     assert with_tools.decode(talk.prompt(0, [], with_tools).ids) == "1CC>"
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "day"),
+    [
+        ("llama3_2", {}, "26 Jul 2024"),
+        ("llama3_2", {"date_string": "1 Jan 2025"}, "1 Jan 2025"),
+        ("gptoss", {}, "2024-07-26"),
+        ("llama3_2", {"chat_template": "{{ strftime_now('%Y') }}"}, "2024"),
+    ],
+)
+def test_a_template_that_writes_the_day_asks_the_same_every_day(tokenizer, family, options, day):
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = (resources.files("trl") / "chat_templates" / f"{family}.jinja").read_text()
+    asked = as_written(TALK[:1], options, dated, tokenize=False)
+    assert day in asked
+    (talk,) = conversations(Dataset.from_list([{"messages": TALK[:1], "chat_template_kwargs": options}]), dated)
+    found = talk.prompt(0, [], dated)
+    assert found.ids == as_written(TALK[:1], options, dated, add_generation_prompt=True)["input_ids"]

@@ -1,5 +1,6 @@
 """Labels from servers: what each kind of server understands, faults, limits; and a real `transformers serve`."""
 
+import copy
 import json
 import signal
 import subprocess
@@ -140,6 +141,16 @@ def test_conversations_go_as_the_text_that_gives_their_tokens(replies, chatty):
     assert found[0].ids == replies.answer(item.ids)[:16]
     said = replies.requests[-1]
     assert (said["path"], chatty(said["prompt"])["input_ids"]) == ("/v1/completions", item.ids)
+
+
+def test_a_conversation_whose_template_writes_the_day_goes_as_its_text(replies, chatty):
+    dated = copy.deepcopy(chatty)
+    dated.chat_template = chatty.chat_template.replace("{{ bos_token }}", "{{ bos_token }}{{ strftime_now('%d') }}")
+    item = Conversation(messages=[{"role": "user", "content": "Name: ethanol"}]).prompt(0, [], dated)
+    replies.gives_ids = False
+    with serve(replies):
+        ask(replies, dated, [item])
+    assert replies.requests[-1]["prompt"].startswith("26Name")
 
 
 def test_conversations_go_as_messages_to_servers_that_take_nothing_else(replies, chatty):
