@@ -234,7 +234,8 @@ def _smaller(recipe: Recipe, setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield f"data.max_length={length}", setup
     while setup.heads > 1 and recipe.heads.path is None:
         setup = replace(setup, heads=setup.heads // 2)
-        yield f"heads.count={setup.heads}", setup
+        made_with = " (with heads that `caftune pretrain-heads` made with it)" if setup.stage == "train" else ""
+        yield f"heads.count={setup.heads}{made_with}", setup
 
 
 def print_plan(console: Console, found: Plan) -> None:

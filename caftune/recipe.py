@@ -226,6 +226,11 @@ class Recipe(_Section):
     eval: EvalSection = EvalSection()
     compare: CompareSection = CompareSection()
 
+    @property
+    def cuts_stage_one(self) -> bool:
+        """Whether data.max_length is of stage 1 too. Labels have the length they have; a text is cut, and packing needs one."""
+        return self.heads.text is not None or bool(self.pretrain.get("packing"))
+
     @model_validator(mode="before")
     @classmethod
     def _preset_of_kept_heads(cls, values: Any) -> Any:

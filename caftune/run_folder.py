@@ -90,7 +90,10 @@ def refuse_other_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Pat
     """Raise RecipeError where the folder of a stage was made from another recipe or other files."""
     folder = Path(recipe.output, stage)
     kept = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    difference = first_difference(kept, _identity(recipe, stage, files))
+    wanted = _identity(recipe, stage, files)
+    if "data.max_length" not in kept:  # the folder is older than this being kept
+        wanted.pop("data.max_length", None)
+    difference = first_difference(kept, wanted)
     if difference and difference.startswith("files."):
         difference = f"the contents of {difference.partition(':')[0].removeprefix('files.')} changed"
     if difference:
@@ -133,7 +136,8 @@ def _is_json(path: Path) -> bool:
 
 def _identity(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> dict[str, Any]:
     everything = recipe.model_dump()
-    sections = {key: _at(everything, key) for key in _DEPENDS_ON[stage]}
+    more = ["data.max_length"] if stage == "pretrain" and recipe.cuts_stage_one else []
+    sections = {key: _at(everything, key) for key in [*_DEPENDS_ON[stage], *more]}
     return {**sections, "files": {name: _digest(Path(path)) for name, path in _present(files).items()}}
 
 

@@ -1,5 +1,6 @@
 """From a recipe to what the trainer is given: the options of each stage, the adapter, the quantisation, the tokenizer."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +33,7 @@ def stage_one_config(recipe: Recipe, folder: Path) -> CAFTConfig:
         soft_targets=recipe.heads.targets == "model",
         soft_top_k=recipe.heads.top_k,
         aux_decay=recipe.loss.decay,
-        # Labels have the length they have; packing needs one.
-        max_length=_training_length(recipe) if recipe.heads.text or recipe.pretrain.get("packing") else None,
+        max_length=_training_length(recipe) if recipe.cuts_stage_one else None,
         **_model_options(recipe, "pretrain"),
     )
 
@@ -86,17 +86,18 @@ def pretrained_heads(recipe: Recipe) -> Path:
     """The folder of heads.path (fetched, where that is a hub id) or of the heads made here.
 
     Raises:
-        RecipeError: there are none, or heads.path holds others than the recipe asks for.
+        RecipeError: there are none, or others than the recipe asks for.
         HeadsError: heads.path is neither a folder nor on the hub.
     """
     if recipe.heads.path is not None:
-        _refuse_other_heads(recipe)
+        _refuse_other_heads(recipe, recipe.heads.path, recipe.heads.model_fields_set, "Remove it.")
         return find_heads(recipe.heads.path)
     heads = Path(recipe.output, "heads")
     if not heads.is_dir():
         raise RecipeError(
             f"{heads} is missing. Run `caftune pretrain-heads` first, name other heads in heads.path, or set loss.weight=0."
         )
+    _refuse_other_heads(recipe, heads, {"count", "kind"}, "Set it back, or run `caftune pretrain-heads` with it.")
     return heads
 
 
@@ -140,13 +141,13 @@ def _model_options(recipe: Recipe, section: Literal["pretrain", "adapt", "traine
     return trust | ({"model_init_kwargs": {**options, **given}} if options else {})
 
 
-def _refuse_other_heads(recipe: Recipe) -> None:
-    """Raise RecipeError where the recipe asks for other heads than heads.path holds."""
-    found = describe_heads(str(recipe.heads.path))
+def _refuse_other_heads(recipe: Recipe, heads: str | Path, asked: Collection[str], remedy: str) -> None:
+    """Raise RecipeError where the keys `asked` of the recipe's section are not those of `heads`."""
+    found = describe_heads(heads)
     for key, value in {"count": len(found["horizons"]), "kind": found["kind"]}.items():
-        if key in recipe.heads.model_fields_set and getattr(recipe.heads, key) != value:
+        if key in asked and getattr(recipe.heads, key) != value:
             raise RecipeError(
-                f"heads.{key} must be {value!r}, as in {recipe.heads.path}, got {getattr(recipe.heads, key)!r}. Remove it."
+                f"heads.{key} must be {value!r}, as in {heads}, got {getattr(recipe.heads, key)!r}. {remedy}"
             )
 
 

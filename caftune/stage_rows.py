@@ -63,9 +63,11 @@ def _finished_labels(recipe: Recipe, labels: Path) -> Dataset:
     """The labels of the run, ready to be trained on."""
     if not labels.is_file():
         raise RecipeError(f"{labels} is missing. Run `caftune label` (again), or name a text in heads.text.")
-    kept = yaml.safe_load((labels.parent / "recipe.yaml").read_text(encoding="utf-8"))["labels"]
+    kept = yaml.safe_load((labels.parent / "recipe.yaml").read_text(encoding="utf-8"))
+    model = {"model.name": recipe.model.name, "model.revision": recipe.model.revision}
     wanted = recipe.labels.model_dump(include=_MADE_WITH)
-    difference = first_difference({name: kept[name] for name in wanted}, wanted, "labels")
+    difference = first_difference({name: kept[name] for name in model}, model)
+    difference = difference or first_difference({name: kept["labels"][name] for name in wanted}, wanted, "labels")
     if difference:
         raise RecipeError(
             f"{labels} was made with another recipe ({difference}). Run `caftune label` again: what is known is not asked "

@@ -8,8 +8,10 @@ import pytest
 from datasets import Dataset
 from models import config_of
 
+from caftune.demo.run import BASE
 from caftune.estimate import Setup, estimate
-from caftune.plan import measure_rows
+from caftune.plan import measure_rows, plan
+from caftune.recipe import Recipe
 
 
 def test_rows_are_measured():
@@ -34,3 +36,11 @@ def test_stage_one_on_a_sample_keeps_less_by_what_is_not_scored():
     # In a Llama's layer more is kept behind the attention, of scored rows alone, than in it, of all rows.
     assert 0.25 < sample.head_activations / whole.head_activations < 0.7
     assert whole.peak > sample.peak
+
+
+@pytest.mark.parametrize(("stage", "says"), [("heads", False), ("train", True)])
+def test_fewer_heads_are_a_remedy_of_stage_two_where_stage_one_makes_them(stage, says, tmp_path, monkeypatch):
+    monkeypatch.setattr("caftune.plan._device", lambda: ("nothing", 0))
+    found = plan(Recipe(output=str(tmp_path / "run"), model={"name": str(BASE)}), stage)
+    changes = [remedy.change for remedy in found.remedies if remedy.change.startswith("heads.count=2")]
+    assert changes == ["heads.count=2" + " (with heads that `caftune pretrain-heads` made with it)" * says]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from caftune import pipeline, stage_options
@@ -13,6 +14,7 @@ from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.recipe import Recipe, RecipeError
 from caftune.run_folder import last_checkpoint, open_stage
+from caftune.stage_rows import head_rows
 
 FAST = {"per_device_train_batch_size": 8, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 2}
 
@@ -115,6 +117,43 @@ def test_heads_that_differ_from_those_named_are_refused(copied, key, value, foun
     heads = {"count": 2, "path": str(copied / "out" / "heads"), key: value}
     with pytest.raises(RecipeError, match=f"heads.{key} must be {found}"):
         pipeline.finetune(recipe_in(copied, heads=heads))
+
+
+@pytest.mark.parametrize(("key", "value", "found"), [("count", 1, "2"), ("kind", "mlp", "'decoder'")])
+def test_heads_made_here_must_be_those_the_recipe_asks_for(copied, key, value, found):
+    with pytest.raises(RecipeError, match=f"heads.{key} must be {found}, as in .*heads, got {value!r}. Set it back"):
+        stage_options.stage_two_config(recipe_in(copied, heads={key: value}), copied)
+
+
+@pytest.mark.parametrize(("key", "value"), [("name", "other"), ("revision", "v1")])
+def test_labels_of_another_base_are_refused(copied, key, value):
+    recipe = recipe_in(copied, model={key: value})
+    with pytest.raises(RecipeError, match=rf"made with another recipe \(model\.{key}: .*Run `caftune label` again"):
+        head_rows(recipe, stage_options.stage_one_config(recipe_in(copied), copied))
+
+
+def folder_of_stage_one(tmp_path, length, **pretrain):
+    """The folder of a stage 1 that was begun, and its recipe with another data.max_length."""
+    values = {"output": str(tmp_path), "model": {"name": "x"}, "pretrain": pretrain, "data": {"max_length": 64}}
+    folder = open_stage(Recipe.model_validate(values), "pretrain", {})
+    (folder / "checkpoint-1").mkdir()
+    return folder, Recipe.model_validate({**values, "data": {"max_length": length}})
+
+
+def test_another_length_is_another_stage_one_where_it_cuts(tmp_path):
+    _, changed = folder_of_stage_one(tmp_path / "packed", 32, packing=True)
+    with pytest.raises(RecipeError, match=r"of another recipe \(data\.max_length: 64 -> 32\)"):
+        open_stage(changed, "pretrain", {})
+    _, changed = folder_of_stage_one(tmp_path / "labels", 32)
+    open_stage(changed, "pretrain", {})
+
+
+def test_a_stage_one_whose_length_was_not_kept_goes_on(tmp_path):
+    folder, changed = folder_of_stage_one(tmp_path, 32, packing=True)
+    kept = yaml.safe_load((folder / "recipe.yaml").read_text())
+    del kept["data.max_length"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(kept))
+    open_stage(changed, "pretrain", {})
 
 
 def test_export_with_another_recipe_is_refused(copied):
