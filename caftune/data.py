@@ -14,11 +14,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Json, Value, load_dataset
+from datasets import Dataset, Features, Json, LargeList, List, Value, load_dataset
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
 # Columns that go along with messages, and what stands for them in rows without.
 _EXTRAS: dict[str, Any] = {"tools": None, "chat_template_kwargs": {}}
+_LONGEST_CELL = 2**31 - 1  # of a CSV, in characters: what a C long holds everywhere
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _NAMES = (
@@ -40,7 +41,8 @@ def load_rows(
 
     Args:
         source: a file or a hub id.
-        columns: our name -> the source's name, for example {"prompt": "question", "completion": "answer"}.
+        columns: our name -> the source's name, for example {"prompt": "question", "completion": "answer"}. What goes along
+            with messages or an instruction comes under its own name where it is not named.
         limit: use the first so many rows.
         chat: turn alpaca rows into a conversation (for a base with a chat template) instead of plain text.
 
@@ -60,7 +62,13 @@ def load_rows(
             raise DataError(
                 f"{source} has no column {missing[0]!r}; its columns are {', '.join(rows[0])}. Mend data.columns."
             )
-        rows = [{ours: row.get(theirs) for ours, theirs in columns.items()} for row in rows]
+        along = [*_EXTRAS, *(["input"] if "instruction" in columns else [])]
+        unnamed = [name for name in along if name not in columns.values()]
+        rows = [
+            {name: row[name] for name in unnamed if name in row}
+            | {ours: row.get(name) for ours, name in columns.items()}
+            for row in rows
+        ]
     formed = [_in_form(row, number, source, chat=chat) for number, row in enumerate(rows)]
     return _dataset(formed, source)
 
@@ -117,10 +125,9 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
     if kind == ".json":
         return _read_list(path)
     if kind == ".csv":
-        with _open(path) as file:
-            return list(csv.DictReader(file))
+        return _read_csv(path)
     if kind == ".parquet":
-        return Dataset.from_parquet(str(path), keep_in_memory=True).to_list()  # type: ignore[union-attr]
+        return _from_arrow(Dataset.from_parquet(str(path), keep_in_memory=True))
     raise DataError(f"{path} must end in one of {', '.join(_SUFFIXES)} (or these with .gz), got {path.suffix!r}.")
 
 
@@ -129,14 +136,50 @@ def _read_hub(source: str) -> list[dict[str, Any]]:
         raise DataError(f"{source} must be an existing file or a hub id (owner/name), and there is no such file.")
     name, _, split = source.partition(":")
     try:
-        return load_dataset(name, split=split or "train").to_list()
+        return _from_arrow(load_dataset(name, split=split or "train"))
     except (OSError, ValueError) as error:
         raise DataError(f"{source} is no file, and the hub gave no such data set ({error}).") from error
+
+
+def _from_arrow(table: Any) -> list[dict[str, Any]]:
+    """The rows of a Dataset. Arrow gives a nested value every key that any row has; those without a value are left out."""
+    return [
+        {name: _with_own_keys(value, table.features[name]) for name, value in row.items()} for row in table.to_list()
+    ]
+
+
+def _with_own_keys(value: Any, feature: Any) -> Any:
+    if isinstance(feature, dict) and value is not None:
+        return {key: _with_own_keys(item, feature[key]) for key, item in value.items() if item is not None}
+    if isinstance(feature, List | LargeList) and value is not None:
+        return [_with_own_keys(item, feature.feature) for item in value]
+    return value  # Json among them, which has the keys it was written with
 
 
 def _open(path: Path) -> Any:
     # utf-8-sig: as UTF-8, and a byte order mark at the start, which Windows editors write, is left out
     return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    usual = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        with _open(path) as file:
+            rows: list[dict[Any, Any]] = list(csv.DictReader(file, strict=True))
+    except csv.Error as error:
+        raise DataError(
+            f"{path} is malformed CSV ({error}). Close every quote, and double those within quotes."
+        ) from error
+    finally:
+        csv.field_size_limit(usual)
+    for number, row in enumerate(rows):
+        surplus = row.pop(None, [])
+        if any(surplus):
+            raise DataError(
+                f"{path}, row {number} (from 0) must have {len(row)} cells, as the first line has, got {surplus} beyond them. "
+                "Put texts with commas in quotes."
+            )
+    return rows
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+from datasets import Dataset, Features, Json, List, Value
 
 from caftune.data import DataError, load_rows
 
@@ -78,6 +79,60 @@ def test_columns_rename_and_limit_cuts(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"q": "1", "a": "2", "more": 0}, {"q": "3", "a": "4", "more": 0}])
     rows = load_rows(path, {"prompt": "q", "completion": "a"}, limit=1)
     assert rows.to_list() == [{"prompt": "1", "completion": "2"}]
+
+
+def test_what_goes_along_with_renamed_columns_stays(tmp_path):
+    tools, options = [{"type": "function", "function": {"name": "f"}}], {"short": True}
+    row = {"dialogue": [{"role": "user", "content": "a"}], "tools": tools, "chat_template_kwargs": options}
+    found = load_rows(write(tmp_path / "x.jsonl", [row]), {"messages": "dialogue"})
+    assert found.to_list() == [{"messages": row["dialogue"], "tools": tools, "chat_template_kwargs": options}]
+
+
+def test_the_input_of_an_instruction_stays_unless_it_is_named_for_something_else(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"instruction": "Add.", "input": "1 2", "reply": "3"}])
+    named = load_rows(path, {"instruction": "instruction", "output": "reply"})
+    assert named.to_list() == [{"prompt": "Add.\n\n1 2\n\n", "completion": "3"}]
+    other = load_rows(path, {"instruction": "instruction", "output": "input"})
+    assert other.to_list() == [{"prompt": "Add.\n\n", "completion": "1 2"}]
+
+
+@pytest.mark.parametrize("source", ["x.parquet", "owner/name"])
+def test_arrow_adds_no_keys_to_what_is_nested(tmp_path, monkeypatch, source):
+    def call(**arguments):
+        return [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+
+    asked = [{"role": "user", "content": "a"}]
+    written = Dataset.from_list([{"messages": talk} for talk in (call(x=1), call(y=[2]), asked)])
+    written.to_parquet(tmp_path / "x.parquet")
+    monkeypatch.setattr("caftune.data.load_dataset", lambda name, split: written)
+    monkeypatch.chdir(tmp_path)
+    assert load_rows(source)["messages"] == [call(x=1), call(y=[2]), asked]
+
+
+def test_a_null_that_was_written_as_json_stays(tmp_path):
+    talk = [{"role": "user", "content": "a", "choice": {"x": None}}]
+    message = {"role": Value("string"), "content": Value("string"), "choice": Json()}
+    Dataset.from_list([{"messages": talk}], Features({"messages": List(message)})).to_parquet(tmp_path / "x.parquet")
+    assert load_rows(str(tmp_path / "x.parquet"))["messages"] == [talk]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\nWhen?,Yes, of course.\n", r"row 1 \(from 0\) must have 2 cells, .* got \[' of course.'\] beyond them"),
+        ('a,b\nWhen?,"Yes\n', "is malformed CSV .* Close every quote"),
+        ('a,"He said "hi", to me"\n', "is malformed CSV .* double those within quotes"),
+    ],
+)
+def test_a_csv_that_would_lose_text_is_refused(tmp_path, content, message):
+    (tmp_path / "x.csv").write_text("prompt,completion\n" + content)
+    with pytest.raises(DataError, match=message):
+        load_rows(str(tmp_path / "x.csv"))
+
+
+def test_a_cell_of_a_csv_may_be_long_and_empty_ones_may_follow(tmp_path):
+    (tmp_path / "x.csv").write_text(f"prompt,completion\na,{'b' * 200_000},,\n")
+    assert load_rows(str(tmp_path / "x.csv")).to_list() == [{"prompt": "a", "completion": "b" * 200_000}]
 
 
 @pytest.mark.parametrize(
