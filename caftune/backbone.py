@@ -125,7 +125,10 @@ def _name_of(part: nn.Module, model: nn.Module) -> str:
 
 
 def last_layer(model: Any) -> str:
-    """Name of the last decoder layer: the end of the outermost list of as many modules as the configuration has layers."""
+    """Name of the last decoder layer: the end of the outermost list of as many modules as the configuration has layers.
+
+    A vision tower may have as many blocks as the language model has layers, so lists within the decoder come first.
+    """
     config, trunk = model.config.get_text_config(), _trunk(model)
     # A layer can hold several attention layers, which num_hidden_layers then counts and num_layers does not (LongCat),
     # and the decoder of an encoder-decoder counts its own (BART).
@@ -139,7 +142,8 @@ def last_layer(model: Any) -> str:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of {depths[0]} decoder layers that caftune can find"
         )
-    name = min(stacks, key=lambda name: name.count("."))
+    decoder = set(model.get_decoder().modules())
+    name = min(stacks, key=lambda name: (trunk.get_submodule(name) not in decoder, name.count(".")))
     return ".".join(filter(None, (_name_of(trunk, model), name, str(stacks[name] - 1))))
 
 
