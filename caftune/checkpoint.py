@@ -73,17 +73,19 @@ def save_heads(
     training: Mapping[str, Any] | None = None,
     state: Mapping[str, Tensor] | None = None,
     revision: str | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
     write: bool = True,
 ) -> None:
     """Write `heads` and what they belong to. A crash leaves the old folder or the new one, never half of each.
 
     Args:
-        revision: of the base on the hub, where that is not `main`. Its commit is recorded.
         training: how they were trained, for the record.
         state: the heads' weights, where these are not `heads.state_dict()` (sharded, or with a LoRA to merge).
+        revision: of the base on the hub, where that is not `main`. Its commit is recorded.
+        fingerprint: the base's, where it was taken before the model got more tokens.
         write: False on the ranks that only take part in gathering a sharded model.
     """
-    base = base_fingerprint(backbone)
+    base = fingerprint or base_fingerprint(backbone)
     if not write:
         return
     name = str(getattr(backbone.model.config, "_name_or_path", ""))

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from trl.trainer.utils import create_model_from_path
 
 from caftune.backbone import Backbone
-from caftune.checkpoint import describe_heads, find_heads, load_heads
+from caftune.checkpoint import base_fingerprint, describe_heads, find_heads, load_heads
 from caftune.config import CAFTConfig
 from caftune.heads import AuxiliaryHeads, HeadsConfig
 
@@ -19,6 +19,7 @@ class Start:
     heads: AuxiliaryHeads | None = None
     backbone: Backbone | None = None
     description: dict[str, Any] | None = None  # heads.json of the heads that were loaded
+    fingerprint: dict[str, Any] | None = None  # stage 1: the base's, before SFTTrainer adds tokens
 
 
 def load_tokenizer(model: PreTrainedModel, args: CAFTConfig) -> Any:
@@ -39,10 +40,13 @@ def load_or_build_heads(model: PreTrainedModel, args: CAFTConfig, tokenizer: Any
     if args.heads is None and not args.pretrain_heads:
         return Start()
     backbone = Backbone.of(model)
+    fingerprint = base_fingerprint(backbone) if args.pretrain_heads else None
     if args.heads is None:
-        return Start(AuxiliaryHeads.build(backbone, HeadsConfig(args.num_heads, args.head_kind)), backbone)
+        built = AuxiliaryHeads.build(backbone, HeadsConfig(args.num_heads, args.head_kind))
+        return Start(built, backbone, fingerprint=fingerprint)
     folder = find_heads(args.heads)
-    return Start(load_heads(folder, backbone, tokenizer, force=args.force_heads), backbone, describe_heads(folder))
+    heads = load_heads(folder, backbone, tokenizer, force=args.force_heads)
+    return Start(heads, backbone, describe_heads(folder), fingerprint)
 
 
 def load_base(name: str, args: CAFTConfig, quantization_config: Any) -> PreTrainedModel:

@@ -366,9 +366,9 @@ class CAFTTrainer(SFTTrainer):
 
     def _save_heads(self, folder: Path, about: Mapping[str, Any] | None = None) -> None:
         training = {**training_record(self.args, self.state.global_step), **(about or {})}
-        about = {"training": training, "state": merged_state(self.heads), "revision": self._base[1]}
-        write = self.args.should_save
-        save_heads(folder, self.heads, self.backbone, self._given_tokenizer, **about, write=write)
+        about = {"training": training, "fingerprint": self._start.fingerprint, "revision": self._base[1]}
+        state, write = merged_state(self.heads), self.args.should_save
+        save_heads(folder, self.heads, self.backbone, self._given_tokenizer, state=state, write=write, **about)
         save_adapter(folder, self.heads, write=write)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -10,6 +10,7 @@ import yaml
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from training import config
+from transformers import AutoConfig, AutoTokenizer
 
 from caftune import CAFTTrainer, pipeline
 from caftune.checkpoint import file_sha256, write_json
@@ -161,6 +162,24 @@ def test_heads_adapt_for_one_epoch_unless_the_recipe_says_otherwise(finished, tm
     state = trained_states(tmp_path / "run", "adapt")
     assert (state["epoch"], state["global_step"]) == (epochs, 3 * epochs)
     assert read(adapted, "heads.json")["training"]["num_train_epochs"] == epochs
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "adapt"])
+def test_heads_are_the_bases_own_where_the_trainer_adds_tokens_to_it(copied, stage):
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.add_tokens(["<|im_end|>"])
+    tokenizer.save_pretrained("tokenizer")
+    sections = {"trainer": {**TRAINER, "chat_template_path": "tokenizer"}}
+    if stage == "pretrain":
+        columns = {"columns": {"prompt": "prompt", "completion": "completion"}}
+        sections |= {"heads": {"count": 3, "text": "data.jsonl"}, "labels": columns, "adapt": None}
+        sections |= {"pretrain": {**ADAPT, "chat_template_path": "tokenizer"}}
+        pipeline.pretrain_heads(recipe_in(copied, "new", **sections))
+    model = pipeline.finetune(recipe_in(copied, "new", **sections))
+    made = copied / "new" / ("heads" if stage == "pretrain" else "adapt/heads")
+    assert read(made, "heads.json")["base"]["unembedding"] == read("heads", "heads.json")["base"]["unembedding"]
+    assert len(AutoTokenizer.from_pretrained(model)) == AutoConfig.from_pretrained(model).vocab_size == 192
 
 
 def test_a_second_call_does_not_adapt_again(copied):
