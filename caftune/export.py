@@ -95,23 +95,28 @@ def load_trained(
     base_revision: str | None = None,
     *,
     vocab_size: int | None = None,
+    tokenizer: Any = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """A checkpoint of stage 2 on the CPU in float32: a whole model, or an adapter on the unquantised base.
 
     Args:
         vocab_size: rows of the embeddings, where the base's were resized before training.
+        tokenizer: the one trained with: the base of an adapter gets its special tokens, as in training.
         trust_remote_code: as in `from_pretrained`.
     """
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     if not Path(folder, "adapter_config.json").is_file():
         return _class_of(_published_config(str(folder), None)).from_pretrained(folder, **options)
     from peft import PeftModel
+    from transformers.trainer_utils import align_special_tokens
 
     kind = _class_of(_published_config(base_name, base_revision))
     base = kind.from_pretrained(base_name, revision=base_revision or "main", **options)
     if vocab_size is not None and vocab_size != base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(vocab_size)
+    if tokenizer is not None:
+        align_special_tokens(base, tokenizer)
     return PeftModel.from_pretrained(base, folder)
 
 

@@ -68,6 +68,7 @@ from caftune.stage_options import (
     stage_one_config,
     stage_two_config,
     stage_two_heads,
+    trained_tokenizer,
     who_answers,
     with_inherited_options,
 )
@@ -112,11 +113,7 @@ def label(recipe: Recipe) -> Path:
     file = Path(recipe.labels.cache or folder / "cache.jsonl")
     cache = AnswerCache(file, sampling, seed=recipe.seed, fingerprint=fingerprint)
     found = generate_labels(
-        asked,
-        tokenizer,
-        cache,
-        lambda: answer_backend(recipe, recipe.labels, tokenizer, sampling),
-        room=room,
+        asked, tokenizer, cache, lambda: answer_backend(recipe, recipe.labels, tokenizer, sampling), room=room
     )
     _refuse_failures(recipe, found, file)
     write_labels(found.labels, folder / "labels.jsonl")
@@ -255,9 +252,7 @@ def finetune(recipe: Recipe) -> Path:
     adapter, rounding = lora_config(recipe), quantization(recipe)
     if recipe.adapt is not None and recipe.loss.weight > 0:
         adapt_heads(recipe)
-        args = stage_two_config(
-            recipe, Path(recipe.output, "train")
-        )  # again: accelerate's state is now the adaptation's
+        args = stage_two_config(recipe, Path(recipe.output, "train"))  # again: accelerate's state is the adaptation's
     sources = {"train": recipe.data.train, "eval": recipe.data.eval}
     files = {**sources, "heads": args.heads and Path(args.heads, "heads.json")}
     if is_begun(recipe, "train"):
@@ -333,11 +328,8 @@ def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
     heads = stage_two_heads(recipe)
     files = {"train": recipe.data.train, "eval": recipe.data.eval}
     refuse_other_stage(recipe, "train", {**files, "heads": heads and heads / "heads.json"})
-    model = load_trained(source, recipe.model.name, recipe.model.revision)
     target = Path(recipe.output, "model")
-    export_model(
-        model, target, load_tokenizer(recipe), base_name=recipe.model.name, base_revision=recipe.model.revision
-    )
+    _write_model(recipe, source, target)
     steps = int(Path(source).name.rpartition("-")[2])
     description = describe_heads(heads) if heads is not None else None
     args = stage_two_config(recipe, folder)
@@ -348,6 +340,14 @@ def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
     write_model_card(target, recipe.model.name, args, steps, heads=description)
     record(recipe, {"stage": "export", "checkpoint": Path(source).name})
     return target
+
+
+def _write_model(recipe: Recipe, source: str, target: Path) -> None:
+    """A checkpoint as `train` writes its result."""
+    tokenizer, rows = trained_tokenizer(recipe, source)
+    name, revision = recipe.model.name, recipe.model.revision
+    model = load_trained(source, name, revision, vocab_size=rows, tokenizer=tokenizer)
+    export_model(model, target, tokenizer, base_name=name, base_revision=revision)
 
 
 def _chosen_checkpoint(recipe: Recipe, folder: Path) -> str | None:

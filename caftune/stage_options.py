@@ -205,6 +205,15 @@ def load_config(recipe: Recipe, name: str | None = None) -> Any:
     return AutoConfig.from_pretrained(name or recipe.model.name, **_where(recipe, name))
 
 
+def trained_tokenizer(recipe: Recipe, checkpoint: str) -> tuple[Any, int | None]:
+    """The tokenizer of a checkpoint of stage 2, and the rows its embeddings were resized to (None: as in the base)."""
+    has_own = Path(checkpoint, "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint) if has_own else load_tokenizer(recipe)
+    # SFTTrainer leaves as many rows as tokens where it takes the template of another tokenizer (TRL 1.16).
+    is_resized = not (recipe.trainer.get("chat_template_path") or ".jinja").endswith((".jinja", ".j2"))
+    return tokenizer, len(tokenizer) if is_resized else None
+
+
 def load_model(recipe: Recipe, name: str | None = None) -> Any:
     """The base (or another model), in the dtype it was published in, on the GPU where there is one."""
     import torch

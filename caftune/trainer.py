@@ -161,15 +161,14 @@ class CAFTTrainer(SFTTrainer):
         model = self.accelerator.unwrap_model(self.model)
         is_sharded = self.is_fsdp_enabled
         if is_sharded or getattr(model, "is_quantized", False):
-            with (
-                TemporaryDirectory() as saved
-            ):  # the plain base, unsharded and unquantised, takes the trained weights up
+            with TemporaryDirectory() as saved:  # the plain base takes the trained weights up
                 state = self.accelerator.get_state_dict(self.model_wrapped) if is_sharded else None
                 if self.is_world_process_zero():
                     self._save(saved, state)
                     rows = model.get_input_embeddings().weight.shape[0]
+                    as_trained: dict[str, Any] = {"vocab_size": rows, "tokenizer": self.processing_class}
                     trust = self.args.trust_remote_code
-                    model = load_trained(saved, name, revision, vocab_size=rows, trust_remote_code=trust)
+                    model = load_trained(saved, name, revision, trust_remote_code=trust, **as_trained)
         if not self.is_world_process_zero():
             return []
         return export_model(model, folder, self.processing_class, base_name=name, base_revision=revision)

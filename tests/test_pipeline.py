@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_tuning import untied
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -301,3 +302,49 @@ def test_heads_can_be_pretrained_on_text_without_labels(values, tmp_path, target
     assert result["quality"]["heads"]["loss"]["2"] < result["quality"]["untrained"]["loss"]["2"]
     assert json.loads((heads / "heads.json").read_text())["training"]["soft_targets"] is (targets == "model")
     assert not (tmp_path / "out" / "labels").exists()
+
+
+def whole_or_alone(values, folder, base=BASE, **lora):
+    """A plain LoRA run's recipe."""
+    model = {"name": str(base), "tuning": "lora", "lora": {"r": 4, **lora}}
+    trainer = {"learning_rate": 1e-2, "max_steps": 2}
+    return recipe_with({**values, "output": str(folder), "model": model}, loss={"weight": 0}, trainer=trainer)
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    """A base that is not tied, a chat template, and a tokenizer with another end and one token more."""
+    folder = tmp_path_factory.mktemp("chat")
+    untied(folder / "base")
+    (folder / "chat.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = (folder / "chat.jinja").read_text()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # PEFT's news of added tokens
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize(
+    "options", [{"eos_token": "<unk>"}, {"chat_template_path": "chat.jinja"}, {"chat_template_path": "tokenizer"}]
+)
+def test_export_writes_the_tokenizer_and_the_end_tokens_that_train_writes(values, chat, tmp_path, tuning, options):
+    options = {name: str(chat / value) if "path" in name else value for name, value in options.items()}
+    recipe = whole_or_alone(values, tmp_path, chat / "base")
+    model = {**recipe.model.model_dump(), "tuning": tuning}
+    recipe = Recipe.model_validate({**recipe.model_dump(), "model": model, "trainer": {**recipe.trainer, **options}})
+    folder = pipeline.finetune(recipe)
+    (tokenizer, trained), (again, exported) = (
+        (AutoTokenizer.from_pretrained(found), AutoModelForCausalLM.from_pretrained(found))
+        for found in (folder.rename(tmp_path / "first"), pipeline.export(recipe))
+    )
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert (again.eos_token, again.chat_template) == (tokenizer.eos_token, tokenizer.chat_template)
+    assert exported.config.to_dict() | {"_name_or_path": ""} == trained.config.to_dict() | {"_name_or_path": ""}
+    ends, expected = (found.generation_config.eos_token_id for found in (exported, trained))
+    # Where the template is another tokenizer's, TRL lets the base's own end go; here it stays as a second one.
+    assert ends in (expected, [expected, 1])
+    for key, value in trained.state_dict().items():
+        torch.testing.assert_close(exported.state_dict()[key], value, rtol=0, atol=1e-6)

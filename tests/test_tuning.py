@@ -254,6 +254,16 @@ def test_a_qlora_export_is_the_plain_base_with_the_adapter_merged(rows, heads, t
     assert {k: (v.shape, v.dtype) for k, v in exported.items()} == {k: (v.shape, v.dtype) for k, v in base.items()}
 
 
+def test_a_qlora_export_ends_its_answers_as_the_training_did(rows, heads, tmp_path, four_bits):
+    arguments = {"train_dataset": rows, "peft_config": lora(), "quantization_config": four_bits}
+    args = config(tmp_path / "run", heads=heads, eos_token="<unk>", max_steps=1)
+    trainer = trained(CAFTTrainer(str(BASE), args, **arguments))
+    trainer.export(tmp_path / "model")
+    found, live = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), trainer.model
+    assert found.config.eos_token_id == live.config.eos_token_id == 3
+    assert found.generation_config.eos_token_id == live.generation_config.eos_token_id == [3, 1]
+
+
 def test_adapters_that_cannot_be_merged_are_refused_before_training(rows, tmp_path):
     build("zamba", dtype=torch.float32, vocab_size=158).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path / "base")
