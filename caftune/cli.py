@@ -139,7 +139,7 @@ def export(
     overrides: Overrides = None,
     checkpoint: Annotated[str | None, typer.Option(help="A checkpoint folder; the last one by default.")] = None,
 ) -> None:
-    """Write a checkpoint of stage 2 as an ordinary model (adapters merged, no heads)."""
+    """Write a checkpoint of stage 2 as an ordinary model (no heads; adapters merged, unless model.lora.merge is false)."""
     with _errors_in_one_line():
         from caftune.recipe import load_recipe
 

@@ -116,6 +116,10 @@ def _model_of(recipe: Recipe) -> str:
     if recipe.eval.model is not None:
         return recipe.eval.model
     model = _own_model(recipe)
+    if (model / "adapter_config.json").is_file():
+        raise RecipeError(
+            f"{model} must hold a whole model, and holds an adapter alone. Run `caftune export` with model.lora.merge=true."
+        )
     if not (model / "config.json").is_file():
         raise RecipeError(
             f"{model} is missing. Run `caftune train` first, or name a model in eval.model (`base`, a folder or a hub id)."

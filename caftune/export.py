@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,8 @@ from caftune.heads import ATTRIBUTE
 _logger = logging.getLogger(__name__)
 _LAYER_KEY = re.compile(r"^(?:model|backbone)\.(?:language_model\.)?layers\.(\d+)\.")
 _MTP_KEY = re.compile(r"(?:^|\.)(?:mtp|nextn)\w*\.")
+_ADAPTER = "adapter_*"  # both files of PEFT's
+_EXPORTED = ("config.json", "generation_config.json", _ADAPTER, "model.safetensors*", "model-*.safetensors")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -38,7 +41,7 @@ def export_model(
 
     Adapters are merged by PEFT in a copy (on the CPU), so that training can go on afterwards. Weights are written in the
     dtype the base was published in (float32 master weights of a bfloat16 base become bfloat16 again). The files are written
-    aside and moved into `folder` when all are there, the configuration last.
+    aside and moved into `folder` when all are there, the configuration last; an earlier export is removed before.
 
     Multi-token modules that the base brought along (DeepSeek, GLM, Qwen3-Next), which transformers does not load for
     training, are copied from the base unchanged, and a warning says so.
@@ -76,6 +79,7 @@ def export_model(
         write_json(path, described)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
+        clear_export(target, name)
         for file in sorted(Path(aside).iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(target / file.name)
     if native:
@@ -87,6 +91,22 @@ def export_model(
             folder,
         )
     return list(native)
+
+
+def clear_export(folder: Path, base_name: str) -> None:
+    """Remove an earlier export: transformers would lay an adapter over a whole model beside it. The base itself stays."""
+    if folder.resolve() != Path(base_name).resolve():
+        for file in [found for pattern in _EXPORTED for found in folder.glob(pattern)]:
+            file.unlink()
+
+
+def copy_adapter(checkpoint: str | os.PathLike[str], folder: Path, tokenizer: Any, *, base_name: str) -> None:
+    """Export the adapter of a checkpoint as it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_export(folder, base_name)
+    for file in Path(checkpoint).glob(_ADAPTER):
+        shutil.copy(file, folder)
+    tokenizer.save_pretrained(folder)
 
 
 def load_trained(

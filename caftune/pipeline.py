@@ -44,7 +44,7 @@ from caftune.checkpoint import (
 from caftune.config import CAFTConfig
 from caftune.costs import Costs, memory_bytes
 from caftune.data import load_rows
-from caftune.export import export_model, load_trained, refuse_tied_adapters
+from caftune.export import copy_adapter, export_model, load_trained, refuse_tied_adapters
 from caftune.generation import Sampling, end_tokens
 from caftune.heads import AuxiliaryHeads, HeadsConfig
 from caftune.labels import AnswerCache, Labelling, generate_labels, write_labels
@@ -65,6 +65,7 @@ from caftune.stage_options import (
     lora_config,
     pretrained_heads,
     quantization,
+    refuse_quantised_base,
     stage_one_config,
     stage_two_config,
     stage_two_heads,
@@ -343,9 +344,13 @@ def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
 
 
 def _write_model(recipe: Recipe, source: str, target: Path) -> None:
-    """A checkpoint as `train` writes its result."""
+    """A checkpoint as `train` writes its result: a whole model, or the adapter alone where the recipe says so."""
     tokenizer, rows = trained_tokenizer(recipe, source)
     name, revision = recipe.model.name, recipe.model.revision
+    if recipe.model.tuning != "full" and not recipe.model.lora.merge:
+        copy_adapter(source, target, tokenizer, base_name=name)
+        return
+    refuse_quantised_base(recipe)
     model = load_trained(source, name, revision, vocab_size=rows, tokenizer=tokenizer)
     export_model(model, target, tokenizer, base_name=name, base_revision=revision)
 

@@ -93,6 +93,8 @@ def refuse_other_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Pat
     wanted = _identity(recipe, stage, files)
     if "data.max_length" not in kept:  # the folder is older than this being kept
         wanted.pop("data.max_length", None)
+    for identity in (kept, wanted):  # it says how the result is written, not how it is made
+        identity.get("model", {}).get("lora", {}).pop("merge", None)
     difference = first_difference(kept, wanted)
     if difference and difference.startswith("files."):
         difference = f"the contents of {difference.partition(':')[0].removeprefix('files.')} changed"

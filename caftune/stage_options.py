@@ -169,14 +169,19 @@ def lora_config(recipe: Recipe) -> Any:
     )
 
 
-def quantization(recipe: Recipe) -> Any:
-    """Four bits with the settings of the QLoRA paper (NormalFloat4, double quantisation, bfloat16), None for other tunings."""
+def refuse_quantised_base(recipe: Recipe) -> None:
+    """Raise RecipeError where an adapter would have to be merged into a base that is published quantised."""
     config = load_config(recipe)
     if recipe.model.lora.merge and getattr(config, "quantization_config", None):
         raise RecipeError(
             f"model.name must be an unquantised base, and {recipe.model.name} is published quantised: an adapter cannot be "
             "merged into it. Name the unquantised base (tuning: qlora rounds it), or set model.lora.merge=false."
         )
+
+
+def quantization(recipe: Recipe) -> Any:
+    """Four bits with the settings of the QLoRA paper (NormalFloat4, double quantisation, bfloat16), None for other tunings."""
+    refuse_quantised_base(recipe)
     if recipe.model.tuning != "qlora":
         return None
     if not is_bitsandbytes_available():

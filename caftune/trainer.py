@@ -23,7 +23,7 @@ from trl import SFTTrainer
 from caftune.cards import write_model_card
 from caftune.checkpoint import read_heads, save_heads
 from caftune.config import CAFTConfig
-from caftune.export import export_model, load_trained
+from caftune.export import clear_export, export_model, load_trained
 from caftune.heads import ATTRIBUTE, attach_heads
 from caftune.loading import keep_trainable_on_cpu, load_base, load_or_build_heads, load_tokenizer, text_tokenizer
 from caftune.objective import IGNORED, horizon_targets, weights_of_sums
@@ -143,6 +143,8 @@ class CAFTTrainer(SFTTrainer):
         if self.args.pretrain_heads:
             self._save_heads(Path(folder), about)
         elif hasattr(self.model, "peft_config") and not merged:
+            if self.is_world_process_zero():
+                clear_export(Path(folder), self._base[0])
             self.save_model(str(folder), _internal_call=True)
         else:
             native = self._export_whole(Path(folder))

@@ -358,6 +358,14 @@ def test_what_cannot_be_evaluated_is_refused_before_the_model_is_asked(values, m
         evaluated(values, **changes)
 
 
+def test_an_adapter_alone_is_refused_with_how_to_make_it_a_model(values):
+    model = Path(values["output"], "model")
+    model.mkdir(parents=True)
+    (model / "adapter_config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"an adapter alone\. Run `caftune export` with model\.lora\.merge=true"):
+        evaluated(values, model=None)
+
+
 def test_every_task_has_rows_of_its_own_and_takes_any_completion():
     for name, task in TASKS.items():
         if name in ("humaneval", "mbpp"):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from caftune.backbone import Backbone
 from caftune.checkpoint import base_fingerprint
-from caftune.export import export_model
+from caftune.export import clear_export, export_model
 from caftune.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
 
 IDS = torch.randint(3, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(9))
@@ -171,6 +171,26 @@ def test_an_interrupted_export_is_no_model(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         export_model(model, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_export_takes_the_place_of_an_earlier_one_of_any_kind(tmp_path):
+    model, earlier = (
+        published(tmp_path),
+        ("adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors"),
+    )
+    (tmp_path / "out").mkdir()
+    for name in (*earlier, "model.safetensors.index.json", "README.md"):
+        (tmp_path / "out" / name).write_text("{}")
+    export_model(model, tmp_path / "out")
+    kept = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == kept
+
+
+def test_the_base_is_no_earlier_export(tmp_path):
+    published(tmp_path)
+    before = sorted((tmp_path / "base").iterdir())
+    clear_export(tmp_path / "base", str(tmp_path / "base"))
+    assert sorted((tmp_path / "base").iterdir()) == before
 
 
 def test_a_lora_export_leaves_the_training_model_as_it_was(tmp_path):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from test_tuning import untied
+from test_tuning import logits_of, untied
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -309,6 +310,40 @@ def whole_or_alone(values, folder, base=BASE, **lora):
     model = {"name": str(base), "tuning": "lora", "lora": {"r": 4, **lora}}
     trainer = {"learning_rate": 1e-2, "max_steps": 2}
     return recipe_with({**values, "output": str(folder), "model": model}, loss={"weight": 0}, trainer=trainer)
+
+
+@pytest.mark.parametrize("again", [pipeline.export, pipeline.finetune])
+def test_an_adapter_alone_and_a_whole_model_take_each_others_place(values, rows, tmp_path, again):
+    merged, alone = (whole_or_alone(values, tmp_path, merge=merge) for merge in (True, False))
+    model = pipeline.finetune(alone)
+    adapter = load_file(model / "adapter_model.safetensors")
+    expected = logits_of(AutoPeftModelForCausalLM.from_pretrained(model), rows)
+    again(merged)
+    found = logits_of(AutoModelForCausalLM.from_pretrained(model), rows)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)  # float32: W x + B A x, (W + B A) x
+    assert "An ordinary checkpoint" in (model / "README.md").read_text()
+    again(alone)
+    found = load_file(model / "adapter_model.safetensors")
+    assert all(torch.equal(found[key], value) for key, value in adapter.items())
+    assert not [*model.glob("config.json"), *model.glob("model*.safetensors")]
+    assert "An adapter" in (model / "README.md").read_text()
+    assert AutoTokenizer.from_pretrained(model).get_vocab() == AutoTokenizer.from_pretrained(BASE).get_vocab()
+
+
+def test_the_adapter_of_a_base_that_is_published_quantised_is_exported_alone(values, tmp_path):
+    shutil.copytree(BASE, tmp_path / "base")
+    merged, alone = (
+        whole_or_alone(values, tmp_path / "run", tmp_path / "base", merge=merge) for merge in (True, False)
+    )
+    model = pipeline.finetune(alone)
+    shutil.rmtree(model)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+    )
+    with pytest.raises(RecipeError, match="is published quantised: an adapter cannot be merged into it"):
+        pipeline.export(merged)
+    assert (pipeline.export(alone) / "adapter_model.safetensors").is_file()
 
 
 @pytest.fixture(scope="module")
