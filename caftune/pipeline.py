@@ -351,7 +351,8 @@ def _write_model(recipe: Recipe, source: str, target: Path) -> None:
         copy_adapter(source, target, tokenizer, base_name=name)
         return
     refuse_quantised_base(recipe)
-    model = load_trained(source, name, revision, vocab_size=rows, tokenizer=tokenizer)
+    trust = bool(recipe.model.trust_remote_code)
+    model = load_trained(source, name, revision, vocab_size=rows, tokenizer=tokenizer, trust_remote_code=trust)
     export_model(model, target, tokenizer, base_name=name, base_revision=revision)
 
 

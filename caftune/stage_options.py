@@ -213,7 +213,8 @@ def load_config(recipe: Recipe, name: str | None = None) -> Any:
 def trained_tokenizer(recipe: Recipe, checkpoint: str) -> tuple[Any, int | None]:
     """The tokenizer of a checkpoint of stage 2, and the rows its embeddings were resized to (None: as in the base)."""
     has_own = Path(checkpoint, "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint) if has_own else load_tokenizer(recipe)
+    own = AutoTokenizer.from_pretrained(checkpoint, **_where(recipe, checkpoint)) if has_own else None
+    tokenizer = own or load_tokenizer(recipe)
     # SFTTrainer leaves as many rows as tokens where it takes the template of another tokenizer (TRL 1.16).
     is_resized = not (recipe.trainer.get("chat_template_path") or ".jinja").endswith((".jinja", ".j2"))
     return tokenizer, len(tokenizer) if is_resized else None

@@ -148,10 +148,8 @@ def test_a_new_repository_is_private_when_asked(hub, made, private):
 
 def test_the_card_says_what_the_heads_are_and_how_they_were_made(hub, made):
     push_heads(made, NAME, licence="apache-2.0")
-    facts = {
-        name: value.strip("`")
-        for name, value in re.findall(r"^- \*\*(.+?)\*\*: (.+)$", card_of(hub).text, re.MULTILINE)
-    }
+    lines = re.findall(r"^- \*\*(.+?)\*\*: (.+)$", card_of(hub).text, re.MULTILINE)
+    facts = {name: value.strip("`") for name, value in lines}
     assert facts["base"] == BASE.name
     assert facts["kind"] == "decoder, leaving the model at the input of the last layer"
     assert facts["horizons"] == "2, 3"
