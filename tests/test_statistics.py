@@ -1,9 +1,5 @@
-"""Statistics against scipy, exact enumeration and brute force, and what they promise against simulated comparisons.
+"""Statistics against scipy, exact enumeration and brute force."""
 
-Rates of simulations are held to the 99.9% range of the binomial distribution at the stated rate.
-"""
-
-import dataclasses
 import itertools
 import math
 import sys
@@ -21,24 +17,12 @@ from caftune.evals.statistics import compare, holm, interval, pass_at_k
 from caftune.evals.task import TaskError
 
 
-def in_binomial_range(hits, trials, rate):
-    low, high = stats.binom.interval(0.999, trials, rate)
-    return low <= hits <= high
-
-
 @pytest.mark.parametrize("runs", [2, 3, 5, 30])
 def test_an_interval_is_scipys(runs):
     values = np.random.default_rng(runs).normal(3, 2, runs)
     mean, half_width = interval(values.tolist())
     theirs = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (mean - half_width, mean + half_width) == pytest.approx((theirs.low, theirs.high), rel=1e-12)
-
-
-@pytest.mark.parametrize("runs", [2, 3, 5])
-def test_an_interval_covers_the_mean_in_95_of_100_repetitions(runs):
-    rng, trials = np.random.default_rng(1), 2000
-    found = [interval(values) for values in rng.normal(7, 3, (trials, runs))]
-    assert in_binomial_range(sum(abs(mean - 7) <= half for mean, half in found), trials, 0.95)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +180,8 @@ def test_the_minimum_detectable_effect_has_80_percent_power_in_a_t_test_of_that_
     effect = compare(treatment, baseline, paired_seeds=paired).minimum_detectable
     rng, trials = np.random.default_rng(11), 400_000
     statistic = (effect / error + rng.normal(size=trials)) / np.sqrt(rng.chisquare(freedom, trials) / freedom)
-    assert in_binomial_range((abs(statistic) > stats.t.ppf(0.975, freedom)).sum(), trials, 0.8)
+    found = abs(statistic) > stats.t.ppf(0.975, freedom)
+    assert found.mean() == pytest.approx(0.8, abs=0.0021)  # the 99.9% range of the binomial distribution
 
 
 def test_the_effect_size_is_the_mean_of_the_examples_differences_by_their_deviation():
@@ -240,6 +225,18 @@ def test_what_paired_runs_share_cancels_only_where_they_are_said_to_be_paired():
     arms = shared + 0.1 * noise(5, 80, seed=1), shared + 0.1 * noise(5, 80, seed=2)
     paired, independent = compare(*arms, paired_seeds=True), compare(*arms)
     assert independent.high - independent.low > 20 * (paired.high - paired.low)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_two_runs_whose_means_tie_on_different_examples_are_no_certainty(paired):
+    baseline = np.zeros((2, 100))
+    treatment = baseline.copy()
+    treatment[0, 3] = treatment[1, 7] = 1
+    found = compare(treatment, baseline, paired_seeds=paired)
+    assert found.p_value > 0.05
+    # of 200 answers 2 are gained: noise of variance (1 / 99) / 2 an example
+    half = stats.norm.ppf(0.975) * math.sqrt(1 / 99 / 2 / 100)
+    assert (found.low, found.high) == pytest.approx((0.01 - half, 0.01 + half), abs=1e-5)
 
 
 def test_an_untrained_baseline_given_twice_leaves_the_variance_of_the_treatments_runs():
@@ -291,109 +288,3 @@ def test_without_scipy_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(TaskError, match=r"pip install caftune\[eval\]"):
         interval([1.0, 2.0])
-
-
-@dataclasses.dataclass(frozen=True)
-class World:
-    """Where scores come from. Standard deviations, and whether scores are right or wrong only."""
-
-    runs: float = 0.0  # of a run of either arm
-    shared: float = 0.0  # of what run s of both arms has in common
-    taste: float = 0.0  # of the examples' true differences, whose mean over all examples is the effect
-    noise: float = 1.0
-    binary: bool = False
-    seeds: int = 5
-    examples: int = 100
-
-    def draw(self, rng, effect=0.0):
-        shape = (2, self.seeds, self.examples)
-        common = self.shared * rng.normal(size=(1, self.seeds, 1)) + 2 * rng.normal(size=(1, 1, self.examples))
-        arms = common + self.runs * rng.normal(size=(2, self.seeds, 1)) + self.noise * rng.normal(size=shape)
-        arms[0] += effect + self.taste * rng.normal(size=self.examples)
-        return arms > 0 if self.binary else arms
-
-
-def comparisons(world, trials, *, effect=0.0, paired=False, seed=0):
-    rng = np.random.default_rng(seed)
-    return [compare(*world.draw(rng, effect), paired_seeds=paired, resamples=600) for _trial in range(trials)]
-
-
-PURE_NOISE = {
-    "noise within runs": World(),
-    "right or wrong": World(binary=True),
-    "runs": World(runs=0.3),
-    "runs, right or wrong": World(runs=0.3, binary=True),
-    "three seeds": World(runs=0.3, seeds=3),
-    "paired": World(runs=0.3, shared=1.0),
-}
-
-
-@pytest.mark.parametrize("name", PURE_NOISE)
-def test_two_identical_arms_are_told_apart_in_5_of_100_comparisons(name):
-    found = comparisons(PURE_NOISE[name], 200, paired=name == "paired")
-    assert in_binomial_range(sum(each.p_value <= 0.05 for each in found), 200, 0.05)
-
-
-@pytest.mark.parametrize("runs", [0.0, 0.1])
-def test_arms_that_differ_on_single_examples_only_are_told_apart_in_no_more_than_5_of_100(runs):
-    found = comparisons(World(runs=runs, taste=1.0), 300)
-    claims = sum(each.p_value <= 0.05 for each in found)
-    assert 0.01 * 300 <= claims <= stats.binom.ppf(0.999, 300, 0.05)
-
-
-def per_example_flips(treatment, baseline, rng):
-    """The test we do not use: arms swapped per example, in all runs at once, as if the runs were all there are."""
-    gaps = treatment.mean(0) - baseline.mean(0)
-    flipped = rng.choice([-1, 1], size=(400, len(gaps))) @ gaps
-    return (1 + (abs(flipped) >= abs(gaps.sum())).sum()) / 401
-
-
-def test_swapping_arms_per_example_alone_would_tell_identical_arms_apart_far_more_often():
-    rng = np.random.default_rng(0)
-    claims = [per_example_flips(*World(runs=0.3).draw(rng), rng) <= 0.05 for _trial in range(200)]
-    assert np.mean(claims) > 0.3
-
-
-COVERED = {
-    "no variance of runs": World(taste=0.5),
-    "runs": World(taste=0.5, runs=0.3),
-    "three seeds": World(taste=0.5, runs=0.3, seeds=3),
-    "paired": World(taste=0.5, runs=0.3, shared=1.0),
-}
-
-
-@pytest.mark.parametrize("name", COVERED)
-def test_the_interval_covers_the_true_difference_in_at_least_95_of_100_comparisons(name):
-    found = comparisons(COVERED[name], 300, effect=0.7, paired=name == "paired", seed=1)
-    covered = sum(each.low <= 0.7 <= each.high for each in found)
-    assert stats.binom.ppf(0.001, 300, 0.95) <= covered <= 0.99 * 300
-
-
-def two_level_bootstrap(treatment, baseline, rng, resamples=400):
-    """The interval we do not use: percentiles of resampled examples and resampled runs."""
-
-    def counts(size):
-        return rng.multinomial(size, np.full(size, 1 / size), resamples) / size
-
-    drawn = counts(treatment.shape[1])
-    means = [(counts(len(arm)) @ arm * drawn).sum(1) for arm in (treatment, baseline)]
-    return np.quantile(means[0] - means[1], [0.025, 0.975])
-
-
-def test_percentiles_of_a_plain_two_level_bootstrap_would_cover_too_little():
-    rng, covered = np.random.default_rng(3), 0
-    for _trial in range(200):
-        low, high = two_level_bootstrap(*World(runs=0.3, seeds=3).draw(rng), rng)
-        covered += low <= 0 <= high
-    assert covered < stats.binom.ppf(0.001, 200, 0.95)
-
-
-@pytest.mark.parametrize(
-    ("world", "paired"), [(World(), False), (World(runs=0.3, taste=0.5), False), (World(runs=0.3), True)]
-)
-def test_an_effect_of_the_minimum_detectable_size_is_found_in_about_80_of_100_comparisons(world, paired):
-    # One comparison knows the spread roughly; the root mean square of many is what it is on average.
-    pilots = comparisons(world, 150, paired=paired, seed=4)
-    effect = math.sqrt(np.mean([each.minimum_detectable**2 for each in pilots]))
-    found = comparisons(world, 250, effect=effect, paired=paired, seed=5)
-    assert np.mean([each.p_value <= 0.05 for each in found]) == pytest.approx(0.8, abs=0.08)
