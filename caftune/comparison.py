@@ -33,7 +33,7 @@ from caftune.evals.statistics import compare as compare_scores
 from caftune.evals.tasks import TASKS
 from caftune.recipe import Recipe
 from caftune.stage_options import load_tokenizer, pretrained_heads
-from caftune.verdict import BASE, BASELINE, CONCEPTS, HELD_OUT, TREATMENT, remarks, verdict
+from caftune.verdict import BASE, BASELINE, CONCEPTS, HELD_OUT, TREATMENT, main_loss, remarks, verdict
 
 _FORMAT = 1
 
@@ -291,9 +291,8 @@ def _checks(runs: Mapping[str, Sequence[ComparedRun]]) -> dict[str, Any]:
 
 
 def _first_loss(log: Sequence[Mapping[str, Any]]) -> float | None:
-    """L_1 of the first optimizer step: `loss` itself where no auxiliary loss is in it."""
-    first = next((entry for entry in log if "loss" in entry and entry.get("step") == 1), {})
-    return first.get("h1_loss", first.get("loss"))
+    """L_1 of the first optimizer step."""
+    return next((main_loss(entry) for entry in log if "loss" in entry and entry.get("step") == 1), None)
 
 
 def _concepts(recipe: Recipe, runs: Mapping[str, Sequence[ComparedRun]]) -> dict[str, Any] | None:

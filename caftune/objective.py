@@ -7,7 +7,7 @@ Source: arXiv 2506.07833; gamma and the values of alpha and beta from its refere
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +83,12 @@ def horizon_targets(
         padding = attention_mask == 0
         targets[:, :-horizon].masked_fill_(padding[:, :-horizon] | padding[:, horizon:], IGNORED)
     return targets
+
+
+def count_targets(batch: Mapping[str, Tensor], horizons: Sequence[int]) -> Int[Tensor, " heads"]:
+    """How many targets each of the horizons has in a batch as a data collator makes it."""
+    where = {"position_ids": batch.get("position_ids"), "attention_mask": batch.get("attention_mask")}
+    return torch.stack([(horizon_targets(batch["labels"], h, **where) != IGNORED).sum() for h in horizons])
 
 
 def auxiliary_loss(

@@ -30,7 +30,7 @@ from caftune.report_parts import (
     without_addresses,
     without_servers,
 )
-from caftune.verdict import BASE, BASELINE
+from caftune.verdict import BASE, BASELINE, main_loss
 
 _HORIZON = re.compile(r"h(\d+)_(loss|weight)")
 
@@ -201,9 +201,8 @@ def _curves(
 
 
 def _main_loss(log: Sequence[Mapping[str, Any]]) -> plots.Points:
-    """L_1 by step; `loss` is L_1 where no heads were measured."""
-    name = "h1_loss" if any("h1_loss" in entry for entry in log) else "loss"
-    return [(entry["step"], entry[name]) for entry in log if name in entry]
+    """L_1 by step."""
+    return [(entry["step"], value) for entry in log if (value := main_loss(entry)) is not None]
 
 
 def _by_horizon(logs: Sequence[Sequence[Mapping[str, Any]]], kind: str) -> dict[str, list[plots.Points]]:

@@ -26,7 +26,7 @@ from caftune.config import CAFTConfig
 from caftune.export import clear_export, export_model, load_trained
 from caftune.heads import ATTRIBUTE, attach_heads
 from caftune.loading import keep_trainable_on_cpu, load_base, load_or_build_heads, load_tokenizer, text_tokenizer
-from caftune.objective import IGNORED, horizon_targets, weights_of_sums
+from caftune.objective import count_targets, weights_of_sums
 from caftune.packing import RefuseLeaks
 from caftune.refusals import (
     refuse_arguments,
@@ -109,6 +109,8 @@ class CAFTTrainer(SFTTrainer):
         self._horizon_counts: Tensor | None = None
         self._micro_batch = 0  # within the optimizer step
         self._horizon_sums: dict[str, dict[str, Tensor]] = {}
+        self._main_sum, self._steps = torch.zeros((), device=args.device), 0  # L_1 since the last log
+        self._batches = 1  # what Trainer divides a batch's loss by
         if self.heads is not None:
             self._attach()
 
@@ -213,42 +215,55 @@ class CAFTTrainer(SFTTrainer):
             self._record(auxiliary)
             return (auxiliary["loss"], auxiliary) if return_outputs else auxiliary["loss"]
         training = self.model.training
-        if self.heads is None or (training and self._scored_horizons == 0):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        scoring = self._scoring(inputs, num_items_in_batch) if training else {}
-        scores: dict[str, Tensor] = {}
+        is_plain = self.heads is None or (training and self._scored_horizons == 0)
+        scoring = self._scoring(inputs, num_items_in_batch) if training and not is_plain else {}
+        scores: dict[str, Any] = {}
 
         def forward(**arguments: Any) -> Any:
             if not arguments.get("fused_lm_head"):
                 return model(**arguments)
             outputs = model(**arguments, auxiliary="add", **scoring)
-            scores.update(outputs["auxiliary"])
-            self._record_main(outputs)
+            main = (-outputs.log_probs.detach().sum(), outputs.label_mask.sum(), outputs.is_top1.sum())
+            scores.update(outputs["auxiliary"], main=main)
             return outputs
 
-        result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model if is_plain else forward, inputs, return_outputs, num_items_in_batch)
+        main = result[0] if return_outputs else result
+        if training:
+            self._add_main(main.detach() / self._batches)
+        if is_plain:
+            return result
         self._record(scores)
         if not training:
             return result
-        loss = (result[0] if return_outputs else result) + scores["loss"]
+        loss = main + scores["loss"]
         return (loss, result[1]) if return_outputs else loss
+
+    def _add_main(self, loss: Tensor) -> None:
+        """Add a batch's part to the sum since the last log, as Trainer does with the whole loss."""
+        if self.args.logging_nan_inf_filter:
+            loss = torch.where(loss.isfinite(), loss, self._main_sum / max(self._steps, 1))
+        self._main_sum = self._main_sum + loss
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimizer step; the targets of every horizon are counted over all of them."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._micro_batch = 0
+        self._micro_batch, self._steps = 0, self._steps + bool(batches)
+        self._batches = len(batches) if num_items is None else 1
         if self.heads is not None and batches:
             horizons = self.heads.config.horizons
-            counts = torch.stack([_count_targets(batch, horizons) for batch in batches]).sum(0).to(device)
+            counts = torch.stack([count_targets(batch, horizons) for batch in batches]).sum(0).to(device)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 counts = self.accelerator.reduce(counts, reduction="sum")
             self._horizon_counts = counts
         return batches, num_items
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each horizon's loss in nats, top-1 accuracy and (in training) present weight."""
+        """Add each horizon's loss in nats and accuracy; in training its weight, and `main_loss`: `loss` without the heads'."""
         mode = "train" if self.model.training else "eval"
-        sums = self._horizon_sums.pop(mode, None)
+        sums, main, steps = self._horizon_sums.pop(mode, None), self._main_sum, self._steps
+        if mode == "train":
+            self._main_sum, self._steps = torch.zeros_like(main), 0
         if sums is not None and "train_runtime" not in logs:  # the summary of a run is no step of its own
             # "eval_", or "eval_<name>_" where there are several evaluation sets
             named = (key.removesuffix("loss") for key in logs if key.endswith("_loss"))
@@ -258,6 +273,8 @@ class CAFTTrainer(SFTTrainer):
             if mode == "train":
                 weights = self._weights_at(max(self.state.global_step - 1, 0))
                 logs.update({f"h{h}_weight": w for h, w in zip(self.heads.config.horizons, weights, strict=True)})
+                if not self.args.pretrain_heads:
+                    logs["main_loss"] = self.accelerator.reduce(main, reduction="mean").item() / steps
             elif self.args.pretrain_heads:  # over all tokens, not the mean of the batches' means
                 weights = self._weights_without_gamma()
                 terms = zip(self.heads.config.horizons, weights, strict=True)
@@ -279,8 +296,7 @@ class CAFTTrainer(SFTTrainer):
         return metrics
 
     def _weights_without_gamma(self) -> list[float]:
-        constant = replace(self.args.auxiliary_weights, schedule="constant")
-        return constant.at(0, 1, self.heads.config.horizons)
+        return replace(self.args.auxiliary_weights, schedule="constant").at(0, 1, self.heads.config.horizons)
 
     def _weights_at(self, step: int) -> list[float]:
         horizons = self.heads.config.horizons
@@ -297,7 +313,7 @@ class CAFTTrainer(SFTTrainer):
         is_training = self.model.training
         counts = self._horizon_counts if is_training else None
         if counts is None:
-            counts = _count_targets(inputs, self.heads.config.horizons)
+            counts = count_targets(inputs, self.heads.config.horizons)
         if not is_training:  # stage 1: the objective without gamma, so that evaluations can be compared
             return {"auxiliary_weights": weights_of_sums(self._weights_without_gamma(), counts)}
         scored, factor = self._scored_horizons, 1
@@ -313,23 +329,15 @@ class CAFTTrainer(SFTTrainer):
         sample = Sample(self.args.aux_rows, seed) if self.args.aux_rows < 1 else None
         return {"auxiliary_weights": weights * factor, "auxiliary_sample": sample}
 
-    def _record_main(self, outputs: Any) -> None:
-        self._main = {
-            "nll": -outputs.log_probs.detach().sum(),
-            "count": outputs.label_mask.sum(),
-            "correct": outputs.is_top1.sum(),
-        }
-
-    def _record(self, scores: dict[str, Tensor]) -> None:
+    def _record(self, scores: dict[str, Any]) -> None:
         """Add a batch's sums to those since the last log: horizon 1 first where it was computed."""
-        main = self.__dict__.pop("_main", None)
         kept = self._horizon_sums.setdefault("train" if self.model.training else "eval", {})
-        for name in ("nll", "count", "correct"):
+        for name, first in zip(("nll", "count", "correct"), scores.get("main", (None,) * 3), strict=True):
             value = scores[name]
             exact = torch.float32 if value.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
             row = value.new_zeros(self.heads.config.count, dtype=exact)
             row[: len(value)] = value.detach()
-            row = row if main is None else torch.cat([main[name].to(exact)[None], row])
+            row = row if first is None else torch.cat([first.to(exact)[None], row])
             kept[name] = kept[name] + row if name in kept else row
 
     def _prepare_dataset(
@@ -389,11 +397,5 @@ class CAFTTrainer(SFTTrainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         missing = [key for key in load_result.missing_keys if not key.startswith(f"{ATTRIBUTE}.")]
-        super()._issue_warnings_after_load(
-            SimpleNamespace(missing_keys=missing, unexpected_keys=load_result.unexpected_keys)
-        )
-
-
-def _count_targets(batch: dict[str, Tensor], horizons: list[int]) -> Tensor:
-    where = {"position_ids": batch.get("position_ids"), "attention_mask": batch.get("attention_mask")}
-    return torch.stack([(horizon_targets(batch["labels"], h, **where) != IGNORED).sum() for h in horizons])
+        left = SimpleNamespace(missing_keys=missing, unexpected_keys=load_result.unexpected_keys)
+        super()._issue_warnings_after_load(left)

@@ -12,6 +12,12 @@ _UNITS = {(HELD_OUT, "loss"): "nats"}
 _SAME_START = 1e-3  # relative: arms compute the first step's loss by different kernels
 
 
+def main_loss(entry: Mapping[str, Any]) -> float | None:
+    """L_1 of a line of a training's log, the same quantity in every arm; None where it has none."""
+    # logs older than `main_loss` have h1_loss alone, a mean over other weights
+    return entry.get("main_loss", entry.get("h1_loss", entry.get("loss")))
+
+
 def verdict(found: Mapping[str, Any]) -> str:
     """Whether CAFT helped, by the measure that decides, in one sentence with its interval."""
     arm = TREATMENT if TREATMENT in found["arms"] else next(arm for arm in found["arms"] if arm != BASELINE)

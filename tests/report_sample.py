@@ -168,7 +168,7 @@ def _log(arm: str, draw: random.Random) -> list[dict[str, float]]:
         own = 0.35 + 1.4 * math.exp(-step / 40) - _GAIN.get(arm, 0.0) / 4 * step / 190 + draw.gauss(0, 0.012)
         entry = {"step": step, "epoch": step / 95, "loss": own, "learning_rate": 5e-4}
         if arm != "ntp":
-            entry["h1_loss"] = own
+            entry["main_loss"] = entry["h1_loss"] = own
             for h in range(2, 6):
                 late = 0.9 if arm == "random_heads" else 0.3
                 entry[f"h{h}_loss"] = own + late * (h - 1) ** 0.7 + draw.gauss(0, 0.015)

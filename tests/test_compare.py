@@ -25,6 +25,8 @@ from caftune.evals.statistics import holm
 from caftune.plan import plan
 from caftune.recipe import Recipe, RecipeError
 
+from caftune.report import write_report
+from caftune.verdict import main_loss
 ARMS = ["ntp", "caft", "beta0", "no_pretraining"]
 
 
@@ -118,7 +120,7 @@ def test_the_held_out_loss_is_the_next_token_loss_of_each_arm(finished, found):
 
 
 def test_arms_begin_with_the_same_weights_and_rows(found):
-    first = {arm: [log[0].get("h1_loss", log[0]["loss"]) for log in found["logs"][arm]] for arm in ARMS}
+    first = {arm: [main_loss(log[0]) for log in found["logs"][arm]] for arm in ARMS}
     assert all(log[0]["step"] == 1 for logs in found["logs"].values() for log in logs)
     for arm in ARMS:
         assert first[arm] == pytest.approx(first["ntp"], rel=1e-5)

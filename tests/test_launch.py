@@ -51,7 +51,7 @@ def test_accelerate_launch_on_two_ranks_equals_one_process(tmp_path):
     one, two = (tmp_path / name for name in ("one", "two"))
     assert_close(load_file(two / "model" / "model.safetensors"), load_file(one / "model" / "model.safetensors"))
     logs = [json.loads((run / "results.jsonl").read_text())["log"] for run in (one, two)]
-    steps = [[(e["loss"], e["h1_loss"], e["h2_loss"], e["h3_loss"]) for e in log if "loss" in e] for log in logs]
+    steps = [[(e["loss"], e["main_loss"], e["h1_loss"], e["h2_loss"]) for e in log if "loss" in e] for log in logs]
     assert len(steps[0]) == 5
     assert json.loads((two / "train" / "checkpoint-5" / "trainer_state.json").read_text())["train_batch_size"] == 2
     for ours, theirs in zip(*steps, strict=True):

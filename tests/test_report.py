@@ -188,6 +188,15 @@ def test_a_loss_that_is_no_number_leaves_a_gap(tmp_path):
     assert "Next-token loss L₁ in training" in page_of(tmp_path, found).text
 
 
+def test_arms_are_held_to_each_other_by_one_and_the_same_loss(tmp_path):
+    theirs, ours = {"loss": 1.0}, {"loss": 1.5, "main_loss": 1.25, "h1_loss": 1.0}
+    logs = {"ntp": [theirs, theirs], "caft": [{"loss": 1.0}, ours]}  # the first step had no heads
+    logs = {arm: [[{"step": step, **entry} for step, entry in enumerate(log, 1)]] for arm, log in logs.items()}
+    page = page_of(tmp_path, {**small(), "logs": logs})
+    said = {found.get("aria-label") for tag, found in page.tags if tag == "svg"}
+    assert {f"At the last step (nats per token): {ends}." for ends in ("ntp 1, caft 1.25", "caft 0.25")} <= said
+
+
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&amp;{{ 7 * 7 }}</pre>\ud800 $x$ ```\n\n# h\u2028|"
 
 

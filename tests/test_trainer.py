@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import models
 import pytest
 import torch
 from datasets import Dataset
@@ -12,9 +13,10 @@ from training import OPTIONS, config, lora, numbers, same, stock, trained, weigh
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from caftune import CAFTConfig, CAFTTrainer
+from caftune import AuxiliaryHeads, Backbone, CAFTConfig, CAFTTrainer, HeadsConfig, save_heads
 from caftune.demo.run import BASE
 from caftune.tokenization import tokenized
+from caftune.verdict import main_loss
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
@@ -45,6 +47,30 @@ def test_total_loss_is_main_plus_weighted_horizons(rows, heads, tmp_path):
     assert [entry["h2_weight"] for entry in entries] == pytest.approx(
         [0.3 * 0.8 * torch.sin(torch.tensor((4 - t) / 4 * torch.pi / 2)).item() for t in range(4)]
     )
+
+
+SCORED_LAST = {"aux_weight": 1.0, "aux_schedule": "linear", "aux_min_weight": 0.5}  # heads in the last step alone
+
+
+@pytest.mark.parametrize(("family", "heads_of"), [("llama", {}), ("gpt2", {}), ("mixtral", {}), ("llama", SCORED_LAST)])
+def test_the_main_loss_is_what_fine_tuning_without_heads_logs_as_its_loss(rows, tmp_path, family, heads_of):
+    """Text of many lengths, steps of four batches and one of two, lines of one step and of two; a router's loss."""
+    model = models.build(family, dtype=torch.float32, spread=3.0, vocab_size=158, max_position_embeddings=128)
+    tokenizer, backbone = AutoTokenizer.from_pretrained(BASE), Backbone.of(model)
+    save_heads(tmp_path / "heads", AuxiliaryHeads.build(backbone, HeadsConfig(2)), backbone, tokenizer)
+    texts = Dataset.from_list([{"text": row["prompt"] + row["completion"]} for row in rows.select(range(28))])
+    options = {**OPTIONS, "max_steps": 4, "logging_steps": 2, "logging_first_step": True, "learning_rate": 0.0}
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+
+    def logged(trainer, arguments):
+        made = trainer(copy.deepcopy(model), arguments, train_dataset=texts, processing_class=tokenizer)
+        return [entry for entry in trained(made).state.log_history if "loss" in entry]
+
+    theirs = [entry["loss"] for entry in logged(SFTTrainer, SFTConfig(str(tmp_path / "a"), **options))]
+    ours = logged(CAFTTrainer, CAFTConfig(str(tmp_path / "b"), heads=str(tmp_path / "heads"), **options, **heads_of))
+    assert len(theirs) == 3
+    assert [main_loss(entry) for entry in ours] == pytest.approx(theirs, rel=1e-6)
+    assert ours[-1]["main_loss"] != pytest.approx(ours[-1]["h1_loss"], rel=1e-4)
 
 
 def test_nothing_global_changes_and_stock_trainers_are_unaffected(rows, heads, tmp_path):
