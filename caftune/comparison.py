@@ -47,6 +47,11 @@ class _Measured:
     values: list[float]
     scores: Scores | None = None  # [seeds, examples]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether there are means of it: the loss of a run that diverged is no number."""
+        return all(map(math.isfinite, self.values))
+
 
 Table = dict[tuple[str, str, str], _Measured]  # task, measure, arm
 
@@ -72,7 +77,8 @@ def summarise_comparison(recipe: Recipe, *, partly: bool = True) -> dict[str, An
         "missing": [f"{arm}/{seed}" for arm, seed in missing],
         "unused_seeds": _unused_seeds(recipe, seeds),
         "tasks": [_task(name, runs) for name in recipe.eval.tasks] if complete else [],
-        "measures": [_row(key, measured) for key, measured in table.items()],
+        "measures": [_row(key, measured) for key, measured in table.items() if measured.is_finite],
+        "left_out": _left_out(table, complete),
         "comparisons": _comparisons(table, arms) if len(complete) > 1 else [],
         "costs": {arm: _costs(found) for arm, found in runs.items()},
         "plans": {arm: _plans(found) for arm, found in runs.items()},
@@ -206,12 +212,29 @@ def _row(key: tuple[str, str, str], measured: _Measured) -> dict[str, Any]:
     return {"task": key[0], "measure": key[1], "arm": key[2], "values": measured.values, "mean": mean, "half": half}
 
 
+def _left_out(table: Table, seeds: Sequence[int]) -> list[dict[str, str]]:
+    """The values that are no finite numbers; their arms have no means and tests in that measure."""
+    return [
+        {
+            "arm": arm,
+            "run": arm if arm == BASE else f"{arm}/{seed}",
+            "task": task,
+            "measure": measure,
+            "value": f"{value}",
+        }
+        for (task, measure, arm), measured in table.items()
+        for seed, value in zip(seeds, measured.values, strict=False)  # the base has one value
+        if not math.isfinite(value)
+    ]
+
+
 def _comparisons(table: Table, arms: Sequence[str]) -> list[dict[str, Any]]:
     """Every arm against the baseline in every measure; CAFT against every control in the one that decides.
 
     The deciding measure is named before and stands as it is; the others of a pair are one family of Holm's.
     """
     measures = list(dict.fromkeys(key[:2] for key in table))
+    table = {key: measured for key, measured in table.items() if measured.is_finite}
     rows = []
     for arm in arms:
         if arm != BASELINE:
@@ -235,10 +258,10 @@ def _family(table: Table, arm: str, baseline: str, measures: Sequence[tuple[str,
         else:
             found = compare_runs(ours.values, theirs.values)
         rows.append({"task": task, "measure": measure, "arm": arm, "baseline": baseline} | _plain(found, is_both))
-    others = rows[1:]
-    adjusted = holm([row["p_value"] for row in others]).tolist() if others else []
-    values = [rows[0]["p_value"], *adjusted] if rows else []
-    return [{**row, "p_holm": value} for row, value in zip(rows, values, strict=True)]
+    p_values = [row["p_value"] for row in rows]
+    first = sum((row["task"], row["measure"]) == measures[0] for row in rows)  # 0 where what decides is left out
+    values = [*p_values[:first], *(holm(p_values[first:]) if p_values[first:] else [])]
+    return [{**row, "p_holm": float(value)} for row, value in zip(rows, values, strict=True)]
 
 
 def _plain(found: Comparison, is_both: bool) -> dict[str, Any]:
@@ -274,7 +297,8 @@ def _checks(runs: Mapping[str, Sequence[ComparedRun]]) -> dict[str, Any]:
     """
     starts = [[_first_loss(run.log) for run in found] for found in runs.values()]
     baseline = [_first_loss(run.log) for run in runs[BASELINE]]
-    known = all(value is not None for arm in starts for value in arm)
+    # 0 is what Trainer logs where the first loss was no number
+    known = all(value is not None and 0 < value < math.inf for arm in starts for value in arm)
     apart = [abs(a / b - 1) for arm in starts for a, b in zip(arm, baseline, strict=True)] if known else []  # type: ignore[operator]
     checks: dict[str, Any] = {"start": max(apart, default=None), "devices": len(_devices(runs))}
     checks |= {"beta0": None, "answers": None}

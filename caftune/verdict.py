@@ -22,10 +22,13 @@ def verdict(found: Mapping[str, Any]) -> str:
     """Whether CAFT helped, by the measure that decides, in one sentence with its interval."""
     arm = TREATMENT if TREATMENT in found["arms"] else next(arm for arm in found["arms"] if arm != BASELINE)
     name = {"caft": "CAFT"}.get(arm, arm)
-    if not found["measures"]:
-        return f"Nothing can be said yet: no seed has all its arms (missing: {len(found['missing'])})."
     task, measure = _deciding(found)
     where = _named(task, measure)
+    lost = [row["run"] for row in _left_out(found, task, measure) if row["arm"] in (arm, BASELINE)]
+    if lost:
+        return f"This comparison cannot tell whether {name} helped: {where} is no finite number in {', '.join(lost)}."
+    if not found["measures"]:
+        return f"Nothing can be said yet: no seed has all its arms (missing: {len(found['missing'])})."
     if len(found["seeds"]) < 2:
         ours, theirs = (_values(found, task, measure, which)[0] for which in (arm, BASELINE))
         shown = [_value(found, task, measure, value) for value in (ours, theirs)]
@@ -48,6 +51,10 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
     if found.get("unused_seeds"):
         seeds = ", ".join(map(str, found["unused_seeds"]))
         said.append(f"Runs with seed {seeds} are there and not in this: compare.seeds is {len(found['seeds'])}.")
+    said += [
+        f"{row['run']}: {_named(row['task'], row['measure'])} is {row['value']}, so {row['arm']} has no mean and no test in it."
+        for row in _left_out(found)
+    ]
     if not found["measures"]:
         return said
     return [*_against_controls(found), *_other_measures(found), *_fairness(found), *_price(found), *said]
@@ -131,8 +138,13 @@ def _named(task: str, measure: str) -> str:
 
 def _deciding(found: Mapping[str, Any]) -> tuple[str, str]:
     """The first task's primary measure, or the held-out loss where there is no task."""
-    first = found["measures"][0]
-    return first["task"], first["measure"]
+    first = found["tasks"][0] if found["tasks"] else {"name": HELD_OUT, "primary": "loss"}
+    return first["name"], first["primary"]
+
+
+def _left_out(found: Mapping[str, Any], *key: str) -> list[Mapping[str, Any]]:
+    """Values that are no finite numbers: all, or those of one task and measure."""
+    return [row for row in found.get("left_out", []) if not key or (row["task"], row["measure"]) == key]
 
 
 def _pair(found: Mapping[str, Any], task: str, measure: str, arm: str, baseline: str) -> Mapping[str, Any]:

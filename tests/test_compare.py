@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -24,9 +25,9 @@ from caftune.demo.run import BASE
 from caftune.evals.statistics import holm
 from caftune.plan import plan
 from caftune.recipe import Recipe, RecipeError
-
 from caftune.report import write_report
 from caftune.verdict import main_loss
+
 ARMS = ["ntp", "caft", "beta0", "no_pretraining"]
 
 
@@ -122,8 +123,7 @@ def test_the_held_out_loss_is_the_next_token_loss_of_each_arm(finished, found):
 def test_arms_begin_with_the_same_weights_and_rows(found):
     first = {arm: [main_loss(log[0]) for log in found["logs"][arm]] for arm in ARMS}
     assert all(log[0]["step"] == 1 for logs in found["logs"].values() for log in logs)
-    for arm in ARMS:
-        assert first[arm] == pytest.approx(first["ntp"], rel=1e-5)
+    assert all(losses == pytest.approx(first["ntp"], rel=1e-5) for losses in first.values())
     assert first["ntp"][0] != pytest.approx(first["ntp"][1], rel=1e-3)  # seeds differ in their rows
     assert found["checks"]["start"] < 1e-5
 
@@ -180,6 +180,19 @@ def test_differences_and_corrected_p_values_are_those_of_the_values(found):
     loss = next(row for row in rows if row["measure"] == "loss")
     pair = [measure(found, "held-out text", "loss", arm)["values"] for arm in ("caft", "ntp")]
     assert loss["p_value"] == pytest.approx(stats.ttest_rel(*pair).pvalue)
+
+
+def test_what_is_no_number_in_one_run_is_left_out_and_the_rest_is_written(copied, heads):
+    for name, key in (("results.jsonl", 'loss": '), ("concepts.jsonl", 'log_prob": ')):
+        file = copied / "out" / "compare" / "caft" / "43" / name
+        file.write_text(re.sub(f"{key}[-0-9.e]+", f"{key}NaN", file.read_text()))
+    again, lost = compare(recipe_in(copied, heads)), ["loss", "probability"]
+    assert [(row["run"], row["measure"]) for row in again["left_out"]] == [("caft/43", name) for name in lost]
+    for arm, missing in (("caft", set(lost)), ("beta0", set())):
+        for rows in (again["measures"], again["comparisons"]):
+            assert set(lost) - {row["measure"] for row in rows if row["arm"] == arm} == missing
+    assert again["checks"]["start"] is None
+    write_report([copied / "out"])
 
 
 def test_what_each_arm_cost_is_there(found):

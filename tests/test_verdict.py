@@ -2,6 +2,8 @@
 
 import pytest
 
+from caftune.comparison import _comparisons, _Measured
+from caftune.evals.statistics import holm
 from caftune.verdict import remarks, verdict
 
 
@@ -91,6 +93,41 @@ def test_one_seed_decides_nothing():
     assert verdict(found(seeds=1)) == (
         "One seed cannot tell CAFT from luck: exact_match on molecules is 22.0% with it and 20.0% without. Run more seeds."
     )
+
+
+def left_out(base, task, measure):
+    """As a comparison is written in which caft/44 has no number for that measure."""
+    of_caft = {"task": task, "measure": measure, "arm": "caft"}
+    for name in ("measures", "comparisons"):
+        base[name] = [row for row in base[name] if not of_caft.items() <= row.items()]
+    return {**base, "left_out": [{**of_caft, "run": "caft/44", "value": "nan"}]}
+
+
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_without_a_number_for_what_decides_nothing_is_decided_by_another_measure(seeds):
+    other = {"difference": 1.0, "low": 0.5, "high": 1.5, "p_value": 0.01, "p_holm": 0.01, "minimum_detectable": 0.1}
+    base = with_measure(found(seeds=seeds), "valid", {"ntp": [0.1] * seeds, "caft": [0.9] * seeds}, other)
+    base = left_out(base, "molecules", "exact_match")
+    assert verdict(base) == (
+        "This comparison cannot tell whether CAFT helped: exact_match on molecules is no finite number in caft/44."
+    )
+    assert "caft/44: exact_match on molecules is nan, so caft has no mean and no test in it." in remarks(base)
+    assert any("Of 1 other measures these differ" in said for said in remarks(base))
+
+
+def test_other_measures_stay_corrected_where_what_decides_is_left_out():
+    values = {"caft": [0.1, 0.3, 0.4], "ntp": [0.0, 0.1, 0.4]}
+    table = {("task", name, arm): _Measured(values[arm]) for name in ("exact_match", "valid", "bleu") for arm in values}
+    table["task", "exact_match", "caft"] = _Measured([0.1, 0.3, float("nan")])
+    rows = _comparisons(table, ["ntp", "caft"])
+    assert [row["measure"] for row in rows] == ["valid", "bleu"]
+    assert [row["p_holm"] for row in rows] == holm([row["p_value"] for row in rows]).tolist()
+    assert rows[0]["p_holm"] > rows[0]["p_value"]
+
+
+def test_a_number_that_another_measure_lacks_leaves_the_verdict_as_it_is():
+    base = left_out(with_measure(found(), "valid", {"ntp": [0.9] * 5, "caft": [0.9] * 5}, {}), "molecules", "valid")
+    assert verdict(base) == verdict(found())
 
 
 def test_without_a_whole_seed_nothing_is_said():
