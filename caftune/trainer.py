@@ -107,10 +107,9 @@ class CAFTTrainer(SFTTrainer):
             args.model_init_kwargs = model_init_kwargs
         self.add_callback(RefuseLeaks(self))
         self._horizon_counts: Tensor | None = None
-        self._micro_batch = 0  # within the optimizer step
+        self._micro_batch, self._batches = 0, 1  # within the optimizer step, and what Trainer divides their losses by
         self._horizon_sums: dict[str, dict[str, Tensor]] = {}
         self._main_sum, self._steps = torch.zeros((), device=args.device), 0  # L_1 since the last log
-        self._batches = 1  # what Trainer divides a batch's loss by
         if self.heads is not None:
             self._attach()
 

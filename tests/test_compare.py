@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from scipy import stats
-from training import config
 from typer.testing import CliRunner
 
-from caftune import CAFTTrainer, pipeline
 from caftune import compare as comparing
+from caftune import pipeline
 from caftune.checkpoint import describe_heads
 from caftune.cli import app
 from caftune.compare import arm_recipe, compare
@@ -315,21 +314,6 @@ def test_arms_have_as_many_heads_as_the_heads_that_are_named(copied, heads):
     for arm in ARMS:
         assert arm_recipe(recipe, arm, 42).heads.count == 3
         Recipe.model_validate(arm_recipe(recipe, arm, 42).model_dump())
-
-
-def test_seeds_share_the_order_of_no_epoch(rows, tmp_path):
-    """Accelerate orders epoch e by seed + e, so neighbouring seeds would see the same orders one epoch apart."""
-    orders = []
-    for seed in (42, 43):
-        recipe = Recipe.model_validate({"output": str(tmp_path), "model": {"name": str(BASE)}, "heads": {}})
-        options = arm_recipe(recipe, "ntp", seed).trainer
-        chosen = {"seed": seed, "data_seed": options["data_seed"], "num_train_epochs": 3, "max_steps": -1}
-        trainer = CAFTTrainer(str(BASE), config(tmp_path / str(seed), aux_weight=0.0, **chosen), train_dataset=rows)
-        loader = trainer.get_train_dataloader()
-        for epoch in range(3):
-            loader.set_epoch(epoch)
-            orders.append(tuple(tuple(batch["input_ids"].flatten().tolist()) for batch in loader))
-    assert len(set(orders)) == 6
 
 
 def test_a_trained_run_of_another_recipe_is_not_evaluated_for_this_one(copied, heads, monkeypatch):

@@ -1,4 +1,4 @@
-"""Heads that CAFT's are held against, and the test for arms by one number a run."""
+"""What makes a comparison fair: control heads, the order of rows, and the test for arms by one number a run."""
 
 import json
 import shutil
@@ -9,11 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import stats
+from training import config
 
+from caftune import CAFTTrainer
 from caftune.checkpoint import DESCRIPTION_FILE, describe_heads, load_heads
+from caftune.compare import arm_recipe
 from caftune.control_heads import write_control_heads
 from caftune.demo.run import BASE
 from caftune.evals.statistics import compare_runs
+from caftune.recipe import Recipe
 
 
 def test_random_heads_have_the_same_values_in_another_order(heads, tmp_path, base_backbone):
@@ -66,3 +70,18 @@ def test_arms_by_one_number_a_run_are_compared_by_the_paired_t_test():
     assert compare_runs([0.5, 0.25], [0.25, 0.0]).p_value == 1.0  # no spread to hold the difference against
     with pytest.raises(ValueError, match="the same 2 or more runs, got 3 and 2"):
         compare_runs([1, 2, 3], [1, 2])
+
+
+def test_seeds_share_the_order_of_no_epoch(rows, tmp_path):
+    """Accelerate orders epoch e by seed + e, so neighbouring seeds would see the same orders one epoch apart."""
+    orders = []
+    for seed in (42, 43):
+        recipe = Recipe.model_validate({"output": str(tmp_path), "model": {"name": str(BASE)}, "heads": {}})
+        options = arm_recipe(recipe, "ntp", seed).trainer
+        chosen = {"seed": seed, "data_seed": options["data_seed"], "num_train_epochs": 3, "max_steps": -1}
+        trainer = CAFTTrainer(str(BASE), config(tmp_path / str(seed), aux_weight=0.0, **chosen), train_dataset=rows)
+        loader = trainer.get_train_dataloader()
+        for epoch in range(3):
+            loader.set_epoch(epoch)
+            orders.append(tuple(tuple(batch["input_ids"].flatten().tolist()) for batch in loader))
+    assert len(set(orders)) == 6
