@@ -35,7 +35,12 @@ class DataError(ValueError):
 
 
 def load_rows(
-    source: str, columns: Mapping[str, str] | None = None, *, limit: int | None = None, chat: bool = False
+    source: str,
+    columns: Mapping[str, str] | None = None,
+    *,
+    limit: int | None = None,
+    chat: bool = False,
+    texts_too: bool = False,
 ) -> Dataset:
     """Read a data source and bring its rows into one form.
 
@@ -45,6 +50,7 @@ def load_rows(
             with messages or an instruction comes under its own name where it is not named.
         limit: use the first so many rows.
         chat: turn alpaca rows into a conversation (for a base with a chat template) instead of plain text.
+        texts_too: prompts and completions that are text, too.
 
     Raises:
         DataError: no such file, a malformed line (with its number), no rows, or columns of no known form.
@@ -70,7 +76,15 @@ def load_rows(
             for row in rows
         ]
     formed = [_in_form(row, number, source, chat=chat) for number, row in enumerate(rows)]
-    return _dataset(formed, source)
+    return _dataset([_as_conversation(row) for row in formed] if texts_too else formed, source)
+
+
+def _as_conversation(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose prompt and completion are text, as a question and its answer; any other as it is."""
+    if not isinstance(row.get("prompt"), str) or "completion" not in row:
+        return row
+    said = {"prompt": ("user", row["prompt"]), "completion": ("assistant", row["completion"])}
+    return row | {name: [{"role": role, "content": text}] for name, (role, text) in said.items()}
 
 
 def _dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
@@ -296,8 +310,5 @@ def _from_alpaca(row: Mapping[str, Any], number: int, source: str, *, chat: bool
     _refuse_no_text(answer, "output", number, source)
     prompt = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
     if chat:
-        return {
-            "prompt": [{"role": "user", "content": prompt}],
-            "completion": [{"role": "assistant", "content": answer}],
-        }
+        return _as_conversation({"prompt": prompt, "completion": answer})
     return {"prompt": f"{prompt}\n\n", "completion": answer}

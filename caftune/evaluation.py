@@ -14,7 +14,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from caftune.checkpoint import model_fingerprint
-from caftune.data import DataError, load_rows, read_rows
+from caftune.data import DataError, read_rows
 from caftune.evals.proteins import PROTEINS, sequence_of
 from caftune.evals.statistics import interval
-from caftune.evals.task import Example, Task, TaskError, until_stop, without_thought
+from caftune.evals.task import Example, Task, TaskError, text, until_stop, without_thought
 from caftune.evals.tasks import TASKS
 from caftune.generation import Sampling
 from caftune.labels import AnswerCache, generate_labels
@@ -33,6 +33,7 @@ from caftune.prompts import Conversation, is_chat
 from caftune.recipe import Recipe, RecipeError
 from caftune.run_folder import record
 from caftune.stage_options import answer_backend, context_length, load_tokenizer, who_answers
+from caftune.stage_rows import read_task_rows
 from caftune.structures import check_structures, compare_structures
 
 
@@ -82,7 +83,7 @@ def _is_trained_on_text(recipe: Recipe) -> bool:
     if recipe.data.train is None:
         return False
     try:
-        return not is_chat(load_rows(recipe.data.train, recipe.data.columns, limit=1, chat=True))
+        return not is_chat(read_task_rows(recipe, recipe.data.train, limit=1, chat=True))
     except DataError as error:
         raise RecipeError(
             f"eval.chat must be given where data.train cannot be read ({error}). Add it: true for a model that is trained in "
@@ -157,6 +158,9 @@ def _examples(recipe: Recipe, task: Task) -> list[Example]:
     named = [{**row, **{ours: row.get(theirs) for ours, theirs in recipe.eval.columns.items()}} for row in rows]
     try:
         examples = [task.read(row, number) for number, row in enumerate(named)]
+        if "prompt" in recipe.eval.columns:  # as a model was trained on them
+            asked = [text(row, number, "prompt") for number, row in enumerate(named)]
+            examples = [replace(example, prompt=prompt) for example, prompt in zip(examples, asked, strict=True)]
     except TaskError as error:
         raise TaskError(f"{source}: {error}") from error
     twice = next((name for name, count in Counter(example.id for example in examples).items() if count > 1), None)

@@ -155,6 +155,10 @@ class DataSection(_Section):
     eval: str | None = None
     columns: dict[str, str] = Field({}, description="Our name: the file's name.")
     separator: str = Field("", description="Put between prompt and completion, where these are text.")
+    chat: bool | None = Field(
+        None,
+        description="Prompts and completions that are text as conversations. None: alpaca rows alone, for a chat model.",
+    )
     max_length: int | None = Field(None, gt=1, description="In tokens. None: the model's context, at most 1024.")
     limit: int | None = Field(None, gt=0, description="Use the first so many rows.")
 
@@ -164,7 +168,10 @@ class EvalSection(AnswersSection):
 
     tasks: list[str] = Field([], description="Names of tasks.")
     data: dict[str, str] = Field({}, description="A task's name: the file or hub id with its rows.")
-    columns: dict[str, str] = Field({}, description="The data set's name of a column: the file's name.")
+    columns: dict[str, str] = Field(
+        {},
+        description="The data set's name of a column: the file's name. prompt: asked as it is, in place of the task's own.",
+    )
     limit: int | None = Field(None, gt=0, description="Use the first so many rows.")
     model: str | None = Field(None, description="`base`, a folder or a hub id. None: the model/ of the run.")
     chat: bool | None = Field(

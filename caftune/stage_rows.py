@@ -84,6 +84,13 @@ def _text_rows(recipe: Recipe, args: CAFTConfig) -> Dataset:
     return tokenized(rows, tokenizer, args, name="heads.text")
 
 
+def read_task_rows(recipe: Recipe, source: str, *, limit: int | None, chat: bool) -> Dataset:
+    """Rows of the task in the form that they are trained on in; `chat`: the base has a chat template."""
+    wanted = recipe.data.chat
+    chat = chat if wanted is None else wanted
+    return load_rows(source, recipe.data.columns, limit=limit, chat=chat, texts_too=bool(wanted))
+
+
 def task_rows(
     recipe: Recipe, name: str, tokenizer: Any, args: CAFTConfig, *, limit: int | None = None
 ) -> Dataset | None:
@@ -92,7 +99,7 @@ def task_rows(
     if source is None:
         return None
     chat = bool(getattr(tokenizer, "chat_template", None) or args.chat_template_path)
-    rows = load_rows(source, recipe.data.columns, limit=limit or recipe.data.limit, chat=chat)
+    rows = read_task_rows(recipe, source, limit=limit or recipe.data.limit, chat=chat)
     if is_chat(rows) and not chat:
         refuse_messages_without_template(tokenizer)
     if "prompt" in rows.column_names and "completion" not in rows.column_names:

@@ -7,6 +7,9 @@ import pytest
 from datasets import Dataset, Features, Json, List, Value
 
 from caftune.data import DataError, load_rows
+from caftune.prompts import is_chat
+from caftune.recipe import Recipe
+from caftune.stage_rows import read_task_rows
 
 
 def write(path, rows):
@@ -37,6 +40,30 @@ def test_alpaca_rows_become_a_conversation_for_a_chat_model(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"instruction": "Add.", "input": "", "response": "3"}])
     asked, answered = [{"role": "user", "content": "Add."}], [{"role": "assistant", "content": "3"}]
     assert load_rows(path, chat=True).to_list() == [{"prompt": asked, "completion": answered}]
+
+
+def test_texts_become_a_conversation_where_that_is_asked_for(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"prompt": "Add.", "completion": "3", "tools": [{"name": "f"}]}])
+    asked, answered = [{"role": "user", "content": "Add."}], [{"role": "assistant", "content": "3"}]
+    (row,) = load_rows(path, texts_too=True).to_list()
+    assert row == {"prompt": asked, "completion": answered, "tools": [{"name": "f"}]}
+    path = write(tmp_path / "y.jsonl", [{"text": "Add. 3"}])
+    assert load_rows(path, texts_too=True).to_list() == [{"text": "Add. 3"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "chat", "is_conversation"),
+    [
+        ({"prompt": "Add.", "completion": "3"}, None, False),
+        ({"prompt": "Add.", "completion": "3"}, True, True),
+        ({"instruction": "Add.", "output": "3"}, None, True),
+        ({"instruction": "Add.", "output": "3"}, False, False),
+    ],
+)
+def test_a_recipe_says_whether_a_chat_model_is_trained_in_conversations(row, chat, is_conversation, tmp_path):
+    path = write(tmp_path / "x.jsonl", [row])
+    recipe = Recipe.model_validate({"output": "o", "model": {"name": "m"}, "data": {"train": path, "chat": chat}})
+    assert is_chat(read_task_rows(recipe, path, limit=None, chat=True)) is is_conversation
 
 
 def test_nested_values_and_tools_stay_as_they_were(tmp_path):

@@ -185,6 +185,17 @@ def test_a_model_is_asked_in_the_form_it_is_trained_in_unless_told(chatty, reply
     assert evaluation.summarise(TASKS["exact_match"], "base", lines) == result
 
 
+def test_a_column_named_prompt_is_asked_as_a_model_was_trained_on_it(own_rows, reply, tmp_path):
+    (tmp_path / "sums.jsonl").write_text(json.dumps({"question": "C?", "answer": "#### 3"}) + "\n")
+    asked = reply("#### 3")
+    values = own_rows | {
+        "eval": own_rows["eval"] | {"tasks": ["gsm8k"], "data": {"gsm8k": str(tmp_path / "sums.jsonl")}}
+    }
+    assert evaluated(values, columns={"prompt": "question"}).measures["accuracy"] == [1.0]
+    evaluated(values)
+    assert asked[0].text == "C?" != asked[1].text
+
+
 def test_a_model_without_a_chat_template_is_asked_in_plain_text_whatever_it_is_trained_on(own_rows, reply):
     asked = reply("C")
     assert evaluated(trained_on(own_rows, {"instruction": "C", "output": "C"})).chat is False
