@@ -28,6 +28,7 @@ class Setup:
         leaves_out_heads: whether steps may come that run no head (`loss.min_weight`), and so are plain fine-tuning's.
         length: tokens of the longest row, to which a batch is padded; `mean_length` those of the mean row.
         labelled: share of the positions that have a next token to be trained on.
+        is_packed: whether documents fill rows of `length` together: `mean_length` is then that of a document.
         is_padded: whether rows differ in length.
         padding: positions that a batch has for each token, 1 without padding.
         dtype: what the weights are loaded in; `half`: whether products run in half precision around it (bf16, fp16).
@@ -47,6 +48,7 @@ class Setup:
     length: int = 1024
     mean_length: float = 1024.0
     labelled: float = 1.0
+    is_packed: bool = False
     is_padded: bool = False
     padding: float = 1.0
     checkpointing: bool = True
@@ -54,6 +56,11 @@ class Setup:
     dtype: torch.dtype = torch.float32
     half: bool = False
     on_gpu: bool = False
+
+    @property
+    def fill(self) -> float:
+        """The share of a batch's positions that holds tokens."""
+        return 1.0 if self.is_packed else self.mean_length / self.length
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,7 @@ def estimate(config: Any, setup: Setup, adapter: Any = None) -> Estimate:
     parameters = _parameters(backbone, heads, plain)
     anatomy = anatomy_of(model, layers)
     step = step_of(setup, backbone, heads)
-    labelled = setup.labelled * setup.mean_length / setup.length
-    batch = Batch(setup.batch_size, setup.length, labelled, setup.is_padded, setup.rows)
+    batch = Batch(setup.batch_size, setup.length, setup.labelled * setup.fill, setup.is_padded, setup.rows)
     trained = [p for p in model.parameters() if p.requires_grad]
     itemsize = 2 if setup.half else setup.dtype.itemsize
     weight = model.get_output_embeddings().weight

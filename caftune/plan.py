@@ -182,9 +182,10 @@ def _setup(recipe: Recipe, stage: Literal["heads", "train"], args: CAFTConfig, r
         batch_size=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         length=length,
-        # Documents of a packed row do not see each other, but fill it.
+        # Documents of a packed row do not see each other.
         mean_length=rows.mean_length,
         labelled=rows.labelled,
+        is_packed=bool(args.packing),
         is_padded=not args.packing and rows.mean_length < rows.longest,
         padding=1.0 if args.packing or args.padding_free else rows.padded_length / rows.mean_length,
         checkpointing=bool(args.gradient_checkpointing),

@@ -1,5 +1,6 @@
 """What a plan knows of the rows."""
 
+import json
 from dataclasses import replace
 from itertools import combinations
 from statistics import fmean
@@ -12,6 +13,7 @@ from caftune.demo.run import BASE
 from caftune.estimate import Setup, estimate
 from caftune.plan import measure_rows, plan
 from caftune.recipe import Recipe
+from caftune.stage_options import load_config
 
 
 def test_rows_are_measured():
@@ -44,3 +46,23 @@ def test_fewer_heads_are_a_remedy_of_stage_two_where_stage_one_makes_them(stage,
     found = plan(Recipe(output=str(tmp_path / "run"), model={"name": str(BASE)}), stage)
     changes = [remedy.change for remedy in found.remedies if remedy.change.startswith("heads.count=2")]
     assert changes == ["heads.count=2" + " (with heads that `caftune pretrain-heads` made with it)" * says]
+
+
+def recipe_of(folder, *, completion=24, **sections):
+    rows = folder / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"prompt": "a name\n", "completion": "C" * completion}) for _ in range(20)))
+    labels = {"prompts": str(rows), "max_new_tokens": 256}
+    return Recipe(
+        output=str(folder / "run"),
+        model={"name": str(BASE)},
+        labels=labels,
+        **{"data": {"train": str(rows)}, **sections},
+    )
+
+
+def test_packed_rows_are_full(tmp_path):
+    recipe = recipe_of(tmp_path, trainer={"packing": True})
+    found = plan(recipe)
+    assert found.setup.length > 7 * found.setup.mean_length
+    full = replace(found.setup, is_packed=False, mean_length=float(found.setup.length))
+    assert found.estimate.memory == estimate(load_config(recipe), full).memory
