@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
 # What attention makes of its input, by the names that transformers gives it.
 _ATTENTION_INPUTS = ("q_proj", *_KEYS_AND_VALUES, "c_attn", "qkv_proj", "query_key_value", "Wqkv", "in_proj")
+# How many experts a token meets, by the names in configurations.
+_EXPERTS_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,9 @@ class Flops:
 def anatomy_of(model: Any, layers: list[nn.Module]) -> Anatomy:
     """Count the weights of a model, which may be on the meta device, adapters left out. `layers`: its decoder layers."""
     config = model.config.get_text_config()
-    chosen = getattr(config, "num_experts_per_tok", None) or 1
+    chosen = next(filter(None, (getattr(config, name, None) for name in _EXPERTS_CHOSEN)), 1)
     sizes = [sum(size for _, size in _products(layer, chosen)) for layer in layers]
-    widths = [_attention_width(config) if _has_attention(layer) else 0 for layer in layers]
+    widths = [_attention_width(layer, config) if _has_attention(layer) else 0 for layer in layers]
     weight = model.get_output_embeddings().weight
     return Anatomy(
         layers=len(layers),
@@ -170,9 +172,16 @@ def _has_attention(layer: nn.Module) -> bool:
     return any("attention" in type(module).__name__.lower() for module in layer.modules())
 
 
-def _attention_width(config: Any) -> int:
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_attention_heads * size
+def _attention_width(layer: nn.Module, config: Any) -> int:
+    """Heads times their size as the layer has it: sizes may differ between layers, and between queries and values."""
+    heads = getattr(config, "num_attention_heads", 0)  # none in RWKV, whose mixing is called attention
+    parts: Iterator[Any] = layer.modules()
+    for part in parts:
+        if isinstance(getattr(part, "head_dim", None), int):
+            return heads * part.head_dim
+        if hasattr(part, "qk_head_dim"):
+            return heads * (part.qk_head_dim + part.v_head_dim) // 2
+    return config.hidden_size if heads else 0
 
 
 def flops(anatomy: Anatomy, step: Step) -> Flops:

@@ -6,6 +6,7 @@ adapters, autocast and gradient checkpointing need no formula. The logits' worki
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from caftune.backbone import Backbone, LayerCall
 from caftune.cross_entropy import CHUNK_VALUES
@@ -77,6 +79,8 @@ def kept_activations(
     """Run a fake forward pass. Gives the model fake weights on the CPU: afterwards its own are gone."""
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
+        _FakeExperts(),
+        _quiet_fakes(),
         torch.autocast("cpu", dtype=autocast, enabled=autocast is not None),
     ):
         _make_fake(backbone.model)
@@ -102,15 +106,42 @@ def kept_activations(
 
 
 def _kept_by(layer: nn.Module, call: LayerCall, batch: Batch, *, rows: float = 1.0) -> int:
+    """Bytes that a layer keeps, where it is trained on this share of the positions."""
     ledger = _Ledger(batch, [*layer.parameters()])
     names = {name for name, _ in layer.named_modules()}
     mixer = next((m for m in _MIXERS if {m.name, m.norm, m.last} <= names), None)
-    with ledger, _unchecked(layer):
-        if mixer is None or rows == 1:
-            call.replay(layer)
-        else:
-            run_at(layer, mixer, call, torch.zeros(round(rows * batch.rows * batch.length), dtype=torch.long))
+    try:
+        with ledger, _unchecked(layer):
+            if mixer is None or rows == 1:
+                call.replay(layer)
+            else:
+                run_at(layer, mixer, call, torch.zeros(round(rows * batch.rows * batch.length), dtype=torch.long))
+    except (RuntimeError, ValueError):
+        if rows == 1:
+            raise
+        return _kept_by(layer, call, batch)  # a layer that only looks like the common ones is trained whole
     return ledger.total
+
+
+@contextlib.contextmanager
+def _quiet_fakes() -> Iterator[None]:
+    """Within the block, torch does not log what it also raises."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was
+
+
+class _FakeExperts(TorchDispatchMode):
+    """Within the block, fake products of experts in any dtype: torch's own (2.13) are of bfloat16 alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default:
+            tokens, weights = args[:2]
+            return tokens.new_empty(tokens.shape[0], weights.shape[2])
+        return func(*args, **(kwargs or {}))
 
 
 class _Ledger(torch.autograd.graph.saved_tensors_hooks):
@@ -138,8 +169,10 @@ def _unchecked(layer: nn.Module) -> Iterator[None]:
     """Within the block, `layer` keeps its activations though the model checkpoints its layers."""
     was: Any = getattr(layer, "gradient_checkpointing", False)
     layer.gradient_checkpointing = False  # type: ignore[assignment]
-    yield
-    layer.gradient_checkpointing = was
+    try:
+        yield
+    finally:
+        layer.gradient_checkpointing = was
 
 
 def _make_fake(module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """`caftune plan`: what a run will cost and whether it fits, from its configuration, tokenizer and rows. No weight is loaded."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import comb
 from pathlib import Path
@@ -12,11 +13,12 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
+from caftune.backbone import UnsupportedModelError
 from caftune.checkpoint import describe_heads
 from caftune.config import CAFTConfig
 from caftune.estimate import Estimate, Setup, estimate
 from caftune.objective import IGNORED
-from caftune.recipe import Recipe
+from caftune.recipe import Recipe, RecipeError
 from caftune.stage_options import load_config, load_tokenizer, lora_config, stage_one_config, stage_two_config
 from caftune.stage_rows import head_rows, head_source, task_rows
 from caftune.tokenization import tokenized
@@ -80,7 +82,8 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
     """What a stage of a recipe will cost on this machine.
 
     Raises:
-        RecipeError, DataError: as the stage itself would, for the data and options it would refuse.
+        RecipeError, DataError: as the stage itself would, for the data and options it would refuse; and RecipeError for a
+            model that cannot be planned without its weights.
         UnsupportedModelError: the model has no decoder layers that can be found or copied.
     """
     folder = Path(recipe.output, "plan")
@@ -92,13 +95,13 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
     config = load_config(recipe)
     setup = _setup(recipe, stage, args, rows, config)
     device, available = _device()
-    found = estimate(config, setup, _adapter(recipe, setup))
+    found = _estimate(recipe, config, setup)
     remedies = []
     if found.memory.peak > available:
         for change, smaller in _smaller(recipe, setup):
-            peak = estimate(config, smaller, _adapter(recipe, smaller)).memory.peak
-            remedies.append(Remedy(change, peak))
-            if peak <= available:
+            with suppress(RecipeError):  # what the model cannot take is no remedy
+                remedies.append(Remedy(change, _estimate(recipe, config, smaller).memory.peak))
+            if remedies and remedies[-1].peak <= available:
                 break
     return Plan(recipe.model.name, setup, rows, found, device, available, remedies)
 
@@ -107,12 +110,25 @@ def plan_of_run(recipe: Recipe, args: CAFTConfig, rows: Dataset, tokenizer: Any)
     """What `plan` says of stage 2 and a run can measure, from the options and the `task_rows` that the run has."""
     config = load_config(recipe)
     setup = _setup(recipe, "train", args, _measured(rows, tokenizer, args), config)
-    found = estimate(config, setup, _adapter(recipe, setup))
+    found = _estimate(recipe, config, setup)
     return {
         "flops_per_token": found.flops.total,
         "overhead": found.overhead_here,
         "peak_memory_bytes": found.memory.peak,
     }
+
+
+def _estimate(recipe: Recipe, config: Any, setup: Setup) -> Estimate:
+    try:
+        return estimate(config, setup, _adapter(recipe, setup))
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever a model's own code or PEFT brings up
+        why = " ".join(str(error).split())
+        raise RecipeError(
+            "model.name must be a model that runs with the recipe's options and without its numbers, got "
+            f"{recipe.model.name} ({type(error).__name__}: {why}). Change an option that this names, or measure a short run."
+        ) from error
 
 
 def _rows(recipe: Recipe, stage: str, args: CAFTConfig) -> Rows:
