@@ -133,11 +133,11 @@ def _estimate(recipe: Recipe, config: Any, setup: Setup) -> Estimate:
 
 def _rows(recipe: Recipe, stage: str, args: CAFTConfig) -> Rows:
     """Length and labelled share of the rows; assumed where the recipe names none, or the labels are still to be made."""
-    longest = args.max_length or recipe.data.max_length or 1024
+    longest = args.max_length or recipe.data.max_length or 1024  # of rows that are assumed
     if stage == "heads":
         if not recipe.heads.text and not Path(head_source(recipe)).is_file():
             return _assumed(longest, f"{head_source(recipe)} is still to be made")
-        return measure_rows(head_rows(recipe, args)[0], longest, args.per_device_train_batch_size)
+        return measure_rows(head_rows(recipe, args)[0], args.max_length, args.per_device_train_batch_size)
     if recipe.data.train is None:
         return _assumed(longest, "data.train names no data")
     tokenizer = load_tokenizer(recipe)
@@ -245,7 +245,8 @@ def _smaller(recipe: Recipe, setup: Setup) -> Iterator[tuple[str, Setup]]:
     if setup.stage == "train" and setup.tuning == "lora" and setup.on_gpu:
         setup = replace(setup, tuning="qlora", dtype=torch.bfloat16)
         yield "model.tuning=qlora", setup
-    while setup.length // 2 >= _SHORTEST:
+    is_cut = setup.stage == "train" or recipe.heads.text or recipe.pretrain.get("packing")  # labels are not
+    while is_cut and setup.length // 2 >= _SHORTEST:
         length = setup.length // 2
         setup = replace(setup, length=length, mean_length=min(setup.mean_length, float(length)))
         yield f"data.max_length={length}", setup

@@ -1,7 +1,7 @@
-"""What a plan knows of the rows."""
+"""What a plan knows of the rows, and of the recipe's options."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations
 from statistics import fmean
 
@@ -11,6 +11,7 @@ from models import config_of
 
 from caftune.demo.run import BASE
 from caftune.estimate import Setup, estimate
+from caftune.labels import Label
 from caftune.plan import measure_rows, plan
 from caftune.recipe import Recipe
 from caftune.stage_options import load_config
@@ -66,3 +67,28 @@ def test_packed_rows_are_full(tmp_path):
     assert found.setup.length > 7 * found.setup.mean_length
     full = replace(found.setup, is_packed=False, mean_length=float(found.setup.length))
     assert found.estimate.memory == estimate(load_config(recipe), full).memory
+
+
+def labelled_by_the_base(folder, **sections):
+    """A recipe whose labels, of 250 tokens, are longer than `data.max_length`."""
+    recipe = recipe_of(folder, data={"max_length": 128}, **sections)
+    made = folder / "run" / "labels"
+    made.mkdir(parents=True)
+    (made / "recipe.yaml").write_text(json.dumps({"labels": recipe.labels.model_dump()}))
+    labels = [Label(i, 0, "p", "c", "stop", True, [5] * 100, [6] * 150) for i in range(20)]
+    (made / "labels.jsonl").write_text("".join(json.dumps(asdict(label)) + "\n" for label in labels))
+    return recipe
+
+
+def test_labels_are_as_long_in_the_plan_as_in_stage_one(tmp_path):
+    found = plan(labelled_by_the_base(tmp_path), stage="heads")
+    assert (found.setup.length, found.rows.labelled) == (250, 0.6)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_shorter_rows_are_a_remedy_where_rows_are_cut(is_packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("caftune.plan._device", lambda: ("a small device", 1))
+    monkeypatch.setattr("caftune.plan._SHORTEST", 32)
+    recipe = labelled_by_the_base(tmp_path, pretrain={"packing": is_packed})
+    changes = [remedy.change for remedy in plan(recipe, stage="heads").remedies]
+    assert any("data.max_length" in change for change in changes) == is_packed
