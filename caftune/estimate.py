@@ -111,7 +111,6 @@ def estimate(config: Any, setup: Setup, adapter: Any = None) -> Estimate:
     anatomy = anatomy_of(model, layers)
     step = step_of(setup, backbone, heads)
     batch = Batch(setup.batch_size, setup.length, setup.labelled * setup.fill, setup.is_padded, setup.rows)
-    trained = [p for p in model.parameters() if p.requires_grad]
     itemsize = 2 if setup.half else setup.dtype.itemsize
     weight = model.get_output_embeddings().weight
     skips = step.main_rows == "labelled" and (setup.on_gpu or not setup.leaves_out_heads)
@@ -127,7 +126,6 @@ def estimate(config: Any, setup: Setup, adapter: Any = None) -> Estimate:
             trains_trunk=setup.stage == "train",
         ),
         batch=batch,
-        trained=trained,
         logits=(work[0] if setup.stage == "train" else 0, work[1] if heads is not None else 0),
         optimizer=setup.optimizer,
         accumulates=setup.accumulation > 1,

@@ -24,6 +24,8 @@ from caftune.rows import Mixer, run_at
 # Bytes of the optimizer's state per trained weight, as a multiple of the weight itself, or absolute where it is quantised.
 _STATES_LIKE_WEIGHT = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmsprop": 1, "sgd": 0}
 _STATES_IN_BYTES = {"adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "adamw_torch_8bit": 2}
+# States of smaller weights stay in 32 bits, and with bitsandbytes those of embeddings (transformers 5.23 asks for it).
+_FEWEST_IN_8_BITS = 4096
 # TRL's kernel (1.16): rows and columns of a tile; tiles alive at its height where there is no Triton, and where there is.
 _TILE_ROWS, _TILE_COLUMNS, _TILES_PLAIN, _TILES_TRITON = 4096, 32768, 8.25, 1
 # The mixers (see rows.py) of the common layers, by which their heads keep less: they cannot be found without numbers.
@@ -194,13 +196,20 @@ def _make_fake(module: nn.Module) -> None:
                     tensors[name] = twin(tensor)
 
 
-def state_bytes(optimizer: str, weights: list[nn.Parameter]) -> tuple[int, bool]:
-    """Bytes of an optimizer's state, and whether they are known: others are taken to be as large as AdamW's."""
+def state_bytes(optimizer: str, weights: list[nn.Parameter], model: nn.Module) -> tuple[int, bool]:
+    """Bytes of an optimizer's state for `weights`, embeddings being those of `model`, and whether they are known.
+
+    Where they are not, they are taken to be as large as AdamW's.
+    """
     if optimizer == "adafactor":  # a row and a column for each matrix
         sizes = [sum(w.shape) if w.dim() > 1 else w.numel() for w in weights]
         return 4 * sum(sizes), True
     if optimizer in _STATES_IN_BYTES:
-        return _STATES_IN_BYTES[optimizer] * sum(weight.numel() for weight in weights), True
+        has_wide = optimizer != "adamw_torch_8bit"
+        wide = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and has_wide}
+        wide |= {id(weight) for weight in weights if weight.numel() < _FEWEST_IN_8_BITS}
+        sizes = [weight.numel() * (4 if id(weight) in wide else 1) for weight in weights]
+        return _STATES_IN_BYTES[optimizer] * sum(sizes), True
     copies = _STATES_LIKE_WEIGHT.get(optimizer, 2)
     return copies * sum(weight.nbytes for weight in weights), optimizer in _STATES_LIKE_WEIGHT
 
@@ -234,7 +243,6 @@ def peak_memory(
     *,
     kept: Kept,
     batch: Batch,
-    trained: list[nn.Parameter],
     logits: tuple[int, int],
     optimizer: str,
     accumulates: bool,
@@ -249,18 +257,18 @@ def peak_memory(
     next-token loss, that of the last layer, the end of the backward pass (all gradients, hardly any activations), the update.
 
     Args:
-        trained: weights of the model (adapters included) that are trained; those of heads come with the heads.
         logits: working sets of the model's own loss and of a head's.
         accumulates: whether gradients of earlier micro-batches lie there already.
         casts: whether autocast runs products of float32 weights in half precision. It holds its copies of trained weights until
             the forward pass ends (without checkpointing they are among what autograd keeps).
     """
     model = backbone.model
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     head_weights = list(heads.parameters()) if heads is not None else []
     trained_heads = [weight for weight in head_weights if weight.requires_grad]
     weights, of_heads = weight_bytes(model, four_bits=four_bits), sum(weight.nbytes for weight in head_weights)
     gradients = sum(weight.nbytes for weight in (*trained, *trained_heads))
-    state, is_known = state_bytes(optimizer, [*trained, *trained_heads])
+    state, is_known = state_bytes(optimizer, [*trained, *trained_heads], model)
     one_head = kept.head + round(kept.closing * batch.scored) if heads is not None else 0
     unembedding = model.get_output_embeddings().weight
     new = 0 if accumulates else 1

@@ -92,7 +92,7 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
     else:
         args = stage_two_config(recipe, folder, heads=None, aux_weight=0.0, aux_min_weight=0.0)
     rows = _rows(recipe, stage, args)
-    config = load_config(recipe)
+    config = _config(recipe, args)
     setup = _setup(recipe, stage, args, rows, config)
     device, available = _device()
     found = _estimate(recipe, config, setup)
@@ -108,7 +108,7 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
 
 def plan_of_run(recipe: Recipe, args: CAFTConfig, rows: Dataset, tokenizer: Any) -> dict[str, float]:
     """What `plan` says of stage 2 and a run can measure, from the options and the `task_rows` that the run has."""
-    config = load_config(recipe)
+    config = _config(recipe, args)
     setup = _setup(recipe, "train", args, _measured(rows, tokenizer, args), config)
     found = _estimate(recipe, config, setup)
     return {
@@ -116,6 +116,14 @@ def plan_of_run(recipe: Recipe, args: CAFTConfig, rows: Dataset, tokenizer: Any)
         "overhead": found.overhead_here,
         "peak_memory_bytes": found.memory.peak,
     }
+
+
+def _config(recipe: Recipe, args: CAFTConfig) -> Any:
+    """The base's configuration. Of attention's implementations eager alone keeps more than what is planned for the others."""
+    config = load_config(recipe)
+    if dict(args.model_init_kwargs or {}).get("attn_implementation") == "eager":  # type: ignore[arg-type]
+        config._attn_implementation = "eager"
+    return config
 
 
 def _estimate(recipe: Recipe, config: Any, setup: Setup) -> Estimate:

@@ -6,8 +6,11 @@ from itertools import combinations
 from statistics import fmean
 
 import pytest
+import torch
 from datasets import Dataset
 from models import config_of
+from test_plan import small
+from transformers import AutoModelForCausalLM
 
 from caftune.demo.run import BASE
 from caftune.estimate import Setup, estimate
@@ -92,3 +95,23 @@ def test_shorter_rows_are_a_remedy_where_rows_are_cut(is_packed, tmp_path, monke
     recipe = labelled_by_the_base(tmp_path, pretrain={"packing": is_packed})
     changes = [remedy.change for remedy in plan(recipe, stage="heads").remedies]
     assert any("data.max_length" in change for change in changes) == is_packed
+
+
+def test_attention_written_out_keeps_more(tmp_path):
+    given = ({}, {"model_init_kwargs": {"attn_implementation": "eager"}})
+    recipes = [recipe_of(tmp_path, completion=200, trainer=options) for options in given]
+    fused, written_out = (plan(recipe).estimate.memory for recipe in recipes)
+    assert written_out.peak > fused.peak
+
+
+def test_states_of_embeddings_and_of_small_weights_stay_in_32_bits():
+    setup = Setup(batch_size=1, length=16, mean_length=16.0, heads=0)
+    config = small("qwen3")  # its embeddings are tied
+    states = [
+        estimate(config, replace(setup, optimizer=name)).memory.optimizer for name in ("adamw_8bit", "adamw_torch_8bit")
+    ]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    of_small = 2 * 3 * sum(weight.numel() for weight in model.parameters() if weight.numel() < 4096)
+    whole = 2 * sum(weight.numel() for weight in model.parameters())
+    assert states == [whole + of_small + 2 * 3 * model.get_input_embeddings().weight.numel(), whole + of_small]
