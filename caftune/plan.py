@@ -253,7 +253,7 @@ def _smaller(recipe: Recipe, setup: Setup) -> Iterator[tuple[str, Setup]]:
     if setup.stage == "train" and setup.tuning == "lora" and setup.on_gpu:
         setup = replace(setup, tuning="qlora", dtype=torch.bfloat16)
         yield "model.tuning=qlora", setup
-    is_cut = setup.stage == "train" or recipe.heads.text or recipe.pretrain.get("packing")  # labels are not
+    is_cut = setup.stage == "train" or recipe.cuts_stage_one
     while is_cut and setup.length // 2 >= _SHORTEST:
         length = setup.length // 2
         setup = replace(setup, length=length, mean_length=min(setup.mean_length, float(length)))

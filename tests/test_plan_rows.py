@@ -77,7 +77,8 @@ def labelled_by_the_base(folder, **sections):
     recipe = recipe_of(folder, data={"max_length": 128}, **sections)
     made = folder / "run" / "labels"
     made.mkdir(parents=True)
-    (made / "recipe.yaml").write_text(json.dumps({"labels": recipe.labels.model_dump()}))
+    identity = {"model.name": recipe.model.name, "model.revision": None, "labels": recipe.labels.model_dump()}
+    (made / "recipe.yaml").write_text(json.dumps(identity))
     labels = [Label(i, 0, "p", "c", "stop", True, [5] * 100, [6] * 150) for i in range(20)]
     (made / "labels.jsonl").write_text("".join(json.dumps(asdict(label)) + "\n" for label in labels))
     return recipe
