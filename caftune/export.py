@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +25,7 @@ from caftune.heads import ATTRIBUTE
 _logger = logging.getLogger(__name__)
 _LAYER_KEY = re.compile(r"^(?:model|backbone)\.(?:language_model\.)?layers\.(\d+)\.")
 _MTP_KEY = re.compile(r"(?:^|\.)(?:mtp|nextn)\w*\.")
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _ADAPTER = "adapter_*"  # both files of PEFT's
 _EXPORTED = ("config.json", "generation_config.json", _ADAPTER, "model.safetensors*", "model-*.safetensors")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -79,6 +81,8 @@ def export_model(
         write_json(path, described)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
+        if "text_config" in published:
+            _copy_processors(name, base_revision, Path(aside))
         clear_export(target, name)
         for file in sorted(Path(aside).iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(target / file.name)
@@ -98,6 +102,13 @@ def clear_export(folder: Path, base_name: str) -> None:
     if folder.resolve() != Path(base_name).resolve():
         for file in [found for pattern in _EXPORTED for found in folder.glob(pattern)]:
             file.unlink()
+
+
+def _copy_processors(base_name: str, revision: str | None, folder: Path) -> None:
+    """A base of several media has processors beside its tokenizer, without which it cannot be loaded as what it is."""
+    for name in _PROCESSORS:
+        if not (folder / name).is_file() and (found := _published_file(base_name, revision, name, fetch=True)):
+            shutil.copy(found, folder)
 
 
 def copy_adapter(checkpoint: str | os.PathLike[str], folder: Path, tokenizer: Any, *, base_name: str) -> None:
@@ -216,20 +227,22 @@ def _cast(
 
 def _published_config(name: str, revision: str | None) -> dict[str, Any]:
     """The base's own configuration as it was published, empty where there is none to be found without a network."""
-    try:
-        path = cached_file(name, "config.json", revision=revision, local_files_only=True) if name else None
-    except (OSError, ValueError):
-        return {}
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    path = _published_file(name, revision, "config.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+
+
+def _published_file(name: str, revision: str | None, file: str, *, fetch: bool = False) -> Path | None:
+    """A file of the base, None where it has none, or (without `fetch`) none that is on this machine."""
+    with suppress(OSError, ValueError):
+        path = cached_file(name, file, revision=revision, local_files_only=not fetch) if name else None
+        return Path(path) if path else None
+    return None
 
 
 def _published_files(name: str, revision: str | None) -> list[Path]:
     """The base's own safetensors files, as far as they are on this machine."""
-    try:
-        config = cached_file(name, "config.json", revision=revision, local_files_only=True) if name else None
-    except (OSError, ValueError):
-        return []
-    return sorted(Path(str(config)).parent.glob("*.safetensors")) if config else []
+    config = _published_file(name, revision, "config.json")
+    return sorted(config.parent.glob("*.safetensors")) if config else []
 
 
 def _dtypes(files: list[Path]) -> dict[str, torch.dtype]:

@@ -32,6 +32,10 @@ def refuse_arguments(args: Any, peft_config: Any, sft_arguments: dict[str, Any])
             "optimizers must not hold an optimizer where heads are trained: it was made before they exist. "
             "Use optimizer_cls_and_kwargs."
         )
+    if args.pretrain_heads and args.push_to_hub:
+        raise ValueError(
+            "push_to_hub must be False in stage 1: what Trainer pushes on the way holds no heads. Use `caftune heads push`."
+        )
     if getattr(peft_config, "layer_replication", None) and args.heads is not None:
         raise ValueError(
             "peft_config.layer_replication must be None: it puts other layers where the heads leave the model."

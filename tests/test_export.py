@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from families import config_of
 from models import VOCABULARY, build
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
 
 from caftune.backbone import Backbone
 from caftune.checkpoint import base_fingerprint
@@ -184,6 +185,16 @@ def test_an_export_takes_the_place_of_an_earlier_one_of_any_kind(tmp_path):
     export_model(model, tmp_path / "out")
     kept = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == kept
+
+
+def test_the_processors_of_a_base_of_several_media_go_along(tmp_path):
+    model = Qwen3_5ForConditionalGeneration(config_of("qwen3_5_multimodal"))
+    model.save_pretrained(tmp_path / "base")
+    for name in ("preprocessor_config.json", "notes.json"):
+        (tmp_path / "base" / name).write_text('{"size": 7}')
+    export_model(model, tmp_path / "out", base_name=str(tmp_path / "base"))
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 7}'
+    assert not (tmp_path / "out" / "notes.json").exists()
 
 
 def test_the_base_is_no_earlier_export(tmp_path):

@@ -136,6 +136,11 @@ def test_adapters_in_stage_one_are_refused(tmp_path):
         trainer(tmp_path, pretrain_heads=True, peft_config=LoraConfig())
 
 
+def test_pushing_the_model_of_stage_one_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="push_to_hub must be False in stage 1"):
+        trainer(tmp_path, pretrain_heads=True, push_to_hub=True)
+
+
 def test_a_loss_function_of_the_users_own_is_refused(tmp_path):
     args = CAFTConfig(str(tmp_path), **OPTIONS, pretrain_heads=True)
     with pytest.raises(ValueError, match="compute_loss_func must be None"):
