@@ -1,17 +1,22 @@
 """Every check that needs a GPU, in one short run; writes gpu.json for the table in docs/results.md.
 
     python benchmarks/gpu.py [--output gpu.json]            on a GPU
+    python benchmarks/gpu.py --checks step "trainer F"      only checks whose names begin so
     python benchmarks/gpu.py --device cpu --small           a rehearsal without one: the same code on tiny shapes
 
 Checks: loss and gradients against float64 on the CPU, in float32 and bfloat16 and per attention implementation; time and
 peak memory of a training step against the forward pass of TRL's own SFTTrainer, interleaved, medians; whole runs of
 CAFTTrainer (bfloat16, QLoRA, packing with flash attention, FSDP2, DeepSpeed ZeRO-2) against a run in float32 on the CPU;
-labels by padded and by continuous batches.
+labels by padded and by continuous batches. A check that fails, or has no time left, says so in the results, which are written
+after each.
 """
 
 import argparse
+import functools
+import gc
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,9 +33,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 import caftune
+from caftune.objective import count_targets, weights_of_sums
 
 ROUNDS = 5
-LIMIT_S = 120
+LIMIT_S = 120  # of one trainer run
 # Name of a trainer run -> (options of CAFTConfig, needs a launcher, a package it needs).
 RUNS: dict[str, tuple[dict[str, Any], bool, str | None]] = {
     "float32": ({}, False, None),
@@ -41,7 +47,8 @@ RUNS: dict[str, tuple[dict[str, Any], bool, str | None]] = {
     "FSDP2": ({"launch": "fsdp2"}, True, None),
     "DeepSpeed ZeRO-2": ({"launch": "zero2"}, True, "deepspeed"),
 }
-PAPER = caftune.AuxiliaryWeights()
+WEIGHTS = caftune.AuxiliaryWeights(weight=1.0)  # at 0.01 an error of the heads would hardly show beside L_1
+NO_TIME = "not run: no time left"
 
 
 def shape(small: bool) -> dict[str, int]:
@@ -91,20 +98,20 @@ def batch_of(small: bool, device: str) -> dict[str, torch.Tensor]:
 
 
 def loss_of(model: Any, heads: caftune.AuxiliaryHeads | None, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """L_1 as SFTTrainer computes it, and the auxiliary losses where there are heads."""
+    """L_1 as SFTTrainer computes it, and the auxiliary losses, as CAFTTrainer does, where there are heads."""
     if heads is None:
         return model(**batch, fused_lm_head=True, use_cache=False).loss
-    outputs = model(**batch, fused_lm_head=True, use_cache=False, auxiliary="add")
-    scores = outputs["auxiliary"]
-    weights = PAPER.at(0, 100, heads.config.horizons)
-    return outputs.loss + caftune.auxiliary_loss(scores["nll"], scores["count"], weights)
+    horizons = heads.config.horizons
+    weights = weights_of_sums(WEIGHTS.at(0, 100, horizons), count_targets(batch, horizons))
+    outputs = model(**batch, fused_lm_head=True, use_cache=False, auxiliary="add", auxiliary_weights=weights)
+    return outputs.loss + outputs["auxiliary"]["loss"]
 
 
 def correctness(device: str, attention: str, dtype: torch.dtype) -> dict[str, float]:
     """Largest relative error of loss and trunk gradient against float64 on the CPU, on the tiny shape."""
     results = []
-    for where, kind in (("cpu", torch.float64), (device, dtype)):
-        model, heads = model_of(True, "eager" if where == "cpu" else attention, 4)
+    for where, kind, implementation in (("cpu", torch.float64, "eager"), (device, dtype, attention)):
+        model, heads = model_of(True, implementation, 4)
         model.to(where, kind)
         loss = loss_of(model, heads, batch_of(True, where))
         loss.backward()
@@ -163,26 +170,21 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def trainer_runs(device: str) -> dict[str, Any]:
-    """Each run of RUNS in a process of its own: the largest difference of a loss from the same run on the CPU."""
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, (options, is_launched, package) in RUNS.items():
-            if is_launched and device == "cpu":
-                results[name] = "not run: needs a GPU"
-                continue
-            if package and importlib.util.find_spec(package) is None:
-                results[name] = f"not run: needs {package}"
-                continue
-            # Compared with their own kind on the CPU: other trained weights, other batches, other weights of the base.
-            plain = {key: options[key] for key in ("lora", "packing", "four_bits") if key in options}
-            found, expected = _losses(folder, device, options), _losses(folder, "cpu", plain)
-            if isinstance(found, str) or isinstance(expected, str):
-                results[name] = found if isinstance(found, str) else expected
-                continue
-            pairs = [(a, b) for one, two in zip(found, expected, strict=True) for a, b in zip(one, two, strict=True)]
-            results[name] = {"largest_loss_difference_nats": max(abs(a - b) for a, b in pairs)}
-    return results
+def trainer_run(name: str, device: str, until: float) -> dict[str, float] | str:
+    """A run of RUNS in a process of its own: the largest difference of a loss from the same run on the CPU."""
+    options, is_launched, package = RUNS[name]
+    if is_launched and device == "cpu":
+        return "not run: needs a GPU"
+    if package and importlib.util.find_spec(package) is None:
+        return f"not run: needs {package}"
+    # Compared with their own kind on the CPU: other trained weights, other batches, other weights of the base.
+    plain = {key: options[key] for key in ("lora", "packing", "four_bits") if key in options}
+    found = _losses(device, json.dumps(options), until)
+    expected = found if isinstance(found, str) else _losses("cpu", json.dumps(plain), until)
+    if isinstance(found, str) or isinstance(expected, str):
+        return found if isinstance(found, str) else f"on the CPU {expected}"
+    pairs = [(a, b) for one, two in zip(found, expected, strict=True) for a, b in zip(one, two, strict=True)]
+    return {"largest_loss_difference_nats": max(abs(a - b) for a, b in pairs)}
 
 
 def labels(device: str) -> dict[str, Any]:
@@ -212,21 +214,33 @@ def labels(device: str) -> dict[str, Any]:
     return results
 
 
-def _losses(folder: str, device: str, options: dict[str, Any]) -> list[list[float]] | str:
+@functools.cache
+def _losses(device: str, options: str, until: float) -> list[list[float]] | str:
     """Run `train_once` in a process, under accelerate's launcher where asked; what it printed last where it failed."""
-    output = Path(folder, "losses.json")
-    output.unlink(missing_ok=True)
+    limit = min(LIMIT_S, int(until - time.monotonic()))
+    if limit <= 0:
+        return NO_TIME
     launcher = [sys.executable]
-    if "launch" in options:
+    if "launch" in json.loads(options):
         configs = Path(__file__).parents[1] / "recipes" / "accelerate"
-        file = str(configs / f"{options['launch']}.yaml")
+        file = str(configs / f"{json.loads(options)['launch']}.yaml")
         launcher += ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "1"]
-    command = [*launcher, __file__, "--device", device, "--once", json.dumps(options), "--output", str(output)]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        return f"failed: not done after {LIMIT_S} s"
-    return json.loads(output.read_text()) if output.is_file() else f"failed: {run.stderr.strip()[-300:]}"
+    # bitsandbytes loads 4-bit weights onto a GPU that it sees, whatever use_cpu says.
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    with tempfile.TemporaryDirectory() as folder:
+        output, log = Path(folder, "losses.json"), Path(folder, "log")
+        command = [*launcher, __file__, "--device", device, "--once", options, "--output", str(output)]
+        with log.open("w") as file_of_log:  # a pipe would be waited for as long as any child of the launcher's lives
+            run = subprocess.run(
+                ["timeout", "--kill-after=40", str(limit), *command],  # SIGTERM first: the launcher ends its children
+                stdout=file_of_log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **hidden},
+            )
+        if run.returncode == 0:
+            return json.loads(output.read_text())
+        reason = f"not done after {limit} s" if run.returncode in (124, 137) else log.read_text().strip()[-600:]
+        return f"failed: {reason}"
 
 
 def train_once(device: str, options: dict[str, Any], output: Path) -> None:
@@ -272,11 +286,38 @@ def train_once(device: str, options: dict[str, Any], output: Path) -> None:
             output.write_text(json.dumps([[entry[f"h{h}_loss"] for h in (1, 2, 3)] for entry in logs]))
 
 
+def checks_of(device: str, small: bool, until: float) -> dict[str, Callable[[], Any]]:
+    """Every check by its name, in the order of their weight."""
+    attentions = ["eager", "sdpa"] + (["flash_attention_2"] if transformers.utils.is_flash_attn_2_available() else [])
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    pairs = [(a, k) for a in attentions for k in kinds if (a, k) != ("flash_attention_2", "float32")]
+    return {
+        **{f"correctness {a}, {k}": functools.partial(correctness, device, a, kinds[k]) for a, k in pairs},
+        "step": functools.partial(step_cost, device, small),
+        **{f"trainer {name}": functools.partial(trainer_run, name, device, until) for name in RUNS},
+        "labels": functools.partial(labels, device),
+    }
+
+
+def result_of(check: Callable[[], Any], until: float) -> Any:
+    """What a check finds, or in words why it finds nothing."""
+    if time.monotonic() >= until:
+        return NO_TIME
+    try:
+        gc.collect()
+        torch.cuda.empty_cache()  # for the processes beside this one
+        return check()
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {error}"[:600]
+
+
 def main() -> None:
-    """Parse the options, run every check, write and print the results."""
+    """Parse the options, run the checks, write and print each result as it comes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--checks", nargs="+", default=[""], help="how the names of the checks begin; default: all")
+    parser.add_argument("--limit-s", type=float, default=540, help="no check begins later, no trainer run goes on")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))
     parser.add_argument("--once", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -285,20 +326,22 @@ def main() -> None:
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; rehearse with --device cpu --small")
-    attentions = ["eager", "sdpa"] + (["flash_attention_2"] if transformers.utils.is_flash_attn_2_available() else [])
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    pairs = [(a, k) for a in attentions for k in kinds if (a, k) != ("flash_attention_2", "float32")]
+    until = time.monotonic() + options.limit_s
+    checks = checks_of(options.device, options.small, until)
+    chosen = [name for name in checks if name.startswith(tuple(options.checks))]
+    if not chosen:
+        parser.error(f"--checks must begin names of {', '.join(checks)}, got {' '.join(options.checks)}")
+    found: dict[str, Any] = {}
     results = {
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
         "small": options.small,
-        "correctness": {f"{a}, {k}": correctness(options.device, a, kinds[k]) for a, k in pairs},
-        "step": step_cost(options.device, options.small),
-        "labels": labels(options.device),
-        "trainer": trainer_runs(options.device),
+        "checks": found,
     }
-    options.output.write_text(json.dumps(results, indent=2) + "\n")
-    print(options.output.read_text())
+    for name in chosen:
+        found[name] = result_of(checks[name], until)
+        print(f"{name}: {found[name]}", flush=True)
+        options.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
