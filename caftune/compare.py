@@ -19,7 +19,6 @@ rule. A comparison that was stopped goes on; one more seed runs for itself alone
 scheduler can spread them; whoever comes last, or a call without `only`, puts the comparison down.
 """
 
-import gc
 import hashlib
 import json
 import os
@@ -46,7 +45,14 @@ from caftune.evaluation import evaluate, in_words, read_tasks, with_form
 from caftune.heads import HeadsConfig
 from caftune.recipe import Arm, Recipe, RecipeError, save_recipe
 from caftune.run_folder import is_begun, is_done, open_stage, record, refuse_other_stage
-from caftune.stage_options import load_model, load_tokenizer, pretrained_heads, stage_two_config, stage_two_heads
+from caftune.stage_options import (
+    free_memory,
+    load_model,
+    load_tokenizer,
+    pretrained_heads,
+    stage_two_config,
+    stage_two_heads,
+)
 from caftune.stage_rows import head_source, task_rows
 from caftune.tokenization import tokenized
 from caftune.verdict import BASE
@@ -143,8 +149,9 @@ def _ensure_heads(recipe: Recipe, *, make: bool) -> None:
         )
     if recipe.heads.text is None:
         pipeline.label(recipe)
+        free_memory()
     pipeline.pretrain_heads(recipe)
-    gc.collect()
+    free_memory()
 
 
 def _heads_config(recipe: Recipe) -> HeadsConfig:
@@ -269,7 +276,7 @@ def _train(run: Recipe) -> None:
         refuse_other_stage(run, "train", {**data, "heads": heads and heads / "heads.json"})
         return
     pipeline.finetune(run)
-    gc.collect()
+    free_memory()
 
 
 def _write_heads(recipe: Recipe, run: Recipe, arm: Arm, seed: int) -> None:
@@ -277,7 +284,7 @@ def _write_heads(recipe: Recipe, run: Recipe, arm: Arm, seed: int) -> None:
     if arm == "no_pretraining" and not (target / "heads.json").is_file():
         model, tokenizer, revision = load_model(recipe), load_tokenizer(recipe), recipe.model.revision
         write_untrained_heads(model, tokenizer, _heads_config(recipe), target, revision=revision)
-        gc.collect()
+        free_memory()
     elif arm in ("random_heads", "shuffled_horizons"):
         write_control_heads(arm, pretrained_heads(recipe), target, seed=seed)  # again: its source may be another by now
 
@@ -298,7 +305,7 @@ def _study(run: Recipe, model: str) -> int:
     partial = folder / ".concepts.jsonl.partial"
     partial.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in found), encoding="utf-8")
     partial.replace(folder / "concepts.jsonl")
-    gc.collect()
+    free_memory()
     return len(found)
 
 

@@ -32,7 +32,7 @@ from caftune.labels import AnswerCache, generate_labels
 from caftune.prompts import Conversation, is_chat
 from caftune.recipe import Recipe, RecipeError
 from caftune.run_folder import record
-from caftune.stage_options import answer_backend, context_length, load_tokenizer, who_answers
+from caftune.stage_options import answer_backend, context_length, free_memory, load_tokenizer, who_answers
 from caftune.stage_rows import read_task_rows
 from caftune.structures import check_structures, compare_structures
 
@@ -171,6 +171,7 @@ def _examples(recipe: Recipe, task: Task) -> list[Example]:
 
 def _evaluate(recipe: Recipe, name: str, task: Task, examples: Sequence[Example]) -> Result:
     lines = _ask_all(recipe, name, task, examples)
+    free_memory()
     if task is PROTEINS and recipe.eval.structures is not None:
         lines = with_structures(lines, recipe.eval.structures)
     label = label_of(recipe, name)

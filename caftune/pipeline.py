@@ -13,7 +13,6 @@
 What keeps two runs apart is in run_folder.py.
 """
 
-import gc
 import json
 import os
 import shlex
@@ -60,6 +59,7 @@ from caftune.stage_options import (
     adapted_heads,
     answer_backend,
     context_length,
+    free_memory,
     load_model,
     load_tokenizer,
     lora_config,
@@ -176,7 +176,7 @@ def pretrain_heads(recipe: Recipe) -> Path:
     quality = {}
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         del trainer  # the base is loaded anew, as users of the heads will have it
-        gc.collect()
+        free_memory()
         quality = {"quality": measure(recipe)}
     record(recipe, {"stage": "pretrain-heads", "rows": len(rows), "metrics": metrics, **quality})
     return heads
@@ -240,7 +240,7 @@ def adapt_heads(recipe: Recipe) -> Path:
     trainer.export(target, about={"command": _command(), **about})
     record(recipe, {"stage": "adapt", "rows": len(rows or ()), "metrics": metrics})
     del trainer
-    gc.collect()  # a trainer is part of cycles, and would keep its base beside stage 2's
+    free_memory()  # a trainer is part of cycles, and would keep its base beside stage 2's
     return target
 
 

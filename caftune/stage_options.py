@@ -1,5 +1,6 @@
 """From a recipe to what the trainer is given: the options of each stage, the adapter, the quantisation, the tokenizer."""
 
+import gc
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
@@ -229,10 +230,22 @@ def load_model(recipe: Recipe, name: str | None = None) -> Any:
     return model.to(device).eval()
 
 
+def free_memory() -> None:
+    """Let go of models and trainers that nobody holds any more, and of what torch keeps of the GPU for later use.
+
+    vLLM starts only where nearly the whole GPU is free.
+    """
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def answer_backend(
     recipe: Recipe, section: AnswersSection, tokenizer: Any, sampling: Sampling, *, name: str | None = None
 ) -> Backend:
     """What answers prompts with the base (or another model): the section's backend with its settings."""
+    free_memory()
     if section.backend == "transformers":
         model = load_model(recipe, name)
         return transformers_backend(
