@@ -23,7 +23,7 @@ _LONGEST_CELL = 2**31 - 1  # of a CSV, in characters: what a C long holds everyw
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _NAMES = (
-    *("prompt", "completion", "messages", "conversations", "text", "tools", "chat_template_kwargs"),
+    *("prompt", "completion", "messages", "conversations", "text", "tools", "chat_template_kwargs", "system"),
     *("instruction", "input", "output", "response"),
 )
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -68,7 +68,7 @@ def load_rows(
             raise DataError(
                 f"{source} has no column {missing[0]!r}; its columns are {', '.join(rows[0])}. Mend data.columns."
             )
-        along = [*_EXTRAS, *(["input"] if "instruction" in columns else [])]
+        along = [*_EXTRAS, "system", *(["input", "context", "history"] if "instruction" in columns else [])]
         unnamed = [name for name in along if name not in columns.values()]
         rows = [
             {name: row[name] for name in unnamed if name in row}
@@ -226,6 +226,24 @@ def _read_list(path: Path) -> list[dict[str, Any]]:
 
 
 def _in_form(row: dict[str, Any], number: int, source: str, *, chat: bool) -> dict[str, Any]:
+    return _with_system(_formed(row, number, source, chat=chat), row.get("system"), number, source)
+
+
+def _with_system(row: dict[str, Any], system: Any, number: int, source: str) -> dict[str, Any]:
+    """A row with the system message that stands in a column of its own."""
+    if not system:
+        return row
+    name = next((name for name in ("messages", "prompt") if isinstance(row.get(name), list)), None)
+    if name is None:
+        raise DataError(
+            f"{source}, row {number} (from 0) has a system message, and the row is plain text. Remove the column, or put it "
+            "before the prompt."
+        )
+    has_own = row[name][0]["role"] in ("system", "developer")
+    return row if has_own else row | {name: [{"role": "system", "content": system}, *row[name]]}
+
+
+def _formed(row: dict[str, Any], number: int, source: str, *, chat: bool) -> dict[str, Any]:
     extras = {name: row[name] for name in _EXTRAS if row.get(name)}
     _refuse_media(row, number, source)
     if "messages" in row:
@@ -305,10 +323,14 @@ def _message(turn: Any, number: int, source: str) -> Any:
 
 
 def _from_alpaca(row: Mapping[str, Any], number: int, source: str, *, chat: bool) -> dict[str, Any]:
-    answer = row.get("output", row.get("response"))
+    answer, more = row.get("output", row.get("response")), row.get("input") or row.get("context")  # as Dolly calls it
+    if row.get("history"):
+        raise DataError(
+            f"{source}, row {number} (from 0) has a history, which would be left out. Write its turns as messages."
+        )
     _refuse_no_text(row["instruction"], "instruction", number, source)
     _refuse_no_text(answer, "output", number, source)
-    prompt = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+    prompt = row["instruction"] + (f"\n\n{more}" if more else "")
     if chat:
         return _as_conversation({"prompt": prompt, "completion": answer})
     return {"prompt": f"{prompt}\n\n", "completion": answer}

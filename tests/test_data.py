@@ -66,6 +66,29 @@ def test_a_recipe_says_whether_a_chat_model_is_trained_in_conversations(row, cha
     assert is_chat(read_task_rows(recipe, path, limit=None, chat=True)) is is_conversation
 
 
+def test_a_system_message_in_a_column_of_its_own_comes_first(tmp_path):
+    asked, answered = {"role": "user", "content": "Add."}, {"role": "assistant", "content": "3"}
+    brief, own = {"role": "system", "content": "Be brief."}, {"role": "system", "content": "Be long."}
+    turns = [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "3"}]
+
+    def read(row, **options):
+        (found,) = load_rows(write(tmp_path / "x.jsonl", [{**row, "system": "Be brief."}]), **options).to_list()
+        return found.get("messages") or found["prompt"]
+
+    assert read({"messages": [asked, answered]}) == read({"conversations": turns}) == [brief, asked, answered]
+    assert read({"messages": [own, asked, answered]}) == [own, asked, answered]
+    assert read({"instruction": "Add.", "output": "3"}, chat=True) == [brief, asked]
+    with pytest.raises(DataError, match=r"row 0 \(from 0\) has a system message, and the row is plain text"):
+        read({"prompt": "Add.", "completion": "3"})
+
+
+def test_what_an_instruction_is_about_is_not_left_out(tmp_path):
+    row = {"instruction": "Add.", "context": "1 2", "response": "3"}
+    assert load_rows(write(tmp_path / "x.jsonl", [row])).to_list() == [{"prompt": "Add.\n\n1 2\n\n", "completion": "3"}]
+    with pytest.raises(DataError, match=r"row 0 \(from 0\) has a history"):
+        load_rows(write(tmp_path / "x.jsonl", [{**row, "history": [["a", "b"]]}]))
+
+
 def test_nested_values_and_tools_stay_as_they_were(tmp_path):
     def call(**arguments):
         return [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
