@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from caftune.backbone import evaluating
+from caftune.backbone import evaluating, has_flash_attention
 
 _TOKENS = 8
 # As a share of the largest logit. Documents that are kept apart differ by rounding only, if at all (experts see other
@@ -46,10 +46,10 @@ def _movement(trainer: Any) -> tuple[float, float]:
     vocabulary = trainer.model.get_input_embeddings().weight.shape[0]
     numbers = torch.arange(1, _TOKENS + 1)
     one, other, second = ((numbers * factor % vocabulary).tolist() for factor in (1, 3, 2))
-    is_flash = "flash" in str(getattr(trainer.model.config.get_text_config(), "_attn_implementation", None))
     # FSDP2 casts the weights themselves.
     is_cast = trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no"
-    half = is_flash or is_cast or any(parameter.dtype not in _TOLERANCE for parameter in trainer.model.parameters())
+    is_half = any(parameter.dtype not in _TOLERANCE for parameter in trainer.model.parameters())
+    half = is_half or is_cast or has_flash_attention(trainer.model)
     with evaluating(trainer.model), torch.no_grad(), nullcontext() if half else _without_autocast(trainer.model):
         logits, changed = (_second_logits(trainer, first, second) for first in (one, other))
     tolerance = _HALF_TOLERANCE if half else _TOLERANCE[logits.dtype]

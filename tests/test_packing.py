@@ -1,14 +1,20 @@
 """Packed training is refused where a model sees across documents, and only there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from datasets import Dataset
 from models import build
 from peft import LoraConfig
 from training import config, numbers, trained
-from transformers import AutoTokenizer
+from transformers import AttentionInterface, AutoTokenizer
+from transformers.integrations.flash_attention import get_target_dtype
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from caftune import CAFTTrainer
+from caftune import AuxiliaryHeads, Backbone, CAFTTrainer, HeadsConfig, save_heads
+from caftune.backbone import UnsupportedModelError
 from caftune.demo.run import BASE
 from caftune.packing import _movement
 
@@ -82,3 +88,56 @@ def test_the_probe_of_float32_weights_is_in_float32_and_training_in_bfloat16(sho
     trainer.train()
     handle.remove()
     assert set(seen) == {(torch.float32, False), (torch.bfloat16, True)}
+
+
+def _half_alone(module, query, key, value, attention_mask, **options):
+    """Attention that, like the flash kernels, computes in half precision alone, with transformers' own casts around it."""
+    target = get_target_dtype(query, module)
+    query, key, value = (x if target is None else x.to(target) for x in (query, key, value))
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+@pytest.fixture
+def with_flash(monkeypatch):
+    """Models that call it under a name of a flash kernel, and refuse to see later tokens by `mask` alone."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "a_flash_kernel", _half_alone)
+
+    def make(family, mask=sdpa_mask):
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, "a_flash_kernel", mask)
+        model = build(family, dtype=torch.float32, attention="sdpa", vocab_size=158)
+        model.config._attn_implementation = "a_flash_kernel"  # set_attn_implementation would load a kernel of this name
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_float32_weights_with_flash_attention_are_probed_in_bfloat16(with_flash, family):
+    expected = Backbone.of(build(family, dtype=torch.float32, attention="sdpa"))
+    assert expected.mixer is not None
+    assert replace(Backbone.of(model := with_flash(family)), model=None) == replace(expected, model=None)
+    assert not torch.is_autocast_enabled("cpu")
+    assert model.dtype == torch.float32
+
+
+def test_a_model_that_sees_later_tokens_is_refused_with_flash_attention_too(with_flash):
+    model = with_flash("llama", mask=lambda *_args, **_kwargs: None)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(UnsupportedModelError, match="move when a later token is changed"):
+        Backbone.of(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
+@pytest.mark.parametrize("tuning", ["heads", "full"])
+def test_packed_rows_with_flash_attention_are_trained_in_bfloat16(with_flash, short, tmp_path, tuning):
+    model, tokenizer = with_flash("llama"), AutoTokenizer.from_pretrained(BASE)
+    if tuning == "full":
+        backbone = Backbone.of(model)
+        save_heads(tmp_path / "heads", AuxiliaryHeads.build(backbone, HeadsConfig(1)), backbone, tokenizer)
+    heads = {"heads": str(tmp_path / "heads")} if tuning == "full" else {"pretrain_heads": True, "num_heads": 1}
+    args = config(tmp_path, packing=True, max_length=30, bf16=True, max_steps=1, **heads)
+    trainer = trained(CAFTTrainer(model.train(), args, train_dataset=short, processing_class=tokenizer))
+    assert 0 < trainer.state.log_history[0]["h2_loss"] < 100
