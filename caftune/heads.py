@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule
 
 from caftune.at_once import weighted_sum
@@ -217,7 +218,9 @@ def _loss_in_graph(hidden: Tensor, unembedding: Unembedding, targets: Tensor) ->
 
 
 def _is_checkpointed(head: nn.Module) -> bool:
-    return bool(getattr(head, "gradient_checkpointing", False)) and head.training and torch.is_grad_enabled()
+    """Whether it will be computed again in the backward pass, when hooks set for its forward pass are gone."""
+    is_own = head.training and getattr(head, "gradient_checkpointing", False)
+    return torch.is_grad_enabled() and bool(is_own or isinstance(head, ActivationWrapper))
 
 
 @contextmanager

@@ -84,6 +84,16 @@ def refuse_split_rows(accelerator: Any, *, is_fsdp: bool) -> None:
         )
 
 
+def refuse_lost_adapters(accelerator: Any, model: Any) -> None:
+    """An adapter that PEFT (0.21) would save as an empty file: the state names its layers without FSDP's wrappers."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.activation_checkpointing and hasattr(model, "peft_config"):
+        raise ValueError(
+            "fsdp_activation_checkpointing must be false with a peft_config, got true: the adapter would be saved without its "
+            "weights. Use gradient_checkpointing=True."
+        )
+
+
 def refuse_short_context(model: Any, args: CAFTConfig, *, furthest: int) -> None:
     """Horizons that no row is long enough for."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

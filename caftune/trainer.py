@@ -31,6 +31,7 @@ from caftune.packing import RefuseLeaks
 from caftune.refusals import (
     refuse_arguments,
     refuse_cut_answers,
+    refuse_lost_adapters,
     refuse_missing_parts,
     refuse_processes,
     refuse_short_context,
@@ -105,6 +106,7 @@ class CAFTTrainer(SFTTrainer):
             )
         finally:
             args.model_init_kwargs = model_init_kwargs
+        refuse_lost_adapters(self.accelerator, self.model)
         self.add_callback(RefuseLeaks(self))
         self._horizon_counts: Tensor | None = None
         self._micro_batch, self._batches = 0, 1  # within the optimizer step, and what Trainer divides their losses by

@@ -63,14 +63,14 @@ def training_record(args: CAFTConfig, steps: int) -> dict[str, Any]:
 def merged_state(heads: AuxiliaryHeads) -> dict[str, Tensor]:
     """The heads' weights with their LoRA merged, whole where FSDP2 has sharded them (then every rank must call)."""
     state = {name: whole(tensor.detach()) for name, tensor in heads.state_dict().items()}
-    for name, module in heads.named_modules():
-        if isinstance(module, LoraLayer):
-            up, down = (state.pop(f"{name}.lora_{part}.{_ADAPTER}.weight") for part in "BA")
-            weight = state[f"{name}.base_layer.weight"]
-            change = module.scaling[_ADAPTER] * up @ down
-            state[f"{name}.base_layer.weight"] = weight + (
-                change.T if getattr(module, "fan_in_fan_out", False) else change
-            ).to(weight.dtype)
+    for name in [key.removesuffix(".base_layer.weight") for key in state if key.endswith(".base_layer.weight")]:
+        module: Any = heads.get_submodule(name)  # the state's names are without the wrappers around layers
+        up, down = (state.pop(f"{name}.lora_{part}.{_ADAPTER}.weight") for part in "BA")
+        weight = state[f"{name}.base_layer.weight"]
+        change = module.scaling[_ADAPTER] * up @ down
+        state[f"{name}.base_layer.weight"] = weight + (
+            change.T if getattr(module, "fan_in_fan_out", False) else change
+        ).to(weight.dtype)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
 
 

@@ -23,10 +23,12 @@ FSDP2 = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
+RECOMPUTED = ("full_recomputed",)  # by FSDP's own activation checkpointing
 # Name -> (base is tied, LoRA, modules_to_save, options).
 CASES = {
     "full_tied": (True, False, None, {}),
     "full_untied_heads": (False, False, None, {"train_heads": True, "gradient_checkpointing": True}),
+    "full_recomputed": (False, False, None, {"train_heads": True, "heads_lora_rank": 2}),
     "lora_heads": (False, True, None, {"train_heads": True, "heads_max_grad_norm": 0.1}),
     "lora_heads_lora": (True, True, None, {"train_heads": True, "heads_lora_rank": 2}),
     "lora_unembedding": (False, True, ["lm_head"], {}),
@@ -53,6 +55,7 @@ def run(name: str, folder: str, state_dict_type: str) -> None:
         )
         if ranks > 1:
             os.environ.update(FSDP2, FSDP_STATE_DICT_TYPE=state_dict_type)
+            os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = str(name in RECOMPUTED).lower()
             _ = args.device  # makes the state that is changed next
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         peft_config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=modules) if is_lora else None

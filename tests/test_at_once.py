@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import VOCABULARY, build
 from peft import LoraConfig, inject_adapter_in_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.flop_counter import FlopCounterMode
 
 from caftune.at_once import weighted_sum
@@ -15,6 +16,7 @@ from caftune.backbone import Backbone
 from caftune.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
 from caftune.objective import IGNORED, horizon_targets
 from caftune.targets import Sample
+from caftune.training_heads import make_trainable, merged_state
 
 IDS = torch.randint(3, VOCABULARY, (2, 10), generator=torch.Generator().manual_seed(5))
 LABELS = IDS.clone()
@@ -109,6 +111,39 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
     torch.testing.assert_close(scores["nll"], expected, rtol=1e-9, atol=1e-9)
     assert_same(found, gradients)
     assert all(head.gradient_checkpointing for head in heads.heads)
+
+
+def wrapped(layers):
+    """As FSDP's own activation checkpointing wraps layers, heads among them."""
+    for place, layer in enumerate(layers):
+        layers[place] = checkpoint_wrapper(layer, preserve_rng_state=False)
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, None], ids=["at_once", "in_the_graph"])
+def test_layers_in_fsdps_wrapper_for_recomputing_change_nothing(weights):
+    model, backbone, heads = carrying()
+    expected, gradients = by_formula(model, backbone, heads)
+    for layers in (model.model.layers, heads.heads):
+        wrapped(layers)
+    model.zero_grad()
+    outputs = model(input_ids=IDS, labels=LABELS, auxiliary="add", auxiliary_weights=weights)
+    scores = outputs["auxiliary"]
+    (0.5 * outputs.loss + scores.get("loss", (WEIGHTS * scores["nll"]).sum())).backward()
+    torch.testing.assert_close(scores["nll"], expected, rtol=1e-9, atol=1e-9)
+    assert_same({k.replace("_checkpoint_wrapped_module.", ""): g for k, g in gradients_of(model).items()}, gradients)
+
+
+def test_a_lora_in_fsdps_wrapper_for_recomputing_is_merged():
+    _, _, heads = carrying()
+    make_trainable(heads, lora_rank=2)
+    with torch.no_grad():
+        for name, parameter in heads.named_parameters():
+            parameter.add_(0.1 * ("lora_B" in name))
+    expected = merged_state(heads)
+    wrapped(heads.heads)
+    found = merged_state(heads)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_a_lora_on_the_heads_gets_their_gradient():

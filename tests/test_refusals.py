@@ -1,18 +1,20 @@
 """Wrong things are refused early, with one sentence that names the place and the remedy."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from training import config
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from caftune import AuxiliaryHeads, Backbone, CAFTConfig, CAFTTrainer, HeadsConfig, save_heads
 from caftune.checkpoint import HeadsError
 from caftune.demo.run import BASE
-from caftune.refusals import refuse_processes
+from caftune.refusals import refuse_lost_adapters, refuse_processes
 
 OPTIONS = {"report_to": [], "bf16": False, "use_cpu": True, "disable_tqdm": True, "max_length": 32, "max_steps": 1}
 ROWS = Dataset.from_list([{"prompt": "Name: ethanol\nSMILES:", "completion": " CCO"}] * 4)
@@ -93,6 +95,21 @@ def test_one_process_with_several_gpus_is_refused_with_heads_alone(tmp_path, mon
     with pytest.raises(ValueError, match="One process must have one GPU with auxiliary heads, got 2"):
         trainer(tmp_path, pretrain_heads=True)
     refuse_processes(CAFTConfig(str(tmp_path), **OPTIONS, aux_weight=0.0))
+
+
+def test_an_adapter_is_refused_under_fsdps_own_activation_checkpointing(tmp_path):
+    """PEFT writes an empty file there; the day it does not, the refusal can go."""
+    plugin = SimpleNamespace(activation_checkpointing=True)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    plain = AutoModelForCausalLM.from_pretrained(BASE)
+    refuse_lost_adapters(accelerator, plain)
+    model = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="fsdp_activation_checkpointing must be false with a peft_config, got true"):
+        refuse_lost_adapters(accelerator, model)
+    layers = plain.model.layers
+    for place, layer in enumerate(layers):
+        layers[place] = checkpoint_wrapper(layer)
+    assert get_peft_model_state_dict(model) == {}
 
 
 def test_heads_of_another_base_are_refused(tmp_path):
