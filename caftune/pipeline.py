@@ -13,7 +13,6 @@
 What keeps two runs apart is in run_folder.py.
 """
 
-import json
 import os
 import shlex
 import sys
@@ -53,7 +52,15 @@ from caftune.progress import run, show_progress
 from caftune.prompts import conversations, refuse_long_prompts
 from caftune.quality import measure_heads
 from caftune.recipe import Recipe, RecipeError
-from caftune.run_folder import is_begun, is_main_process, last_checkpoint, open_stage, record, refuse_other_stage
+from caftune.run_folder import (
+    is_begun,
+    is_main_process,
+    last_checkpoint,
+    open_stage,
+    record,
+    refuse_other_stage,
+    whole_checkpoint,
+)
 from caftune.stage_options import (
     adapt_config,
     adapted_heads,
@@ -319,11 +326,7 @@ def _plan(recipe: Recipe, args: CAFTConfig, rows: Any, tokenizer: Any) -> dict[s
 def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
     """Write a checkpoint of stage 2 (by default the one `train` would) as an ordinary model. Returns its folder."""
     folder = Path(recipe.output, "train")
-    source = checkpoint or _chosen_checkpoint(recipe, folder)
-    if source is None or not any(Path(source, name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise RecipeError(
-            f"{checkpoint or folder} holds no checkpoint. Run `caftune train` first, or name one of {folder}/checkpoint-*."
-        )
+    source = whole_checkpoint(recipe, folder, checkpoint)
     if Path(source).resolve().parent != folder.resolve():
         raise RecipeError(f"{source} must be one of {folder}/checkpoint-*: it belongs to another run. Use its recipe.")
     heads = stage_two_heads(recipe)
@@ -354,15 +357,6 @@ def _write_model(recipe: Recipe, source: str, target: Path) -> None:
     trust = bool(recipe.model.trust_remote_code)
     model = load_trained(source, name, revision, vocab_size=rows, tokenizer=tokenizer, trust_remote_code=trust)
     export_model(model, target, tokenizer, base_name=name, base_revision=revision)
-
-
-def _chosen_checkpoint(recipe: Recipe, folder: Path) -> str | None:
-    """The best checkpoint where the recipe asks for it, else the last."""
-    last = last_checkpoint(folder)
-    if last is None or not recipe.trainer.get("load_best_model_at_end"):
-        return last
-    best = json.loads(Path(last, "trainer_state.json").read_text())["best_model_checkpoint"]
-    return str(folder / Path(best).name) if best else last
 
 
 def preview(recipe: Recipe, count: int = 3) -> Iterator[tuple[list[str], list[bool], dict[int, list[str]]]]:

@@ -123,6 +123,30 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
+def whole_checkpoint(recipe: Recipe, folder: Path, named: str | None) -> str:
+    """The checkpoint that is exported, `named` or the one `train` would export: a model or an adapter in one piece."""
+    source = named or _chosen_checkpoint(recipe, folder)
+    if source is not None and Path(source, "pytorch_model_fsdp_0").is_dir():
+        raise RecipeError(
+            f"{source} must hold whole weights, got FSDP's pieces of them (SHARDED_STATE_DICT). Run `caftune train` again, as "
+            "before: it goes on from the last checkpoint and writes the model at its end."
+        )
+    if source is None or not any(Path(source, name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise RecipeError(
+            f"{named or folder} holds no checkpoint. Run `caftune train` first, or name one of {folder}/checkpoint-*."
+        )
+    return source
+
+
+def _chosen_checkpoint(recipe: Recipe, folder: Path) -> str | None:
+    """The best checkpoint where the recipe asks for it, else the last."""
+    last = last_checkpoint(folder)
+    if last is None or not recipe.trainer.get("load_best_model_at_end"):
+        return last
+    best = json.loads(Path(last, "trainer_state.json").read_text())["best_model_checkpoint"]
+    return str(folder / Path(best).name) if best else last
+
+
 def is_main_process() -> bool:
     """Whether this process is the one that writes, under torchrun and accelerate."""
     return int(os.environ.get("RANK", "0")) == 0

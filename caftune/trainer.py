@@ -145,38 +145,34 @@ class CAFTTrainer(SFTTrainer):
         native: list[str] = []
         if self.args.pretrain_heads:
             self._save_heads(Path(folder), about)
-        elif hasattr(self.model, "peft_config") and not merged:
-            if self.is_world_process_zero():
-                clear_export(Path(folder), self._base[0])
-            self.save_model(str(folder), _internal_call=True)
         else:
-            native = self._export_whole(Path(folder))
-        if not self.args.pretrain_heads and self.is_world_process_zero():
-            self._write_card(Path(folder))
+            is_split = self.is_fsdp_enabled or getattr(self.args.deepspeed_plugin, "zero_stage", 0) == 3
+            state = self.accelerator.get_state_dict(self.model_wrapped) if is_split else None
+            if self.is_world_process_zero():
+                native = self._write(Path(folder), state, merged=merged or not hasattr(self.model, "peft_config"))
         self.accelerator.wait_for_everyone()
         return native
 
-    def _write_card(self, folder: Path) -> None:
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        steps = best or self.state.global_step
-        write_model_card(folder, self._base[0], self.args, steps, heads=self._start.description)
-
-    def _export_whole(self, folder: Path) -> list[str]:
-        name, revision = self._base
-        model = self.accelerator.unwrap_model(self.model)
-        is_sharded = self.is_fsdp_enabled
-        if is_sharded or getattr(model, "is_quantized", False):
-            with TemporaryDirectory() as saved:  # the plain base takes the trained weights up
-                state = self.accelerator.get_state_dict(self.model_wrapped) if is_sharded else None
-                if self.is_world_process_zero():
+    def _write(self, folder: Path, state: dict[str, Any] | None, *, merged: bool) -> list[str]:
+        """The model and its card; `state`: the whole weights, where they were gathered from all processes."""
+        native: list[str] = []
+        (name, revision), model = self._base, self.accelerator.unwrap_model(self.model)
+        if not merged:
+            clear_export(folder, name)
+            self._save(str(folder), state)
+        else:
+            if state is not None or getattr(model, "is_quantized", False):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                with TemporaryDirectory(dir=folder.parent, prefix=".export-") as saved:  # /tmp may be too small
                     self._save(saved, state)
                     rows = model.get_input_embeddings().weight.shape[0]
                     as_trained: dict[str, Any] = {"vocab_size": rows, "tokenizer": self.processing_class}
-                    trust = self.args.trust_remote_code
+                    trust = self.args.trust_remote_code  # the plain base takes the trained weights up
                     model = load_trained(saved, name, revision, trust_remote_code=trust, **as_trained)
-        if not self.is_world_process_zero():
-            return []
-        return export_model(model, folder, self.processing_class, base_name=name, base_revision=revision)
+            native = export_model(model, folder, self.processing_class, base_name=name, base_revision=revision)
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        write_model_card(folder, name, self.args, best or self.state.global_step, heads=self._start.description)
+        return native
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """SFTTrainer's optimizer; trained heads get their own learning rate where one is given."""

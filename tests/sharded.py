@@ -63,6 +63,8 @@ def run(name: str, folder: str, state_dict_type: str) -> None:
         trainer.train(resume_from_checkpoint=None if attempt == "whole" else f"{output}-whole/checkpoint-2")
         assert all(isinstance(p, DTensor) == (ranks > 1) for p in trainer.model.parameters())
         trainer.export(f"{output}-{attempt}/model")
+        if is_lora:
+            trainer.export(f"{output}-{attempt}/adapter", merged=False)
         if trainer.is_world_process_zero():
             steps = [entry for entry in trainer.state.log_history if "loss" in entry]
             kept = [{k: v for k, v in e.items() if k.endswith(("loss", "norm"))} for e in steps]

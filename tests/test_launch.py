@@ -100,6 +100,14 @@ def test_a_model_sharded_by_fsdp2_learns_resumes_and_exports_as_one_process_does
     assert any(not torch.equal(expected[key], start[key]) for key in start)
     for run in runs[1:]:
         assert_close(load_file(run / "model" / file), expected)
+        assert not list(run.glob(".export-*"))
+    if CASES[name][1]:
+        adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in runs]
+        assert_close(adapters[1], adapters[0])
+        assert_close(adapters[2], adapters[0])
+        assert {path.name for path in (runs[1] / "adapter").iterdir()} == {
+            path.name for path in (one / "adapter").iterdir()
+        }
     if CASES[name][3].get("train_heads"):
         heads = [load_file(run / "checkpoint-4" / "heads" / "heads.safetensors") for run in runs]
         assert_close(heads[1], heads[0])

@@ -281,6 +281,9 @@ def test_a_checkpoint_of_another_run_is_not_exported_into_this_one(values, tmp_p
         pipeline.export(run, str(other))
     with pytest.raises(RecipeError, match=r"holds no checkpoint\. Run `caftune train` first, or name one of"):
         pipeline.export(run, str(tmp_path / "other"))
+    (tmp_path / "pieces" / "pytorch_model_fsdp_0").mkdir(parents=True)
+    with pytest.raises(RecipeError, match=r"must hold whole weights, got FSDP's pieces.* Run `caftune train` again"):
+        pipeline.export(run, str(tmp_path / "pieces"))
 
 
 @pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
