@@ -40,6 +40,7 @@ from caftune.refusals import (
 )
 from caftune.targets import Sample
 from caftune.training_heads import (
+    ForgetSums,
     give_own_learning_rate,
     load_state,
     make_trainable,
@@ -108,10 +109,10 @@ class CAFTTrainer(SFTTrainer):
             args.model_init_kwargs = model_init_kwargs
         refuse_lost_adapters(self.accelerator, self.model)
         self.add_callback(RefuseLeaks(self))
+        self.add_callback(ForgetSums(self))
         self._horizon_counts: Tensor | None = None
         self._micro_batch, self._batches = 0, 1  # within the optimizer step, and what Trainer divides their losses by
-        self._horizon_sums: dict[str, dict[str, Tensor]] = {}
-        self._main_sum, self._steps = torch.zeros((), device=args.device), 0  # L_1 since the last log
+        self.forget_sums()
         if self.heads is not None:
             self._attach()
 
@@ -228,13 +229,17 @@ class CAFTTrainer(SFTTrainer):
         main = result[0] if return_outputs else result
         if training:
             self._add_main(main.detach() / self._batches)
-        if is_plain:
-            return result
-        self._record(scores)
-        if not training:
+        if not is_plain:
+            self._record(scores)
+        if is_plain or not training:
             return result
         loss = main + scores["loss"]
         return (loss, result[1]) if return_outputs else loss
+
+    def forget_sums(self) -> None:
+        """Begin the sums for the next log anew."""
+        self._horizon_sums: dict[str, dict[str, Tensor]] = {}
+        self._main_sum, self._steps = torch.zeros((), device=self.args.device), 0  # L_1
 
     def _add_main(self, loss: Tensor) -> None:
         """Add a batch's part to the sum since the last log, as Trainer does with the whole loss."""
@@ -257,7 +262,7 @@ class CAFTTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each horizon's loss in nats and accuracy; in training its weight, and `main_loss`: `loss` without the heads'."""
-        mode = "train" if self.model.training else "eval"
+        mode = "train" if {"loss", "train_runtime"} & set(logs) else "eval"
         sums, main, steps = self._horizon_sums.pop(mode, None), self._main_sum, self._steps
         if mode == "train":
             self._main_sum, self._steps = torch.zeros_like(main), 0
@@ -273,16 +278,14 @@ class CAFTTrainer(SFTTrainer):
                 if not self.args.pretrain_heads:
                     logs["main_loss"] = self.accelerator.reduce(main, reduction="mean").item() / steps
             elif self.args.pretrain_heads:  # over all tokens, not the mean of the batches' means
-                weights = self._weights_without_gamma()
-                terms = zip(self.heads.config.horizons, weights, strict=True)
+                terms = zip(self.heads.config.horizons, self._weights_without_gamma(), strict=True)
                 logs[f"{prefix}loss"] = sum(weight * metrics[f"h{h}_loss"] for h, weight in terms)
         super().log(logs, start_time)
 
     def _horizon_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Losses and accuracies of the horizons from sums over all ranks: horizon 1 first where it was computed."""
         table = {name: self.accelerator.reduce(row, reduction="sum").tolist() for name, row in sorted(sums.items())}
-        horizons = self.heads.config.horizons
-        horizons = horizons if len(table["count"]) == len(horizons) else [1, *horizons]
+        horizons = [1, *self.heads.config.horizons][-len(table["count"]) :]
         metrics = {}
         for i, horizon in enumerate(horizons):
             if table["count"][i] == 0 and self.args.aux_min_weight > 0:
@@ -296,8 +299,7 @@ class CAFTTrainer(SFTTrainer):
         return replace(self.args.auxiliary_weights, schedule="constant").at(0, 1, self.heads.config.horizons)
 
     def _weights_at(self, step: int) -> list[float]:
-        horizons = self.heads.config.horizons
-        return self.args.auxiliary_weights.at(step, max(self.state.max_steps, 1), horizons)
+        return self.args.auxiliary_weights.at(step, max(self.state.max_steps, 1), self.heads.config.horizons)
 
     @property
     def _scored_horizons(self) -> int:

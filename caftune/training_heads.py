@@ -9,6 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from caftune.backbone import whole
@@ -18,6 +19,19 @@ from caftune.heads import AuxiliaryHeads
 _ADAPTER_FILE = "adapter.safetensors"
 # PEFT's own name for a model's only adapter, so that switching the model's adapter off and on takes the heads' along.
 _ADAPTER = "default"
+
+
+class ForgetSums(TrainerCallback):
+    """A training begins with empty sums, as one does that starts over; a prediction, which logs nothing, leaves none."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
+        """Forget what came before."""
+        self._trainer.forget_sums()
+
+    on_predict = on_train_begin
 
 
 def make_trainable(heads: AuxiliaryHeads, *, lora_rank: int | None) -> None:

@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from caftune import AuxiliaryHeads, Backbone, CAFTConfig, CAFTTrainer, HeadsConfig, save_heads
 from caftune.demo.run import BASE
+from caftune.pipeline import evaluated
 from caftune.tokenization import tokenized
 from caftune.verdict import main_loss
 
@@ -266,6 +267,46 @@ def test_adapters_with_biases_hold_none_of_the_heads(rows, tmp_path):
     names = load(tmp_path / "adapter" / "adapter_model.safetensors").keys()
     assert any("bias" in name for name in names)
     assert not any("auxiliary_heads" in name for name in names)
+
+
+def test_a_prediction_leaves_nothing_in_the_next_evaluation(rows, heads, tmp_path):
+    trainer = CAFTTrainer(
+        str(BASE), config(tmp_path, heads=heads), train_dataset=rows, eval_dataset=rows.select([0, 1])
+    )
+    alone = evaluated(trainer)
+    trainer.predict(trainer.train_dataset)
+    after = evaluated(trainer)
+    assert all(after[name] == alone[name] for name in alone if name != "mean_token_accuracy")  # TRL's own
+
+
+def test_a_training_that_starts_over_begins_with_empty_sums(rows, heads, tmp_path):
+    logs = []
+    for steps in (0, 3):
+        trainer = CAFTTrainer(
+            str(BASE), config(tmp_path, heads=heads, max_steps=2, logging_steps=2), train_dataset=rows
+        )
+        trainer._steps += steps  # of an attempt that ran out of memory
+        trainer.train()
+        logs.append(trainer.state.log_history[0]["main_loss"])
+    assert logs[0] == logs[1]
+
+
+def test_a_line_logged_behind_an_evaluation_is_still_of_the_training(rows, heads, tmp_path):
+    options = {
+        "logging_strategy": "epoch",
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "max_steps": -1,
+        "num_train_epochs": 1,
+    }
+    args = config(tmp_path, heads=heads, per_device_train_batch_size=8, **options)
+    trainer = CAFTTrainer(str(BASE), args, train_dataset=rows, eval_dataset=rows.select([0, 1]))
+    trainer.train()
+    (line,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert {"main_loss", "h1_loss", "h2_loss", "h2_weight"} <= set(line)
+    (seen,) = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert "eval_h1_loss" in seen
+    assert seen["eval_h1_loss"] != line["h1_loss"]
 
 
 def test_several_evaluation_sets_keep_their_names(rows, heads, tmp_path):
