@@ -101,7 +101,8 @@ def write_model_card(folder: Path, base: str, options: Any, steps: int, *, heads
         "",
         f"{base}, fine-tuned with [caftune](https://pypi.org/project/caftune)"
         + (" by concept-aware fine-tuning (arXiv 2506.07833)." if heads is not None else "."),
-        "An adapter, to be loaded with PEFT."
+        "An adapter, to be loaded with PEFT. Where its tokenizer ends texts otherwise than the base, give `generate` its "
+        "`eos_token_id`."
         if is_adapter
         else "An ordinary checkpoint: its keys are those of the base.",
         "",

@@ -89,7 +89,7 @@ def save_heads(
     if not write:
         return
     name = str(getattr(backbone.model.config, "_name_or_path", ""))
-    base = {"name": file_name(name), "revision": _commit(name, revision, fetch=False), **base}
+    base = {"name": file_name(name), "revision": commit_of(name, revision, fetch=False), **base}
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     found = heads.state_dict() if state is None else state
@@ -272,13 +272,13 @@ def model_fingerprint(name: str, revision: str | None = None) -> str:
     """What tells one published model from another: its commit on the hub, or a hash of a folder's files."""
     folder = Path(name)
     if not folder.is_dir():
-        return f"{name}@{_commit(name, revision, fetch=True)}"
+        return f"{name}@{commit_of(name, revision, fetch=True)}"
     configs = [folder / file for file in ("config.json", "generation_config.json")]
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     return _sha256("".join(file_sha256(path) for path in [*configs, *weights] if path.is_file()).encode())
 
 
-def _commit(name: str, revision: str | None, *, fetch: bool) -> str | None:
+def commit_of(name: str, revision: str | None, *, fetch: bool) -> str | None:
     """The commit of a model on the hub: now (`fetch`), or when this machine last loaded it. None where it is not known."""
     with nullcontext() if fetch else suppress(OSError, ValueError):
         file = cached_file(name, "config.json", revision=revision or "main", local_files_only=not fetch)

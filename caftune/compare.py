@@ -44,7 +44,7 @@ from caftune.control_heads import write_control_heads, write_untrained_heads
 from caftune.evaluation import evaluate, in_words, read_tasks, with_form
 from caftune.heads import HeadsConfig
 from caftune.recipe import Arm, Recipe, RecipeError, save_recipe
-from caftune.run_folder import is_begun, is_done, open_stage, record, refuse_other_stage
+from caftune.run_folder import is_begun, is_done, open_stage, record, refuse_other_stage, with_commit
 from caftune.stage_options import (
     free_memory,
     load_model,
@@ -72,7 +72,7 @@ def compare(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
     runs = [(arm, seed) for seed in seeds_of(recipe) for arm in recipe.compare.arms]
     chosen = _chosen(runs, only)
     _refuse_unfit(recipe)
-    recipe = _with_form(recipe)
+    recipe = _with_form(with_commit(recipe))
     if any(arm not in _WITHOUT_HEADS for arm, _ in runs):
         _ensure_heads(recipe, make=only is None)
     _refuse_other_runs(recipe, runs)

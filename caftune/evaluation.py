@@ -31,7 +31,7 @@ from caftune.generation import Sampling
 from caftune.labels import AnswerCache, generate_labels
 from caftune.prompts import Conversation, is_chat
 from caftune.recipe import Recipe, RecipeError
-from caftune.run_folder import record
+from caftune.run_folder import record, with_commit
 from caftune.stage_options import answer_backend, context_length, free_memory, load_tokenizer, who_answers
 from caftune.stage_rows import read_task_rows
 from caftune.structures import check_structures, compare_structures
@@ -57,6 +57,7 @@ def evaluate(recipe: Recipe) -> list[Result]:
         RecipeError: no such task, no data for it, or settings that cannot work together.
         TaskError: rows without what the task needs, or a package or permission that is missing.
     """
+    recipe = with_commit(recipe)
     name, tasks = _model_of(recipe), read_tasks(recipe)
     recipe = with_form(recipe, load_tokenizer(recipe, name))
     return [_evaluate(recipe, name, task, examples) for task, examples in tasks]

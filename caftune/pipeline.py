@@ -8,7 +8,7 @@
       train/          checkpoints of stage 2 (ordinary ones)
       model/          the result: an ordinary checkpoint
       model-heads/    heads that can draft for it, where heads.keep asks for them
-      results.jsonl                                  one line per finished stage
+      results.jsonl   base.json                      a line per finished stage; the commit of a base on the hub
 
 What keeps two runs apart is in run_folder.py.
 """
@@ -60,6 +60,7 @@ from caftune.run_folder import (
     record,
     refuse_other_stage,
     whole_checkpoint,
+    with_commit,
 )
 from caftune.stage_options import (
     adapt_config,
@@ -92,6 +93,7 @@ def label(recipe: Recipe) -> Path:
     """The base model answers the prompts. Returns the labels file."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("caftune label must run in one process, got several. Start it without a launcher.")
+    recipe = with_commit(recipe)
     if recipe.labels.prompts is None:
         raise RecipeError("labels.prompts must name a file or hub id with prompts, got nothing. Add it to the recipe.")
     tokenizer = load_tokenizer(recipe)
@@ -166,6 +168,7 @@ def pretrain_heads(recipe: Recipe) -> Path:
             f"heads.path names finished heads ({recipe.heads.path}), which `caftune train` uses as they are. "
             "Remove heads.path to pretrain new ones."
         )
+    recipe = with_commit(recipe)
     args = stage_one_config(recipe, Path(recipe.output, "pretrain"))
     rows, held_out = head_rows(recipe, args)
     folder = open_stage(recipe, "pretrain", {"labels": head_source(recipe)})
@@ -194,6 +197,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
 
     Heads of heads.path keep their folder as it is: their report goes to the run folder.
     """
+    recipe = with_commit(recipe)
     heads = pretrained_heads(recipe)
     if recipe.heads.path is None:  # what is held out must be what was
         refuse_other_stage(recipe, "pretrain", {"labels": head_source(recipe)})
@@ -222,7 +226,7 @@ def adapt_heads(recipe: Recipe) -> Path:
     Raises:
         RecipeError: under DeepSpeed, which trains one model a process.
     """
-    recipe = with_inherited_options(recipe)
+    recipe = with_inherited_options(with_commit(recipe))
     source, target = pretrained_heads(recipe), adapted_heads(recipe)
     folder = target.parent
     args = adapt_config(recipe, folder, source)
@@ -253,6 +257,7 @@ def adapt_heads(recipe: Recipe) -> Path:
 
 def finetune(recipe: Recipe) -> Path:
     """Stage 2: concept-aware fine-tuning, then export. Returns the model folder."""
+    recipe = with_commit(recipe)
     tokenizer = load_tokenizer(recipe)
     if recipe.data.train is None:
         raise RecipeError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
@@ -325,6 +330,7 @@ def _plan(recipe: Recipe, args: CAFTConfig, rows: Any, tokenizer: Any) -> dict[s
 
 def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
     """Write a checkpoint of stage 2 (by default the one `train` would) as an ordinary model. Returns its folder."""
+    recipe = with_commit(recipe)
     folder = Path(recipe.output, "train")
     source = whole_checkpoint(recipe, folder, checkpoint)
     if Path(source).resolve().parent != folder.resolve():

@@ -6,15 +6,18 @@ A stage folder holds `recipe.yaml`, the sections of the recipe and the hashes of
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from caftune.checkpoint import DESCRIPTION_FILE, file_sha256, provenance, write_json
+from caftune.checkpoint import DESCRIPTION_FILE, commit_of, file_sha256, provenance, write_json
 from caftune.recipe import Recipe, RecipeError, first_difference, save_recipe
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 # The sections of the recipe that each stage's result depends on.
 _DEPENDS_ON: dict[str, Sequence[str]] = {
     "labels": ("seed", "model.name", "model.revision", "labels"),
@@ -31,6 +34,26 @@ _DEPENDS_ON: dict[str, Sequence[str]] = {
         *("eval.max_new_tokens", "eval.chat", "eval.structures", "eval.backend", "eval.vllm"),
     ),
 }
+
+
+def with_commit(recipe: Recipe) -> Recipe:
+    """The recipe with the commit of a base on the hub that this output began with: `main` may move, and a run goes on.
+
+    It is kept in output/base.json, until the recipe names another base or revision.
+    """
+    name, revision = recipe.model.name, recipe.model.revision
+    path = Path(recipe.output, "base.json")
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if Path(name).is_dir() or (revision is not None and revision == kept.get("commit")):
+        return recipe
+    if [name, revision] != [kept.get("name"), kept.get("revision")]:
+        with suppress(OSError):  # loading the model says why
+            kept = {"name": name, "revision": revision, "commit": commit_of(name, revision, fetch=True)}
+            if is_main_process():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, kept)
+    commit = kept.get("commit") if kept.get("name") == name else None
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit or revision})})
 
 
 def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> Path:
@@ -91,6 +114,7 @@ def refuse_other_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Pat
     folder = Path(recipe.output, stage)
     kept = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     wanted = _identity(recipe, stage, files)
+    forget_unknown_commit(kept, wanted)
     if "data.max_length" not in kept:  # the folder is older than this being kept
         wanted.pop("data.max_length", None)
     for identity in (kept, wanted):  # it says how the result is written, not how it is made
@@ -103,6 +127,17 @@ def refuse_other_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Pat
             f"{folder} holds the {stage} stage of another recipe ({difference}). Remove {folder}, or use another output "
             "(heads made here serve there: heads.path)."
         )
+
+
+def forget_unknown_commit(kept: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Folders made before commits were kept have a branch or nothing in their place, which says nothing of the weights."""
+    for one, other, key in (
+        (kept, wanted, "model.revision"),
+        (kept.get("model", {}), wanted.get("model", {}), "revision"),
+    ):
+        if _COMMIT.fullmatch(str(other.get(key))) and not _COMMIT.fullmatch(str(one.get(key))):
+            one.pop(key, None)
+            other.pop(key, None)
 
 
 def record(recipe: Recipe, result: Mapping[str, Any]) -> None:

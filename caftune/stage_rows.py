@@ -13,6 +13,7 @@ from caftune.data import DataError, load_rows
 from caftune.labels import label_dataset, read_labels
 from caftune.prompts import is_chat, refuse_messages_without_template
 from caftune.recipe import Recipe, RecipeError, first_difference
+from caftune.run_folder import forget_unknown_commit
 from caftune.stage_options import load_tokenizer
 from caftune.tokenization import tokenized
 
@@ -66,6 +67,7 @@ def _finished_labels(recipe: Recipe, labels: Path) -> Dataset:
     kept = yaml.safe_load((labels.parent / "recipe.yaml").read_text(encoding="utf-8"))
     model = {"model.name": recipe.model.name, "model.revision": recipe.model.revision}
     wanted = recipe.labels.model_dump(include=_MADE_WITH)
+    forget_unknown_commit(kept, model)
     difference = first_difference({name: kept[name] for name in model}, model)
     difference = difference or first_difference({name: kept["labels"][name] for name in wanted}, wanted, "labels")
     if difference:

@@ -212,7 +212,13 @@ def serve_hub(root: Path) -> Iterator[Hub]:
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     defaults = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_DISABLE_XET": True}
     client = mock.patch.multiple("huggingface_hub.constants", **defaults)  # it reads its environment at import
-    with server, client, mock.patch("huggingface_hub.hf_api.api.endpoint", hub.url):
+    ours = mock.patch("huggingface_hub.hf_api.api.endpoint", hub.url)
+    with (
+        server,
+        client,
+        ours,
+        mock.patch("transformers.utils.hub._hf_api", None),
+    ):  # transformers keeps a client of its own
         try:
             yield hub
         finally:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from hub import files_in, serve_hub
 from safetensors.torch import load_file, save_file
 
@@ -10,7 +11,7 @@ from caftune import pipeline
 from caftune.checkpoint import model_fingerprint
 from caftune.demo.run import BASE
 from caftune.evaluation import evaluate
-from caftune.recipe import Recipe
+from caftune.recipe import Recipe, RecipeError
 
 NAME = "owner/base"
 FAST = {"per_device_train_batch_size": 8, "use_cpu": True, "gradient_checkpointing": False, "max_steps": 2}
@@ -64,6 +65,21 @@ def test_a_base_on_the_hub_goes_the_whole_way_and_its_commit_is_on_record(hub, t
     assert published.keys() == tuned.keys()
     moved = max(float((published[name] - tuned[name]).abs().max()) for name in published)
     assert 0 < moved < 1e-3  # from this commit's weights, not the other's
+
+
+def test_a_run_stays_with_the_commit_that_it_began_with(hub, tmp_path):
+    recipe = recipe_in(tmp_path, tuning="lora")
+    recipe = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"weight": 0.0})})
+    began = load_file(pipeline.finetune(recipe) / "model.safetensors")
+    hub.record(NAME, "third", files_in(hub.folder(NAME, next(iter(hub.commits[NAME])))))
+    on = load_file(pipeline.export(recipe) / "model.safetensors")
+    assert all(torch.equal(on[name], began[name]) for name in began)
+    (other := tmp_path / "other").mkdir()
+    fresh = load_file(pipeline.finetune(recipe.model_copy(update={"output": str(other)})) / "model.safetensors")
+    assert float((fresh["model.norm.weight"] - began["model.norm.weight"]).abs().max()) > 1e-3
+    named = recipe_in(tmp_path, tuning="lora", revision=next(iter(hub.commits[NAME])))
+    with pytest.raises(RecipeError, match=r"holds the train stage of another recipe \(model.revision: "):
+        pipeline.finetune(named.model_copy(update={"loss": recipe.loss}))
 
 
 def test_a_fingerprint_is_of_the_commit_and_needs_no_network_once_it_is_known(hub, tmp_path, monkeypatch):
