@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 
 # Sum of the losses of head i, given stand-ins for the inputs, and what else is to be known of it.
 Score = Callable[[int, list[Tensor]], tuple[Float[Tensor, ""], Tensor]]
@@ -50,8 +49,7 @@ class _AtOnce(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * len(tensors)
         losses, others = [], []
         for index, own in enumerate(parameters):
-            # What is saved is needed at once: offloaded (TRL's activation_offloading), it would keep the trunk's on the device.
-            with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
+            with torch.enable_grad():
                 # Views, because hooks on what a module is given cannot stand leaves here.
                 loss, other = score(index, [leaf.view_as(leaf) for leaf in leaves])
                 weighed = loss * weights[index].to(loss.dtype)
@@ -74,10 +72,6 @@ class _AtOnce(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (None if x is None else x * upstream.to(x.dtype) for x in gradients)
         return (None, None, None, None, *scaled)
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _added(total: Tensor | None, more: Tensor | None, *, in_place: bool) -> Tensor | None:

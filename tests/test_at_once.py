@@ -251,7 +251,9 @@ def test_memory_between_the_passes_does_not_grow_with_the_number_of_heads():
         outputs = model(input_ids=IDS, labels=LABELS, auxiliary="add", auxiliary_weights=torch.ones(count))
         gc.collect()
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        tensors = [
+            x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)
+        ]  # no fakes of other tests
         own = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
         kept[count] = sum(size for place, size in own.items() if place not in weights)
         del outputs, tensors, own
@@ -364,14 +366,3 @@ def test_a_deep_copy_and_another_mixer_do_not_matter():
         model(input_ids=IDS, use_cache=False)
     rows = torch.tensor([0, 3, 14])
     torch.testing.assert_close(heads.hidden_at(1, whole, call, rows), heads.hidden_at(1, backbone, call, rows))
-
-
-def test_what_is_needed_at_once_is_not_offloaded():
-    """TRL's activation_offloading takes the first unpacking for the start of the real backward pass."""
-    model, *_ = carrying()
-    seen = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: seen.append(x) or x):
-        outputs = model(input_ids=IDS, labels=LABELS, auxiliary="add", auxiliary_weights=WEIGHTS)
-        assert not seen
-        outputs["auxiliary"]["loss"].backward()
-    assert seen
