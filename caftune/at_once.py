@@ -70,8 +70,9 @@ class _AtOnce(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = (None if x is None else x * upstream.to(x.dtype) for x in gradients)
-        return (None, None, None, None, *scaled)
+        for place, gradient in enumerate(gradients):  # one after another, so that they never lie there twice
+            gradients[place] = None if gradient is None else gradient * upstream.to(gradient.dtype)
+        return (None, None, None, None, *gradients)
 
 
 def _added(total: Tensor | None, more: Tensor | None, *, in_place: bool) -> Tensor | None:

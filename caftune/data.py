@@ -1,4 +1,4 @@
-"""One way to name data: a local .jsonl, .json, .csv or .parquet file (also .gz), or a hub id `owner/name[:split]`.
+"""One way to name data: a local .jsonl, .json or .csv file (also .gz), .parquet, or a hub id `owner/name[:split]`.
 
 Rows come out in one of three forms that SFTTrainer knows: `messages`, `prompt` and `completion`, or `text`.
 Alpaca (instruction, input, output) and ShareGPT (conversations) rows are turned into the first two.
@@ -21,6 +21,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
 _EXTRAS: dict[str, Any] = {"tools": None, "chat_template_kwargs": {}}
 _LONGEST_CELL = 2**31 - 1  # of a CSV, in characters: what a C long holds everywhere
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_KINDS = ".jsonl, .json, .csv (these also with .gz) or .parquet"
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _NAMES = (
     *("prompt", "completion", "messages", "conversations", "text", "tools", "chat_template_kwargs", "system"),
@@ -118,7 +119,7 @@ def read_rows(source: str) -> list[dict[str, Any]]:
 def _read(source: str) -> list[dict[str, Any]]:
     path = Path(source)
     if path.is_dir():
-        raise DataError(f"{source} is a folder. Name a file in it, {', '.join(_SUFFIXES)} (or these with .gz).")
+        raise DataError(f"{source} is a folder. Name a file in it: {_KINDS}.")
     if not path.is_file():
         return _read_hub(source)
     try:
@@ -140,9 +141,9 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
         return _read_list(path)
     if kind == ".csv":
         return _read_csv(path)
-    if kind == ".parquet":
+    if suffix == ".parquet":
         return _from_arrow(Dataset.from_parquet(str(path), keep_in_memory=True))
-    raise DataError(f"{path} must end in one of {', '.join(_SUFFIXES)} (or these with .gz), got {path.suffix!r}.")
+    raise DataError(f"{path} must end in {_KINDS}, got {suffix!r}.")
 
 
 def _read_hub(source: str) -> list[dict[str, Any]]:

@@ -26,8 +26,8 @@ _STATES_LIKE_WEIGHT = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "
 _STATES_IN_BYTES = {"adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "adamw_torch_8bit": 2}
 # States of smaller weights stay in 32 bits, and with bitsandbytes those of embeddings (transformers 5.23 asks for it).
 _FEWEST_IN_8_BITS = 4096
-# TRL's kernel (1.16): rows and columns of a tile; tiles alive at its height where there is no Triton, and where there is.
-_TILE_ROWS, _TILE_COLUMNS, _TILES_PLAIN, _TILES_TRITON = 4096, 32768, 8.25, 1
+# TRL's kernel (1.16): rows and columns of its buffer; tiles in float32 that are alive beside it where there is no Triton.
+_TILE_ROWS, _TILE_COLUMNS, _TILES_PLAIN = 4096, 32768, 7.25
 # The mixers (see rows.py) of the common layers, by which their heads keep less: they cannot be found without numbers.
 _MIXERS = (Mixer("self_attn", "input_layernorm", "self_attn.o_proj"), Mixer("attn", "ln_1", "attn.c_proj"))
 # NormalFloat4 with double quantisation: 4 bits, and 0.127 of constants (QLoRA, 2305.14314, section 3).
@@ -229,8 +229,10 @@ def logits_bytes(
     """Working sets of TRL's kernel for the model's own loss, which `skips` unlabelled rows, and of the heads' loss."""
     labelled = round(batch.rows * batch.length * batch.labelled)
     rows = labelled if skips else batch.rows * (batch.length - 1)
-    tile = min(rows, _TILE_ROWS) * min(vocabulary, _TILE_COLUMNS) * (itemsize if has_triton else 4)
-    main = tile * (_TILES_TRITON if has_triton else _TILES_PLAIN) + 4 * rows * width
+    at_once = min(rows, _TILE_ROWS)
+    buffer = at_once * _TILE_COLUMNS * itemsize  # made in full however small the vocabulary is
+    others = 0 if has_triton else at_once * min(vocabulary, _TILE_COLUMNS) * 4 * _TILES_PLAIN
+    main = buffer + others + 4 * rows * width
     scored = round(batch.rows * batch.length * batch.scored)
     chunk = min(scored, max(1, CHUNK_VALUES // vocabulary)) * vocabulary
     # The heads' loss turns logits into their gradient in place; in half precision both are there twice.
@@ -270,6 +272,7 @@ def peak_memory(
     gradients = sum(weight.nbytes for weight in (*trained, *trained_heads))
     state, is_known = state_bytes(optimizer, [*trained, *trained_heads], model)
     one_head = kept.head + round(kept.closing * batch.scored) if heads is not None else 0
+    count = len(heads.heads) if heads is not None else 0
     unembedding = model.get_output_embeddings().weight
     new = 0 if accumulates else 1
     early = new * sum(weight.nbytes for weight in trained_heads)  # gradients that are there before the trunk's
@@ -277,15 +280,15 @@ def peak_memory(
     copies = 2 * sum(weight.numel() for weight in trained if weight.dim() > 1) if casts and checkpointing else 0
     is_tied = unembedding is model.get_input_embeddings().weight
     moments = {
-        # In a backward pass gradients of activations take about half of what they replace.
+        # In a backward pass gradients of activations take about a quarter of what they replace, in a head a sixth.
         "heads": kept.trunk
         + one_head
-        + max(logits[1], one_head // 2)
-        + early
-        + 2 * late * (heads is not None)
+        + max(logits[1], one_head // 6)
+        + early * (1 - 1 / max(1, count))
+        + 2 * late * (count > 0)
         + copies,
-        "main loss": kept.trunk + logits[0] + early + late * (1 + (heads is not None)),
-        "last layer": kept.trunk + early + late + kept.layer * (1.5 if checkpointing else 0.5),
+        "main loss": kept.trunk + logits[0] + early + late * (1 + (count > 0)),
+        "last layer": kept.trunk + early + late + kept.layer * (1.25 if checkpointing else 0.25),
         "end": new * gradients + kept.layer + late * is_tied,
         "optimizer": new * gradients + _optimizer_workspace(optimizer, [*trained, *trained_heads], on_gpu=on_gpu),
     }

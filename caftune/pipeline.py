@@ -129,9 +129,9 @@ def label(recipe: Recipe) -> Path:
     write_labels(found.labels, folder / "labels.jsonl")
     cut = sum(label.finish == "length" for label in found.labels)
     tqdm.write(
-        f"{len(found.labels)} answers, {found.asked} of them new; {cut} cut off by labels.max_new_tokens, which are left out "
-        f"of the training unless labels.keep_truncated; {found.dropped_turns} later turns dropped, "
-        f"{len(every) - len(asked)} rows left out.",
+        f"{len(found.labels)} answers, {found.asked} of them new; {cut} cut off by labels.max_new_tokens, which the training "
+        f"{'keeps' if recipe.labels.keep_truncated else 'leaves out unless labels.keep_truncated'}; "
+        f"{found.dropped_turns} later turns dropped, {len(every) - len(asked)} rows left out.",
         file=sys.stderr,
     )
     record(

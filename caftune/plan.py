@@ -96,13 +96,7 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
     setup = _setup(recipe, stage, args, rows, config)
     device, available = _device()
     found = _estimate(recipe, config, setup)
-    remedies = []
-    if found.memory.peak > available:
-        for change, smaller in _smaller(recipe, setup):
-            with suppress(RecipeError):  # what the model cannot take is no remedy
-                remedies.append(Remedy(change, _estimate(recipe, config, smaller).memory.peak))
-            if remedies and remedies[-1].peak <= available:
-                break
+    remedies = [] if found.memory.peak <= available else _remedies(recipe, config, setup, found.memory.peak, available)
     return Plan(recipe.model.name, setup, rows, found, device, available, remedies)
 
 
@@ -235,30 +229,61 @@ def _device() -> tuple[str, int]:
     return "CPU", psutil.virtual_memory().available
 
 
-def _smaller(recipe: Recipe, setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """Changes to make, each on top of those before it: first what changes no result, last what does most."""
-    section = "pretrain" if setup.stage == "heads" else "trainer"
+def _remedies(recipe: Recipe, config: Any, setup: Setup, peak: int, available: int) -> list[Remedy]:
+    """Changes that lower the peak, each on top of those before it, until it fits.
+
+    First comes what changes no result, last what does most. A smaller batch can do the opposite: gradients are kept over
+    its several passes.
+    """
+    kinds = [_recomputed, _in_smaller_batches, _with_adapters]
+    kinds += [_shorter] if setup.stage == "train" or recipe.cuts_stage_one else []
+    kinds += [_with_fewer_heads] if recipe.heads.path is None else []
+    found: list[Remedy] = []
+    for changes in kinds:
+        for change, smaller in changes(setup):
+            with suppress(RecipeError):  # what the model cannot take is no remedy
+                less = _estimate(recipe, config, smaller).memory.peak
+                if less < peak:
+                    found.append(Remedy(change, less))
+                    setup, peak = smaller, less
+            if peak <= available:
+                return found
+    return found
+
+
+def _recomputed(setup: Setup) -> Iterator[tuple[str, Setup]]:
     if not setup.checkpointing and setup.stage == "train":
-        setup = replace(setup, checkpointing=True)
-        yield "trainer.gradient_checkpointing=true (the same results, one more forward pass)", setup
+        change = "trainer.gradient_checkpointing=true (the same results, one more forward pass)"
+        yield change, replace(setup, checkpointing=True)
+
+
+def _in_smaller_batches(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    section = "pretrain" if setup.stage == "heads" else "trainer"
     while setup.batch_size > 1:
         size = setup.batch_size // 2
         steps = -(-setup.batch_size * setup.accumulation // size)
         setup = replace(setup, batch_size=size, accumulation=steps)
         name = f"{section}.per_device_train_batch_size={size} {section}.gradient_accumulation_steps={steps}"
         yield f"{name} (the same results)", setup
+
+
+def _with_adapters(setup: Setup) -> Iterator[tuple[str, Setup]]:
     if setup.stage == "train" and setup.tuning == "full":
         setup = replace(setup, tuning="lora")
         yield "model.tuning=lora", setup
     if setup.stage == "train" and setup.tuning == "lora" and setup.on_gpu:
-        setup = replace(setup, tuning="qlora", dtype=torch.bfloat16)
-        yield "model.tuning=qlora", setup
-    is_cut = setup.stage == "train" or recipe.cuts_stage_one
-    while is_cut and setup.length // 2 >= _SHORTEST:
+        yield "model.tuning=qlora", replace(setup, tuning="qlora", dtype=torch.bfloat16)
+
+
+def _shorter(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    while setup.length // 2 >= _SHORTEST:
         length = setup.length // 2
         setup = replace(setup, length=length, mean_length=min(setup.mean_length, float(length)))
         yield f"data.max_length={length}", setup
-    while setup.heads > 1 and recipe.heads.path is None:
+
+
+def _with_fewer_heads(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    while setup.heads > 1:
         setup = replace(setup, heads=setup.heads // 2)
         made_with = " (with heads that `caftune pretrain-heads` made with it)" if setup.stage == "train" else ""
         yield f"heads.count={setup.heads}{made_with}", setup

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from allocations import Allocations
 from models import VOCABULARY, build
 from peft import LoraConfig, inject_adapter_in_model
+from torch._subclasses import FakeTensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -251,13 +253,27 @@ def test_memory_between_the_passes_does_not_grow_with_the_number_of_heads():
         outputs = model(input_ids=IDS, labels=LABELS, auxiliary="add", auxiliary_weights=torch.ones(count))
         gc.collect()
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        tensors = [
-            x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)
-        ]  # no fakes of other tests
+        # Other tests leave fake ones, which have no place.
+        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)]
         own = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
         kept[count] = sum(size for place, size in own.items() if place not in weights)
         del outputs, tensors, own
     assert kept[8] < 1.1 * kept[1] + 4096
+
+
+def test_gradients_do_not_lie_there_twice_in_the_backward_pass():
+    parameters = [torch.full((1 << 16,), float(i), requires_grad=True) for i in range(8)]
+
+    def score(index, tensors):
+        return (tensors[0] * parameters[index]).sum(), torch.zeros(())
+
+    factor = torch.tensor(3.0, requires_grad=True)
+    with Allocations() as watch:
+        loss, _, _ = weighted_sum(score, 2 ** torch.arange(8.0), [factor], [[own] for own in parameters])
+        (2 * loss).backward()
+    assert all((own.grad == 3 * 2 * 2**i).all() for i, own in enumerate(parameters))
+    assert factor.grad == sum(2 * 2**i * i for i in range(8)) * (1 << 16)
+    assert watch.bytes < (8 + 3) * parameters[0].nbytes
 
 
 def test_a_second_backward_pass_is_refused():

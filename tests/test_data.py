@@ -89,6 +89,21 @@ def test_what_an_instruction_is_about_is_not_left_out(tmp_path):
         load_rows(write(tmp_path / "x.jsonl", [{**row, "history": [["a", "b"]]}]))
 
 
+def test_named_columns_bring_along_what_belongs_to_them(tmp_path):
+    columns = {"instruction": "ask", "output": "say"}
+    row = {"ask": "Add.", "say": "3", "other": "left out"}
+
+    def read(**more):
+        return load_rows(write(tmp_path / "x.jsonl", [{**row, **more}]), columns, chat=True).to_list()[0]
+
+    asked = {"role": "user", "content": "Add.\n\n1 2"}
+    assert read(context="1 2")["prompt"] == read(input="1 2")["prompt"] == [asked]
+    brief = {"role": "system", "content": "Be brief."}
+    assert read(context="1 2", system="Be brief.")["prompt"] == [brief, asked]
+    with pytest.raises(DataError, match=r"row 0 \(from 0\) has a history"):
+        read(history=[["a", "b"]])
+
+
 def test_nested_values_and_tools_stay_as_they_were(tmp_path):
     def call(**arguments):
         return [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
@@ -219,10 +234,11 @@ def test_a_missing_column_is_named(tmp_path):
         load_rows(path, {"prompt": "q", "completion": "answer"})
 
 
-def test_an_unknown_ending_is_refused(tmp_path):
-    (tmp_path / "x.txt").write_text("a")
-    with pytest.raises(DataError, match=r"must end in one of .jsonl, .json, .csv, .parquet .* got '.txt'"):
-        load_rows(str(tmp_path / "x.txt"))
+@pytest.mark.parametrize("ending", [".txt", ".parquet.gz"])
+def test_an_unknown_ending_is_refused(tmp_path, ending):
+    (tmp_path / f"x{ending}").write_text("a")
+    with pytest.raises(DataError, match=rf"must end in .jsonl, .json, .csv .* or .parquet, got '{ending}'"):
+        load_rows(str(tmp_path / f"x{ending}"))
 
 
 def test_a_json_file_that_is_no_list_is_refused(tmp_path):

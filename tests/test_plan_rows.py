@@ -58,10 +58,26 @@ def recipe_of(folder, *, completion=24, **sections):
     labels = {"prompts": str(rows), "max_new_tokens": 256}
     return Recipe(
         output=str(folder / "run"),
-        model={"name": str(BASE)},
         labels=labels,
-        **{"data": {"train": str(rows)}, **sections},
+        **{"model": {"name": str(BASE)}, "data": {"train": str(rows)}, **sections},
     )
+
+
+def test_what_raises_the_peak_is_no_remedy(tmp_path, monkeypatch):
+    """Passes of smaller batches keep the gradients meanwhile, which are more than the activations of such short rows."""
+    recipe = recipe_of(tmp_path, completion=2, trainer={"per_device_train_batch_size": 2})
+    halves = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    whole, halved, adapted = (
+        plan(other).estimate.memory.peak
+        for other in (
+            recipe,
+            recipe_of(tmp_path, completion=2, trainer=halves),
+            recipe_of(tmp_path, completion=2, trainer=recipe.trainer, model={"name": str(BASE), "tuning": "lora"}),
+        )
+    )
+    assert adapted < whole < halved
+    monkeypatch.setattr("caftune.plan._device", lambda: ("a small device", adapted))
+    assert [(remedy.change, remedy.peak) for remedy in plan(recipe).remedies] == [("model.tuning=lora", adapted)]
 
 
 def test_packed_rows_are_full(tmp_path):
@@ -100,7 +116,8 @@ def test_shorter_rows_are_a_remedy_where_rows_are_cut(is_packed, tmp_path, monke
 
 def test_attention_written_out_keeps_more(tmp_path):
     given = ({}, {"model_init_kwargs": {"attn_implementation": "eager"}})
-    recipes = [recipe_of(tmp_path, completion=200, trainer=options) for options in given]
+    kept = {"gradient_checkpointing": False}
+    recipes = [recipe_of(tmp_path, completion=200, trainer=kept | options) for options in given]
     fused, written_out = (plan(recipe).estimate.memory for recipe in recipes)
     assert written_out.peak > fused.peak
 

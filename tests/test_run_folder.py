@@ -69,6 +69,13 @@ def _in_the_folder(request, monkeypatch):
         monkeypatch.chdir(request.getfixturevalue("copied"))
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_it_is_told_whether_answers_cut_off_are_trained_on(copied, keeps, capfd):
+    pipeline.label(recipe_in(copied, labels={"max_new_tokens": 2, "keep_truncated": keeps}))
+    what = "keeps" if keeps else "leaves out unless labels.keep_truncated"
+    assert f"24 cut off by labels.max_new_tokens, which the training {what}; 0 later" in capfd.readouterr().err
+
+
 def test_a_stage_whose_data_file_changed_is_refused(copied):
     write(copied / "data.jsonl", seed=6)
     with pytest.raises(RecipeError, match=r"of another recipe \(the contents of train changed"):

@@ -1,0 +1,55 @@
+"""The plan's peak against what torch's allocator hands out in a real step."""
+
+import pytest
+from allocations import Allocations
+from test_plan import MODES, adapter, planned, small, trainer_of
+from transformers import TrainerCallback
+
+
+class Watched(TrainerCallback):
+    def on_step_begin(self, *args, **kwargs):
+        self.allocations = Allocations().__enter__()
+
+    def on_step_end(self, *args, **kwargs):
+        self.allocations.__exit__()
+
+
+def planned_and_allocated(
+    folder, *, family="llama", vocabulary=512, heads=4, labelled=0.5, lora=False, batch, **options
+):
+    """Peak of a step beside weights and an optimizer's states, which were there before."""
+    config, lora = small(family, vocabulary=vocabulary, width=256), adapter(family) if lora else None
+    shape = {"batch": batch, "length": 256, "attention": "sdpa", "heads": heads, "labelled": labelled, "lora": lora}
+    trainer = trainer_of(config, folder, max_steps=2, **shape, **options)
+    watch = Watched()
+    trainer.add_callback(watch)
+    trainer.train()
+    _, found = planned(config, trainer, **shape)
+    memory = found.memory
+    return memory.peak - memory.weights - memory.heads - memory.optimizer, watch.allocations.bytes
+
+
+@pytest.mark.parametrize("vocabulary", [512, 40000])  # TRL's kernel takes 32,768 columns at once
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "stage 1"])
+def test_peak_is_what_a_real_step_allocates(mode, vocabulary, tmp_path):
+    expected, found = planned_and_allocated(tmp_path, vocabulary=vocabulary, batch=2, **MODES[mode])
+    assert expected == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peak_in_the_last_layer_is_what_a_real_step_allocates(family, lora, checkpointing, tmp_path):
+    options = {"family": family, "lora": lora, "gradient_checkpointing": checkpointing}
+    expected, found = planned_and_allocated(tmp_path, batch=16, labelled=1 / 32, **options)  # hardly any logits
+    assert expected == pytest.approx(found, rel=0.06)
+
+
+@pytest.mark.parametrize("vocabulary", [512, 8192])
+@pytest.mark.parametrize("labelled", [0.5, 1.0])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_peak_of_stage_one_is_what_a_real_step_allocates(vocabulary, labelled, batch, tmp_path):
+    options = {"labelled": labelled, "vocabulary": vocabulary, "pretrain_heads": True}
+    expected, found = planned_and_allocated(tmp_path, batch=batch, **options)
+    assert expected == pytest.approx(found, rel=0.12)
