@@ -8,7 +8,7 @@ carries MLP heads only, at the earliest place from which its output can be rebui
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +53,7 @@ class Backbone:
         if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
             raise UnsupportedModelError(f"{name} has no output embeddings. caftune needs a causal language model.")
         draft = cls(model, "", (), 0, *_logit_transform(model.config.get_text_config()))
+        _refuse_rescaling(model)
         with evaluating(model), torch.no_grad(), _as_flash_attention_needs(model):
             _refuse_foresight(model)
             try:
@@ -259,10 +260,44 @@ def has_flash_attention(model: Any) -> bool:
     return "flash" in str(getattr(model.config.get_text_config(), "_attn_implementation", None))
 
 
-def _as_flash_attention_needs(model: Any) -> AbstractContextManager[Any]:
-    """Float32 weights are probed as a trainer will run them: in bfloat16."""
-    needs_half = has_flash_attention(model) and model.dtype == torch.float32
-    return torch.autocast(model.device.type, torch.bfloat16) if needs_half else nullcontext()
+@contextmanager
+def _as_flash_attention_needs(model: Any) -> Iterator[None]:
+    """Float32 weights are probed as a trainer will run them, in bfloat16; on a CPU, where the kernel cannot run, without it."""
+    if not has_flash_attention(model):
+        yield
+        return
+    is_full = model.dtype == torch.float32
+    with torch.autocast(model.device.type, torch.bfloat16) if is_full else nullcontext():
+        if model.device.type != "cpu" or _runs(model):
+            yield
+            return
+    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values()
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+
+
+def _runs(model: Any) -> bool:
+    try:
+        model(input_ids=probe(model), use_cache=False)
+    except (RuntimeError, ValueError, TypeError, ImportError):  # kernels raise what they like
+        return False
+    return True
+
+
+def _refuse_rescaling(model: Any) -> None:
+    """RWKV divides the weights of its later layers in evaluation, and multiplies them back in training."""
+    every, depth = getattr(model.config, "rescale_every", 0), getattr(model.config, "num_hidden_layers", 0)
+    if 0 < every < depth:
+        raise UnsupportedModelError(
+            f"rescale_every must be 0, got {every} with {depth} layers: the last layer's weights would change between training "
+            "and evaluation. Load the model with rescale_every=0 (model_init_kwargs), which float16 alone has need of."
+        )
 
 
 def probe(model: Any) -> Tensor:

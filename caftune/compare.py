@@ -41,6 +41,7 @@ from caftune.comparison import summarise_comparison
 from caftune.concept_study import study_concepts
 from caftune.concepts import read_terms
 from caftune.control_heads import write_control_heads, write_untrained_heads
+from caftune.evals.statistics import load_scipy
 from caftune.evaluation import evaluate, in_words, read_tasks, with_form
 from caftune.heads import HeadsConfig
 from caftune.recipe import Arm, Recipe, RecipeError, save_recipe
@@ -98,6 +99,7 @@ def _refuse_unfit(recipe: Recipe) -> None:
     if not recipe.eval.tasks and recipe.data.eval is None:
         raise RecipeError("eval.tasks or data.eval must be given, got neither: there is nothing to compare. Add one.")
     _refuse_arms(recipe)
+    load_scipy()
     if recipe.eval.tasks:
         read_tasks(recipe)
     if recipe.compare.concepts.terms is not None:
@@ -138,7 +140,7 @@ def _chosen(runs: Sequence[tuple[Arm, int]], only: str | None) -> list[tuple[Arm
 
 def _ensure_heads(recipe: Recipe, *, make: bool) -> None:
     """Heads made once for all arms; a single run does not make them, for another process might be at it."""
-    if recipe.heads.path is not None or is_done(recipe, "pretrain-heads"):
+    if recipe.heads.path is not None or is_done(recipe, "pretrain"):
         pretrained_heads(recipe)  # refuses what is not there
         if recipe.heads.path is None:
             refuse_other_stage(recipe, "pretrain", {"labels": head_source(recipe)})

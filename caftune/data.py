@@ -1,4 +1,4 @@
-"""One way to name data: a local .jsonl, .json or .csv file (also .gz), .parquet, or a hub id `owner/name[:split]`.
+"""One way to name data: a local .jsonl, .json or .csv file (also .gz), .parquet, or a hub id `owner/name[/config][:split]`.
 
 Rows come out in one of three forms that SFTTrainer knows: `messages`, `prompt` and `completion`, or `text`.
 Alpaca (instruction, input, output) and ShareGPT (conversations) rows are turned into the first two.
@@ -16,7 +16,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, LargeList, List, Value, load_dataset
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+){1,2}(:[\w.:\[\]%-]+)?")
 # Columns that go along with messages, and what stands for them in rows without.
 _EXTRAS: dict[str, Any] = {"tools": None, "chat_template_kwargs": {}}
 _LONGEST_CELL = 2**31 - 1  # of a CSV, in characters: what a C long holds everywhere
@@ -147,13 +147,33 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_hub(source: str) -> list[dict[str, Any]]:
-    if source.startswith((".", "/")) or source.endswith(_SUFFIXES) or not _HUB_ID.fullmatch(source):
+    if not _is_hub_id(source):
         raise DataError(f"{source} must be an existing file or a hub id (owner/name), and there is no such file.")
-    name, _, split = source.partition(":")
+    place, _, split = source.partition(":")
+    owner, name, *configuration = place.split("/")
     try:
-        return _from_arrow(load_dataset(name, split=split or "train"))
+        return _from_arrow(load_dataset(f"{owner}/{name}", *configuration, split=split or "train"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{source} is no file, and the hub gave no such data set ({error}).") from error
+        raise DataError(
+            f"{source} is no file, and the hub gave no such data set ({error}). A hub id is owner/name[/config][:split]."
+        ) from error
+
+
+def _is_hub_id(source: str) -> bool:
+    is_path = source.startswith((".", "/")) or source.endswith((*_SUFFIXES, ".gz"))
+    return not is_path and _HUB_ID.fullmatch(source) is not None
+
+
+def refuse_unnamed_split(source: str, place: str) -> None:
+    """Refuse a hub id that would stand for the rows that models are trained on, where they are to be evaluated.
+
+    Raises:
+        DataError: no split is named, which is `train` then.
+    """
+    if not Path(source).exists() and _is_hub_id(source) and ":" not in source:
+        raise DataError(
+            f"{place} must name a split of {source}, got none, which would be `train`. Write {source}:test, for example."
+        )
 
 
 def _from_arrow(table: Any) -> list[dict[str, Any]]:
@@ -230,6 +250,18 @@ def _in_form(row: dict[str, Any], number: int, source: str, *, chat: bool) -> di
     return _with_system(_formed(row, number, source, chat=chat), row.get("system"), number, source)
 
 
+def _parsed(value: Any, name: str, number: int, source: str) -> Any:
+    """What stands as JSON in a text: Arrow has no other way to keep schemas of tools."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{source}, row {number} (from 0): {name} must be JSON, got {value!r}. Mend the row."
+        ) from error
+
+
 def _with_system(row: dict[str, Any], system: Any, number: int, source: str) -> dict[str, Any]:
     """A row with the system message that stands in a column of its own."""
     if not system:
@@ -245,7 +277,7 @@ def _with_system(row: dict[str, Any], system: Any, number: int, source: str) -> 
 
 
 def _formed(row: dict[str, Any], number: int, source: str, *, chat: bool) -> dict[str, Any]:
-    extras = {name: row[name] for name in _EXTRAS if row.get(name)}
+    extras = {name: _parsed(row[name], name, number, source) for name in _EXTRAS if row.get(name)}
     _refuse_media(row, number, source)
     if "messages" in row:
         return {"messages": _conversation(row["messages"], "messages", number, source), **extras}

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from caftune.checkpoint import model_fingerprint
-from caftune.data import DataError, read_rows
+from caftune.data import DataError, read_rows, refuse_unnamed_split
 from caftune.evals.proteins import PROTEINS, sequence_of
-from caftune.evals.statistics import interval
+from caftune.evals.statistics import interval, load_scipy
 from caftune.evals.task import Example, Task, TaskError, text, until_stop, without_thought
 from caftune.evals.tasks import TASKS
 from caftune.generation import Sampling
@@ -108,6 +108,7 @@ def read_tasks(recipe: Recipe) -> list[tuple[Task, list[Example]]]:
                 f"eval.structures needs the task {PROTEINS.name} in eval.tasks. Add it, or remove structures."
             )
         check_structures(section.structures)
+    load_scipy()
     return [(TASKS[task], _examples(recipe, TASKS[task])) for task in dict.fromkeys(section.tasks)]
 
 
@@ -155,6 +156,7 @@ def _examples(recipe: Recipe, task: Task) -> list[Example]:
         raise RecipeError(
             f"eval.data.{task.name} must name a file or hub id with the rows of {task.name}, got nothing. Add it to the recipe."
         )
+    refuse_unnamed_split(source, f"eval.data.{task.name}")
     rows = read_rows(source)[: recipe.eval.limit]
     named = [{**row, **{ours: row.get(theirs) for ours, theirs in recipe.eval.columns.items()}} for row in rows]
     try:

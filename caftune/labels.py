@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from caftune.data import DataError
 from caftune.generation import Answer, Backend, Failure, Sampling
 from caftune.objective import IGNORED
-from caftune.prompts import Conversation, Prompt
+from caftune.prompts import Conversation, Prompt, decoded
 
 
 @dataclass(frozen=True)
@@ -176,11 +176,12 @@ def _ask(todo: Mapping[str, Prompt], cache: AnswerCache, backend: Backend, bar: 
 
 
 def _label(row: int, turn: int, prompt: Prompt, answer: Answer, tokenizer: Any) -> Label:
+    asked, said = decoded(prompt.ids, answer.ids, tokenizer)
     return Label(
         row=row,
         turn=turn,
-        prompt=tokenizer.decode(prompt.ids, skip_special_tokens=True),
-        completion=tokenizer.decode(answer.ids, skip_special_tokens=True),
+        prompt=asked,
+        completion=said,
         finish=answer.finish,
         exact=answer.exact,
         prompt_ids=prompt.ids,

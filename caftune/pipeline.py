@@ -178,17 +178,17 @@ def pretrain_heads(recipe: Recipe) -> Path:
     )
     show_progress(trainer, "pretrain-heads")
     run(trainer, checkpoint=last_checkpoint(folder))
-    metrics = evaluated(trainer)
     if is_main_process():
         for file in (QUALITY_FILE, PICTURE_FILE):  # of heads that were here before
             (heads / file).unlink(missing_ok=True)
     trainer.export(heads, about={"command": _command(), "data": describe_head_source(recipe, rows)})
-    quality = {}
+    metrics = evaluated(trainer)
+    result = {"stage": "pretrain-heads", "rows": len(rows), "metrics": metrics}
+    record(recipe, result)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         del trainer  # the base is loaded anew, as users of the heads will have it
         free_memory()
-        quality = {"quality": measure(recipe)}
-    record(recipe, {"stage": "pretrain-heads", "rows": len(rows), "metrics": metrics, **quality})
+        record(recipe, {**result, "quality": measure(recipe)})
     return heads
 
 
@@ -245,10 +245,10 @@ def adapt_heads(recipe: Recipe) -> Path:
     )
     show_progress(trainer, "adapt")
     run(trainer, checkpoint=last_checkpoint(folder))
-    metrics = evaluated(trainer) if evaluation is not None else {}
     about: dict[str, Any] = {"data": {"task": file_name(str(recipe.data.train)), "rows": len(rows or ())}}
     about["adapted_from"] = describe_heads(source)["weights_sha256"]
     trainer.export(target, about={"command": _command(), **about})
+    metrics = evaluated(trainer) if evaluation is not None else {}
     record(recipe, {"stage": "adapt", "rows": len(rows or ()), "metrics": metrics})
     del trainer
     free_memory()  # a trainer is part of cycles, and would keep its base beside stage 2's
@@ -287,13 +287,13 @@ def finetune(recipe: Recipe) -> Path:
     show_progress(trainer, "train")
     with Costs(trainer) as costs:
         run(trainer, checkpoint=last_checkpoint(folder))
-    metrics = evaluated(trainer) if evaluation is not None else {}
     model = Path(recipe.output, "model")
     native = trainer.export(model, merged=recipe.model.lora.merge)
     if recipe.heads.keep and trainer.heads is not None:
         state = merged_state(trainer.heads)
         best = trainer.state.best_global_step if args.load_best_model_at_end else None
         _keep_heads(recipe, trainer.heads.config, state, args, best or trainer.state.global_step)
+    metrics = evaluated(trainer) if evaluation is not None else {}  # last: bf16_full_eval rounds the weights
     copied = {"native_multi_token_modules": f"{len(native)} tensors, copied from the base unchanged"} if native else {}
     record(
         recipe,

@@ -1,8 +1,10 @@
 """A running stage and the world: what a person sees of it, and how it is stopped."""
 
+import json
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -65,8 +67,11 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
     """Train, from `checkpoint` on where there is one.
 
     Raises:
+        ValueError: the checkpoint has no optimizer's state (`save_only_model`), and steps are left.
         SystemExit: SIGTERM came; the checkpoint is written.
     """
+    if checkpoint is not None:
+        _refuse_model_alone(trainer, Path(checkpoint))
     if checkpoint is not None and trainer.is_world_process_zero():
         tqdm.write(f"Going on from {checkpoint}.", file=sys.stderr)
     stop = StopOnSigterm(trainer)
@@ -76,12 +81,23 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
     finally:
         stop.restore()
     if stop.stopped:
+        goes_on = "" if trainer.args.save_only_model else " The same command goes on from there."
         tqdm.write(
-            f"Stopped by SIGTERM after step {trainer.state.global_step}, with a checkpoint in {trainer.args.output_dir}. "
-            "The same command goes on from there.",
+            f"Stopped by SIGTERM after step {trainer.state.global_step}, with a checkpoint in {trainer.args.output_dir}."
+            + goes_on,
             file=sys.stderr,
         )
         raise SystemExit(128 + signal.SIGTERM)
+
+
+def _refuse_model_alone(trainer: Trainer, checkpoint: Path) -> None:
+    """transformers (5.23) would begin optimizer and learning rates anew there, without a word."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    if trainer.args.save_only_model and state["global_step"] < state["max_steps"]:
+        raise ValueError(
+            f"{checkpoint} must hold an optimizer's state to go on from, and holds the model alone (save_only_model). Remove "
+            f"{checkpoint.parent} to train anew, or see `caftune export --checkpoint`."
+        )
 
 
 def log_line(logs: dict[str, float]) -> str:

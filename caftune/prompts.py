@@ -97,6 +97,15 @@ def is_chat(rows: Dataset) -> bool:
     return "messages" in rows.column_names or ("prompt" in rows.column_names and not isinstance(rows[0]["prompt"], str))
 
 
+def decoded(prompt: Sequence[int], answer: Sequence[int], tokenizer: Any) -> tuple[str, str]:
+    """The texts of a prompt and of the answer behind it: read alone, some decoders (Llama 2's) drop its first space."""
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt, *answer], skip_special_tokens=True)
+    if whole.startswith(before):
+        return before, whole.removeprefix(before)
+    return before, tokenizer.decode(answer, skip_special_tokens=True)
+
+
 def refuse_messages_without_template(tokenizer: Any) -> None:
     """Raise DataError where `tokenizer` cannot render messages."""
     if not getattr(tokenizer, "chat_template", None):

@@ -263,6 +263,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"{path}, line {line}: is not valid YAML ({error.problem}). Mend the line or the one before."
         ) from error
+    except yaml.YAMLError as error:  # a control character
+        raise RecipeError(f"{path} is not valid YAML ({' '.join(str(error).split())}). Mend the file.") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold a mapping of sections (output, model, ...), got {type(values).__name__}.")
     for override in overrides:
@@ -291,7 +293,7 @@ def trainer_config(recipe: Recipe, section: Literal["pretrain", "adapt", "traine
     for name in ("save_strategy", "eval_strategy", "logging_strategy"):
         if options.get(name) is False:  # YAML 1.1 reads `no` as false
             options[name] = "no"
-    if not any(name.startswith("save_") for name in options):
+    if not {"save_strategy", "save_steps"} & options.keys():
         defaults |= {"save_strategy": "epoch", "save_total_limit": 2}  # so that a stopped run has where to go on from
     for name, value in options.items():
         if name in _SET_ELSEWHERE:
@@ -340,7 +342,10 @@ def _override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise RecipeError(f"{override!r} sets a part of {section}, which is a value.")
-    values[key] = yaml.safe_load(text)
+    try:
+        values[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{override!r} holds no valid YAML. Put the value into quotes: '{place}=\"...\"'.") from error
 
 
 def _with_numbers(value: Any) -> Any:

@@ -105,6 +105,22 @@ def refuse_short_context(model: Any, args: CAFTConfig, *, furthest: int) -> None
         )
 
 
+def refuse_unfit_heads(trainer: Any) -> None:
+    """Heads that do not go with how the model is sharded, how long its rows are, or what of it is trained."""
+    args, config, backbone = trainer.args, trainer.heads.config, trainer.backbone
+    refuse_split_rows(trainer.accelerator, is_fsdp=trainer.is_fsdp_enabled)
+    refuse_short_context(trainer.model, args, furthest=config.horizons[-1])
+    if args.aux_weight == 0 or trainer.trains_heads or config.kind != "decoder":
+        return
+    beside = {id(parameter) for parameter in backbone.layer.parameters()}
+    trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
+    if trained and all(id(parameter) in beside for parameter in trained):
+        raise ValueError(
+            "Not the last layer alone must be trained: decoder heads stand beside it, and their losses would reach nothing. "
+            "Train other layers too, or use heads of kind mlp."
+        )
+
+
 def refuse_unfit(model: PreTrainedModel, peft_config: Any, args: CAFTConfig) -> None:
     """Models that cannot be trained as they are."""
     if hasattr(model, "peft_config"):

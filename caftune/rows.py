@@ -110,8 +110,11 @@ def _watching(parent: nn.Module, *, deep: bool = False) -> Iterator[dict[str, _S
 @contextmanager
 def _mixing_all_rows(layer: nn.Module, mixer: Mixer, whole: Tensor, rows: Tensor) -> Iterator[None]:
     """Within the block, the layer's mixer takes all rows of `whole` for its input, and hands out `rows`."""
+    is_cut = False
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        nonlocal is_cut
+        is_cut = False
         full = whole if mixer.norm is None else layer.get_submodule(mixer.norm)(whole)
         if args:
             return (full, *args[1:]), kwargs
@@ -119,16 +122,19 @@ def _mixing_all_rows(layer: nn.Module, mixer: Mixer, whole: Tensor, rows: Tensor
         return args, {**kwargs, name: full}
 
     def cut(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal is_cut
+        is_cut = True
         return (at_rows(args[0], rows), *args[1:])
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if is_cut:
+            return output
         return (at_rows(output[0], rows), *output[1:]) if isinstance(output, tuple) else at_rows(output, rows)
 
     module = layer.get_submodule(mixer.name)
-    handles = [module.register_forward_pre_hook(enter, with_kwargs=True)]
-    if mixer.last is None:
-        handles.append(module.register_forward_hook(leave))
-    else:
+    # State-space kernels, which run in training alone, take the weight of the last part and never call it.
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+    if mixer.last is not None:
         handles.append(layer.get_submodule(mixer.last).register_forward_pre_hook(cut))
     try:
         yield

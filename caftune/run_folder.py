@@ -17,6 +17,7 @@ import yaml
 from caftune.checkpoint import DESCRIPTION_FILE, commit_of, file_sha256, provenance, write_json
 from caftune.recipe import Recipe, RecipeError, first_difference, save_recipe
 
+_RESULTS = {"pretrain": "pretrain-heads"}  # names of results, where they are not those of the folders
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # The sections of the recipe that each stage's result depends on.
 _DEPENDS_ON: dict[str, Sequence[str]] = {
@@ -68,6 +69,7 @@ def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None
     """
     from accelerate import PartialState
 
+    _refuse_unfinished_heads(recipe, files.get("heads"))
     with PartialState().main_process_first():
         folder = Path(recipe.output, stage)
         if stage != "labels" and is_begun(recipe, stage):  # labels are kept by what was asked
@@ -80,11 +82,22 @@ def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None
             raise RecipeError(f"{folder} holds files of something else than caftune. Use another output.")
         elif is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
+            _replace_result(recipe, _RESULTS.get(stage, stage), [])  # of a folder that was removed
             save_recipe(folder / "recipe.yaml", _identity(recipe, stage, files))  # first: it makes the folder ours
             (folder / "provenance.json").unlink(missing_ok=True)  # of the recipe before, if there was one
         if is_main_process() and not (folder / "provenance.json").is_file():
             write_json(folder / "provenance.json", provenance(_present(files)) | _heads_used(files.get("heads")))
     return folder
+
+
+def _refuse_unfinished_heads(recipe: Recipe, description: str | Path | None) -> None:
+    """Heads of before, where stage 1 was begun anew since, and has not come to its end."""
+    stage, own = Path(recipe.output, "pretrain"), Path(recipe.output, "heads", DESCRIPTION_FILE)
+    is_own = description is not None and Path(description) == own
+    if is_own and (stage / "recipe.yaml").is_file() and not is_done(recipe, "pretrain"):
+        raise RecipeError(
+            f"{stage} is not finished, so {own.parent} is of another recipe. Run `caftune pretrain-heads` first."
+        )
 
 
 def _heads_used(description: str | Path | None) -> dict[str, Any]:
@@ -103,15 +116,17 @@ def is_begun(recipe: Recipe, stage: str) -> bool:
 
 
 def is_done(recipe: Recipe, stage: str) -> bool:
-    """Whether the stage has a result."""
+    """Whether the stage has a result, and its folder is still there."""
     results = Path(recipe.output, "results.jsonl")
     done = {json.loads(line)["stage"] for line in results.read_text().splitlines()} if results.is_file() else set()
-    return {"pretrain": "pretrain-heads"}.get(stage, stage) in done
+    return _RESULTS.get(stage, stage) in done and Path(recipe.output, stage, "recipe.yaml").is_file()
 
 
 def refuse_other_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> None:
     """Raise RecipeError where the folder of a stage was made from another recipe or other files."""
     folder = Path(recipe.output, stage)
+    if not (folder / "recipe.yaml").is_file():
+        raise RecipeError(f"{folder} is missing. Run `caftune {_RESULTS.get(stage, stage)}` first.")
     kept = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     wanted = _identity(recipe, stage, files)
     forget_unknown_commit(kept, wanted)
@@ -142,14 +157,18 @@ def forget_unknown_commit(kept: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 def record(recipe: Recipe, result: Mapping[str, Any]) -> None:
     """Write a stage's result to results.jsonl, in the place of an earlier one of the same stage."""
-    if not is_main_process():
-        return
+    if is_main_process():
+        _replace_result(recipe, result["stage"], [json.dumps(result)])
+
+
+def _replace_result(recipe: Recipe, stage: str, new: Sequence[str]) -> None:
     path = Path(recipe.output, "results.jsonl")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    others = [line for line in lines if json.loads(line)["stage"] != result["stage"]]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in [*others, json.dumps(result)]), encoding="utf-8")
-    partial.replace(path)
+    kept = [line for line in lines if json.loads(line)["stage"] != stage]
+    if [*kept, *new] != lines:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(f"{line}\n" for line in [*kept, *new]), encoding="utf-8")
+        partial.replace(path)
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -103,9 +103,17 @@ def pretrained_heads(recipe: Recipe) -> Path:
 
 
 def with_inherited_options(recipe: Recipe) -> Recipe:
-    """The recipe with what stage 2 says of rows and tokens in `adapt` too, so that heads are adapted to what it trains on."""
+    """The recipe with what stage 2 says of rows and tokens in `adapt` too, so that heads are adapted to what it trains on.
+
+    Raises:
+        RecipeError: the recipe has no `adapt`.
+    """
+    if recipe.adapt is None:
+        raise RecipeError(
+            "adapt must be in the recipe, got none: stage 2 would not use these heads. Add adapt={learning_rate: 1.0e-4}, say."
+        )
     inherited = {name: recipe.trainer[name] for name in _ROW_OPTIONS if name in recipe.trainer}
-    return recipe.model_copy(update={"adapt": {**inherited, **(recipe.adapt or {})}})
+    return recipe.model_copy(update={"adapt": {**inherited, **recipe.adapt}})
 
 
 def adapt_config(recipe: Recipe, folder: Path, heads: Path) -> CAFTConfig:

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from caftune.checkpoint import file_name
 from caftune.config import CAFTConfig
-from caftune.data import DataError, load_rows
+from caftune.data import DataError, load_rows, refuse_unnamed_split
 from caftune.labels import label_dataset, read_labels
 from caftune.prompts import is_chat, refuse_messages_without_template
 from caftune.recipe import Recipe, RecipeError, first_difference
@@ -100,6 +100,8 @@ def task_rows(
     source = getattr(recipe.data, name)
     if source is None:
         return None
+    if name == "eval":
+        refuse_unnamed_split(source, "data.eval")
     chat = bool(getattr(tokenizer, "chat_template", None) or args.chat_template_path)
     rows = read_task_rows(recipe, source, limit=limit or recipe.data.limit, chat=chat)
     if is_chat(rows) and not chat:

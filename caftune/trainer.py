@@ -34,9 +34,8 @@ from caftune.refusals import (
     refuse_lost_adapters,
     refuse_missing_parts,
     refuse_processes,
-    refuse_short_context,
-    refuse_split_rows,
     refuse_unfit,
+    refuse_unfit_heads,
 )
 from caftune.targets import Sample
 from caftune.training_heads import (
@@ -118,18 +117,22 @@ class CAFTTrainer(SFTTrainer):
 
     def _attach(self) -> None:
         """Put the heads into the model, after PEFT has wrapped it (so that it leaves them alone)."""
-        refuse_split_rows(self.accelerator, is_fsdp=self.is_fsdp_enabled)
-        refuse_short_context(self.model, self.args, furthest=self.heads.config.horizons[-1])
+        refuse_unfit_heads(self)
         if self.args.pretrain_heads:
             self.model.requires_grad_(False)
         self.heads.requires_grad_(False)
-        if self._trains_heads:
+        if self.trains_heads:
             make_trainable(self.heads, lora_rank=self.args.heads_lora_rank)
         attach_heads(self.backbone, self.heads.to(self.args.device))
 
     @property
-    def _trains_heads(self) -> bool:
-        return self.heads is not None and (self.args.pretrain_heads or self.args.train_heads)
+    def trains_heads(self) -> bool:
+        """Whether the heads' weights are trained: in stage 1, and in stage 2 if asked for and if their losses count."""
+        return (
+            self.heads is not None
+            and bool(self.args.aux_weight)
+            and (self.args.pretrain_heads or self.args.train_heads)
+        )
 
     def export(
         self, folder: str | os.PathLike[str], *, merged: bool = True, about: Mapping[str, Any] | None = None
@@ -179,13 +182,13 @@ class CAFTTrainer(SFTTrainer):
         """SFTTrainer's optimizer; trained heads get their own learning rate where one is given."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if is_new and self._trains_heads and self.args.heads_learning_rate is not None:
+        if is_new and self.trains_heads and self.args.heads_learning_rate is not None:
             give_own_learning_rate(optimizer, self.heads, self.args.heads_learning_rate)
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip the heads' gradients apart from the model's, so that training them along leaves its steps' size alone."""
-        if not self._trains_heads or self.args.pretrain_heads:
+        if not self.trains_heads or self.args.pretrain_heads:
             return super()._clip_grad_norm(model)
         own = {id(parameter) for parameter in self.heads.parameters()}
         trunk = [parameter for parameter in model.parameters() if id(parameter) not in own]
@@ -362,7 +365,7 @@ class CAFTTrainer(SFTTrainer):
         folder = Path(str(output_dir or self.args.output_dir))
         if not self.args.pretrain_heads:
             super().save_model(str(folder), _internal_call)
-        if self._trains_heads:
+        if self.trains_heads:
             self._save_heads(folder if self.args.pretrain_heads else folder / "heads")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -390,7 +393,7 @@ class CAFTTrainer(SFTTrainer):
         self._load_trained_heads(Path(str(self.state.best_model_checkpoint)))
 
     def _load_trained_heads(self, checkpoint: Path) -> None:
-        if self._trains_heads:
+        if self.trains_heads:
             folder = checkpoint if self.args.pretrain_heads else checkpoint / "heads"
             load_state(self.heads, folder, read_heads(folder))
 

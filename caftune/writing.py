@@ -16,7 +16,7 @@ from caftune.backbone import Backbone
 from caftune.checkpoint import load_heads
 from caftune.data import load_rows
 from caftune.generation import Sampling, end_tokens, only_these_settings, padding_token, until_end
-from caftune.prompts import Prompt, conversations
+from caftune.prompts import Prompt, conversations, decoded
 from caftune.speculative import Drafting, SpeculativeDecoding
 from caftune.stage_options import refuse_missing_model
 
@@ -137,9 +137,7 @@ class Writer:
 
 def print_answer(answer: Written, tokenizer: Any, *, as_json: bool) -> None:
     """An answer for a person, or as a line of JSON."""
-    prompt = tokenizer.decode(answer.prompt.ids, skip_special_tokens=True)
-    # Together, because some decoders drop a space before the first word.
-    text = tokenizer.decode([*answer.prompt.ids, *answer.ids], skip_special_tokens=True).removeprefix(prompt)
+    prompt, text = decoded(answer.prompt.ids, answer.ids, tokenizer)
     if as_json:
         facts = {
             "prompt": prompt,

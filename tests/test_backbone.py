@@ -7,7 +7,7 @@ import torch
 from families import config_of
 from models import VOCABULARY, WIDTH, build
 from torch import nn
-from transformers import Qwen3_5ForConditionalGeneration
+from transformers import Qwen3_5ForConditionalGeneration, RwkvConfig, RwkvForCausalLM
 
 from caftune.backbone import Backbone, UnsupportedModelError
 from caftune.heads import AuxiliaryHeads, HeadsConfig, attach_heads
@@ -199,3 +199,11 @@ def test_a_vision_tower_of_as_many_blocks_is_not_taken_for_the_language_model():
     found = Backbone.of(Qwen3_5ForConditionalGeneration(config))
     assert found.layer_name == f"model.language_model.layers.{config.text_config.num_hidden_layers - 1}"
     assert found.copy_refusal is None
+
+
+def test_rwkv_with_weights_that_evaluation_rescales_is_refused():
+    config = RwkvConfig(vocab_size=64, hidden_size=16, num_hidden_layers=7, context_length=32)
+    with pytest.raises(UnsupportedModelError, match="rescale_every must be 0, got 6 with 7 layers"):
+        Backbone.of(RwkvForCausalLM(config))
+    config.rescale_every = 0
+    assert Backbone.of(RwkvForCausalLM(config)).copy_refusal is None

@@ -339,3 +339,9 @@ def test_mutated_solutions_are_judged_as_plain_execution_judges_them(shared):
 def test_the_default_limits_leave_room_for_a_busy_machine():
     assert LIMITS.wall_s >= 3 * LIMITS.cpu_s
     assert replace(LIMITS, cpu_s=1).memory_bytes >= 256 << 20
+
+
+def test_tests_of_a_csv_are_refused():
+    row = {"task_id": 1, "text": "Add.", "test_list": "['assert add(1, 2) == 3']"}
+    with pytest.raises(TaskError, match=r"Row 7 \(from 0\) must have a list of texts in test_list"):
+        MBPP.read(row, 7)

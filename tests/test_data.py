@@ -6,7 +6,7 @@ import json
 import pytest
 from datasets import Dataset, Features, Json, List, Value
 
-from caftune.data import DataError, load_rows
+from caftune.data import DataError, load_rows, refuse_unnamed_split
 from caftune.prompts import is_chat
 from caftune.recipe import Recipe
 from caftune.stage_rows import read_task_rows
@@ -277,3 +277,50 @@ def test_a_slip_in_the_names_of_columns_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}')
     with pytest.raises(DataError, match=r"data\.columns\.promt is not one of caftune's names\. Did you mean prompt\?"):
         load_rows(str(tmp_path / "rows.jsonl"), {"promt": "question", "completion": "answer"})
+
+
+def test_tools_may_stand_as_json_in_a_text(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path = write(tmp_path / "x.jsonl", [{**row, "tools": json.dumps(tools), "chat_template_kwargs": '{"x": 1}'}])
+    (found,) = load_rows(path).to_list()
+    assert (found["tools"], found["chat_template_kwargs"]) == (tools, {"x": 1})
+    with pytest.raises(DataError, match=r"row 0 \(from 0\): tools must be JSON, got 'search'"):
+        load_rows(write(tmp_path / "x.jsonl", [{**row, "tools": "search"}]))
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("owner/name", (("owner/name",), "train")),
+        ("owner/name:test[:5]", (("owner/name",), "test[:5]")),
+        ("owner/name/main:test", (("owner/name", "main"), "test")),
+    ],
+)
+def test_a_hub_id_names_a_configuration_and_a_split(source, asked, monkeypatch):
+    def load(*place, split):
+        assert (place, split) == asked
+        return Dataset.from_list([{"text": "a"}])
+
+    monkeypatch.setattr("caftune.data.load_dataset", load)
+    assert load_rows(source).to_list() == [{"text": "a"}]
+
+
+def test_a_data_set_that_needs_a_configuration_is_told_how(monkeypatch):
+    def load(*place, split):
+        raise ValueError("Config name is missing.")
+
+    monkeypatch.setattr("caftune.data.load_dataset", load)
+    with pytest.raises(DataError, match=r"Config name is missing.\). A hub id is owner/name\[/config\]\[:split\]"):
+        load_rows("openai/gsm8k:test")
+
+
+def test_what_is_evaluated_on_must_name_its_split(tmp_path, monkeypatch):
+    refuse_unnamed_split("owner/name:test", "data.eval")
+    refuse_unnamed_split("rows.jsonl", "data.eval")
+    with pytest.raises(DataError, match=r"data.eval must name a split of owner/name, .* Write owner/name:test"):
+        refuse_unnamed_split("owner/name", "data.eval")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner/name").touch()  # a file of that name
+    refuse_unnamed_split("owner/name", "data.eval")

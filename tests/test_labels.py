@@ -7,18 +7,20 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from caftune.data import DataError
 from caftune.demo.chemistry import molecules, prompt
 from caftune.demo.run import BASE
 from caftune.generation import Answer, Failure, Sampling, transformers_backend
 from caftune.labels import AnswerCache, Labelling, generate_labels, label_dataset, read_labels, write_labels
-from caftune.prompts import Conversation, Prompt, conversations, refuse_long_prompts
+from caftune.prompts import Conversation, Prompt, conversations, decoded, refuse_long_prompts
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0)
 
@@ -299,3 +301,23 @@ def test_penalties_of_the_base_do_not_enter_the_labels(model, tokenizer, talks, 
     assert model.generation_config.repetition_penalty == 3.0
     model.generation_config.repetition_penalty = None
     assert texts[0] == texts[1]
+
+
+def test_a_space_before_the_first_word_of_an_answer_stays(tmp_path):
+    """Llama 2's decoder drops it at the start of a text, and with it a space of an answer's indentation."""
+    vocabulary = {"▁def": 0, "▁▁▁": 1, "▁return": 2, "<0x0A>": 3, ":": 4}
+    raw = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    stripping = PreTrainedTokenizerFast(tokenizer_object=raw)
+    assert stripping.decode([1, 2]) == "   return"
+    assert decoded([0, 4, 3], [1, 2], stripping) == ("def:\n", "    return")
+    talk = SimpleNamespace(turns=[None], prompt=lambda *_: Prompt([0, 4, 3]))
+    cache = AnswerCache(tmp_path / "cache.jsonl", GREEDY, seed=0, fingerprint="any")
+
+    def backend(prompts, seeds):
+        yield 0, Answer([1, 2], "stop")
+
+    (label,) = generate_labels({0: talk}, stripping, cache, lambda: backend, room=9).labels
+    assert (label.prompt, label.completion) == ("def:\n", "    return")

@@ -141,3 +141,18 @@ def test_packed_rows_with_flash_attention_are_trained_in_bfloat16(with_flash, sh
     args = config(tmp_path, packing=True, max_length=30, bf16=True, max_steps=1, **heads)
     trainer = trained(CAFTTrainer(model.train(), args, train_dataset=short, processing_class=tokenizer))
     assert 0 < trainer.state.log_history[0]["h2_loss"] < 100
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_on_a_cpu_is_looked_at_without_its_flash_kernel(with_flash, family, monkeypatch):
+    def needs_a_gpu(*_args, **_kwargs):
+        raise NotImplementedError("FlashAttention only supports CUDA tensors")
+
+    model = with_flash(family)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "a_flash_kernel", needs_a_gpu)
+    expected = Backbone.of(build(family, dtype=torch.float32, attention="sdpa"))
+    assert replace(Backbone.of(model), model=None) == replace(expected, model=None)
+    assert model.config._attn_implementation == "a_flash_kernel"
+    assert all(
+        part.config._attn_implementation == "a_flash_kernel" for part in model.modules() if hasattr(part, "config")
+    )

@@ -205,3 +205,10 @@ def test_without_biopython_the_remedy_is_named(monkeypatch):
     proteins._aligner.cache_clear()
     with pytest.raises(TaskError, match=r"biopython must be installed .* pip install caftune\[eval\]"):
         PROTEINS.read(PROTEINS.rows[0], 0)
+
+
+def test_functions_of_a_csv_are_one_text():
+    (one, listed) = (
+        PROTEINS.read({"functions": f, "sequence": "MKT"}, 0) for f in ("toxin activity", ["toxin activity"])
+    )
+    assert one.prompt == listed.prompt

@@ -66,6 +66,18 @@ def test_a_malformed_override_is_refused(recipe, override):
         recipe(overrides=[override])
 
 
+@pytest.mark.parametrize("value", ["Answer: in a word: yes", "{a: b", "@home"])
+def test_a_value_that_is_no_yaml_is_refused(recipe, value):
+    with pytest.raises(RecipeError, match=r"labels.system=.* holds no valid YAML. Put the value into quotes"):
+        recipe(overrides=[f"labels.system={value}"])
+
+
+def test_a_control_character_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("output: a\x01b\n")
+    with pytest.raises(RecipeError, match=r"recipe.yaml is not valid YAML \(.*Mend the file"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -97,6 +109,7 @@ def test_a_stage_is_saved_every_epoch_unless_the_recipe_says_otherwise():
         return str(trainer_config(built, "trainer", output_dir="x", aux_weight=0.0).save_strategy.value)
 
     assert strategy({}) == "epoch"
+    assert strategy({"save_total_limit": 1}) == strategy({"save_only_model": True}) == "epoch"
     assert strategy({"save_steps": 5}) == "steps"
     assert strategy({"save_strategy": "no"}) == "no"
 

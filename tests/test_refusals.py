@@ -250,3 +250,23 @@ def test_a_refused_trainer_leaves_the_options_of_its_model_alone(tmp_path):
     with pytest.raises(KeyError):
         CAFTTrainer(str(BASE), args, train_dataset=Dataset.from_list([{"unknown": "a"}]))
     assert args.model_init_kwargs == {"dtype": "float32"}
+
+
+@pytest.mark.parametrize("last", [{"layers_to_transform": [3]}, {"target_modules": r".*layers\.3\..*proj"}])
+def test_training_the_last_layer_alone_is_refused_with_decoder_heads(last, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    assert len(model.model.layers) == 4
+    heads = heads_of(model, tmp_path / "heads")
+    with pytest.raises(ValueError, match="Not the last layer alone must be trained: decoder heads stand beside it"):
+        trainer(tmp_path, heads=heads, peft_config=LoraConfig(**{"target_modules": ["q_proj"], **last}))
+    trainer(tmp_path, heads=heads, peft_config=LoraConfig(target_modules=["q_proj"], layers_to_transform=[2, 3]))
+    trainer(tmp_path, heads=heads, train_heads=True, peft_config=LoraConfig(**{"target_modules": ["q_proj"], **last}))
+
+
+def test_heads_whose_losses_do_not_count_are_not_trained(tmp_path):
+    heads = heads_of(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "heads")
+    built = trainer(tmp_path / "run", heads=heads, train_heads=True, aux_weight=0.0)
+    assert not any(parameter.requires_grad for parameter in built.heads.parameters())
+    built.train()
+    built.save_model()
+    assert not (tmp_path / "run" / "heads").exists()

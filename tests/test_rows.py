@@ -111,3 +111,33 @@ def test_no_hook_stays_behind_even_after_an_error():
         run_at(layer, Mixer("mixer", "norm", None), call, torch.tensor([9]))
     choose_mixer(layer, call, torch.allclose)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
+
+
+class Kernel(nn.Module):
+    """A mixer that in training takes the weight of its last part into a kernel, as Mamba's does, and never calls it."""
+
+    def __init__(self):
+        super().__init__()
+        self.out_proj = nn.Linear(4, 4)
+
+    def forward(self, hidden_states):
+        summed = hidden_states.cumsum(1)
+        return nn.functional.linear(summed, *self.out_proj.parameters()) if self.training else self.out_proj(summed)
+
+
+class KernelLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mixer = nn.LayerNorm(4), Kernel()
+
+    def forward(self, hidden_states):
+        return hidden_states + self.mixer(self.norm(hidden_states))
+
+
+def test_a_mixer_whose_last_part_is_not_called_in_training_is_cut_behind_it():
+    torch.manual_seed(0)
+    layer, call, rows = KernelLayer(), LayerCall(args=(torch.randn(2, 8, 4),)), torch.tensor([1, 6, 9])
+    found = choose_mixer(layer.eval(), call, torch.allclose)
+    assert found == Mixer("mixer", "norm", "mixer.out_proj")
+    for mode in (layer.eval(), layer.train()):
+        torch.testing.assert_close(run_at(mode, found, call, rows), at_rows(call.replay(mode), rows))

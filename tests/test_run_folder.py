@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from caftune import compare as comparing
 from caftune import pipeline, stage_options
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
+from caftune.evals.task import TaskError
+from caftune.evaluation import evaluate
 from caftune.recipe import Recipe, RecipeError
 from caftune.run_folder import last_checkpoint, open_stage
 from caftune.stage_rows import head_rows
@@ -60,7 +64,7 @@ def recipe_in(folder, **sections):
     merged = {
         name: {**part, **sections.get(name, {})} if isinstance(part, dict) else part for name, part in values.items()
     }
-    return Recipe.model_validate(merged)
+    return Recipe.model_validate({**sections, **merged})
 
 
 @pytest.fixture(autouse=True)
@@ -237,3 +241,61 @@ def test_only_the_main_process_writes_into_a_stages_folder(tmp_path, monkeypatch
     monkeypatch.setenv("RANK", "0")
     open_stage(recipe, "train", {})  # again by the main process: both are written anew
     assert all(path.stat().st_mtime_ns > before[path] for path in folder.iterdir())
+
+
+def test_a_stage_whose_folder_was_removed_is_not_done(copied, monkeypatch):
+    """As the refusal of a changed recipe tells: what is removed is made anew, and nothing goes on with what was."""
+    recipe = recipe_in(copied, pretrain={"learning_rate": 0.01})
+    shutil.rmtree(copied / "out" / "pretrain")
+    with pytest.raises(RecipeError, match=r"out/pretrain is missing. Run `caftune pretrain-heads` first"):
+        pipeline.measure(recipe)
+    with pytest.raises(RecipeError, match=r"Run `caftune label` and `caftune pretrain-heads` before single runs"):
+        comparing._ensure_heads(recipe, make=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.pretrain_heads(recipe)
+    shutil.rmtree(copied / "out" / "train")
+    with pytest.raises(RecipeError, match=r"out/pretrain is not finished, so .* Run `caftune pretrain-heads` first"):
+        pipeline.finetune(recipe)
+    with pytest.raises(RecipeError, match=r"Run `caftune label` and `caftune pretrain-heads` before single runs"):
+        comparing._ensure_heads(recipe, make=False)
+    pipeline.pretrain_heads(recipe_in(copied, pretrain={"learning_rate": 0.02}))  # nothing was done in the folder
+    assert comparing.is_done(recipe, "pretrain")
+
+
+def test_no_run_goes_on_without_its_optimizer(copied):
+    shutil.rmtree(copied / "out" / "train")
+    recipe = recipe_in(copied, trainer={"save_only_model": True})
+    model = pipeline.finetune(recipe)
+    assert pipeline.finetune(recipe) == model  # no steps are left
+    shutil.rmtree(copied / "out" / "train" / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"checkpoint-2 must hold an optimizer's state .* \(save_only_model\)"):
+        pipeline.finetune(recipe)
+
+
+def test_heads_are_adapted_where_the_recipe_says_so(copied):
+    with pytest.raises(RecipeError, match="adapt must be in the recipe, got none"):
+        pipeline.adapt_heads(recipe_in(copied))
+
+
+@pytest.mark.parametrize("start", [comparing.compare, evaluate])
+def test_without_scipy_the_remedy_is_told_before_anything_is_trained_or_asked(start, copied, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    tasks = {"tasks": ["exact_match"], "data": {"exact_match": "data.jsonl"}}
+    with pytest.raises(TaskError, match=r"scipy must be installed .* caftune\[eval\]"):
+        start(recipe_in(copied, eval=tasks, data={"eval": "data.jsonl"}))
+    assert not (copied / "out" / "compare").exists()
+
+
+def test_an_evaluation_in_half_precision_rounds_nothing_that_is_written(copied):
+    for stage in ("train", "pretrain"):
+        shutil.rmtree(copied / "out" / stage)
+    half = {"bf16_full_eval": True}
+    recipe = recipe_in(copied, trainer=half, pretrain=half, data={"eval": "data.jsonl"})
+    heads = load_file(pipeline.pretrain_heads(recipe) / "heads.safetensors")
+    assert heads.keys() == load_file(copied / "out" / "pretrain" / "checkpoint-2" / "heads.safetensors").keys()
+    model = load_file(pipeline.finetune(recipe) / "model.safetensors")
+    for written, kept in ((heads, "pretrain/checkpoint-2/heads"), (model, "train/checkpoint-4/model")):
+        exact = load_file(copied / "out" / f"{kept}.safetensors")
+        assert all(torch.equal(tensor, exact[name]) for name, tensor in written.items())

@@ -127,7 +127,9 @@ def _read_humaneval(row: Mapping[str, Any], number: int) -> Example:
 def _read_mbpp(row: Mapping[str, Any], number: int) -> Example:
     """Of the full data set (974 rows) and of the sanitized one (427), which calls `text` `prompt` and has `test_imports`."""
     _check_permission()
-    tests = [str(test) for test in column(row, number, "test_list")]
+    tests = column(row, number, "test_list")
+    if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
+        raise TaskError(f"Row {number} (from 0) must have a list of texts in test_list, got {tests!r}. Mend the file.")
     setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
     text = column(row, number, "text", "prompt")
     prompt = '"""\n' + "\n".join([text, *tests]) + '\n"""\n'

@@ -60,7 +60,8 @@ def read(row: Mapping[str, Any], number: int) -> Example:
     """
     _aligner()
     if row.get("functions") is not None:
-        functions = "".join(f"- {function}\n" for function in row["functions"])
+        named = [row["functions"]] if isinstance(row["functions"], str) else row["functions"]  # a CSV holds one text
+        functions = "".join(f"- {function}\n" for function in named)
         prompt = f"Design a protein that has these molecular functions.\n\nFunctions:\n{functions}Sequence:"
         source = column(row, number, "sequence")
     else:

@@ -58,7 +58,7 @@ def interval(values: Sequence[float] | Array) -> tuple[float, float]:
         raise ValueError(f"values must be of at least 2 runs, got shape {runs.shape}. Train with another seed.")
     if not np.isfinite(runs).all():
         raise ValueError(f"values must be finite numbers, got {runs.tolist()}. Repeat or name the run that failed.")
-    reach = _scipy()[0].t.ppf(1 - LEVEL / 2, len(runs) - 1)
+    reach = load_scipy()[0].t.ppf(1 - LEVEL / 2, len(runs) - 1)
     return float(runs.mean()), float(reach * runs.std(ddof=1) / math.sqrt(len(runs)))
 
 
@@ -205,8 +205,8 @@ def compare_runs(treatment: Sequence[float], baseline: Sequence[float]) -> Compa
     count, deviation = len(differences), _deviation(differences)
     spread = _Spread(deviation**2 / count, count - 1, examples=0.0, shrinkage=0.0)
     difference, scale = float(differences.mean()), deviation / math.sqrt(count)
-    reach = float(_scipy()[0].t.ppf(1 - LEVEL / 2, count - 1)) * scale
-    p_value = float(2 * _scipy()[0].t.sf(abs(difference) / scale, count - 1)) if scale else 1.0
+    reach = float(load_scipy()[0].t.ppf(1 - LEVEL / 2, count - 1)) * scale
+    p_value = float(2 * load_scipy()[0].t.sf(abs(difference) / scale, count - 1)) if scale else 1.0
     return Comparison(
         difference=difference,
         low=difference - reach,
@@ -234,7 +234,7 @@ class _Spread:
         weights = sum(part**2 / (len(arm) - 1) for part, arm in zip(parts, arms, strict=True))
         freedom = sum(parts) ** 2 / weights if weights > 0 else 1.0
         seen, noise = _deviation(examples) ** 2, sum(_residual(arm) / len(arm) for arm in arms)
-        stats = _scipy()[0]
+        stats = load_scipy()[0]
         reaches = stats.norm.ppf(1 - LEVEL / 2) / stats.t.ppf(1 - LEVEL / 2, freedom)
         runs = max(sum(parts), noise / len(examples) * float(reaches) ** 2)
         kept = max(seen - noise, 0.0)
@@ -256,7 +256,7 @@ def _bootstrap_interval(
     deviations = (examples - examples.mean()) * spread.shrinkage * math.sqrt(count / (count - 1))
     drawn = [deviations[rng.integers(count, size=(rows, count))].mean(axis=1) for rows in _blocks(resamples, count)]
     # Equally spaced quantiles, not random draws: without a part of the examples it is the t interval.
-    quantiles = _scipy()[0].t.ppf((np.arange(resamples) + 0.5) / resamples, spread.runs_freedom)
+    quantiles = load_scipy()[0].t.ppf((np.arange(resamples) + 0.5) / resamples, spread.runs_freedom)
     draws = np.concatenate(drawn) + math.sqrt(spread.runs) * quantiles
     low, high = np.quantile(draws, [LEVEL / 2, 1 - LEVEL / 2], method="hazen")
     return float(low), float(high)
@@ -272,7 +272,7 @@ def _sign_flip(examples: Array, spread: _Spread, resamples: int, rng: np.random.
     if scale == 0:
         beyond = (np.abs(flipped) >= seen).astype(np.float64)
     else:
-        beyond = sum(_scipy()[0].t.sf((seen + side * flipped) / scale, freedom) for side in (-1, 1))
+        beyond = sum(load_scipy()[0].t.sf((seen + side * flipped) / scale, freedom) for side in (-1, 1))
     return float((beyond.sum() + 1) / (resamples + 1))
 
 
@@ -287,7 +287,7 @@ def _minimum_detectable(spread: _Spread, count: int) -> float:
     if variance == 0:
         return 0.0
     freedom = variance**2 / (spread.runs**2 / spread.runs_freedom + spread.examples**2 / (count - 1))
-    stats, special = _scipy()
+    stats, special = load_scipy()
     reach = stats.t.ppf(1 - LEVEL / 2, freedom)
     # Less than a millionth of the noncentral t lies beyond the other end.
     return math.sqrt(variance) * float(special.nctdtrinc(freedom, 1 - POWER, reach))
@@ -332,7 +332,12 @@ def _check_pair(first: Array, second: Array, paired: bool) -> None:
         )
 
 
-def _scipy() -> tuple[Any, Any]:
+def load_scipy() -> tuple[Any, Any]:
+    """scipy.stats and scipy.special.
+
+    Raises:
+        TaskError: scipy is not installed.
+    """
     try:
         from scipy import special, stats
     except ImportError as error:
