@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from caftune import compare as comparing
 from caftune import pipeline, stage_options
+from caftune.data import DataError
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.evals.task import TaskError
@@ -279,13 +280,23 @@ def test_heads_are_adapted_where_the_recipe_says_so(copied):
         pipeline.adapt_heads(recipe_in(copied))
 
 
-@pytest.mark.parametrize("start", [comparing.compare, evaluate])
-def test_without_scipy_the_remedy_is_told_before_anything_is_trained_or_asked(start, copied, monkeypatch):
+ASKED = {"tasks": ["exact_match"], "data": {"exact_match": "data.jsonl"}}
+
+
+@pytest.mark.parametrize(("start", "asked"), [(comparing.compare, {}), (comparing.compare, ASKED), (evaluate, ASKED)])
+def test_without_scipy_the_remedy_is_told_before_anything_is_trained_or_asked(start, asked, copied, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
-    tasks = {"tasks": ["exact_match"], "data": {"exact_match": "data.jsonl"}}
     with pytest.raises(TaskError, match=r"scipy must be installed .* caftune\[eval\]"):
-        start(recipe_in(copied, eval=tasks, data={"eval": "data.jsonl"}))
+        start(recipe_in(copied, eval=asked, data={"eval": "data.jsonl"}))
     assert not (copied / "out" / "compare").exists()
+
+
+def test_a_split_of_the_hub_to_evaluate_on_must_be_named(copied):
+    shutil.rmtree(copied / "out" / "train")
+    with pytest.raises(DataError, match=r"data.eval must name a split of owner/name"):
+        pipeline.finetune(recipe_in(copied, data={"eval": "owner/name"}))
+    with pytest.raises(DataError, match=r"eval.data.exact_match must name a split of owner/name"):
+        evaluate(recipe_in(copied, eval={**ASKED, "data": {"exact_match": "owner/name"}}))
 
 
 def test_an_evaluation_in_half_precision_rounds_nothing_that_is_written(copied):
