@@ -296,7 +296,7 @@ def _refuse_rescaling(model: Any) -> None:
     if 0 < every < depth:
         raise UnsupportedModelError(
             f"rescale_every must be 0, got {every} with {depth} layers: the last layer's weights would change between training "
-            "and evaluation. Load the model with rescale_every=0 (model_init_kwargs), which float16 alone has need of."
+            "and evaluation. Set it in the config.json of a local copy, or where the model is loaded: float16 alone needs it."
         )
 
 

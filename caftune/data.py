@@ -172,7 +172,8 @@ def refuse_unnamed_split(source: str, place: str) -> None:
     """
     if not Path(source).exists() and _is_hub_id(source) and ":" not in source:
         raise DataError(
-            f"{place} must name a split of {source}, got none, which would be `train`. Write {source}:test, for example."
+            f"{place} must be a file that exists or name a split on the hub, got {source}, which would mean its split `train`. "
+            f"Write {source}:test, for example."
         )
 
 
@@ -277,15 +278,15 @@ def _with_system(row: dict[str, Any], system: Any, number: int, source: str) -> 
 
 
 def _formed(row: dict[str, Any], number: int, source: str, *, chat: bool) -> dict[str, Any]:
-    extras = {name: _parsed(row[name], name, number, source) for name in _EXTRAS if row.get(name)}
     _refuse_media(row, number, source)
+    if "instruction" in row and not {"messages", "conversations"} & row.keys():
+        return _from_alpaca(row, number, source, chat=chat)
+    extras = {name: _parsed(row[name], name, number, source) for name in _EXTRAS if row.get(name)}
     if "messages" in row:
         return {"messages": _conversation(row["messages"], "messages", number, source), **extras}
     if "conversations" in row:
         turns = [_message(turn, number, source) for turn in row["conversations"] or []]
         return {"messages": _conversation(turns, "conversations", number, source), **extras}
-    if "instruction" in row:
-        return _from_alpaca(row, number, source, chat=chat)
     for form in (("prompt", "completion"), ("prompt",), ("text",)):
         if set(form) <= set(row):
             _refuse_no_texts({name: row[name] for name in form}, number, source)

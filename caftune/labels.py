@@ -177,6 +177,8 @@ def _ask(todo: Mapping[str, Prompt], cache: AnswerCache, backend: Backend, bar: 
 
 def _label(row: int, turn: int, prompt: Prompt, answer: Answer, tokenizer: Any) -> Label:
     asked, said = decoded(prompt.ids, answer.ids, tokenizer)
+    if prompt.messages is not None:  # an answer begins anew there
+        said = tokenizer.decode(answer.ids, skip_special_tokens=True)
     return Label(
         row=row,
         turn=turn,

@@ -54,6 +54,7 @@ from caftune.quality import measure_heads
 from caftune.recipe import Recipe, RecipeError
 from caftune.run_folder import (
     is_begun,
+    is_done,
     is_main_process,
     last_checkpoint,
     open_stage,
@@ -232,7 +233,7 @@ def adapt_heads(recipe: Recipe) -> Path:
     args = adapt_config(recipe, folder, source)
     sources = {"train": recipe.data.train, "eval": recipe.data.eval}
     open_stage(recipe, "adapt", {**sources, "heads": source / "heads.json"})
-    if (target / "heads.json").is_file():
+    if (target / "heads.json").is_file() and is_done(recipe, "adapt"):
         return target
     if args.deepspeed_plugin is not None:
         raise RecipeError(

@@ -232,10 +232,10 @@ def _device() -> tuple[str, int]:
 def _remedies(recipe: Recipe, config: Any, setup: Setup, peak: int, available: int) -> list[Remedy]:
     """Changes that lower the peak, each on top of those before it, until it fits.
 
-    First comes what changes no result, last what does most. A smaller batch can do the opposite: gradients are kept over
-    its several passes.
+    First comes what changes no result, last what does most. A smaller batch can do the opposite, for gradients are kept over
+    its several passes, and is tried again when adapters have made them small.
     """
-    kinds = [_recomputed, _in_smaller_batches, _with_adapters]
+    kinds = [_recomputed, _in_smaller_batches, _with_adapters, _in_smaller_batches]
     kinds += [_shorter] if setup.stage == "train" or recipe.cuts_stage_one else []
     kinds += [_with_fewer_heads] if recipe.heads.path is None else []
     found: list[Remedy] = []

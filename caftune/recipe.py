@@ -293,7 +293,8 @@ def trainer_config(recipe: Recipe, section: Literal["pretrain", "adapt", "traine
     for name in ("save_strategy", "eval_strategy", "logging_strategy"):
         if options.get(name) is False:  # YAML 1.1 reads `no` as false
             options[name] = "no"
-    if not {"save_strategy", "save_steps"} & options.keys():
+    follows = options.get("load_best_model_at_end") and options.get("eval_strategy") == "steps"  # saved when evaluated
+    if not (follows or {"save_strategy", "save_steps"} & options.keys()):
         defaults |= {"save_strategy": "epoch", "save_total_limit": 2}  # so that a stopped run has where to go on from
     for name, value in options.items():
         if name in _SET_ELSEWHERE:

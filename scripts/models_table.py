@@ -24,7 +24,7 @@ page fails the tests. Made {date} on a CPU with one thread: {versions}.
 Every model was **built tiny from its configuration** (two to five layers, width 16, random weights, float32), so the table
 speaks of the architectures' code; nothing here was measured on published weights. Several rows of one model type are
 variants of it; hybrid models are examined with each kind of layer as the last one. RWKV of more than six layers
-must be loaded with `rescale_every=0`.
+needs `rescale_every: 0` in its config.json.
 
 **yes** for a kind of head means: the model is accepted; the last layer called again, what follows it and the unembedding
 give the model's own logits (eager and sdpa attention, training and evaluation mode, with a cache, with padding); no head

@@ -205,6 +205,19 @@ def test_adaptation_trains_on_the_tokens_that_stage_two_trains_on(copied):
     assert (adapt["completion_only_loss"], adapt["max_steps"]) == (False, 2)
 
 
+def test_an_adaptation_that_stopped_in_its_evaluation_is_evaluated_and_recorded(copied, monkeypatch):
+    shutil.rmtree(copied / "run" / "adapt")
+    train = recipe_in(copied).data.train
+    recipe = recipe_in(copied, data={"train": train, "eval": train})
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "evaluated", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.adapt_heads(recipe)
+    before = contents(pipeline.adapt_heads(recipe))
+    assert results(copied / "run")["adapt"]["metrics"]
+    assert contents(pipeline.adapt_heads(recipe)) == before
+
+
 def test_lost_adapted_heads_come_back_from_the_last_checkpoint(copied, capsys):
     adapted = copied / "run" / "adapt" / "heads"
     before = contents(adapted)

@@ -287,6 +287,8 @@ def test_tools_may_stand_as_json_in_a_text(tmp_path):
     assert (found["tools"], found["chat_template_kwargs"]) == (tools, {"x": 1})
     with pytest.raises(DataError, match=r"row 0 \(from 0\): tools must be JSON, got 'search'"):
         load_rows(write(tmp_path / "x.jsonl", [{**row, "tools": "search"}]))
+    alpaca = {"instruction": "Add.", "output": "3", "tools": "RDKit, Open Babel"}  # a column of its own
+    assert load_rows(write(tmp_path / "x.jsonl", [alpaca])).to_list() == [{"prompt": "Add.\n\n", "completion": "3"}]
 
 
 @pytest.mark.parametrize(
@@ -318,7 +320,9 @@ def test_a_data_set_that_needs_a_configuration_is_told_how(monkeypatch):
 def test_what_is_evaluated_on_must_name_its_split(tmp_path, monkeypatch):
     refuse_unnamed_split("owner/name:test", "data.eval")
     refuse_unnamed_split("rows.jsonl", "data.eval")
-    with pytest.raises(DataError, match=r"data.eval must name a split of owner/name, .* Write owner/name:test"):
+    with pytest.raises(
+        DataError, match=r"data.eval must be a file that exists or name a split .* Write owner/name:test"
+    ):
         refuse_unnamed_split("owner/name", "data.eval")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()

@@ -313,11 +313,15 @@ def test_a_space_before_the_first_word_of_an_answer_stays(tmp_path):
     stripping = PreTrainedTokenizerFast(tokenizer_object=raw)
     assert stripping.decode([1, 2]) == "   return"
     assert decoded([0, 4, 3], [1, 2], stripping) == ("def:\n", "    return")
-    talk = SimpleNamespace(turns=[None], prompt=lambda *_: Prompt([0, 4, 3]))
+    texts, chats = (
+        SimpleNamespace(turns=[None], prompt=lambda *_, m=messages: Prompt([0, 4, 3], messages=m))
+        for messages in (None, [])
+    )
     cache = AnswerCache(tmp_path / "cache.jsonl", GREEDY, seed=0, fingerprint="any")
 
     def backend(prompts, seeds):
         yield 0, Answer([1, 2], "stop")
 
-    (label,) = generate_labels({0: talk}, stripping, cache, lambda: backend, room=9).labels
-    assert (label.prompt, label.completion) == ("def:\n", "    return")
+    found = generate_labels({0: texts, 1: chats}, stripping, cache, lambda: backend, room=9).labels
+    # In a conversation an answer begins anew, so that "[/INST] def f():" is no indented code.
+    assert [(label.prompt, label.completion) for label in found] == [("def:\n", "    return"), ("def:\n", "   return")]

@@ -78,6 +78,10 @@ def test_what_raises_the_peak_is_no_remedy(tmp_path, monkeypatch):
     assert adapted < whole < halved
     monkeypatch.setattr("caftune.plan._device", lambda: ("a small device", adapted))
     assert [(remedy.change, remedy.peak) for remedy in plan(recipe).remedies] == [("model.tuning=lora", adapted)]
+    monkeypatch.setattr("caftune.plan._device", lambda: ("a small device", adapted - 1))
+    again = plan(recipe).remedies[1]  # beside an adapter they are next to nothing
+    assert again.change.startswith("trainer.per_device_train_batch_size=1")
+    assert again.peak < adapted
 
 
 def test_packed_rows_are_full(tmp_path):

@@ -111,6 +111,9 @@ def test_a_stage_is_saved_every_epoch_unless_the_recipe_says_otherwise():
     assert strategy({}) == "epoch"
     assert strategy({"save_total_limit": 1}) == strategy({"save_only_model": True}) == "epoch"
     assert strategy({"save_steps": 5}) == "steps"
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 50}
+    assert strategy(best) == strategy({**best, "save_total_limit": 2}) == "steps"
+    assert strategy({**best, "eval_strategy": "epoch"}) == "epoch"
     assert strategy({"save_strategy": "no"}) == "no"
 
 

@@ -293,9 +293,11 @@ def test_without_scipy_the_remedy_is_told_before_anything_is_trained_or_asked(st
 
 def test_a_split_of_the_hub_to_evaluate_on_must_be_named(copied):
     shutil.rmtree(copied / "out" / "train")
-    with pytest.raises(DataError, match=r"data.eval must name a split of owner/name"):
+    with pytest.raises(DataError, match=r"data.eval must be a file that exists or name a split .* owner/name"):
         pipeline.finetune(recipe_in(copied, data={"eval": "owner/name"}))
-    with pytest.raises(DataError, match=r"eval.data.exact_match must name a split of owner/name"):
+    with pytest.raises(
+        DataError, match=r"eval.data.exact_match must be a file that exists or name a split .* owner/name"
+    ):
         evaluate(recipe_in(copied, eval={**ASKED, "data": {"exact_match": "owner/name"}}))
 
 
