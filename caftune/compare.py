@@ -145,6 +145,13 @@ def _ensure_heads(recipe: Recipe, *, make: bool) -> None:
         if recipe.heads.path is None:
             refuse_other_stage(recipe, "pretrain", {"labels": head_source(recipe)})
         return
+    compared = Path(recipe.output, "compare")
+    made = [run for run in compared.glob("*/*/compare/recipe.yaml") if run.parts[-4] not in (BASE, *_WITHOUT_HEADS)]
+    if made:
+        raise RecipeError(
+            f"{made[0].parents[1]} was made with other heads than those of this recipe, which are still to be made. Set "
+            f"heads.path back, use another output, or remove {compared} to make all runs anew."
+        )
     if not make:
         raise RecipeError(
             f"{Path(recipe.output, 'heads')} is missing. Run `caftune label` and `caftune pretrain-heads` before single runs."

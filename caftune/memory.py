@@ -28,6 +28,9 @@ _STATES_IN_BYTES = {"adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2,
 _FEWEST_IN_8_BITS = 4096
 # TRL's kernel (1.16): rows and columns of its buffer; tiles in float32 that are alive beside it where there is no Triton.
 _TILE_ROWS, _TILE_COLUMNS, _TILES_PLAIN = 4096, 32768, 7.25
+_PAGE = 4096
+# What libraries' code and Python's objects take in the first steps: 38 to 80 MiB in small models' steps on Linux.
+_PROCESS = 60 * 2**20
 # The mixers (see rows.py) of the common layers, by which their heads keep less: they cannot be found without numbers.
 _MIXERS = (Mixer("self_attn", "input_layernorm", "self_attn.o_proj"), Mixer("attn", "ln_1", "attn.c_proj"))
 # NormalFloat4 with double quantisation: 4 bits, and 0.127 of constants (QLoRA, 2305.14314, section 3).
@@ -71,6 +74,8 @@ class Memory:
     activations: int
     head_activations: int
     logits: int  # working set of the cross-entropies
+    last_layer: int  # its backward pass, with its activations where they are computed again
+    process: int  # on a CPU, besides tensors
     peak: int
     optimizer_is_known: bool = True
 
@@ -230,7 +235,9 @@ def logits_bytes(
     labelled = round(batch.rows * batch.length * batch.labelled)
     rows = labelled if skips else batch.rows * (batch.length - 1)
     at_once = min(rows, _TILE_ROWS)
-    buffer = at_once * _TILE_COLUMNS * itemsize  # made in full however small the vocabulary is
+    # The buffer has all its columns however small the vocabulary is. On a CPU the pages of the others are never touched.
+    touched = -(-vocabulary * itemsize // _PAGE) * _PAGE
+    buffer = at_once * (_TILE_COLUMNS * itemsize if has_triton else min(_TILE_COLUMNS * itemsize, touched))
     others = 0 if has_triton else at_once * min(vocabulary, _TILE_COLUMNS) * 4 * _TILES_PLAIN
     main = buffer + others + 4 * rows * width
     scored = round(batch.rows * batch.length * batch.scored)
@@ -272,6 +279,8 @@ def peak_memory(
     gradients = sum(weight.nbytes for weight in (*trained, *trained_heads))
     state, is_known = state_bytes(optimizer, [*trained, *trained_heads], model)
     one_head = kept.head + round(kept.closing * batch.scored) if heads is not None else 0
+    last_layer = round(kept.layer * (1.25 if checkpointing else 0.25))
+    process = 0 if on_gpu else _PROCESS
     count = len(heads.heads) if heads is not None else 0
     unembedding = model.get_output_embeddings().weight
     new = 0 if accumulates else 1
@@ -288,11 +297,11 @@ def peak_memory(
         + 2 * late * (count > 0)
         + copies,
         "main loss": kept.trunk + logits[0] + early + late * (1 + (count > 0)),
-        "last layer": kept.trunk + early + late + kept.layer * (1.25 if checkpointing else 0.25),
+        "last layer": kept.trunk + early + late + last_layer,
         "end": new * gradients + kept.layer + late * is_tied,
         "optimizer": new * gradients + _optimizer_workspace(optimizer, [*trained, *trained_heads], on_gpu=on_gpu),
     }
-    fixed = weights + of_heads + state + (gradients if accumulates else 0)
+    fixed = weights + of_heads + state + (gradients if accumulates else 0) + process
     return Memory(
         weights=weights,
         heads=of_heads,
@@ -301,6 +310,8 @@ def peak_memory(
         activations=kept.trunk,
         head_activations=one_head,
         logits=max(logits),
+        last_layer=last_layer,
+        process=process,
         peak=fixed + round(max(moments.values())),
         optimizer_is_known=is_known,
     )

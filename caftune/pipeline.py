@@ -200,10 +200,10 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     """
     recipe = with_commit(recipe)
     heads = pretrained_heads(recipe)
-    if recipe.heads.path is None:  # what is held out must be what was
-        refuse_other_stage(recipe, "pretrain", {"labels": head_source(recipe)})
     args = stage_one_config(recipe, Path(recipe.output, "pretrain"))
     _, held_out = head_rows(recipe, args)
+    if recipe.heads.path is None:  # what is held out must be what was
+        refuse_other_stage(recipe, "pretrain", {"labels": head_source(recipe)})
     model, tokenizer = load_model(recipe), load_tokenizer(recipe)
     backbone = Backbone.of(model)
     found = load_heads(heads, backbone, tokenizer, force=recipe.heads.force)

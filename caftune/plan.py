@@ -310,8 +310,9 @@ def print_plan(console: Console, found: Plan) -> None:
     console.print(f"It {verdict}: {peak} of the {available} that are free on {found.device}.", soft_wrap=True)
     for remedy in found.remedies:
         console.print(f"  {remedy.change}: {_size(remedy.peak)}", soft_wrap=True)
-    if found.remedies and found.remedies[-1].peak > found.available:
-        console.print("All of these together are not enough: take a larger device or a smaller model.", soft_wrap=True)
+    if not found.fits and not (found.remedies and found.remedies[-1].peak <= found.available):
+        what = "All of these together are not enough" if found.remedies else "No change of the recipe makes it less"
+        console.print(f"{what}: take a larger device or a smaller model.", soft_wrap=True)
 
 
 def _sections(found: Plan) -> dict[str, dict[str, str]]:
@@ -330,7 +331,7 @@ def _sections(found: Plan) -> dict[str, dict[str, str]]:
         },
         f"Memory, {setup.batch_size} rows of {setup.length} tokens": {
             **{name.replace("_", " "): value for name, value in parts.items()},
-            "peak": _size(memory.peak),
+            "peak (not all at once)": _size(memory.peak),
         },
         "Operations per token": {
             "forward": f"{_number(flops.forward)}FLOP",

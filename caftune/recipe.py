@@ -383,4 +383,5 @@ def _keys_of(sections: Sequence[Any]) -> list[str]:
 
 def _nearest(key: str, known: Any, prefix: str) -> str:
     near = difflib.get_close_matches(key, known, n=1)
-    return f" Did you mean {prefix}{near[0]}?" if near else f" Known: {', '.join(sorted(known)[:12])}."
+    more = f" and {len(known) - 12} more" if len(known) > 12 else ""
+    return f" Did you mean {prefix}{near[0]}?" if near else f" Known: {', '.join(sorted(known)[:12])}{more}."

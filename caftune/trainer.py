@@ -128,11 +128,8 @@ class CAFTTrainer(SFTTrainer):
     @property
     def trains_heads(self) -> bool:
         """Whether the heads' weights are trained: in stage 1, and in stage 2 if asked for and if their losses count."""
-        return (
-            self.heads is not None
-            and bool(self.args.aux_weight)
-            and (self.args.pretrain_heads or self.args.train_heads)
-        )
+        asked = self.args.pretrain_heads or self.args.train_heads
+        return self.heads is not None and asked and bool(self.args.aux_weight)
 
     def export(
         self, folder: str | os.PathLike[str], *, merged: bool = True, about: Mapping[str, Any] | None = None

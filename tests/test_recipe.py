@@ -85,6 +85,7 @@ def test_a_control_character_is_refused(tmp_path):
             {"learning_rat": 1},
             r"trainer.learning_rat is not an option of CAFTConfig. Did you mean trainer.learning_rate\?",
         ),
+        ({"lr": 1}, r"trainer.lr is not an option of CAFTConfig. Known: accelerator_config, .* and \d+ more\."),
         ({"learning_rate": "fast"}, "trainer.learning_rate must be a number, got 'fast'"),
         ({"packing": "yes"}, "trainer.packing must be true or false, got 'yes'"),
         ({"aux_weight": 1}, "trainer.aux_weight is set by loss.weight in a recipe"),

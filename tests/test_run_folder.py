@@ -265,6 +265,22 @@ def test_a_stage_whose_folder_was_removed_is_not_done(copied, monkeypatch):
     assert comparing.is_done(recipe, "pretrain")
 
 
+def test_labels_of_another_recipe_are_named_before_the_stage_made_of_them(copied):
+    pipeline.label(recipe_in(copied, labels={"temperature": 0.5}))
+    with pytest.raises(RecipeError, match=r"labels.jsonl was made with another recipe \(labels.temperature: 0.5 -> "):
+        pipeline.measure(recipe_in(copied))
+
+
+def test_runs_made_with_other_heads_are_refused_before_new_ones_are_made(copied):
+    shutil.rmtree(copied / "out" / "pretrain")
+    made = copied / "out" / "compare" / "caft" / "42" / "compare"
+    made.mkdir(parents=True)
+    (made / "recipe.yaml").touch()
+    with pytest.raises(RecipeError, match=r"compare/caft/42 was made with other heads .* remove .*out/compare to make"):
+        comparing.compare(recipe_in(copied, data={"eval": "data.jsonl"}))
+    assert not (copied / "out" / "pretrain").exists()
+
+
 def test_no_run_goes_on_without_its_optimizer(copied):
     shutil.rmtree(copied / "out" / "train")
     recipe = recipe_in(copied, trainer={"save_only_model": True})
