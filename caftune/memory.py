@@ -262,8 +262,9 @@ def peak_memory(
 ) -> Memory:
     """A step's parts and its peak: the highest of the moments at which memory is highest.
 
-    These are: the last head's loss (everything of the trunk is kept, heads run one at a time), the backward pass of the
-    next-token loss, that of the last layer, the end of the backward pass (all gradients, hardly any activations), the update.
+    These are: the last head's loss (everything of the trunk is kept, heads run one at a time), the beginning of the backward
+    pass (the heads' gradients are handed on, and the unembedding's added up), that of the next-token loss, that of the last
+    layer, the end of the backward pass (all gradients, hardly any activations), the update.
 
     Args:
         logits: working sets of the model's own loss and of a head's.
@@ -284,8 +285,10 @@ def peak_memory(
     count = len(heads.heads) if heads is not None else 0
     unembedding = model.get_output_embeddings().weight
     new = 0 if accumulates else 1
-    early = new * sum(weight.nbytes for weight in trained_heads)  # gradients that are there before the trunk's
+    of_trained = sum(weight.nbytes for weight in trained_heads)
+    early = new * of_trained  # gradients that are there before the trunk's
     late = unembedding.nbytes if unembedding.requires_grad else 0
+    handed = [weight.nbytes for weight in trained_heads] + [late] * (count > 0)
     copies = 2 * sum(weight.numel() for weight in trained if weight.dim() > 1) if casts and checkpointing else 0
     is_tied = unembedding is model.get_input_embeddings().weight
     moments = {
@@ -293,9 +296,13 @@ def peak_memory(
         "heads": kept.trunk
         + one_head
         + max(logits[1], one_head // 6)
-        + early * (1 - 1 / max(1, count))
+        + of_trained * (1 - 1 / max(1, count))
         + 2 * late * (count > 0)
         + copies,
+        # The heads' gradients lie beside those of earlier passes; one tensor after another is scaled.
+        "handed on": kept.trunk + sum(handed) + max(handed, default=0),
+        # Autograd adds the unembedding's gradients, the heads' and the model's own, into a third tensor.
+        "added up": kept.trunk + of_trained + 3 * late * (count > 0),
         "main loss": kept.trunk + logits[0] + early + late * (1 + (count > 0)),
         "last layer": kept.trunk + early + late + last_layer,
         "end": new * gradients + kept.layer + late * is_tied,

@@ -201,6 +201,7 @@ def planned(config, trainer, *, lora=None, heads=4, batch=2, length=64, labelled
         trains_heads=getattr(args, "train_heads", False),
         rows=getattr(args, "aux_rows", 1.0),
         batch_size=batch,
+        accumulation=args.gradient_accumulation_steps,
         length=length,
         mean_length=length,
         labelled=labelled,

@@ -15,11 +15,11 @@ class Watched(TrainerCallback):
 
 
 def planned_and_allocated(
-    folder, *, family="llama", vocabulary=512, heads=4, labelled=0.5, lora=False, batch, **options
+    folder, *, family="llama", vocabulary=512, heads=4, labelled=0.5, lora=False, batch, length=256, **options
 ):
     """Peak of a step beside weights and an optimizer's states, which were there before."""
     config, lora = small(family, vocabulary=vocabulary, width=256), adapter(family) if lora else None
-    shape = {"batch": batch, "length": 256, "attention": "sdpa", "heads": heads, "labelled": labelled, "lora": lora}
+    shape = {"batch": batch, "length": length, "attention": "sdpa", "heads": heads, "labelled": labelled, "lora": lora}
     trainer = trainer_of(config, folder, max_steps=2, **shape, **options)
     watch = Watched()
     trainer.add_callback(watch)
@@ -36,6 +36,15 @@ def test_peak_is_what_a_real_step_allocates(mode, vocabulary, tmp_path):
     assert expected == pytest.approx(found, rel=0.03)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("mode", [{"pretrain_heads": True}, {"train_heads": True, "vocabulary": 32768}])
+def test_peak_of_gradients_handed_on_is_what_a_real_step_allocates(mode, accumulation, tmp_path):
+    """Rows so short that in stage 1 hardly anything else is there."""
+    options = {"gradient_accumulation_steps": accumulation, **mode}
+    expected, found = planned_and_allocated(tmp_path, batch=1, length=32, **options)
+    assert expected == pytest.approx(found, rel=0.03)
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize("lora", [False, True])
@@ -48,8 +57,9 @@ def test_peak_in_the_last_layer_is_what_a_real_step_allocates(family, lora, chec
 
 @pytest.mark.parametrize("vocabulary", [512, 8192])
 @pytest.mark.parametrize("labelled", [0.5, 1.0])
-@pytest.mark.parametrize("batch", [1, 8])
-def test_peak_of_stage_one_is_what_a_real_step_allocates(vocabulary, labelled, batch, tmp_path):
+@pytest.mark.parametrize(("batch", "accumulation"), [(1, 1), (1, 2), (8, 1)])
+def test_peak_of_stage_one_is_what_a_real_step_allocates(vocabulary, labelled, batch, accumulation, tmp_path):
     options = {"labelled": labelled, "vocabulary": vocabulary, "pretrain_heads": True}
+    options["gradient_accumulation_steps"] = accumulation
     expected, found = planned_and_allocated(tmp_path, batch=batch, **options)
     assert expected == pytest.approx(found, rel=0.12)

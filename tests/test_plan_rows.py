@@ -139,3 +139,12 @@ def test_states_of_embeddings_and_of_small_weights_stay_in_32_bits():
     of_small = 2 * 3 * sum(weight.numel() for weight in model.parameters() if weight.numel() < 4096)
     whole = 2 * sum(weight.numel() for weight in model.parameters())
     assert states == [whole + of_small + 2 * 3 * model.get_input_embeddings().weight.numel(), whole + of_small]
+
+
+def test_the_buffer_of_trls_loss_is_whole_on_a_gpu():
+    setup = Setup(batch_size=1, length=256, mean_length=256.0, labelled=0.5, heads=0, on_gpu=True)
+    memory = estimate(small("llama", vocabulary=512, width=64), setup).memory
+    assert (
+        memory.logits == 128 * 32768 * 4 + 128 * 64 * 4
+    )  # rows times the columns of its buffer, and the rows' gradient
+    assert memory.process == 0  # which the allocator of a GPU does not count
