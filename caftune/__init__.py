@@ -4,6 +4,7 @@ CAFTTrainer, CAFTConfig        a drop-in for TRL's SFTTrainer and SFTConfig
 attach_heads, detach_heads     put heads into a model, take them out: for a training loop of your own
 Backbone, AuxiliaryHeads, HeadsConfig, AuxiliaryWeights, auxiliary_loss      the method, without TRL
 load_heads, save_heads, export_model                                         heads and models on disk
+CaftuneError                   what a person can fix: the message names the place, the value and the remedy
 SpeculativeDecoding            kept heads draft for their model
 """
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from caftune.backbone import Backbone
     from caftune.checkpoint import load_heads, save_heads
     from caftune.config import CAFTConfig
+    from caftune.errors import CaftuneError
     from caftune.export import export_model
     from caftune.heads import AuxiliaryHeads, HeadsConfig, attach_heads, detach_heads
     from caftune.objective import AuxiliaryWeights, auxiliary_loss
@@ -33,6 +35,7 @@ _HOME = {
     "export_model": "export",
     "SpeculativeDecoding": "speculative",
     "CAFTConfig": "config",
+    "CaftuneError": "errors",
     "CAFTTrainer": "trainer",
 }
 __all__ = [
@@ -41,6 +44,7 @@ __all__ = [
     "Backbone",
     "CAFTConfig",
     "CAFTTrainer",
+    "CaftuneError",
     "HeadsConfig",
     "SpeculativeDecoding",
     "attach_heads",

@@ -20,12 +20,13 @@ from torch.distributed.tensor import DTensor
 
 from caftune.calls import LayerCall
 from caftune.cross_entropy import Unembedding
+from caftune.errors import CaftuneError
 from caftune.rows import Mixer, choose_mixer
 
 _PROBE_TOKENS = 8
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(CaftuneError):
     """The model cannot carry auxiliary heads; the message says why."""
 
 

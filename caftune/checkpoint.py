@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from caftune.backbone import Backbone, whole
+from caftune.errors import CaftuneError
 from caftune.heads import FORK_POINTS, AuxiliaryHeads, HeadsConfig
 
 FORMAT = 1
@@ -58,10 +59,6 @@ _VOLATILE = {
     *("id2label", "label2id", "vocab_size"),
     *("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout"),
 }
-
-
-class HeadsError(ValueError):
-    """A heads folder cannot be used with this model; the message says why and what to do."""
 
 
 def save_heads(
@@ -126,7 +123,7 @@ def load_heads(
             a fine-tuned model), also where tokens were added to it.
 
     Raises:
-        HeadsError: no such folder, a pickle, a damaged file, or heads of another base or tokenizer.
+        CaftuneError: no such folder, a pickle, a damaged file, or heads of another base or tokenizer.
     """
     folder = find_heads(folder)
     description = describe_heads(folder)
@@ -137,7 +134,7 @@ def load_heads(
     found = {name: tensor.shape for name, tensor in weights.items()}
     if expected != found:
         odd = sorted(set(expected) ^ set(found)) or sorted(name for name in expected if expected[name] != found[name])
-        raise HeadsError(
+        raise CaftuneError(
             f"The heads in {folder} do not fit {type(backbone.model).__name__}: {odd[0]} and {len(odd) - 1} more tensors "
             "differ in name or shape. Train heads for this model."
         )
@@ -149,7 +146,7 @@ def find_heads(name: str | os.PathLike[str]) -> Path:
     """The folder `name`, or this machine's copy of the heads `owner/name[@revision]` on the hub, fetched where it is missing.
 
     Raises:
-        HeadsError: it is neither a folder nor to be had from the hub.
+        CaftuneError: it is neither a folder nor to be had from the hub.
     """
     if Path(name).is_dir() or not _HUB_ID.fullmatch(str(name)):
         return Path(name)
@@ -158,12 +155,14 @@ def find_heads(name: str | os.PathLike[str]) -> Path:
         files = [*SHARED_FILES, "README.md"]
         folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except HUB_ERRORS as error:
-        raise HeadsError(
+        raise CaftuneError(
             f"{name} is no folder, and the hub gave no such heads ({hub_reason(error)}). Check the name; private heads need "
             "`hf auth login`."
         ) from error
     if not (folder / DESCRIPTION_FILE).is_file():
-        raise HeadsError(f"{name} on the hub holds no heads of caftune: it has no {DESCRIPTION_FILE}. Check the name.")
+        raise CaftuneError(
+            f"{name} on the hub holds no heads of caftune: it has no {DESCRIPTION_FILE}. Check the name."
+        )
     return folder
 
 
@@ -183,11 +182,11 @@ def describe_heads(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not (path / DESCRIPTION_FILE).is_file():
         pickles = [item.name for suffix in ("*.pth", "*.pt", "*.bin", "*.pkl") for item in path.glob(suffix)]
         if pickles:
-            raise HeadsError(
+            raise CaftuneError(
                 f"{path} holds {pickles[0]}, a pickle, which can run code when opened. caftune reads only {WEIGHTS_FILE} "
                 f"with {DESCRIPTION_FILE}; train heads with `caftune pretrain-heads`."
             )
-        raise HeadsError(
+        raise CaftuneError(
             f"{path} must be a folder with {DESCRIPTION_FILE} and {WEIGHTS_FILE}, and is not. "
             "Train heads with `caftune pretrain-heads`, or name some on the hub (owner/name)."
         )
@@ -197,9 +196,9 @@ def describe_heads(folder: str | os.PathLike[str]) -> dict[str, Any]:
         if found == FORMAT:
             _check_description(description)
     except (ValueError, KeyError, TypeError) as error:
-        raise HeadsError(f"{path / DESCRIPTION_FILE} is damaged ({error}). Copy or train the heads again.") from error
+        raise CaftuneError(f"{path / DESCRIPTION_FILE} is damaged ({error}). Copy or train the heads again.") from error
     if found != FORMAT:
-        raise HeadsError(
+        raise CaftuneError(
             f"{path} has heads of format {found}, and this caftune reads format {FORMAT}. "
             "Update caftune or train the heads again."
         )
@@ -210,7 +209,7 @@ def _check_description(description: Mapping[str, Any]) -> None:
     """Raise ValueError, KeyError or TypeError where a description lacks what loading needs."""
     config = HeadsConfig(len(description["horizons"]), description["kind"])
     if description["horizons"] != config.horizons:
-        raise ValueError(f"horizons must be {config.horizons}, got {description['horizons']}")
+        raise CaftuneError(f"horizons must be {config.horizons}, got {description['horizons']}")
     for key in ("weights_sha256", "tokenizer", "vocabulary"):
         description[key]
     for key in ("name", "model_type", "architecture", "unembedding", "last_layer"):
@@ -231,16 +230,16 @@ def read_heads(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = find_heads(folder) / WEIGHTS_FILE
     description = describe_heads(path.parent)
     if not path.is_file():
-        raise HeadsError(f"{folder} has {DESCRIPTION_FILE} but no {WEIGHTS_FILE}. Copy or train the heads again.")
+        raise CaftuneError(f"{folder} has {DESCRIPTION_FILE} but no {WEIGHTS_FILE}. Copy or train the heads again.")
     if file_sha256(path) != description["weights_sha256"]:
-        raise HeadsError(
+        raise CaftuneError(
             f"{path.resolve()} is damaged: its SHA-256 differs from {DESCRIPTION_FILE}. Delete it, and copy, pull or train "
             "the heads again."
         )
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise HeadsError(f"{path} is not a safetensors file ({error}). Copy or train the heads again.") from error
+        raise CaftuneError(f"{path} is not a safetensors file ({error}). Copy or train the heads again.") from error
 
 
 def base_fingerprint(backbone: Backbone) -> dict[str, Any]:
@@ -351,7 +350,7 @@ def _refuse_other_base(
         if kind
         else "Use heads of this model, or force=True (recipe: heads.force) if one is a fine-tuned version of the other."
     )
-    raise HeadsError(
+    raise CaftuneError(
         f"The heads in {folder} were trained for {expected['name'] or expected['model_type']}, and {this} differs in its "
         f"{', '.join(kind + weights)}. {remedy}"
     )

@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from caftune.errors import CaftuneError
+
 app = typer.Typer(
     help="Concept-aware fine-tuning of language models.",
     no_args_is_help=True,
@@ -360,7 +362,7 @@ def _errors_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         console.print("\nStopped. Labels and checkpoints written so far are kept; the same command goes on from there.")
         sys.exit(130)
-    except ValueError as error:
+    except CaftuneError as error:
         if os.environ.get("CAFTUNE_TRACEBACK"):
             raise
         Console(stderr=True).print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -41,10 +41,11 @@ from caftune.comparison import summarise_comparison
 from caftune.concept_study import study_concepts
 from caftune.concepts import read_terms
 from caftune.control_heads import write_control_heads, write_untrained_heads
+from caftune.errors import CaftuneError
 from caftune.evals.statistics import load_scipy
 from caftune.evaluation import evaluate, in_words, read_tasks, with_form
 from caftune.heads import HeadsConfig
-from caftune.recipe import Arm, Recipe, RecipeError, save_recipe
+from caftune.recipe import Arm, Recipe, save_recipe
 from caftune.run_folder import is_begun, is_done, open_stage, record, refuse_other_stage, with_commit
 from caftune.stage_options import (
     free_memory,
@@ -68,7 +69,7 @@ def compare(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
         What comparison.json holds.
 
     Raises:
-        RecipeError: settings that cannot be compared, no such run, or a run made from another recipe.
+        CaftuneError: settings that cannot be compared, no such run, or a run made from another recipe.
     """
     runs = [(arm, seed) for seed in seeds_of(recipe) for arm in recipe.compare.arms]
     chosen = _chosen(runs, only)
@@ -87,17 +88,17 @@ def compare(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
 
 def _refuse_unfit(recipe: Recipe) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError(
+        raise CaftuneError(
             "caftune compare must run in one process, got several. Start single runs with --only ARM/SEED, one a process."
         )
     if recipe.eval.backend == "server":
-        raise RecipeError(
+        raise CaftuneError(
             "eval.backend must be transformers or vllm in a comparison, got server, which serves one model. Change it."
         )
     if recipe.loss.weight == 0:
-        raise RecipeError("loss.weight must be above 0 in a comparison, got 0: arm ntp is the one without. Change it.")
+        raise CaftuneError("loss.weight must be above 0 in a comparison, got 0: arm ntp is the one without. Change it.")
     if not recipe.eval.tasks and recipe.data.eval is None:
-        raise RecipeError("eval.tasks or data.eval must be given, got neither: there is nothing to compare. Add one.")
+        raise CaftuneError("eval.tasks or data.eval must be given, got neither: there is nothing to compare. Add one.")
     _refuse_arms(recipe)
     load_scipy()
     if recipe.eval.tasks:
@@ -117,16 +118,16 @@ def _with_form(recipe: Recipe) -> Recipe:
 
 def _refuse_arms(recipe: Recipe) -> None:
     if recipe.model.tuning != "full" and not recipe.model.lora.merge:
-        raise RecipeError("model.lora.merge must be true in a comparison, which evaluates whole models. Change it.")
+        raise CaftuneError("model.lora.merge must be true in a comparison, which evaluates whole models. Change it.")
     if recipe.heads.keep:
-        raise RecipeError("heads.keep must be false in a comparison, which keeps no heads. Change it.")
+        raise CaftuneError("heads.keep must be false in a comparison, which keeps no heads. Change it.")
     scrambled = [arm for arm in recipe.compare.arms if arm in ("random_heads", "shuffled_horizons")]
     if scrambled and recipe.adapt is not None:
-        raise RecipeError(
+        raise CaftuneError(
             f"compare.arms must not hold {scrambled[0]} with adapt, which would train its heads on the task. Remove one."
         )
     if "shuffled_horizons" in recipe.compare.arms and _heads_config(recipe).count < 2:
-        raise RecipeError("compare.arms must not hold shuffled_horizons with one head. Remove it.")
+        raise CaftuneError("compare.arms must not hold shuffled_horizons with one head. Remove it.")
 
 
 def _chosen(runs: Sequence[tuple[Arm, int]], only: str | None) -> list[tuple[Arm, int]]:
@@ -134,7 +135,7 @@ def _chosen(runs: Sequence[tuple[Arm, int]], only: str | None) -> list[tuple[Arm
         return list(runs)
     named = {f"{arm}/{seed}": (arm, seed) for arm, seed in runs}
     if only != BASE and only not in named:
-        raise RecipeError(f"--only must be one of {BASE}, {', '.join(named)}, got {only}.")
+        raise CaftuneError(f"--only must be one of {BASE}, {', '.join(named)}, got {only}.")
     return [named[only]] if only in named else []
 
 
@@ -148,12 +149,12 @@ def _ensure_heads(recipe: Recipe, *, make: bool) -> None:
     compared = Path(recipe.output, "compare")
     made = [run for run in compared.glob("*/*/compare/recipe.yaml") if run.parts[-4] not in (BASE, *_WITHOUT_HEADS)]
     if made:
-        raise RecipeError(
+        raise CaftuneError(
             f"{made[0].parents[1]} was made with other heads than those of this recipe, which are still to be made. Set "
             f"heads.path back, use another output, or remove {compared} to make all runs anew."
         )
     if not make:
-        raise RecipeError(
+        raise CaftuneError(
             f"{Path(recipe.output, 'heads')} is missing. Run `caftune label` and `caftune pretrain-heads` before single runs."
         )
     if recipe.heads.text is None:
@@ -172,16 +173,16 @@ def _heads_config(recipe: Recipe) -> HeadsConfig:
 
 
 def _refuse_other_runs(recipe: Recipe, runs: Sequence[tuple[Arm, int]]) -> None:
-    """Raise RecipeError where a run that is done was made from another recipe or other files: it would be compared."""
+    """Raise CaftuneError where a run that is done was made from another recipe or other files: it would be compared."""
     every = [(BASE, _base_recipe(recipe)), *((arm, arm_recipe(recipe, arm, seed)) for arm, seed in runs)]
     for arm, run in every:
         if is_begun(run, "compare"):
             try:
                 refuse_other_stage(run, "compare", _files(recipe, run, arm))
-            except RecipeError as error:
+            except CaftuneError as error:
                 what = str(error).partition(" Remove ")[0]
                 everything = Path(recipe.output, "compare")
-                raise RecipeError(
+                raise CaftuneError(
                     f"{what} Undo the change, use another output, or remove {everything} to make all runs anew."
                 ) from error
 
@@ -257,7 +258,7 @@ def _alone(run: Recipe) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise RecipeError(f"{folder} is being made by another process. Wait for it, or start another run.") from error
+        raise CaftuneError(f"{folder} is being made by another process. Wait for it, or start another run.") from error
     try:
         yield
     finally:

@@ -50,7 +50,7 @@ def study_concepts(
 
     Raises:
         UnsupportedModelError: the model's parts cannot be found.
-        ValueError: no such kind of concepts.
+        CaftuneError: no such kind of concepts.
     """
     backbone = model if isinstance(model, Backbone) else Backbone.of(model)
     chosen = rows if limit is None else rows.select(range(min(limit, len(rows))))

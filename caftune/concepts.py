@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from caftune.errors import CaftuneError
 from caftune.evals.molecules import molecule_of
 
 Ranges = tuple[tuple[int, int], ...]
@@ -55,11 +56,11 @@ def find_concepts(text: str, kind: str, terms: Sequence[str] = ()) -> list[Conce
     white space for a space, the earliest first and of those the longest. What shares a character with it is left out.
 
     Raises:
-        ValueError: no such kind, or a term without a character.
-        TaskError: RDKit is needed and not installed.
+        CaftuneError: no such kind, or a term without a character.
+        CaftuneError: RDKit is needed and not installed.
     """
     if kind not in _FINDERS:
-        raise ValueError(f"kind must be one of {', '.join(_FINDERS)}, got {kind!r}. Name one of these.")
+        raise CaftuneError(f"kind must be one of {', '.join(_FINDERS)}, got {kind!r}. Name one of these.")
     named = list(_occurrences(text, terms))
     taken = {place for concept in named for place in _places(concept.ranges)}
     others = [concept for concept in _FINDERS[kind](text) if taken.isdisjoint(_places(concept.ranges))]
@@ -70,17 +71,19 @@ def read_terms(path: str | Path) -> list[str]:
     """The terms of a text file, one a line; blank lines and lines that begin with # are left out.
 
     Raises:
-        ValueError: no such file, not UTF-8, or no terms in it.
+        CaftuneError: no such file, not UTF-8, or no terms in it.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8, and is not ({error}). Convert it.") from error
+        raise CaftuneError(f"{path} must be text in UTF-8, and is not ({error}). Convert it.") from error
     except OSError as error:
-        raise ValueError(f"{path} must be a file of terms, one a line, got {error.strerror}. Mend the path.") from error
+        raise CaftuneError(
+            f"{path} must be a file of terms, one a line, got {error.strerror}. Mend the path."
+        ) from error
     terms = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not terms:
-        raise ValueError(f"{path} must hold at least one term, got none. Write one a line.")
+        raise CaftuneError(f"{path} must hold at least one term, got none. Write one a line.")
     return terms
 
 
@@ -170,7 +173,7 @@ def _occurrences(text: str, terms: Sequence[str]) -> Iterator[Concept]:
     """Where `terms` stand in the text as whole words, without overlaps."""
     names = sorted(dict.fromkeys(terms), key=len, reverse=True)
     if not all(name.strip() for name in names):
-        raise ValueError("A term must have characters, got a blank one. Remove it from the list.")
+        raise CaftuneError("A term must have characters, got a blank one. Remove it from the list.")
     if not names:
         return
     forms = (r"\s+".join(map(re.escape, name.split())) for name in names)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
+from caftune.errors import CaftuneError
 from caftune.heads import HeadsConfig
 from caftune.objective import SCHEDULES, AuxiliaryWeights
 
@@ -36,7 +37,7 @@ class CAFTConfig(SFTConfig):
             their losses are then not logged. 0: none.
 
     Raises:
-        ValueError: a value outside its range.
+        CaftuneError: a value outside its range.
     """
 
     heads: str | None = field(default=None, metadata={"help": "Folder of pretrained heads."})
@@ -73,51 +74,51 @@ class CAFTConfig(SFTConfig):
         self._check_soft_targets()
         self._check_savings()
         if self.pretrain_heads and self.aux_weight == 0:
-            raise ValueError("aux_weight must be above 0 in stage 1 (pretrain_heads=True), got 0.")
+            raise CaftuneError("aux_weight must be above 0 in stage 1 (pretrain_heads=True), got 0.")
         if not self.pretrain_heads and self.heads is None and self.aux_weight > 0:
-            raise ValueError(
+            raise CaftuneError(
                 "heads must name a folder of pretrained heads, got None. Pretrain some with pretrain_heads=True (or "
                 "`caftune pretrain-heads`), or set aux_weight=0 for plain fine-tuning."
             )
         self._check_packing()
         if self.label_smoothing_factor > 0 and self.aux_weight > 0:
-            raise ValueError(
+            raise CaftuneError(
                 f"label_smoothing_factor must be 0 with auxiliary losses, got {self.label_smoothing_factor}: "
                 "its forward pass does not reach the heads."
             )
 
     def _check_soft_targets(self) -> None:
         if self.soft_targets and not self.pretrain_heads:
-            raise ValueError("soft_targets must be False in stage 2: there the tokens of the task are the targets.")
+            raise CaftuneError("soft_targets must be False in stage 2: there the tokens of the task are the targets.")
         if self.soft_top_k is not None and not (self.soft_targets and self.soft_top_k >= 1):
-            raise ValueError(f"soft_top_k must be at least 1, and needs soft_targets=True, got {self.soft_top_k}.")
+            raise CaftuneError(f"soft_top_k must be at least 1, and needs soft_targets=True, got {self.soft_top_k}.")
 
     def _check_savings(self) -> None:
         if not 0 < self.aux_rows <= 1:
-            raise ValueError(f"aux_rows must be in (0, 1], got {self.aux_rows}.")
+            raise CaftuneError(f"aux_rows must be in (0, 1], got {self.aux_rows}.")
         if self.aux_min_weight < 0:
-            raise ValueError(f"aux_min_weight must be a number >= 0, got {self.aux_min_weight}.")
+            raise CaftuneError(f"aux_min_weight must be a number >= 0, got {self.aux_min_weight}.")
         if self.aux_min_weight > 0 and (self.pretrain_heads or self.train_heads):
-            raise ValueError(
+            raise CaftuneError(
                 f"aux_min_weight must be 0 where heads are trained (pretrain_heads, train_heads), got {self.aux_min_weight}: "
                 "heads that are left out would not learn."
             )
 
     def _check_packing(self) -> None:
         if self.packing and self.packing_strategy == "wrapped":
-            raise ValueError(
+            raise CaftuneError(
                 "packing_strategy must be 'bfd' or 'bfd_split', got 'wrapped', which cuts documents without marking where, "
                 "so heads would be trained to predict into the next document."
             )
         if self.eval_packing and not self.packing:
-            raise ValueError(
+            raise CaftuneError(
                 "eval_packing must not be True without packing: TRL (1.16) would then not mark where documents begin, and they "
                 "would see each other."
             )
 
     def _check_training_of_heads(self) -> None:
         if self.heads_max_grad_norm is not None and self.max_grad_norm == 0:
-            raise ValueError(
+            raise CaftuneError(
                 "heads_max_grad_norm must be None with max_grad_norm=0, which switches all clipping off. Use a large "
                 "max_grad_norm to clip the heads alone."
             )
@@ -126,11 +127,11 @@ class CAFTConfig(SFTConfig):
             if value is None:
                 continue
             if not self.train_heads or self.pretrain_heads:
-                raise ValueError(
+                raise CaftuneError(
                     f"{name} must be None unless stage 2 trains the heads (train_heads=True), got {value}."
                 )
             if value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}.")
+                raise CaftuneError(f"{name} must be above 0, got {value}.")
 
     @property
     def auxiliary_weights(self) -> AuxiliaryWeights:

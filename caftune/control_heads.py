@@ -17,6 +17,7 @@ from caftune.checkpoint import (
     save_heads,
     write_json,
 )
+from caftune.errors import CaftuneError
 from caftune.heads import AuxiliaryHeads, HeadsConfig
 
 Control = Literal["random_heads", "shuffled_horizons"]
@@ -31,7 +32,7 @@ def write_control_heads(control: Control, source: Path, target: Path, *, seed: i
       predict, and none what it is held to.
 
     Raises:
-        ValueError: shuffled_horizons with one head.
+        CaftuneError: shuffled_horizons with one head.
     """
     description = describe_heads(source)
     weights = read_heads(source)
@@ -65,7 +66,7 @@ def _permuted(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 def _rotated(weights: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     if count < 2:
-        raise ValueError(f"shuffled_horizons needs at least 2 heads, got {count}. Leave it out of compare.arms.")
+        raise CaftuneError(f"shuffled_horizons needs at least 2 heads, got {count}. Leave it out of compare.arms.")
     moved = {}
     for name, tensor in weights.items():
         _, index, rest = name.split(".", 2)  # heads.0.mlp.up_proj.weight

@@ -16,6 +16,8 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, LargeList, List, Value, load_dataset
 
+from caftune.errors import CaftuneError
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+){1,2}(:[\w.:\[\]%-]+)?")
 # Columns that go along with messages, and what stands for them in rows without.
 _EXTRAS: dict[str, Any] = {"tools": None, "chat_template_kwargs": {}}
@@ -29,10 +31,6 @@ _NAMES = (
 )
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-
-class DataError(ValueError):
-    """Data cannot be used; the message names the file, the row and the remedy."""
 
 
 def load_rows(
@@ -54,7 +52,7 @@ def load_rows(
         texts_too: prompts and completions that are text, too.
 
     Raises:
-        DataError: no such file, a malformed line (with its number), no rows, or columns of no known form.
+        CaftuneError: no such file, a malformed line (with its number), no rows, or columns of no known form.
     """
     rows = read_rows(source)
     rows = rows[:limit] if limit is not None else rows
@@ -63,10 +61,10 @@ def load_rows(
         if unknown is not None:
             near = get_close_matches(unknown, _NAMES, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(_NAMES)}."
-            raise DataError(f"data.columns.{unknown} is not one of caftune's names. {hint}")
+            raise CaftuneError(f"data.columns.{unknown} is not one of caftune's names. {hint}")
         missing = [name for name in columns.values() if name not in rows[0]]
         if missing:
-            raise DataError(
+            raise CaftuneError(
                 f"{source} has no column {missing[0]!r}; its columns are {', '.join(rows[0])}. Mend data.columns."
             )
         along = [*_EXTRAS, "system", *(["input", "context", "history"] if "instruction" in columns else [])]
@@ -95,7 +93,7 @@ def _dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
     forms = [{name: isinstance(row[name], list) for name in row if name not in _EXTRAS} for row in rows]
     odd = next((number for number, form in enumerate(forms) if form != forms[0]), None)
     if odd is not None:
-        raise DataError(
+        raise CaftuneError(
             f"{source}, row {odd} (from 0) is of another form than the rows before it. Mend or remove the row."
         )
     filled = [{name: row.get(name, _EXTRAS.get(name)) for name in names} for row in rows]
@@ -108,28 +106,28 @@ def read_rows(source: str) -> list[dict[str, Any]]:
     """The rows of a file or hub id, as they are.
 
     Raises:
-        DataError: no such file, a malformed line (with its number), or no rows.
+        CaftuneError: no such file, a malformed line (with its number), or no rows.
     """
     rows = _read(source)
     if not rows:
-        raise DataError(f"{source} is empty. Give at least one row.")
+        raise CaftuneError(f"{source} is empty. Give at least one row.")
     return rows
 
 
 def _read(source: str) -> list[dict[str, Any]]:
     path = Path(source)
     if path.is_dir():
-        raise DataError(f"{source} is a folder. Name a file in it: {_KINDS}.")
+        raise CaftuneError(f"{source} is a folder. Name a file in it: {_KINDS}.")
     if not path.is_file():
         return _read_hub(source)
     try:
         return _read_file(path)
     except UnicodeDecodeError as error:
-        raise DataError(
+        raise CaftuneError(
             f"{source} must be text in UTF-8, and is not ({error}). Convert it, with iconv for example."
         ) from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{source} is damaged or cut off ({error}). Copy it again.") from error
+        raise CaftuneError(f"{source} is damaged or cut off ({error}). Copy it again.") from error
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
@@ -143,18 +141,18 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
         return _read_csv(path)
     if suffix == ".parquet":
         return _from_arrow(Dataset.from_parquet(str(path), keep_in_memory=True))
-    raise DataError(f"{path} must end in {_KINDS}, got {suffix!r}.")
+    raise CaftuneError(f"{path} must end in {_KINDS}, got {suffix!r}.")
 
 
 def _read_hub(source: str) -> list[dict[str, Any]]:
     if not _is_hub_id(source):
-        raise DataError(f"{source} must be an existing file or a hub id (owner/name), and there is no such file.")
+        raise CaftuneError(f"{source} must be an existing file or a hub id (owner/name), and there is no such file.")
     place, _, split = source.partition(":")
     owner, name, *configuration = place.split("/")
     try:
         return _from_arrow(load_dataset(f"{owner}/{name}", *configuration, split=split or "train"))
     except (OSError, ValueError) as error:
-        raise DataError(
+        raise CaftuneError(
             f"{source} is no file, and the hub gave no such data set ({error}). A hub id is owner/name[/config][:split]."
         ) from error
 
@@ -168,10 +166,10 @@ def refuse_unnamed_split(source: str, place: str) -> None:
     """Refuse a hub id that would stand for the rows that models are trained on, where they are to be evaluated.
 
     Raises:
-        DataError: no split is named, which is `train` then.
+        CaftuneError: no split is named, which is `train` then.
     """
     if not Path(source).exists() and _is_hub_id(source) and ":" not in source:
-        raise DataError(
+        raise CaftuneError(
             f"{place} must be a file that exists or name a split on the hub, got {source}, which would mean its split `train`. "
             f"Write {source}:test, for example."
         )
@@ -203,7 +201,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
         with _open(path) as file:
             rows: list[dict[Any, Any]] = list(csv.DictReader(file, strict=True))
     except csv.Error as error:
-        raise DataError(
+        raise CaftuneError(
             f"{path} is malformed CSV ({error}). Close every quote, and double those within quotes."
         ) from error
     finally:
@@ -211,7 +209,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         surplus = row.pop(None, [])
         if any(surplus):
-            raise DataError(
+            raise CaftuneError(
                 f"{path}, row {number} (from 0) must have {len(row)} cells, as the first line has, got {surplus} beyond them. "
                 "Put texts with commas in quotes."
             )
@@ -227,11 +225,11 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(
+                raise CaftuneError(
                     f"{path}, line {number}: malformed JSON ({error.msg}). Mend or remove the line."
                 ) from error
             if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: must be a JSON object, got {type(row).__name__}.")
+                raise CaftuneError(f"{path}, line {number}: must be a JSON object, got {type(row).__name__}.")
             rows.append(row)
     return rows
 
@@ -241,9 +239,9 @@ def _read_list(path: Path) -> list[dict[str, Any]]:
         try:
             rows = json.load(file)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {error.lineno}: malformed JSON ({error.msg}). Mend the file.") from error
+            raise CaftuneError(f"{path}, line {error.lineno}: malformed JSON ({error.msg}). Mend the file.") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path} must hold a JSON list of objects. One object per line? Name it .jsonl.")
+        raise CaftuneError(f"{path} must hold a JSON list of objects. One object per line? Name it .jsonl.")
     return rows
 
 
@@ -258,7 +256,7 @@ def _parsed(value: Any, name: str, number: int, source: str) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise DataError(
+        raise CaftuneError(
             f"{source}, row {number} (from 0): {name} must be JSON, got {value!r}. Mend the row."
         ) from error
 
@@ -269,7 +267,7 @@ def _with_system(row: dict[str, Any], system: Any, number: int, source: str) -> 
         return row
     name = next((name for name in ("messages", "prompt") if isinstance(row.get(name), list)), None)
     if name is None:
-        raise DataError(
+        raise CaftuneError(
             f"{source}, row {number} (from 0) has a system message, and the row is plain text. Remove the column, or put it "
             "before the prompt."
         )
@@ -291,7 +289,7 @@ def _formed(row: dict[str, Any], number: int, source: str, *, chat: bool) -> dic
         if set(form) <= set(row):
             _refuse_no_texts({name: row[name] for name in form}, number, source)
             return {name: row[name] for name in form} | extras
-    raise DataError(
+    raise CaftuneError(
         f"{source}, row {number} (from 0) has the columns {', '.join(row)}, of no form caftune knows (messages; prompt and "
         "completion; text; instruction and output; conversations). Name them in data.columns, such as "
         "{prompt: question, completion: answer}."
@@ -301,7 +299,7 @@ def _formed(row: dict[str, Any], number: int, source: str, *, chat: bool) -> dic
 def _refuse_media(row: Mapping[str, Any], number: int, source: str) -> None:
     media = [name for name in _MEDIA if row.get(name)]
     if media:
-        raise DataError(
+        raise CaftuneError(
             f"{source}, row {number} (from 0) has {media[0]}, and caftune trains on text alone. Remove the row, or the column."
         )
 
@@ -312,36 +310,36 @@ def _refuse_no_texts(values: Mapping[str, Any], number: int, source: str) -> Non
         if isinstance(value, list):
             _conversation(value, name, number, source)
     if len({type(value) for value in values.values()}) > 1:
-        raise DataError(
+        raise CaftuneError(
             f"{source}, row {number} (from 0): {' and '.join(values)} must both be text or both messages. Mend the row."
         )
 
 
 def _refuse_no_text(value: Any, name: str, number: int, source: str) -> None:
     if value is None:
-        raise DataError(f"{source}, row {number} (from 0): {name} is missing. Mend or remove the row.")
+        raise CaftuneError(f"{source}, row {number} (from 0): {name} is missing. Mend or remove the row.")
     if not isinstance(value, str | list):
-        raise DataError(f"{source}, row {number} (from 0): {name} must be text, got {value!r}. Write it in quotes.")
+        raise CaftuneError(f"{source}, row {number} (from 0): {name} must be text, got {value!r}. Write it in quotes.")
 
 
 def _conversation(turns: Any, name: str, number: int, source: str) -> list[Any]:
     """`turns` as they are, where every one can be written by a chat template."""
     place = f"{source}, row {number} (from 0)"
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{place}: {name} must be a list of messages, got {turns!r}. Mend or remove the row.")
+        raise CaftuneError(f"{place}: {name} must be a list of messages, got {turns!r}. Mend or remove the row.")
     for turn in turns:
         role = turn.get("role") if isinstance(turn, dict) else None
         if role not in _ROLES:
-            raise DataError(
+            raise CaftuneError(
                 f"{place}: a role in {name} must be one of {', '.join(_ROLES)}, got {role!r}. Mend the row."
             )
         content = turn.get("content")
         said = [value for key, value in turn.items() if key != "role" and value is not None]
         if not said or not isinstance(content, str | list | None):
-            raise DataError(f"{place}: content in {name} must be text, got {content!r}. Mend or remove the row.")
+            raise CaftuneError(f"{place}: content in {name} must be text, got {content!r}. Mend or remove the row.")
         kinds = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
         if set(kinds) - {"text"}:
-            raise DataError(
+            raise CaftuneError(
                 f"{place}: {name} has a part of type {kinds}, and caftune trains on text alone. Remove the row."
             )
     return turns
@@ -352,14 +350,14 @@ def _message(turn: Any, number: int, source: str) -> Any:
         return turn  # ChatML under ShareGPT's name
     role = _SHAREGPT_ROLES.get(turn.get("from", ""))
     if role is None:
-        raise DataError(f"{source}, row {number} (from 0): unknown speaker {turn.get('from')!r} in conversations.")
+        raise CaftuneError(f"{source}, row {number} (from 0): unknown speaker {turn.get('from')!r} in conversations.")
     return {"role": role, "content": turn.get("value")}
 
 
 def _from_alpaca(row: Mapping[str, Any], number: int, source: str, *, chat: bool) -> dict[str, Any]:
     answer, more = row.get("output", row.get("response")), row.get("input") or row.get("context")  # as Dolly calls it
     if row.get("history"):
-        raise DataError(
+        raise CaftuneError(
             f"{source}, row {number} (from 0) has a history, which would be left out. Write its turns as messages."
         )
     _refuse_no_text(row["instruction"], "instruction", number, source)

@@ -22,15 +22,16 @@ from rich.console import Console
 from rich.table import Table
 
 from caftune.checkpoint import model_fingerprint
-from caftune.data import DataError, read_rows, refuse_unnamed_split
+from caftune.data import read_rows, refuse_unnamed_split
+from caftune.errors import CaftuneError
 from caftune.evals.proteins import PROTEINS, sequence_of
 from caftune.evals.statistics import interval, load_scipy
-from caftune.evals.task import Example, Task, TaskError, text, until_stop, without_thought
+from caftune.evals.task import Example, Task, text, until_stop, without_thought
 from caftune.evals.tasks import TASKS
 from caftune.generation import Sampling
 from caftune.labels import AnswerCache, generate_labels
 from caftune.prompts import Conversation, is_chat
-from caftune.recipe import Recipe, RecipeError
+from caftune.recipe import Recipe
 from caftune.run_folder import record, with_commit
 from caftune.stage_options import answer_backend, context_length, free_memory, load_tokenizer, who_answers
 from caftune.stage_rows import read_task_rows
@@ -54,8 +55,8 @@ def evaluate(recipe: Recipe) -> list[Result]:
     """Evaluate `eval.model` on `eval.tasks`.
 
     Raises:
-        RecipeError: no such task, no data for it, or settings that cannot work together.
-        TaskError: rows without what the task needs, or a package or permission that is missing.
+        CaftuneError: no such task, no data for it, or settings that cannot work together.
+        CaftuneError: rows without what the task needs, or a package or permission that is missing.
     """
     recipe = with_commit(recipe)
     name, tasks = _model_of(recipe), read_tasks(recipe)
@@ -67,11 +68,11 @@ def with_form(recipe: Recipe, tokenizer: Any) -> Recipe:
     """The recipe with `eval.chat` decided: the form that data.train has, and that the model therefore knows.
 
     Raises:
-        RecipeError: a conversation without a chat template, or a data.train that cannot be read.
+        CaftuneError: a conversation without a chat template, or a data.train that cannot be read.
     """
     chat, has_template = recipe.eval.chat, bool(getattr(tokenizer, "chat_template", None))
     if chat and not has_template:
-        raise RecipeError(
+        raise CaftuneError(
             f"eval.chat must not be true for {tokenizer.name_or_path}, which has no chat template. Remove it."
         )
     if chat is None:
@@ -85,8 +86,8 @@ def _is_trained_on_text(recipe: Recipe) -> bool:
         return False
     try:
         return not is_chat(read_task_rows(recipe, recipe.data.train, limit=1, chat=True))
-    except DataError as error:
-        raise RecipeError(
+    except CaftuneError as error:
+        raise CaftuneError(
             f"eval.chat must be given where data.train cannot be read ({error}). Add it: true for a model that is trained in "
             "conversations, false for one that is trained on plain text."
         ) from error
@@ -96,15 +97,15 @@ def read_tasks(recipe: Recipe) -> list[tuple[Task, list[Example]]]:
     """The tasks of `eval` and their examples, after all checks that need no model. Raises what `evaluate` does."""
     section = recipe.eval
     if not section.tasks:
-        raise RecipeError(f"eval.tasks must name tasks, got none. Known: {', '.join(TASKS)}.")
+        raise CaftuneError(f"eval.tasks must name tasks, got none. Known: {', '.join(TASKS)}.")
     unknown = next((task for task in section.tasks if task not in TASKS), None)
     if unknown is not None:
-        raise RecipeError(f"eval.tasks must hold names of tasks, got {unknown!r}. Known: {', '.join(TASKS)}.")
+        raise CaftuneError(f"eval.tasks must hold names of tasks, got {unknown!r}. Known: {', '.join(TASKS)}.")
     if section.runs > 1 and section.temperature == 0:
-        raise RecipeError("eval.runs must be 1 with eval.temperature 0: greedy answers are all the same.")
+        raise CaftuneError("eval.runs must be 1 with eval.temperature 0: greedy answers are all the same.")
     if section.structures is not None:
         if PROTEINS.name not in section.tasks:
-            raise RecipeError(
+            raise CaftuneError(
                 f"eval.structures needs the task {PROTEINS.name} in eval.tasks. Add it, or remove structures."
             )
         check_structures(section.structures)
@@ -120,11 +121,11 @@ def _model_of(recipe: Recipe) -> str:
         return recipe.eval.model
     model = _own_model(recipe)
     if (model / "adapter_config.json").is_file():
-        raise RecipeError(
+        raise CaftuneError(
             f"{model} must hold a whole model, and holds an adapter alone. Run `caftune export` with model.lora.merge=true."
         )
     if not (model / "config.json").is_file():
-        raise RecipeError(
+        raise CaftuneError(
             f"{model} is missing. Run `caftune train` first, or name a model in eval.model (`base`, a folder or a hub id)."
         )
     return str(model)
@@ -153,7 +154,7 @@ def label_of(recipe: Recipe, name: str) -> str:
 def _examples(recipe: Recipe, task: Task) -> list[Example]:
     source = recipe.eval.data.get(task.name)
     if source is None:
-        raise RecipeError(
+        raise CaftuneError(
             f"eval.data.{task.name} must name a file or hub id with the rows of {task.name}, got nothing. Add it to the recipe."
         )
     refuse_unnamed_split(source, f"eval.data.{task.name}")
@@ -164,11 +165,11 @@ def _examples(recipe: Recipe, task: Task) -> list[Example]:
         if "prompt" in recipe.eval.columns:  # as a model was trained on them
             asked = [text(row, number, "prompt") for number, row in enumerate(named)]
             examples = [replace(example, prompt=prompt) for example, prompt in zip(examples, asked, strict=True)]
-    except TaskError as error:
-        raise TaskError(f"{source}: {error}") from error
+    except CaftuneError as error:
+        raise CaftuneError(f"{source}: {error}") from error
     twice = next((name for name, count in Counter(example.id for example in examples).items() if count > 1), None)
     if twice is not None:
-        raise TaskError(f"{source}: examples must have ids of their own, and {twice} stands twice. Mend the file.")
+        raise CaftuneError(f"{source}: examples must have ids of their own, and {twice} stands twice. Mend the file.")
     return examples
 
 
@@ -195,7 +196,7 @@ def _ask_all(recipe: Recipe, name: str, task: Task, examples: Sequence[Example])
     room = (context_length(recipe, name) or sys.maxsize) - sampling.max_new_tokens - (section.backend == "server")
     long = [number for number, talk in talks.items() if len(talk.prompt(0, [], tokenizer).ids) > room]
     if long:
-        raise RecipeError(
+        raise CaftuneError(
             f"{len(long)} of {len(talks)} prompts of {task.name} (the first is {examples[long[0]].id}) leave no room for "
             f"{sampling.max_new_tokens} tokens in the model's context. Lower eval.max_new_tokens, or use a model with more."
         )
@@ -233,7 +234,7 @@ def _ask(example: Example, *, chat: bool) -> Conversation:
 def _refuse_failures(task: Task, examples: Sequence[Example], failures: Mapping[int, str]) -> None:
     if failures:
         row, reason = next(iter(sorted(failures.items())))
-        raise RecipeError(
+        raise CaftuneError(
             f"{len(failures)} examples of {task.name} have no answer (the first is {examples[row].id}: {reason}). The others "
             "are kept; run the command again."
         )

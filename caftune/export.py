@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from caftune.checkpoint import write_json
+from caftune.errors import CaftuneError
 from caftune.heads import ATTRIBUTE
 
 _logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def export_model(
 
     Raises:
         RuntimeError: the merged weights are not those of a plain model of this class.
-        ValueError: adapters that cannot be merged (see `refuse_tied_adapters`).
+        CaftuneError: adapters that cannot be merged (see `refuse_tied_adapters`).
     """
     plain = _merged_copy(model) if hasattr(model, "peft_config") else model
     name = base_name or str(getattr(plain.config, "_name_or_path", ""))
@@ -183,7 +184,7 @@ def refuse_tied_adapters(model: Any) -> None:
         weight = getattr(module.get_base_layer(), "weight", None)
         for other, part in model.named_modules():
             if not other.startswith(name) and part._parameters.get("weight") is weight is not None:
-                raise ValueError(
+                raise CaftuneError(
                     f"The adapter of {name} cannot be merged: {other} shares its weight, and would change too. Nothing was "
                     "written. Export the adapter alone (recipe: model.lora.merge=false), or adapt other layers."
                 )

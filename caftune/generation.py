@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from caftune.errors import CaftuneError
 from caftune.prompts import Prompt
 
 _PAGE = 256  # tokens of one page of transformers' paged cache
@@ -110,12 +111,12 @@ def vllm_backend(
     Every prompt has a seed of its own, so an answer does not depend on what is drawn beside it.
 
     Raises:
-        ValueError: vLLM is not installed.
+        CaftuneError: vLLM is not installed.
     """
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
-        raise ValueError("labels.backend=vllm needs vLLM. Install it with `pip install caftune[vllm]`.") from error
+        raise CaftuneError("labels.backend=vllm needs vLLM. Install it with `pip install caftune[vllm]`.") from error
     # generation_config="vllm": none of the model's own defaults, as in the other backends.
     model = LLM(**{"model": name, "revision": revision, "generation_config": "vllm", **engine})
 

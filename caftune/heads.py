@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from caftune.at_once import weighted_sum
 from caftune.backbone import Backbone, LayerCall, UnsupportedModelError, evaluating
 from caftune.cross_entropy import Unembedding, log_likelihood, summed_loss
+from caftune.errors import CaftuneError
 from caftune.objective import IGNORED, horizon_targets
 from caftune.rows import at_rows, run_at
 from caftune.targets import Sample, Teacher
@@ -45,9 +46,9 @@ class HeadsConfig:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}.")
+            raise CaftuneError(f"count must be at least 1, got {self.count}.")
         if self.kind not in FORK_POINTS:
-            raise ValueError(f"kind must be one of {', '.join(FORK_POINTS)}, got {self.kind!r}.")
+            raise CaftuneError(f"kind must be one of {', '.join(FORK_POINTS)}, got {self.kind!r}.")
 
     @property
     def horizons(self) -> list[int]:
@@ -247,7 +248,7 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
     """
     model = backbone.model
     if hasattr(model, ATTRIBUTE):
-        raise ValueError("The model already carries auxiliary heads. Call detach_heads(model) first.")
+        raise CaftuneError("The model already carries auxiliary heads. Call detach_heads(model) first.")
     names = list(inspect.signature(type(model).forward).parameters)[1:]
 
     @functools.wraps(type(model).forward)
@@ -265,9 +266,9 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
         if auxiliary is None:
             return self._caftune_inner_forward(**kwargs)
         if auxiliary not in ("add", "only", "soft"):
-            raise ValueError(f"auxiliary must be 'add', 'only', 'soft' or None, got {auxiliary!r}.")
+            raise CaftuneError(f"auxiliary must be 'add', 'only', 'soft' or None, got {auxiliary!r}.")
         if kwargs.get("labels") is None:
-            raise ValueError("labels must be given for the auxiliary losses, got none.")
+            raise CaftuneError("labels must be given for the auxiliary losses, got none.")
         # No loss reads a cache; with one, transformers does not tell packed documents apart, and some layers write in place.
         kwargs |= {"return_dict": True, "use_cache": False}
         own = replace(backbone, model=self)

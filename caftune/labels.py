@@ -18,7 +18,7 @@ from typing import Any, Literal
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from caftune.data import DataError
+from caftune.errors import CaftuneError
 from caftune.generation import Answer, Backend, Failure, Sampling
 from caftune.objective import IGNORED
 from caftune.prompts import Conversation, Prompt, decoded
@@ -107,7 +107,7 @@ class AnswerCache:
                 key, budget = row.pop("key"), int(row.pop("max_new_tokens"))
                 self._kept[key] = (Answer(**row), budget)
             except (ValueError, TypeError, KeyError) as error:
-                raise DataError(
+                raise CaftuneError(
                     f"{self.path}, line {number}: not an answer ({error}). Remove the line and run again."
                 ) from error
         if tail:  # cut off between the answer and its end of line: the next one must not follow on the same
@@ -206,7 +206,7 @@ def read_labels(path: Path) -> list[Label]:
         try:
             labels.append(Label(**json.loads(line)))
         except (json.JSONDecodeError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: not a label ({error}). Run `caftune label` again.") from error
+            raise CaftuneError(f"{path}, line {number}: not a label ({error}). Run `caftune label` again.") from error
     return labels
 
 
@@ -216,11 +216,11 @@ def label_dataset(labels: Sequence[Label], *, keep_truncated: bool = False) -> D
     Answers that were cut off are left out unless `keep_truncated`, and so are empty ones.
 
     Raises:
-        DataError: no answer is left.
+        CaftuneError: no answer is left.
     """
     kept = [label for label in labels if label.completion_ids and (keep_truncated or label.finish == "stop")]
     if not kept:
-        raise DataError(
+        raise CaftuneError(
             f"None of {len(labels)} answers was finished within labels.max_new_tokens, and answers that are cut off are not "
             "trained on. Raise labels.max_new_tokens, or set labels.keep_truncated=true."
         )

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from caftune.errors import CaftuneError
+
 IGNORED = -100
 
 # gamma as a function of progress p = t / T, the share of the optimizer steps already done, in [0, 1).
@@ -30,7 +32,7 @@ class AuxiliaryWeights:
     """What the auxiliary losses weigh: `weight` is beta, `decay` alpha, `schedule` names gamma.
 
     Raises:
-        ValueError: a value outside its range, or an unknown schedule.
+        CaftuneError: a value outside its range, or an unknown schedule.
     """
 
     weight: float = 0.01
@@ -39,11 +41,11 @@ class AuxiliaryWeights:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"weight (beta) must be a number >= 0, got {self.weight}.")
+            raise CaftuneError(f"weight (beta) must be a number >= 0, got {self.weight}.")
         if not 0 < self.decay <= 1:
-            raise ValueError(f"decay (alpha) must be in (0, 1], got {self.decay}.")
+            raise CaftuneError(f"decay (alpha) must be in (0, 1], got {self.decay}.")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule (gamma) must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
+            raise CaftuneError(f"schedule (gamma) must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
 
     def at(self, step: int, total_steps: int, horizons: Sequence[int]) -> list[float]:
         """beta * gamma(step / total_steps) * alpha^(h-1) for each horizon h.

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from caftune.backbone import evaluating, has_flash_attention
+from caftune.errors import CaftuneError
 
 _TOKENS = 8
 # As a share of the largest logit. Documents that are kept apart differ by rounding only, if at all (experts see other
@@ -34,7 +35,7 @@ class RefuseLeaks(TrainerCallback):
         moved, tolerance = _movement(self._trainer)
         if moved > tolerance:
             attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
-            raise ValueError(
+            raise CaftuneError(
                 f"packing and padding_free must be False for this model with attention {attention!r}: what it says within a "
                 f"document changes with the document before it in the row (by {moved:.1%} of its largest logit), so it would "
                 "be trained on text it should not see. Try attn_implementation='flash_attention_2' on a GPU."

@@ -42,6 +42,7 @@ from caftune.checkpoint import (
 from caftune.config import CAFTConfig
 from caftune.costs import Costs, memory_bytes
 from caftune.data import load_rows
+from caftune.errors import CaftuneError
 from caftune.export import copy_adapter, export_model, load_trained, refuse_tied_adapters
 from caftune.generation import Sampling, end_tokens
 from caftune.heads import AuxiliaryHeads, HeadsConfig
@@ -51,7 +52,7 @@ from caftune.plan import plan_of_run
 from caftune.progress import run, show_progress
 from caftune.prompts import conversations, refuse_long_prompts
 from caftune.quality import measure_heads
-from caftune.recipe import Recipe, RecipeError
+from caftune.recipe import Recipe
 from caftune.run_folder import (
     is_begun,
     is_done,
@@ -93,10 +94,10 @@ _MEASURED_ROWS = 256
 def label(recipe: Recipe) -> Path:
     """The base model answers the prompts. Returns the labels file."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError("caftune label must run in one process, got several. Start it without a launcher.")
+        raise CaftuneError("caftune label must run in one process, got several. Start it without a launcher.")
     recipe = with_commit(recipe)
     if recipe.labels.prompts is None:
-        raise RecipeError("labels.prompts must name a file or hub id with prompts, got nothing. Add it to the recipe.")
+        raise CaftuneError("labels.prompts must name a file or hub id with prompts, got nothing. Add it to the recipe.")
     tokenizer = load_tokenizer(recipe)
     rows = load_rows(
         recipe.labels.prompts,
@@ -110,7 +111,7 @@ def label(recipe: Recipe) -> Path:
     # A server can need one token more: see server.py.
     room = (context_length(recipe) or sys.maxsize) - recipe.labels.max_new_tokens - (recipe.labels.backend == "server")
     if room < 1:
-        raise RecipeError(
+        raise CaftuneError(
             f"labels.max_new_tokens must be below the model's context of {context_length(recipe)} tokens, "
             f"got {recipe.labels.max_new_tokens}."
         )
@@ -156,7 +157,7 @@ def _refuse_failures(recipe: Recipe, found: Labelling, cache: Path) -> None:
     if not found.failures or (recipe.labels.skip_failed and found.labels):
         return
     row, reason = next(iter(sorted(found.failures.items())))
-    raise RecipeError(
+    raise CaftuneError(
         f"{len(found.failures)} prompts have no answer (the first is row {row}, from 0: {reason}). The other answers are kept "
         f"in {cache}; run the command again to ask for the missing ones, or set labels.skip_failed=true to do without."
     )
@@ -165,7 +166,7 @@ def _refuse_failures(recipe: Recipe, found: Labelling, cache: Path) -> None:
 def pretrain_heads(recipe: Recipe) -> Path:
     """Stage 1: train the heads, on the labels or on heads.text. Returns the heads folder."""
     if recipe.heads.path is not None:
-        raise RecipeError(
+        raise CaftuneError(
             f"heads.path names finished heads ({recipe.heads.path}), which `caftune train` uses as they are. "
             "Remove heads.path to pretrain new ones."
         )
@@ -225,7 +226,7 @@ def adapt_heads(recipe: Recipe) -> Path:
     """One more training of the heads, on the task's own data, before stage 2. Returns their folder.
 
     Raises:
-        RecipeError: under DeepSpeed, which trains one model a process.
+        CaftuneError: under DeepSpeed, which trains one model a process.
     """
     recipe = with_inherited_options(with_commit(recipe))
     source, target = pretrained_heads(recipe), adapted_heads(recipe)
@@ -236,7 +237,7 @@ def adapt_heads(recipe: Recipe) -> Path:
     if (target / "heads.json").is_file() and is_done(recipe, "adapt"):
         return target
     if args.deepspeed_plugin is not None:
-        raise RecipeError(
+        raise CaftuneError(
             "adapt cannot run under DeepSpeed. Run `caftune adapt-heads` first, without it or with FSDP2."
         )
     tokenizer = load_tokenizer(recipe)  # of its own: TRL writes into it
@@ -261,7 +262,7 @@ def finetune(recipe: Recipe) -> Path:
     recipe = with_commit(recipe)
     tokenizer = load_tokenizer(recipe)
     if recipe.data.train is None:
-        raise RecipeError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
+        raise CaftuneError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
     args = stage_two_config(recipe, Path(recipe.output, "train"))
     adapter, rounding = lora_config(recipe), quantization(recipe)
     if recipe.adapt is not None and recipe.loss.weight > 0:
@@ -335,7 +336,7 @@ def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
     folder = Path(recipe.output, "train")
     source = whole_checkpoint(recipe, folder, checkpoint)
     if Path(source).resolve().parent != folder.resolve():
-        raise RecipeError(f"{source} must be one of {folder}/checkpoint-*: it belongs to another run. Use its recipe.")
+        raise CaftuneError(f"{source} must be one of {folder}/checkpoint-*: it belongs to another run. Use its recipe.")
     heads = stage_two_heads(recipe)
     files = {"train": recipe.data.train, "eval": recipe.data.eval}
     refuse_other_stage(recipe, "train", {**files, "heads": heads and heads / "heads.json"})
@@ -372,7 +373,7 @@ def preview(recipe: Recipe, count: int = 3) -> Iterator[tuple[list[str], list[bo
     args = stage_two_config(recipe, Path(recipe.output, "train"), heads=None, aux_weight=0.0)
     rows = task_rows(recipe, "train", tokenizer, args, limit=count)
     if rows is None:
-        raise RecipeError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
+        raise CaftuneError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
     count = len(describe_heads(recipe.heads.path)["horizons"]) if recipe.heads.path else recipe.heads.count
     horizons = range(1, count + 2)
     prepared = rows if "input_ids" in rows.column_names else tokenized(rows, tokenizer, args, name="train")

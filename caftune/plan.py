@@ -16,9 +16,10 @@ from rich.table import Table
 from caftune.backbone import UnsupportedModelError
 from caftune.checkpoint import describe_heads
 from caftune.config import CAFTConfig
+from caftune.errors import CaftuneError
 from caftune.estimate import Estimate, Setup, estimate
 from caftune.objective import IGNORED
-from caftune.recipe import Recipe, RecipeError
+from caftune.recipe import Recipe
 from caftune.stage_options import load_config, load_tokenizer, lora_config, stage_one_config, stage_two_config
 from caftune.stage_rows import head_rows, head_source, task_rows
 from caftune.tokenization import tokenized
@@ -82,7 +83,7 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
     """What a stage of a recipe will cost on this machine.
 
     Raises:
-        RecipeError, DataError: as the stage itself would, for the data and options it would refuse; and RecipeError for a
+        CaftuneError, CaftuneError: as the stage itself would, for the data and options it would refuse; and CaftuneError for a
             model that cannot be planned without its weights.
         UnsupportedModelError: the model has no decoder layers that can be found or copied.
     """
@@ -127,7 +128,7 @@ def _estimate(recipe: Recipe, config: Any, setup: Setup) -> Estimate:
         raise
     except Exception as error:  # whatever a model's own code or PEFT brings up
         why = " ".join(str(error).split())
-        raise RecipeError(
+        raise CaftuneError(
             "model.name must be a model that runs with the recipe's options and without its numbers, got "
             f"{recipe.model.name} ({type(error).__name__}: {why}). Change an option that this names, or measure a short run."
         ) from error
@@ -241,7 +242,7 @@ def _remedies(recipe: Recipe, config: Any, setup: Setup, peak: int, available: i
     found: list[Remedy] = []
     for changes in kinds:
         for change, smaller in changes(setup):
-            with suppress(RecipeError):  # what the model cannot take is no remedy
+            with suppress(CaftuneError):  # what the model cannot take is no remedy
                 less = _estimate(recipe, config, smaller).memory.peak
                 if less < peak:
                     found.append(Remedy(change, less))

@@ -10,6 +10,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from caftune.errors import CaftuneError
+
 
 class StopOnSigterm(TrainerCallback):
     """On SIGTERM, which schedulers send before they kill: finish the step, write a checkpoint, stop.
@@ -67,7 +69,7 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
     """Train, from `checkpoint` on where there is one.
 
     Raises:
-        ValueError: the checkpoint has no optimizer's state (`save_only_model`), and steps are left.
+        CaftuneError: the checkpoint has no optimizer's state (`save_only_model`), and steps are left.
         SystemExit: SIGTERM came; the checkpoint is written.
     """
     if checkpoint is not None:
@@ -94,7 +96,7 @@ def _refuse_model_alone(trainer: Trainer, checkpoint: Path) -> None:
     """transformers (5.23) would begin optimizer and learning rates anew there, without a word."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     if trainer.args.save_only_model and state["global_step"] < state["max_steps"]:
-        raise ValueError(
+        raise CaftuneError(
             f"{checkpoint} must hold an optimizer's state to go on from, and holds the model alone (save_only_model). Remove "
             f"{checkpoint.parent} to train anew, or see `caftune export --checkpoint`."
         )

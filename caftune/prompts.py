@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from caftune.data import DataError
+from caftune.errors import CaftuneError
 
 _NAMED_ROWS = 5
 # The day on which everything is asked, where a chat template writes today's date: a question must be the same tomorrow. It is
@@ -82,11 +82,11 @@ def conversations(rows: Dataset, tokenizer: Any, *, system: str | None = None) -
         system: a system message for conversations that have none.
 
     Raises:
-        DataError: messages, or a system message, for a tokenizer without a chat template.
+        CaftuneError: messages, or a system message, for a tokenizer without a chat template.
     """
     if not is_chat(rows):
         if system is not None:
-            raise DataError("labels.system needs prompts that are messages, and these are text. Remove it.")
+            raise CaftuneError("labels.system needs prompts that are messages, and these are text. Remove it.")
         return [Conversation(text=row.get("prompt") or "") for row in rows]
     refuse_messages_without_template(tokenizer)
     return [_from_messages(row, system) for row in rows]
@@ -107,20 +107,20 @@ def decoded(prompt: Sequence[int], answer: Sequence[int], tokenizer: Any) -> tup
 
 
 def refuse_messages_without_template(tokenizer: Any) -> None:
-    """Raise DataError where `tokenizer` cannot render messages."""
+    """Raise CaftuneError where `tokenizer` cannot render messages."""
     if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
+        raise CaftuneError(
             f"The data has messages, and {tokenizer.name_or_path} has no chat template to write them with. Use a chat "
             "model, give the tokenizer a chat_template, or use prompt and completion columns."
         )
 
 
 def refuse_long_prompts(prompts: Mapping[int, Prompt], room: int) -> None:
-    """Raise DataError where a prompt is longer than the `room` that max_new_tokens leaves in the model's context."""
+    """Raise CaftuneError where a prompt is longer than the `room` that max_new_tokens leaves in the model's context."""
     long = [row for row, prompt in prompts.items() if len(prompt.ids) > room]
     if long:
         named = ", ".join(map(str, long[:_NAMED_ROWS])) + (", ..." if len(long) > _NAMED_ROWS else "")
-        raise DataError(
+        raise CaftuneError(
             f"{len(long)} of {len(prompts)} prompts (rows {named}, from 0) are longer than the {room} tokens that "
             "labels.max_new_tokens leaves in the model's context. Lower it, or set labels.skip_long_prompts=true."
         )

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from caftune.errors import CaftuneError
+
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 # Options of CAFTConfig that the recipe sets elsewhere.
 _SET_ELSEWHERE = {
@@ -34,10 +36,6 @@ _SET_ELSEWHERE = {
     "max_length": "data.max_length",
     "pretrain_heads": "the command `caftune pretrain-heads`",
 }
-
-
-class RecipeError(ValueError):
-    """The recipe cannot be used; the message names the place and the remedy."""
 
 
 class _Section(BaseModel):
@@ -130,7 +128,7 @@ class HeadsSection(_Section):
     @model_validator(mode="after")
     def _needs_targets(self) -> "HeadsSection":
         if self.top_k is not None and self.targets != "model":
-            raise ValueError("given without top_k, or with targets: model")
+            raise CaftuneError("given without top_k, or with targets: model")
         return self
 
 
@@ -210,7 +208,7 @@ class CompareSection(_Section):
     @model_validator(mode="after")
     def _needs_a_baseline(self) -> "CompareSection":
         if len(set(self.arms)) < len(self.arms) or len(self.arms) < 2 or "ntp" not in self.arms:
-            raise ValueError("given with arms that hold ntp and at least one other arm, each once")
+            raise CaftuneError("given with arms that hold ntp and at least one other arm, each once")
         return self
 
 
@@ -251,35 +249,35 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe; `overrides` are `key.sub=value`, the value in YAML.
 
     Raises:
-        RecipeError: no such file, malformed YAML, an unknown key (with the nearest known one) or a value out of range.
+        CaftuneError: no such file, malformed YAML, an unknown key (with the nearest known one) or a value out of range.
     """
     file = Path(path)
     if not file.is_file():
-        raise RecipeError(f"{path} must be a recipe file (YAML), and there is no such file.")
+        raise CaftuneError(f"{path} must be a recipe file (YAML), and there is no such file.")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(
+        raise CaftuneError(
             f"{path}, line {line}: is not valid YAML ({error.problem}). Mend the line or the one before."
         ) from error
     except yaml.YAMLError as error:  # a control character
-        raise RecipeError(f"{path} is not valid YAML ({' '.join(str(error).split())}). Mend the file.") from error
+        raise CaftuneError(f"{path} is not valid YAML ({' '.join(str(error).split())}). Mend the file.") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} must hold a mapping of sections (output, model, ...), got {type(values).__name__}.")
+        raise CaftuneError(f"{path} must hold a mapping of sections (output, model, ...), got {type(values).__name__}.")
     for override in overrides:
         _override(values, override)
     try:
         return Recipe.model_validate(_with_numbers(values))
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from error
+        raise CaftuneError(_explain(error)) from error
 
 
 def trainer_config(recipe: Recipe, section: Literal["pretrain", "adapt", "trainer"], **ours: Any) -> Any:
     """The CAFTConfig of a stage: the recipe's section, and what the recipe sets elsewhere.
 
     Raises:
-        RecipeError: an option CAFTConfig does not have, one that belongs elsewhere, or a value it refuses.
+        CaftuneError: an option CAFTConfig does not have, one that belongs elsewhere, or a value it refuses.
     """
     import torch
 
@@ -298,22 +296,24 @@ def trainer_config(recipe: Recipe, section: Literal["pretrain", "adapt", "traine
         defaults |= {"save_strategy": "epoch", "save_total_limit": 2}  # so that a stopped run has where to go on from
     for name, value in options.items():
         if name in _SET_ELSEWHERE:
-            raise RecipeError(f"{section}.{name} is set by {_SET_ELSEWHERE[name]} in a recipe. Remove it.")
+            raise CaftuneError(f"{section}.{name} is set by {_SET_ELSEWHERE[name]} in a recipe. Remove it.")
         if name not in known:
-            raise RecipeError(f"{section}.{name} is not an option of CAFTConfig.{_nearest(name, known, f'{section}.')}")
+            raise CaftuneError(
+                f"{section}.{name} is not an option of CAFTConfig.{_nearest(name, known, f'{section}.')}"
+            )
         _refuse_other_type(f"{section}.{name}", value, known[name])
     try:
         return CAFTConfig(**{**defaults, **options, **ours})
     except (ValueError, TypeError) as error:
-        raise RecipeError(f"{section}: {error}") from error
+        raise CaftuneError(f"{section}: {error}") from error
 
 
 def _refuse_other_type(place: str, value: Any, default: Any) -> None:
     """CAFTConfig takes any type, and fails late: numbers and switches are checked here against its defaults."""
     if isinstance(default, bool) and not isinstance(value, bool):
-        raise RecipeError(f"{place} must be true or false, got {value!r}.")
+        raise CaftuneError(f"{place} must be true or false, got {value!r}.")
     if isinstance(default, int | float) and not isinstance(default, bool) and not isinstance(value, int | float):
-        raise RecipeError(f"{place} must be a number, got {value!r}.")
+        raise CaftuneError(f"{place} must be a number, got {value!r}.")
 
 
 def save_recipe(path: Path, sections: Mapping[str, Any]) -> None:
@@ -337,16 +337,18 @@ def first_difference(one: Any, other: Any, place: str = "") -> str | None:
 def _override(values: dict[str, Any], override: str) -> None:
     place, equals, text = override.partition("=")
     if not equals or not place:
-        raise RecipeError(f"An override must be key.sub=value, got {override!r}.")
+        raise CaftuneError(f"An override must be key.sub=value, got {override!r}.")
     *sections, key = place.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise RecipeError(f"{override!r} sets a part of {section}, which is a value.")
+            raise CaftuneError(f"{override!r} sets a part of {section}, which is a value.")
     try:
         values[key] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{override!r} holds no valid YAML. Put the value into quotes: '{place}=\"...\"'.") from error
+        raise CaftuneError(
+            f"{override!r} holds no valid YAML. Put the value into quotes: '{place}=\"...\"'."
+        ) from error
 
 
 def _with_numbers(value: Any) -> Any:

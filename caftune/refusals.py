@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_enabled
 
 from caftune.config import CAFTConfig
+from caftune.errors import CaftuneError
 from caftune.objective import IGNORED
 
 _logger = logging.getLogger(__name__)
@@ -24,49 +25,49 @@ def refuse_arguments(args: Any, peft_config: Any, sft_arguments: dict[str, Any])
     if not isinstance(args, CAFTConfig):
         raise TypeError(f"args must be a CAFTConfig, got {type(args).__name__}.")
     if args.pretrain_heads and peft_config is not None:
-        raise ValueError("peft_config must be None in stage 1: heads are pretrained on the plain base.")
+        raise CaftuneError("peft_config must be None in stage 1: heads are pretrained on the plain base.")
     if sft_arguments.get("compute_loss_func") is not None:
-        raise ValueError("compute_loss_func must be None: CAFTTrainer computes the loss.")
+        raise CaftuneError("compute_loss_func must be None: CAFTTrainer computes the loss.")
     if sft_arguments.get("optimizers", (None, None))[0] is not None and (args.pretrain_heads or args.train_heads):
-        raise ValueError(
+        raise CaftuneError(
             "optimizers must not hold an optimizer where heads are trained: it was made before they exist. "
             "Use optimizer_cls_and_kwargs."
         )
     if args.pretrain_heads and args.push_to_hub:
-        raise ValueError(
+        raise CaftuneError(
             "push_to_hub must be False in stage 1: what Trainer pushes on the way holds no heads. Use `caftune heads push`."
         )
     if getattr(peft_config, "layer_replication", None) and args.heads is not None:
-        raise ValueError(
+        raise CaftuneError(
             "peft_config.layer_replication must be None: it puts other layers where the heads leave the model."
         )
     if sft_arguments.get("compute_metrics") is not None and args.pretrain_heads:
-        raise ValueError("compute_metrics must be None in stage 1: there are no logits of the model to measure.")
+        raise CaftuneError("compute_metrics must be None in stage 1: there are no logits of the model to measure.")
 
 
 def refuse_processes(args: CAFTConfig) -> None:
     """Launches in which processes would not work together."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > args.world_size:
-        raise ValueError(
+        raise CaftuneError(
             f"{launched} processes were launched, and each would train alone, in the same folder. Without GPUs set "
             "use_cpu=True; else launch with a configuration like those in recipes/accelerate."
         )
     if not (args.pretrain_heads or args.heads is not None):
         return
     if args.n_gpu > 1:
-        raise ValueError(
+        raise CaftuneError(
             f"One process must have one GPU with auxiliary heads, got {args.n_gpu}: the model would lie on several. Launch a "
             "process for each (accelerate launch, recipes/accelerate), or set CUDA_VISIBLE_DEVICES=0."
         )
     plugin = args.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
-        raise ValueError(
+        raise CaftuneError(
             "zero_stage must be at most 2 with auxiliary heads, got 3: the unembedding, which the heads share, is empty there "
             "outside its own call. FSDP2 shards the weights too (recipes/accelerate/fsdp2.yaml)."
         )
     if is_fsdp_enabled():  # true only with efficient loading
-        raise ValueError(
+        raise CaftuneError(
             "fsdp_cpu_ram_efficient_loading must be false with auxiliary heads: every process copies them from the whole "
             "base, which with it only the first one has. Set it in accelerate's configuration (recipes/accelerate/fsdp2.yaml)."
         )
@@ -75,10 +76,10 @@ def refuse_processes(args: CAFTConfig) -> None:
 def refuse_split_rows(accelerator: Any, *, is_fsdp: bool) -> None:
     """Kinds of sharding that the heads cannot work under."""
     if is_fsdp and not accelerator.is_fsdp2:
-        raise ValueError("fsdp_version must be 2 with auxiliary heads, got 1. See recipes/accelerate/fsdp2.yaml.")
+        raise CaftuneError("fsdp_version must be 2 with auxiliary heads, got 1. See recipes/accelerate/fsdp2.yaml.")
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-        raise ValueError(
+        raise CaftuneError(
             "cp_size and sp_size must be 1: context and sequence parallelism cut rows into pieces, and a head's target may "
             "lie in the next one. Use FSDP2 or DeepSpeed ZeRO for memory, or a smaller max_length."
         )
@@ -88,7 +89,7 @@ def refuse_lost_adapters(accelerator: Any, model: Any) -> None:
     """An adapter that PEFT (0.21) would save as an empty file: the state names its layers without FSDP's wrappers."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.activation_checkpointing and hasattr(model, "peft_config"):
-        raise ValueError(
+        raise CaftuneError(
             "fsdp_activation_checkpointing must be false with a peft_config, got true: the adapter would be saved without its "
             "weights. Use gradient_checkpointing=True."
         )
@@ -99,7 +100,7 @@ def refuse_short_context(model: Any, args: CAFTConfig, *, furthest: int) -> None
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     context = min(args.max_length or math.inf, positions or math.inf)
     if furthest >= context:
-        raise ValueError(
+        raise CaftuneError(
             f"num_heads must leave horizons below the context of {context} tokens, got horizon {furthest}. "
             "Use fewer heads or a larger max_length."
         )
@@ -115,7 +116,7 @@ def refuse_unfit_heads(trainer: Any) -> None:
     beside = {id(parameter) for parameter in backbone.layer.parameters()}
     trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
     if trained and all(id(parameter) in beside for parameter in trained):
-        raise ValueError(
+        raise CaftuneError(
             "Not the last layer alone must be trained: decoder heads stand beside it, and their losses would reach nothing. "
             "Train other layers too, or use heads of kind mlp."
         )
@@ -124,23 +125,23 @@ def refuse_unfit_heads(trainer: Any) -> None:
 def refuse_unfit(model: PreTrainedModel, peft_config: Any, args: CAFTConfig) -> None:
     """Models that cannot be trained as they are."""
     if hasattr(model, "peft_config"):
-        raise ValueError("model must be the plain base, got one wrapped by PEFT. Give the base and a peft_config.")
+        raise CaftuneError("model must be the plain base, got one wrapped by PEFT. Give the base and a peft_config.")
     if getattr(peft_config, "is_prompt_learning", False) and args.aux_weight:
-        raise ValueError(f"peft_config must adapt weights (LoRA and its kin), got {type(peft_config).__name__}.")
+        raise CaftuneError(f"peft_config must adapt weights (LoRA and its kin), got {type(peft_config).__name__}.")
     if getattr(model, "is_quantized", False) and peft_config is None:
-        raise ValueError(
+        raise CaftuneError(
             "model must not be quantised without a peft_config, nor in stage 1. Give a LoraConfig; pretrain heads on the "
             "unquantised base, they fit the quantised one."
         )
     if not (peft_config or args.pretrain_heads or any(parameter.requires_grad for parameter in model.parameters())):
-        raise ValueError(
+        raise CaftuneError(
             "model must have weights to train, and all are frozen (stage 1 freezes the model it is given). Load it again, or "
             "call model.requires_grad_(True)."
         )
     _refuse_untying(model, peft_config)
     half = next((p.dtype for p in model.parameters() if p.requires_grad and p.dtype in _HALF), None)
     if half is not None and peft_config is None and not args.pretrain_heads:
-        raise ValueError(
+        raise CaftuneError(
             f"model must hold float32 weights for full fine-tuning, got {half}: updates below about 1/256 of a weight would "
             "be lost. Load it with dtype='float32'; bf16=True still computes in bfloat16."
         )
@@ -154,7 +155,7 @@ def _refuse_untying(model: PreTrainedModel, peft_config: Any) -> None:
     tied = {name.rpartition(".")[2] for name, module in model.named_modules() if module in embeddings}
     saved = tied & set(getattr(peft_config, "modules_to_save", None) or ())
     if saved:
-        raise ValueError(
+        raise CaftuneError(
             f"modules_to_save must not hold {', '.join(sorted(saved))}: this base ties its embeddings, and training one of "
             "two copies would untie them. Leave it out, or use full fine-tuning."
         )
@@ -165,12 +166,12 @@ def refuse_missing_parts(dataset: Dataset, args: CAFTConfig, *, name: str) -> No
     if "input_ids" in dataset.column_names:
         return
     if "prompt" in dataset.column_names and "completion" not in dataset.column_names:
-        raise ValueError(
+        raise CaftuneError(
             f"The {name} data has prompts and no completions to train on; its columns are {', '.join(dataset.column_names)}. "
             "Name the answers completion (of preference pairs, the chosen ones)."
         )
     if args.completion_only_loss and "completion" not in dataset.column_names:
-        raise ValueError(
+        raise CaftuneError(
             f"completion_only_loss must not be set where rows have no completion, as in the {name} data: every token would be "
             "trained on. Use assistant_only_loss for messages, or leave it out."
         )
@@ -178,7 +179,7 @@ def refuse_missing_parts(dataset: Dataset, args: CAFTConfig, *, name: str) -> No
         talks = enumerate(dataset["messages"])
         silent = [row for row, talk in talks if not any(message["role"] == "assistant" for message in talk)]
         if silent:
-            raise ValueError(
+            raise CaftuneError(
                 f"{len(silent)} of {len(dataset)} rows of the {name} data (counted from 0: {_named(silent)}) have no assistant "
                 "turn, on which assistant_only_loss trains. Remove these rows, or leave assistant_only_loss out."
             )
@@ -200,7 +201,7 @@ def refuse_cut_answers(dataset: Dataset, max_length: int, truncation_mode: str, 
             lost.append(row)
         shortened += len(labels) > max_length
     if lost:
-        raise ValueError(
+        raise CaftuneError(
             f"{len(lost)} of {len(dataset)} rows of the {name} data (counted from 0: {_named(lost)}) have no token to train on "
             f"within max_length={max_length}. Raise max_length, shorten their prompts, or remove these rows."
         )

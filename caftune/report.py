@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from caftune.errors import CaftuneError
 from caftune.evals.statistics import interval
 from caftune.evals.tasks import TASKS
 from caftune.verdict import BASE, BASELINE, HELD_OUT, TREATMENT
@@ -27,24 +28,20 @@ _EXAMPLES = 4  # of each task in the report of a single run, and of a run in the
 _TEMPLATE = Path(__file__).with_name("report.html")
 
 
-class ReportError(ValueError):
-    """A folder, or this installation, has not what a report needs; the message names it and the remedy."""
-
-
 def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> list[Path]:
     """Write report.html and report.md on these run folders into `output`, by default the first of them.
 
     Raises:
-        ReportError: no folder, one without results, or a missing package.
+        CaftuneError: no folder, one without results, or a missing package.
     """
     if not folders:
-        raise ReportError("folders must name run folders, got none. Name at least one.")
+        raise CaftuneError("folders must name run folders, got none. Name at least one.")
     try:
         import jinja2
 
         from caftune.report_sections import sections
     except ImportError as error:
-        raise ReportError(
+        raise CaftuneError(
             f"{error.name} must be installed for a report, got none. Run pip install caftune[report]."
         ) from error
     runs = [read_run(folder) for folder in folders]
@@ -77,20 +74,20 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     """A run folder in the shape of comparison.json, whether several arms were compared in it or one was trained.
 
     Raises:
-        ReportError: it holds no results, or a comparison of another format.
+        CaftuneError: it holds no results, or a comparison of another format.
     """
     compared, results = Path(folder, "compare", "comparison.json"), Path(folder, "results.jsonl")
     if compared.is_file():
         found = _json(compared)
         if found.get("format") != _FORMAT:
-            raise ReportError(
+            raise CaftuneError(
                 f"{compared} must be of format {_FORMAT}, got {found.get('format')}. Run `caftune compare` again."
             )
         return found
     if compared.parent.is_dir():
-        raise ReportError(f"{folder} holds a comparison that is not finished. Run `caftune compare` to its end first.")
+        raise CaftuneError(f"{folder} holds a comparison that is not finished. Run `caftune compare` to its end first.")
     if not results.is_file():
-        raise ReportError(
+        raise CaftuneError(
             f"{folder} must hold compare/comparison.json or results.jsonl, got neither. Run `caftune compare` or "
             "`caftune train` first."
         )
@@ -193,7 +190,7 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ReportError(f"{file} must be JSON, got something else ({error}). Make it again.") from error
+        raise CaftuneError(f"{file} must be JSON, got something else ({error}). Make it again.") from error
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from caftune.checkpoint import DESCRIPTION_FILE, commit_of, file_sha256, provenance, write_json
-from caftune.recipe import Recipe, RecipeError, first_difference, save_recipe
+from caftune.errors import CaftuneError
+from caftune.recipe import Recipe, first_difference, save_recipe
 
 _RESULTS = {"pretrain": "pretrain-heads"}  # names of results, where they are not those of the folders
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -65,7 +66,7 @@ def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None
     processes the main one makes it, and the others find it made.
 
     Raises:
-        RecipeError: the folder holds a stage made from something else, or files that are not caftune's.
+        CaftuneError: the folder holds a stage made from something else, or files that are not caftune's.
     """
     from accelerate import PartialState
 
@@ -79,7 +80,7 @@ def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None
             and folder.exists()
             and any(not file.name.startswith(".") for file in folder.iterdir())
         ):
-            raise RecipeError(f"{folder} holds files of something else than caftune. Use another output.")
+            raise CaftuneError(f"{folder} holds files of something else than caftune. Use another output.")
         elif is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
             _replace_result(recipe, _RESULTS.get(stage, stage), [])  # of a folder that was removed
@@ -95,7 +96,7 @@ def _refuse_unfinished_heads(recipe: Recipe, description: str | Path | None) -> 
     stage, own = Path(recipe.output, "pretrain"), Path(recipe.output, "heads", DESCRIPTION_FILE)
     is_own = description is not None and Path(description) == own
     if is_own and (stage / "recipe.yaml").is_file() and not is_done(recipe, "pretrain"):
-        raise RecipeError(
+        raise CaftuneError(
             f"{stage} is not finished, so {own.parent} is of another recipe. Run `caftune pretrain-heads` first."
         )
 
@@ -123,10 +124,10 @@ def is_done(recipe: Recipe, stage: str) -> bool:
 
 
 def refuse_other_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> None:
-    """Raise RecipeError where the folder of a stage was made from another recipe or other files."""
+    """Raise CaftuneError where the folder of a stage was made from another recipe or other files."""
     folder = Path(recipe.output, stage)
     if not (folder / "recipe.yaml").is_file():
-        raise RecipeError(f"{folder} is missing. Run `caftune {_RESULTS.get(stage, stage)}` first.")
+        raise CaftuneError(f"{folder} is missing. Run `caftune {_RESULTS.get(stage, stage)}` first.")
     kept = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     wanted = _identity(recipe, stage, files)
     forget_unknown_commit(kept, wanted)
@@ -138,7 +139,7 @@ def refuse_other_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Pat
     if difference and difference.startswith("files."):
         difference = f"the contents of {difference.partition(':')[0].removeprefix('files.')} changed"
     if difference:
-        raise RecipeError(
+        raise CaftuneError(
             f"{folder} holds the {stage} stage of another recipe ({difference}). Remove {folder}, or use another output "
             "(heads made here serve there: heads.path)."
         )
@@ -181,12 +182,12 @@ def whole_checkpoint(recipe: Recipe, folder: Path, named: str | None) -> str:
     """The checkpoint that is exported, `named` or the one `train` would export: a model or an adapter in one piece."""
     source = named or _chosen_checkpoint(recipe, folder)
     if source is not None and Path(source, "pytorch_model_fsdp_0").is_dir():
-        raise RecipeError(
+        raise CaftuneError(
             f"{source} must hold whole weights, got FSDP's pieces of them (SHARDED_STATE_DICT). Run `caftune train` again, as "
             "before: it goes on from the last checkpoint and writes the model at its end."
         )
     if source is None or not any(Path(source, name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise RecipeError(
+        raise CaftuneError(
             f"{named or folder} holds no checkpoint. Run `caftune train` first, or name one of {folder}/checkpoint-*."
         )
     return source

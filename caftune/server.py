@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from caftune.errors import CaftuneError
 from caftune.generation import Answer, Backend, Failure, Sampling, until_end
 from caftune.prompts import Conversation, Prompt, as_written
 
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
 DIALECTS = ("tokens", "transformers", "plain", "chat")
 # What servers answer to a request they do not understand, and to one for an address they do not have.
 _REFUSED, _ABSENT = (400, 415, 422), (404, 405, 501)
-
-
-class ServerError(ValueError):
-    """The server cannot be used; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def server_backend(server: Server, tokenizer: Any, sampling: Sampling, eos: Sequ
     """A backend that asks `server`. A prompt that is given up after its retries is a `Failure`; the others go on.
 
     Raises:
-        ServerError: the openai package is missing, or (before the first prompt) the server is not there or refuses to answer.
+        CaftuneError: the openai package is missing, or (before the first prompt) the server is not there or refuses to answer.
     """
     client = _client(server)
     dialect: str | None = None
@@ -91,7 +88,7 @@ def _client(server: Server) -> "OpenAI":
     try:
         from openai import DefaultHttpxClient, OpenAI
     except ImportError as error:
-        raise ServerError(
+        raise CaftuneError(
             "labels.backend=server needs the openai package. Install it with `pip install caftune[server]`."
         ) from error
     pace = _pace(server.requests_per_minute)
@@ -140,15 +137,15 @@ def _dialect(
             return dialect
         except openai.APIStatusError as error:
             if error.status_code not in _REFUSED + _ABSENT:
-                raise ServerError(
+                raise CaftuneError(
                     f"{server.url} refuses to answer: {_reason(error)}. {_remedy(error, server)}"
                 ) from error
             refusal = _reason(error)
         except openai.OpenAIError as error:
-            raise ServerError(
+            raise CaftuneError(
                 f"{server.url} cannot be reached ({_reason(error)}). Start the server, or mend labels.server.url."
             ) from error
-    raise ServerError(
+    raise CaftuneError(
         f"{server.url} refuses every request of ours, the last with: {refusal}. Check that it serves a model by the name "
         f"{server.model} (labels.server.model), and that labels.server.url ends in /v1."
     )
@@ -205,7 +202,7 @@ def _ask(
         return _from_text(choice.text, choice.finish_reason, None, prompt, tokenizer, eos)
     if dialect != "transformers":
         if sampling.top_k:
-            raise ServerError(
+            raise CaftuneError(
                 f"labels.top_k must be 0 with {server.url}, which knows only OpenAI's own fields, got {sampling.top_k}."
             )
         reply = _ask_for_text(client, prompt, tokenizer, common, {}, as_chat=dialect == "chat")

@@ -7,7 +7,8 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import HfApi
 
 from caftune.cards import heads_card, read_quality
-from caftune.checkpoint import HUB_ERRORS, SHARED_FILES, HeadsError, find_heads, hub_reason, read_heads
+from caftune.checkpoint import HUB_ERRORS, SHARED_FILES, find_heads, hub_reason, read_heads
+from caftune.errors import CaftuneError
 
 
 def push_heads(
@@ -21,7 +22,7 @@ def push_heads(
         revision: the branch to push to; None: main.
 
     Raises:
-        HeadsError: the folder is damaged, or the hub does not take it.
+        CaftuneError: the folder is damaged, or the hub does not take it.
     """
     source = find_heads(folder)
     read_heads(source)  # checks that the file is whole
@@ -44,7 +45,7 @@ def push_heads(
                 delete_patterns=list(SHARED_FILES),  # a report of the heads that were there before
             )
         except HUB_ERRORS as error:
-            raise HeadsError(
+            raise CaftuneError(
                 f"The hub did not take {folder} as {name}: {hub_reason(error)}. Log in with `hf auth login` (a token that may "
                 "write), and check the name."
             ) from error
@@ -55,11 +56,11 @@ def pull_heads(name: str, folder: str | Path) -> Path:
     """Fetch heads `owner/name[@revision]` from the hub into a folder, checked. Returns the folder.
 
     Raises:
-        HeadsError: the hub has no such heads, they are damaged, or the folder is not empty.
+        CaftuneError: the hub has no such heads, they are damaged, or the folder is not empty.
     """
     target = Path(folder)
     if target.is_file() or (target.exists() and any(target.iterdir())):
-        raise HeadsError(f"{target} must be an empty or a new folder, and is not. Name another.")
+        raise CaftuneError(f"{target} must be an empty or a new folder, and is not. Name another.")
     found = find_heads(name)
     read_heads(found)
     target.mkdir(parents=True, exist_ok=True)

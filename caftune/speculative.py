@@ -30,6 +30,7 @@ from transformers.generation import (
 from caftune.backbone import Backbone, UnsupportedModelError, evaluating, is_close, probe
 from caftune.calls import LayerCall
 from caftune.cross_entropy import in_full
+from caftune.errors import CaftuneError
 from caftune.heads import AuxiliaryHeads, autocast_like
 
 # How fast the shares of accepted drafts follow what happens, and drift back to 1 where nothing is drafted, so that a horizon
@@ -84,7 +85,7 @@ class SpeculativeDecoding:
 
     def __init__(self, backbone: Backbone, heads: AuxiliaryHeads, *, length: int | None = None) -> None:
         if length is not None and not 1 <= length <= len(heads.heads):
-            raise ValueError(f"length must be from 1 to {len(heads.heads)}, the number of heads, got {length}.")
+            raise CaftuneError(f"length must be from 1 to {len(heads.heads)}, the number of heads, got {length}.")
         model = backbone.model
         self.model = model.get_base_model() if hasattr(model, "peft_config") else model  # with its adapters in it
         if not _takes_tokens_back(self.model):
@@ -103,12 +104,12 @@ class SpeculativeDecoding:
         nearly equal probability can change places.
 
         Raises:
-            ValueError: several rows, beams or return sequences, a cache with tokens in it, a model in training mode, a
+            CaftuneError: several rows, beams or return sequences, a cache with tokens in it, a model in training mode, a
                 processor that is known to remember, or a text that passes the context at which the model's rotary phases
                 begin to change with the length of the text.
         """
         if self.model.training:
-            raise ValueError("The model must be in evaluation mode for speculative decoding. Call model.eval().")
+            raise CaftuneError("The model must be in evaluation mode for speculative decoding. Call model.eval().")
         count = len(self.heads.heads)
         if kwargs.get("generation_config") is not None:
             config = kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
@@ -120,7 +121,7 @@ class SpeculativeDecoding:
         with self.backbone.capture() as call, evaluating(self.heads), self._asked_for_drafts(call, drafts):
             output = self.model.generate(*args, **kwargs)
         if not drafts:
-            raise ValueError(
+            raise CaftuneError(
                 "Speculative decoding must be greedy or plain sampling, and these arguments ask for another way of generating "
                 "(beams, say). Use model.generate."
             )
@@ -161,26 +162,26 @@ class SpeculativeDecoding:
 def _refuse(
     model: Any, config: GenerationConfig, processors: LogitsProcessorList, ids: Int[Tensor, "rows tokens"], cache: Cache
 ) -> None:
-    """Raise ValueError for what drafts would change, or cannot be made for."""
+    """Raise CaftuneError for what drafts would change, or cannot be made for."""
     if len(ids) > 1:
-        raise ValueError(f"Speculative decoding must be given 1 row, got {len(ids)}. Give them one by one.")
+        raise CaftuneError(f"Speculative decoding must be given 1 row, got {len(ids)}. Give them one by one.")
     if cache.get_seq_length() > 0:
-        raise ValueError(
+        raise CaftuneError(
             f"past_key_values must be empty for speculative decoding, got {cache.get_seq_length()} tokens, which "
             "the heads have not read. Give the whole prompt."
         )
     if config.assistant_ensemble_weight is not None:
-        raise ValueError(
+        raise CaftuneError(
             "assistant_ensemble_weight must be None for speculative decoding: it changes the distribution."
         )
     for processor in processors:
         if isinstance(processor, _REFUSED_PROCESSORS):
-            raise ValueError(
+            raise CaftuneError(
                 f"{type(processor).__name__} cannot be asked about drafts, for it remembers calls. Use model.generate."
             )
     context = _changing_context(model.config.get_text_config())
     if context is not None and int(config.max_length or 0) > context:
-        raise ValueError(
+        raise CaftuneError(
             f"A text must end within {context} tokens for speculative decoding with this model, whose rotary phases change "
             f"with its length from there on; prompt and new tokens may come to {config.max_length}. Use model.generate."
         )

@@ -10,8 +10,9 @@ from transformers.utils import is_bitsandbytes_available
 
 from caftune.checkpoint import describe_heads, find_heads
 from caftune.config import CAFTConfig
+from caftune.errors import CaftuneError
 from caftune.generation import Backend, Sampling, end_tokens, transformers_backend, vllm_backend
-from caftune.recipe import AnswersSection, Recipe, RecipeError, trainer_config
+from caftune.recipe import AnswersSection, Recipe, trainer_config
 from caftune.server import Server, server_backend
 
 _DEFAULT_LENGTH = 1024
@@ -45,11 +46,11 @@ def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
     heads = None if "heads" in ours else stage_two_heads(recipe)
     for key in ("lora_rank", "learning_rate", "max_grad_norm"):
         if getattr(recipe.heads, key) is not None and not recipe.heads.train:
-            raise RecipeError(f"heads.{key} needs heads.train: true, for heads are frozen in stage 2 otherwise.")
+            raise CaftuneError(f"heads.{key} needs heads.train: true, for heads are frozen in stage 2 otherwise.")
     if recipe.heads.keep and loss.weight == 0:
-        raise RecipeError("heads.keep needs loss.weight above 0: without it there are no heads to keep. Change one.")
+        raise CaftuneError("heads.keep needs loss.weight above 0: without it there are no heads to keep. Change one.")
     if recipe.heads.keep and recipe.model.tuning != "full" and not recipe.model.lora.merge:
-        raise RecipeError(
+        raise CaftuneError(
             "heads.keep needs model.lora.merge: true, for heads are kept beside a whole model. Change one."
         )
     chosen = {
@@ -87,15 +88,15 @@ def pretrained_heads(recipe: Recipe) -> Path:
     """The folder of heads.path (fetched, where that is a hub id) or of the heads made here.
 
     Raises:
-        RecipeError: there are none, or others than the recipe asks for.
-        HeadsError: heads.path is neither a folder nor on the hub.
+        CaftuneError: there are none, or others than the recipe asks for.
+        CaftuneError: heads.path is neither a folder nor on the hub.
     """
     if recipe.heads.path is not None:
         _refuse_other_heads(recipe, recipe.heads.path, recipe.heads.model_fields_set, "Remove it.")
         return find_heads(recipe.heads.path)
     heads = Path(recipe.output, "heads")
     if not heads.is_dir():
-        raise RecipeError(
+        raise CaftuneError(
             f"{heads} is missing. Run `caftune pretrain-heads` first, name other heads in heads.path, or set loss.weight=0."
         )
     _refuse_other_heads(recipe, heads, {"count", "kind"}, "Set it back, or run `caftune pretrain-heads` with it.")
@@ -106,10 +107,10 @@ def with_inherited_options(recipe: Recipe) -> Recipe:
     """The recipe with what stage 2 says of rows and tokens in `adapt` too, so that heads are adapted to what it trains on.
 
     Raises:
-        RecipeError: the recipe has no `adapt`.
+        CaftuneError: the recipe has no `adapt`.
     """
     if recipe.adapt is None:
-        raise RecipeError(
+        raise CaftuneError(
             "adapt must be in the recipe, got none: stage 2 would not use these heads. Add adapt={learning_rate: 1.0e-4}, say."
         )
     inherited = {name: recipe.trainer[name] for name in _ROW_OPTIONS if name in recipe.trainer}
@@ -136,7 +137,7 @@ def _training_length(recipe: Recipe) -> int:
     context = context_length(recipe)
     length = recipe.data.max_length or min(_DEFAULT_LENGTH, context or _DEFAULT_LENGTH)
     if context is not None and length > context:
-        raise RecipeError(f"data.max_length must be at most the model's context of {context} tokens, got {length}.")
+        raise CaftuneError(f"data.max_length must be at most the model's context of {context} tokens, got {length}.")
     return length
 
 
@@ -151,11 +152,11 @@ def _model_options(recipe: Recipe, section: Literal["pretrain", "adapt", "traine
 
 
 def _refuse_other_heads(recipe: Recipe, heads: str | Path, asked: Collection[str], remedy: str) -> None:
-    """Raise RecipeError where the keys `asked` of the recipe's section are not those of `heads`."""
+    """Raise CaftuneError where the keys `asked` of the recipe's section are not those of `heads`."""
     found = describe_heads(heads)
     for key, value in {"count": len(found["horizons"]), "kind": found["kind"]}.items():
         if key in asked and getattr(recipe.heads, key) != value:
-            raise RecipeError(
+            raise CaftuneError(
                 f"heads.{key} must be {value!r}, as in {heads}, got {getattr(recipe.heads, key)!r}. {remedy}"
             )
 
@@ -179,10 +180,10 @@ def lora_config(recipe: Recipe) -> Any:
 
 
 def refuse_quantised_base(recipe: Recipe) -> None:
-    """Raise RecipeError where an adapter would have to be merged into a base that is published quantised."""
+    """Raise CaftuneError where an adapter would have to be merged into a base that is published quantised."""
     config = load_config(recipe)
     if recipe.model.lora.merge and getattr(config, "quantization_config", None):
-        raise RecipeError(
+        raise CaftuneError(
             f"model.name must be an unquantised base, and {recipe.model.name} is published quantised: an adapter cannot be "
             "merged into it. Name the unquantised base (tuning: qlora rounds it), or set model.lora.merge=false."
         )
@@ -194,7 +195,7 @@ def quantization(recipe: Recipe) -> Any:
     if recipe.model.tuning != "qlora":
         return None
     if not is_bitsandbytes_available():
-        raise RecipeError("model.tuning=qlora needs bitsandbytes. Install it with `pip install caftune[qlora]`.")
+        raise CaftuneError("model.tuning=qlora needs bitsandbytes. Install it with `pip install caftune[qlora]`.")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -291,6 +292,6 @@ def _generation_config(recipe: Recipe, name: str) -> GenerationConfig:
 
 
 def refuse_missing_model(name: str, place: str = "model.name") -> None:
-    """Raise RecipeError for the path of a folder that is none; hub ids are left to the hub."""
+    """Raise CaftuneError for the path of a folder that is none; hub ids are left to the hub."""
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name, "config.json").is_file():
-        raise RecipeError(f"{place} must be a folder with a config.json or a hub id, and {name} is no such folder.")
+        raise CaftuneError(f"{place} must be a folder with a config.json or a hub id, and {name} is no such folder.")

@@ -9,10 +9,11 @@ from datasets import Dataset
 
 from caftune.checkpoint import file_name
 from caftune.config import CAFTConfig
-from caftune.data import DataError, load_rows, refuse_unnamed_split
+from caftune.data import load_rows, refuse_unnamed_split
+from caftune.errors import CaftuneError
 from caftune.labels import label_dataset, read_labels
 from caftune.prompts import is_chat, refuse_messages_without_template
-from caftune.recipe import Recipe, RecipeError, first_difference
+from caftune.recipe import Recipe, first_difference
 from caftune.run_folder import forget_unknown_commit
 from caftune.stage_options import load_tokenizer
 from caftune.tokenization import tokenized
@@ -42,8 +43,8 @@ def head_rows(recipe: Recipe, args: CAFTConfig) -> tuple[Dataset, Dataset]:
     """The rows that stage 1 trains on, and those kept for evaluating the heads. A conversation is on one side as a whole.
 
     Raises:
-        RecipeError: there are no labels yet.
-        DataError: too few rows to divide, or none that was finished.
+        CaftuneError: there are no labels yet.
+        CaftuneError: too few rows to divide, or none that was finished.
     """
     is_text = recipe.heads.text is not None
     rows = _text_rows(recipe, args) if is_text else _finished_labels(recipe, Path(head_source(recipe)))
@@ -51,7 +52,7 @@ def head_rows(recipe: Recipe, args: CAFTConfig) -> tuple[Dataset, Dataset]:
     names = sorted(set(conversation))
     count = max(1, round(len(names) * recipe.heads.held_out))
     if count >= len(names):
-        raise DataError(
+        raise CaftuneError(
             f"{head_source(recipe)} has {len(names)} rows, too few to train on some and evaluate on others. Give more."
         )
     held_out = set(random.Random(recipe.seed).sample(names, count))
@@ -63,7 +64,7 @@ def head_rows(recipe: Recipe, args: CAFTConfig) -> tuple[Dataset, Dataset]:
 def _finished_labels(recipe: Recipe, labels: Path) -> Dataset:
     """The labels of the run, ready to be trained on."""
     if not labels.is_file():
-        raise RecipeError(f"{labels} is missing. Run `caftune label` (again), or name a text in heads.text.")
+        raise CaftuneError(f"{labels} is missing. Run `caftune label` (again), or name a text in heads.text.")
     kept = yaml.safe_load((labels.parent / "recipe.yaml").read_text(encoding="utf-8"))
     model = {"model.name": recipe.model.name, "model.revision": recipe.model.revision}
     wanted = recipe.labels.model_dump(include=_MADE_WITH)
@@ -71,7 +72,7 @@ def _finished_labels(recipe: Recipe, labels: Path) -> Dataset:
     difference = first_difference({name: kept[name] for name in model}, model)
     difference = difference or first_difference({name: kept["labels"][name] for name in wanted}, wanted, "labels")
     if difference:
-        raise RecipeError(
+        raise CaftuneError(
             f"{labels} was made with another recipe ({difference}). Run `caftune label` again: what is known is not asked "
             "twice."
         )
@@ -107,7 +108,7 @@ def task_rows(
     if is_chat(rows) and not chat:
         refuse_messages_without_template(tokenizer)
     if "prompt" in rows.column_names and "completion" not in rows.column_names:
-        raise DataError(
+        raise CaftuneError(
             f"data.{name} has prompts and no completions to train on. Name the answers' column in data.columns."
         )
     if recipe.data.separator and "prompt" in rows.column_names and not is_chat(rows):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from caftune.evals.task import TaskError
+from caftune.errors import CaftuneError
 
 STANDARD = frozenset("ACDEFGHIKLMNPQRSTVWY")
 LONGEST = 1024  # residues; memory grows with the square of the length
@@ -46,17 +46,17 @@ def check_structures(model_name: str) -> None:
     """Say what is missing before anything is asked or folded; no weights are loaded.
 
     Raises:
-        TaskError: tmtools is not installed, or the model is not there or no folding model.
+        CaftuneError: tmtools is not installed, or the model is not there or no folding model.
     """
     _tm_align()
     try:
         config = AutoConfig.from_pretrained(model_name)
     except OSError as error:
-        raise TaskError(
+        raise CaftuneError(
             f"eval.structures must be a folder or hub id of an ESMFold, got {model_name}, which is not there ({error})."
         ) from error
     if not getattr(config, "is_folding_model", False):
-        raise TaskError(
+        raise CaftuneError(
             f"eval.structures must be a model of ESMFold's kind, got {model_name}, a {config.model_type}. "
             "Use facebook/esmfold_v1."
         )
@@ -70,12 +70,12 @@ def fold(sequences: Sequence[str], model_name: str) -> list[Structure]:
     A letter that is none of the 20 amino acids is folded as X, an unknown residue, as the authors' code does with U, O and B.
 
     Raises:
-        ValueError: a sequence is empty or has more than LONGEST residues. None is cut.
+        CaftuneError: a sequence is empty or has more than LONGEST residues. None is cut.
         OSError: the model is not there.
     """
     for sequence in sequences:
         if not 0 < len(sequence) <= LONGEST:
-            raise ValueError(
+            raise CaftuneError(
                 f"A sequence to fold must have 1 to {LONGEST} residues, got {len(sequence)}. Leave it out."
             )
     written = ["".join(letter if letter in STANDARD else "X" for letter in sequence) for sequence in sequences]
@@ -114,7 +114,7 @@ def structure_measures(answer: Structure | None, reference: Structure) -> dict[s
       1 for the same fold, about 0.2 for chance. An answer or reference of one or two residues has 0.
 
     Raises:
-        TaskError: tmtools is not installed.
+        CaftuneError: tmtools is not installed.
     """
     if answer is None:
         return {"plddt": 0.0, "plddt_above_70": 0.0, "tm_score": 0.0}
@@ -126,7 +126,7 @@ def tm_score(answer: Structure, reference: Structure) -> float:
     """1/L sum of 1 / (1 + (d / d0)^2) over the aligned pairs: L the reference's length, d0 = 1.24 cbrt(L - 15) - 1.8 Angstrom.
 
     Raises:
-        TaskError: tmtools is not installed.
+        CaftuneError: tmtools is not installed.
     """
     if min(len(answer.sequence), len(reference.sequence)) < _SHORTEST_CHAIN:
         return 0.0
@@ -138,7 +138,7 @@ def _tm_align() -> Callable[..., Any]:
     try:
         from tmtools import tm_align
     except ImportError as absent:
-        raise TaskError(
+        raise CaftuneError(
             "tmtools must be installed for the TM-score of structures. Run pip install caftune[structures]."
         ) from absent
     return tm_align
@@ -151,7 +151,7 @@ def compare_structures(pairs: Sequence[tuple[str, str]], model_name: str) -> lis
     has no measures: it is left out of the means.
 
     Raises:
-        TaskError: tmtools is not installed.
+        CaftuneError: tmtools is not installed.
         OSError: the model is not there.
     """
     to_fold = [pair for pair in pairs if len(pair[1]) <= LONGEST]

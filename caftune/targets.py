@@ -9,6 +9,7 @@ from torch import Tensor
 
 from caftune.backbone import Backbone
 from caftune.cross_entropy import Unembedding, divergence, top_divergence, top_tokens
+from caftune.errors import CaftuneError
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise ValueError(f"share must be in (0, 1], got {self.share}.")
+            raise CaftuneError(f"share must be in (0, 1], got {self.share}.")
 
     def of(self, rows: Int[Tensor, " rows"], horizon: int) -> tuple[Int[Tensor, " drawn"], float]:
         """The drawn ones among `rows`, in order, and how many targets each stands for."""

@@ -16,7 +16,7 @@ def tokenized(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str) 
     """`input_ids` and `labels` as the trainer will make them, without a model, before shuffling and packing.
 
     Raises:
-        ValueError: rows whose answer lies wholly beyond `max_length`, counted and named.
+        CaftuneError: rows whose answer lies wholly beyond `max_length`, counted and named.
     """
     # SFTTrainer prepares data in a method; it reads these three attributes and nothing else of the trainer (TRL 1.16).
     trainer = CAFTTrainer.__new__(CAFTTrainer)

@@ -56,8 +56,8 @@ class CAFTTrainer(SFTTrainer):
     heads); `export` writes the finished model with the base's keys.
 
     Raises:
-        HeadsError: the heads do not belong to the model.
-        ValueError: options that cannot work together, rows without a trained token, half-precision master weights.
+        CaftuneError: the heads do not belong to the model.
+        CaftuneError: options that cannot work together, rows without a trained token, half-precision master weights.
     """
 
     args: CAFTConfig

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from caftune.backbone import whole
 from caftune.config import CAFTConfig
+from caftune.errors import CaftuneError
 from caftune.heads import AuxiliaryHeads
 
 _ADAPTER_FILE = "adapter.safetensors"
@@ -42,7 +43,7 @@ def make_trainable(heads: AuxiliaryHeads, *, lora_rank: int | None) -> None:
     # Not their subclasses: routers and grouped layers return or take something else.
     linear = [name for name, module in heads.named_modules() if type(module) in (nn.Linear, Conv1D)]
     if not linear:
-        raise ValueError(
+        raise CaftuneError(
             "heads_lora_rank must be None for these heads, which have no linear layers. Train them in full."
         )
     transposed = any(type(module) is Conv1D for module in heads.modules())

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from caftune.backbone import Backbone
 from caftune.checkpoint import load_heads
 from caftune.data import load_rows
+from caftune.errors import CaftuneError
 from caftune.generation import Sampling, end_tokens, only_these_settings, padding_token, until_end
 from caftune.prompts import Prompt, conversations, decoded
 from caftune.speculative import Drafting, SpeculativeDecoding
@@ -37,7 +38,7 @@ class Writer:
     """A model with its heads. These may be another fine-tuning's of the same base: they draft, and decide nothing.
 
     Raises:
-        ValueError: no such model, or heads of another architecture or tokenizer.
+        CaftuneError: no such model, or heads of another architecture or tokenizer.
     """
 
     def __init__(self, model: str, heads: str, *, revision: str | None = None, length: int | None = None) -> None:
@@ -49,7 +50,7 @@ class Writer:
         backbone = Backbone.of(self.model)
         found = load_heads(heads, backbone, self.tokenizer, force=True)
         if length is not None and length > found.config.count:
-            raise ValueError(
+            raise CaftuneError(
                 f"--draft must be at most {found.config.count}, the number of heads, got {length}. Lower it."
             )
         self.decoding = SpeculativeDecoding(backbone, found, length=length)
@@ -64,7 +65,7 @@ class Writer:
         talks = [talk for rows in sources for talk in conversations(rows, self.tokenizer)]
         found = [talk.prompt(0, [], self.tokenizer) for talk in talks if talk.turns]
         if not found:
-            raise ValueError("A prompt must be given, got none. Name one, or a file with --prompts.")
+            raise CaftuneError("A prompt must be given, got none. Name one, or a file with --prompts.")
         return found
 
     def write(
@@ -84,17 +85,17 @@ class Writer:
             alone: let the model write each answer by itself, too.
 
         Raises:
-            ValueError: a prompt that leaves no room for `max_new_tokens` in the model's context, a penalty of 0, or settings of
-                sampling without it.
+            CaftuneError: a prompt that leaves no room for `max_new_tokens` in the model's context, a penalty of 0,
+                or settings of sampling without it.
         """
         if sampling.temperature == 0 and (sampling.top_p < 1 or sampling.top_k > 0):
-            raise ValueError(
+            raise CaftuneError(
                 "--temperature must be above 0 for --top-p and --top-k, got 0, which draws nothing. Raise it."
             )
         if repetition_penalty <= 0:
-            raise ValueError(f"--repetition-penalty must be above 0, got {repetition_penalty}. 1 is none.")
+            raise CaftuneError(f"--repetition-penalty must be above 0, got {repetition_penalty}. 1 is none.")
         if self.room(prompts, sampling.max_new_tokens) < sampling.max_new_tokens:
-            raise ValueError(
+            raise CaftuneError(
                 f"--max-new-tokens must be at most {self.room(prompts, sampling.max_new_tokens)}, which the longest prompt "
                 f"leaves of the model's context, got {sampling.max_new_tokens}. Lower it."
             )
@@ -126,12 +127,12 @@ class Writer:
         """How many new tokens, of those wanted, fit the model's context behind the longest prompt.
 
         Raises:
-            ValueError: none.
+            CaftuneError: none.
         """
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(len(prompt.ids) for prompt in prompts)
         if context is not None and longest >= context:
-            raise ValueError(f"A prompt must fit the model's context of {context} tokens, got {longest}. Shorten it.")
+            raise CaftuneError(f"A prompt must fit the model's context of {context} tokens, got {longest}. Shorten it.")
         return wanted if context is None else min(wanted, context - longest)
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+from caftune.errors import CaftuneError
+
 # Before caftune is imported: from here on a call that breaks a shape annotation of these modules raises.
 _CHECKED = ("caftune.backbone", "caftune.cross_entropy", "caftune.heads", "caftune.objective")
 _HOOK = install_import_hook(_CHECKED, "beartype.beartype")
@@ -20,11 +22,10 @@ def pytest_collection_modifyitems(items):
     if not boxed:
         return
     from caftune.evals.sandbox import check_sandbox
-    from caftune.evals.task import TaskError
 
     try:
         check_sandbox()
-    except TaskError as error:
+    except CaftuneError as error:
         for item in boxed:
             item.add_marker(pytest.mark.skip(reason=str(error)))
 

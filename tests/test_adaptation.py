@@ -16,7 +16,8 @@ from caftune import CAFTTrainer, pipeline
 from caftune.checkpoint import file_sha256, write_json
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
-from caftune.recipe import Recipe, RecipeError
+from caftune.errors import CaftuneError
+from caftune.recipe import Recipe
 from caftune.stage_options import with_inherited_options
 
 # 24 rows in batches of 8: an epoch has three steps.
@@ -193,7 +194,7 @@ def test_a_second_call_does_not_adapt_again(copied):
 def test_removing_the_folder_as_the_refusal_says_adapts_anew(copied):
     before = contents(copied / "run" / "adapt" / "heads")
     recipe = recipe_in(copied, adapt={**ADAPT, "learning_rate": 1e-2})
-    with pytest.raises(RecipeError, match="Remove .*run/adapt"):
+    with pytest.raises(CaftuneError, match="Remove .*run/adapt"):
         pipeline.adapt_heads(recipe)
     shutil.rmtree(copied / "run" / "adapt")
     assert contents(pipeline.adapt_heads(recipe)) != before
@@ -259,20 +260,20 @@ def other_heads(folder):
 def test_a_changed_recipe_is_refused_with_what_differs(copied, sections, stage, difference):
     shutil.copytree("heads", "copy-of-heads")
     before = contents(copied / "run")
-    with pytest.raises(RecipeError, match=rf"run/{stage} holds the {stage} stage of another recipe \({difference}\)"):
+    with pytest.raises(CaftuneError, match=rf"run/{stage} holds the {stage} stage of another recipe \({difference}\)"):
         pipeline.finetune(recipe_in(copied, **sections))
     assert contents(copied / "run") == before
 
 
 def test_adaptation_of_other_heads_under_the_same_name_is_refused(copied):
     other_heads(copied / "heads")
-    with pytest.raises(RecipeError, match=r"run/adapt holds .* of another recipe \(the contents of heads changed\)"):
+    with pytest.raises(CaftuneError, match=r"run/adapt holds .* of another recipe \(the contents of heads changed\)"):
         pipeline.finetune(recipe_in(copied))
 
 
 def test_adaptation_to_other_rows_under_the_same_name_is_refused(copied):
     write_rows(copied / "data.jsonl", seed=6)
-    with pytest.raises(RecipeError, match=r"run/adapt holds .* of another recipe \(the contents of train changed\)"):
+    with pytest.raises(CaftuneError, match=r"run/adapt holds .* of another recipe \(the contents of train changed\)"):
         pipeline.finetune(recipe_in(copied))
 
 
@@ -304,7 +305,7 @@ def test_without_auxiliary_losses_no_heads_are_adapted(finished, tmp_path, monke
 )
 def test_a_slip_in_the_section_is_told_before_work_starts(finished, tmp_path, monkeypatch, adapt, message):
     monkeypatch.chdir(finished)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(CaftuneError, match=message):
         pipeline.finetune(recipe_in(tmp_path, adapt=adapt))
     assert not (tmp_path / "run").exists()
 

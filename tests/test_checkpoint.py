@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from caftune import checkpoint
 from caftune.backbone import Backbone
-from caftune.checkpoint import HeadsError, base_fingerprint, file_sha256, load_heads, model_fingerprint, save_heads
+from caftune.checkpoint import base_fingerprint, file_sha256, load_heads, model_fingerprint, save_heads
 from caftune.demo.run import BASE
+from caftune.errors import CaftuneError
 from caftune.heads import AuxiliaryHeads, HeadsConfig
 
 
@@ -129,7 +130,9 @@ def altered_config(backbone):
 def test_heads_of_a_base_are_carried_to_its_fine_tuned_child_only_when_asked(alter, named, saved):
     backbone = base()
     alter(backbone)
-    with pytest.raises(HeadsError, match=rf"were trained for llama, and .* differs in its {named}\. Use heads of this"):
+    with pytest.raises(
+        CaftuneError, match=rf"were trained for llama, and .* differs in its {named}\. Use heads of this"
+    ):
         load_heads(saved, backbone, TOKENIZER)
     found = load_heads(saved, backbone, TOKENIZER, force=True)
     name = "heads.0.mlp.up_proj.weight"
@@ -155,15 +158,15 @@ def test_heads_of_another_architecture_are_refused_also_when_forced(force, saved
     backbone = base()
     altered_config(backbone)
     named = r"its rope_parameters\.rope_theta \(10000\.0 -> 777\.0\)\. Train heads for this model"
-    with pytest.raises(HeadsError, match=named):
+    with pytest.raises(CaftuneError, match=named):
         load_heads(saved, backbone, TOKENIZER, force=force)
-    with pytest.raises(HeadsError, match=r"differs in its model_type \(llama -> mistral\)"):
+    with pytest.raises(CaftuneError, match=r"differs in its model_type \(llama -> mistral\)"):
         load_heads(saved, Backbone.of(build("mistral", dtype=torch.float32)), TOKENIZER, force=force)
 
 
 @pytest.mark.parametrize("force", [False, True])
 def test_heads_of_another_tokenizer_are_refused_also_when_forced(force, saved):
-    with pytest.raises(HeadsError, match=r"differs in its tokenizer\. Train heads for this model"):
+    with pytest.raises(CaftuneError, match=r"differs in its tokenizer\. Train heads for this model"):
         load_heads(saved, base(), Tokenizer("a", "c", "b"), force=force)
     load_heads(saved, base())  # no tokenizer to compare
 
@@ -177,7 +180,7 @@ def test_a_configuration_written_by_another_version_of_transformers_is_still_the
 def test_a_vocabulary_padded_for_speed_is_the_same_architecture(saved):
     backbone = base()
     backbone.model.resize_token_embeddings(64)
-    with pytest.raises(HeadsError, match=r"differs in its unembedding\. Use heads of this model, or force"):
+    with pytest.raises(CaftuneError, match=r"differs in its unembedding\. Use heads of this model, or force"):
         load_heads(saved, backbone, TOKENIZER)
     load_heads(saved, backbone, TOKENIZER, force=True)
 
@@ -190,12 +193,12 @@ def test_what_training_may_set_in_a_config_does_not_matter(saved):
 
 
 def test_heads_of_another_shape_are_refused_also_when_forced(saved):
-    with pytest.raises(HeadsError, match=r"differs in its intermediate_size \(24 -> 32\)"):
+    with pytest.raises(CaftuneError, match=r"differs in its intermediate_size \(24 -> 32\)"):
         load_heads(saved, base(intermediate_size=32), TOKENIZER, force=True)
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(HeadsError, match=r"nowhere must be a folder with heads\.json and heads\.safetensors"):
+    with pytest.raises(CaftuneError, match=r"nowhere must be a folder with heads\.json and heads\.safetensors"):
         load_heads(tmp_path / "nowhere", base())
 
 
@@ -203,13 +206,13 @@ def test_a_missing_folder_is_refused(tmp_path):
 def test_a_pickle_is_refused_and_not_opened(name, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_args, **_kwargs: pytest.fail("opened the pickle"))
     (tmp_path / name).write_bytes(b"not even a pickle")
-    with pytest.raises(HeadsError, match=f"holds {name}, a pickle, which can run code when opened"):
+    with pytest.raises(CaftuneError, match=f"holds {name}, a pickle, which can run code when opened"):
         load_heads(tmp_path, base())
 
 
 def test_missing_weights_are_refused(saved):
     (saved / "heads.safetensors").unlink()
-    with pytest.raises(HeadsError, match=r"has heads\.json but no heads\.safetensors"):
+    with pytest.raises(CaftuneError, match=r"has heads\.json but no heads\.safetensors"):
         load_heads(saved, base(), TOKENIZER)
 
 
@@ -222,14 +225,14 @@ def test_damaged_weights_are_refused(damage, saved):
     else:
         data[-7] ^= 1
     path.write_bytes(data)
-    with pytest.raises(HeadsError, match=r"is damaged: its SHA-256 differs from heads\.json"):
+    with pytest.raises(CaftuneError, match=r"is damaged: its SHA-256 differs from heads\.json"):
         load_heads(saved, base(), TOKENIZER)
 
 
 def test_a_file_that_is_not_safetensors_is_refused(saved):
     (saved / "heads.safetensors").write_bytes(b"these are not the heads")
     edit(saved, weights_sha256=file_sha256(saved / "heads.safetensors"))
-    with pytest.raises(HeadsError, match="is not a safetensors file"):
+    with pytest.raises(CaftuneError, match="is not a safetensors file"):
         load_heads(saved, base(), TOKENIZER)
 
 
@@ -246,13 +249,13 @@ def test_weights_with_wrong_keys_or_shapes_are_refused(change, saved):
         weights[name] = tensor[:-1].clone()
     save_file(weights, saved / "heads.safetensors")
     edit(saved, weights_sha256=file_sha256(saved / "heads.safetensors"))
-    with pytest.raises(HeadsError, match=r"do not fit LlamaForCausalLM: heads\.1\.mlp\.up.* differ in name or shape"):
+    with pytest.raises(CaftuneError, match=r"do not fit LlamaForCausalLM: heads\.1\.mlp\.up.* differ in name or shape"):
         load_heads(saved, base(), TOKENIZER)
 
 
 def test_another_format_is_refused(saved):
     edit(saved, format=2)
-    with pytest.raises(HeadsError, match=r"has heads of format 2, and this caftune reads format 1"):
+    with pytest.raises(CaftuneError, match=r"has heads of format 2, and this caftune reads format 1"):
         load_heads(saved, base(), TOKENIZER)
 
 
@@ -268,13 +271,13 @@ DAMAGED = {
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_a_damaged_description_is_refused(damage, saved):
     (saved / "heads.json").write_bytes(DAMAGED[damage])
-    with pytest.raises(HeadsError, match=r"heads\.json is damaged"):
+    with pytest.raises(CaftuneError, match=r"heads\.json is damaged"):
         load_heads(saved, base(), TOKENIZER)
 
 
 def test_horizons_this_version_cannot_have_are_refused(saved):
     edit(saved, horizons=[3, 5])
-    with pytest.raises(HeadsError, match="horizons"):
+    with pytest.raises(CaftuneError, match="horizons"):
         load_heads(saved, base(), TOKENIZER)
 
 
@@ -321,7 +324,7 @@ def test_loading_runs_with_the_base_it_was_loaded_for(saved):
 def test_added_tokens_make_a_relative_of_the_tokenizer(saved):
     longer = Tokenizer("a", "b", "c", "d")
     with pytest.raises(
-        HeadsError, match=r"differs in its tokenizer \(tokens were added\)\. Use heads of this model, or force"
+        CaftuneError, match=r"differs in its tokenizer \(tokens were added\)\. Use heads of this model, or force"
     ):
         load_heads(saved, base(), longer)
     load_heads(saved, base(), longer, force=True)

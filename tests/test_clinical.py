@@ -7,9 +7,10 @@ from collections import Counter
 
 import pytest
 
+from caftune.errors import CaftuneError
 from caftune.evals import clinical
 from caftune.evals.clinical import MIMIC_BHC, MTS_DIALOG, rouge
-from caftune.evals.task import TaskError, until_stop
+from caftune.evals.task import until_stop
 
 TASKS = [MTS_DIALOG, MIMIC_BHC]
 FILES = {
@@ -188,7 +189,7 @@ def test_a_model_that_goes_on_with_the_next_text_is_cut(task, continued):
 def test_a_missing_column_is_named(task):
     for name in ("section_text", "dialogue", "section_header") if task is MTS_DIALOG else ("input", "target"):
         row = {key: value for key, value in task.rows[0].items() if key != name}
-        with pytest.raises(TaskError, match=f"Row 3 .*column {name},"):
+        with pytest.raises(CaftuneError, match=f"Row 3 .*column {name},"):
             task.read(row, 3)
 
 
@@ -201,5 +202,5 @@ def test_without_rouge_score_the_remedy_is_told_when_a_row_is_read(monkeypatch):
     clinical._scorer.cache_clear()
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     for task in TASKS:
-        with pytest.raises(TaskError, match=r"rouge-score, which cannot be imported .* pip install caftune\[eval\]"):
+        with pytest.raises(CaftuneError, match=r"rouge-score, which cannot be imported .* pip install caftune\[eval\]"):
             task.read(task.rows[0], 0)

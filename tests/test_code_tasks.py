@@ -13,10 +13,11 @@ from dataclasses import replace
 import pytest
 from hostile import CHEATS
 
+from caftune.errors import CaftuneError
 from caftune.evals import code
 from caftune.evals.code import HUMANEVAL, LIMITS, MBPP, PERMISSION, passes
 from caftune.evals.sandbox import Limits, run_python
-from caftune.evals.task import Example, TaskError, until_stop
+from caftune.evals.task import Example, until_stop
 
 QUICK = Limits(cpu_s=1, wall_s=10.0, memory_bytes=128 << 20)
 
@@ -69,7 +70,7 @@ def test_the_sanitized_mbpp_is_read_too():
 
 @pytest.mark.parametrize(("task", "missing"), [(HUMANEVAL, "entry_point"), (HUMANEVAL, "test"), (MBPP, "test_list")])
 def test_a_row_without_what_is_needed_is_refused(task, missing):
-    with pytest.raises(TaskError, match=f"Row 3 .* must have a column {missing}"):
+    with pytest.raises(CaftuneError, match=f"Row 3 .* must have a column {missing}"):
         task.read({name: value for name, value in task.rows[0].items() if name != missing}, 3)
 
 
@@ -96,7 +97,9 @@ def test_nothing_is_run_or_asked_without_permission(monkeypatch, value):
         lambda: MBPP.read(MBPP.rows[0], 0),
         lambda: passes("", ""),
     ):
-        with pytest.raises(TaskError, match=f"{PERMISSION} must be 1 for HumanEval and MBPP, got {value or 'nothing'}"):
+        with pytest.raises(
+            CaftuneError, match=f"{PERMISSION} must be 1 for HumanEval and MBPP, got {value or 'nothing'}"
+        ):
             act()
 
 
@@ -343,5 +346,5 @@ def test_the_default_limits_leave_room_for_a_busy_machine():
 
 def test_tests_of_a_csv_are_refused():
     row = {"task_id": 1, "text": "Add.", "test_list": "['assert add(1, 2) == 3']"}
-    with pytest.raises(TaskError, match=r"Row 7 \(from 0\) must have a list of texts in test_list"):
+    with pytest.raises(CaftuneError, match=r"Row 7 \(from 0\) must have a list of texts in test_list"):
         MBPP.read(row, 7)

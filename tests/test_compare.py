@@ -21,9 +21,10 @@ from caftune.compared_run import run_folder
 from caftune.control_heads import write_control_heads
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
+from caftune.errors import CaftuneError
 from caftune.evals.statistics import holm
 from caftune.plan import plan
-from caftune.recipe import Recipe, RecipeError
+from caftune.recipe import Recipe
 from caftune.report import write_report
 from caftune.verdict import main_loss
 
@@ -262,7 +263,7 @@ def test_one_run_at_a_time_comes_to_the_same(copied, heads, found):
 def test_a_finished_run_of_another_recipe_is_refused(copied, heads):
     values = values_in(copied, heads)
     values["trainer"]["learning_rate"] = 2e-2
-    with pytest.raises(RecipeError, match=r"of another recipe \(trainer.learning_rate: 0.01 -> 0.02\)"):
+    with pytest.raises(CaftuneError, match=r"of another recipe \(trainer.learning_rate: 0.01 -> 0.02\)"):
         compare(Recipe.model_validate(values))
 
 
@@ -275,7 +276,7 @@ def test_runs_made_before_there_was_a_form_to_choose_are_compared_unless_one_is_
     compare(recipe_in(copied, heads))
     values = values_in(copied, heads)
     values["eval"]["chat"] = False
-    with pytest.raises(RecipeError, match=r"of another recipe \(eval.chat: None -> False\)"):
+    with pytest.raises(CaftuneError, match=r"of another recipe \(eval.chat: None -> False\)"):
         compare(Recipe.model_validate(values))
 
 
@@ -286,7 +287,7 @@ def test_runs_of_two_recipes_are_never_compared_with_each_other(copied, heads):
     compare(recipe_in(copied, heads, **few), "ntp/42")
     values = values_in(copied, heads, **few)
     values["eval"]["max_new_tokens"] = 11
-    with pytest.raises(RecipeError, match=r"of another recipe \(eval.max_new_tokens: 12 -> 11\)"):
+    with pytest.raises(CaftuneError, match=r"of another recipe \(eval.max_new_tokens: 12 -> 11\)"):
         compare(Recipe.model_validate(values), "caft/42")
 
 
@@ -332,7 +333,7 @@ def test_a_trained_run_of_another_recipe_is_not_evaluated_for_this_one(copied, h
             compare(recipe)
     values = values_in(copied, heads, arms=["ntp", "caft"], seeds=1)
     values["trainer"]["learning_rate"] = 2e-2
-    with pytest.raises(RecipeError, match=r"of another recipe \(trainer.learning_rate"):
+    with pytest.raises(CaftuneError, match=r"of another recipe \(trainer.learning_rate"):
         compare(Recipe.model_validate(values))
 
 
@@ -369,7 +370,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(copied, heads, 
 
 
 def test_a_run_that_does_not_exist_is_refused_with_those_that_do(copied, heads):
-    with pytest.raises(RecipeError, match=r"--only must be one of base, ntp/42, caft/42, .* got caft/99"):
+    with pytest.raises(CaftuneError, match=r"--only must be one of base, ntp/42, caft/42, .* got caft/99"):
         compare(recipe_in(copied, heads), "caft/99")
 
 
@@ -392,6 +393,6 @@ def test_a_run_that_another_process_makes_is_refused(copied, heads):
     run = arm_recipe(recipe_in(copied, heads), "caft", 42)
     with (
         FileLock(Path(run.output, ".lock")),
-        pytest.raises(RecipeError, match="caft/42 is being made by another process"),
+        pytest.raises(CaftuneError, match="caft/42 is being made by another process"),
     ):
         comparing._run(recipe_in(copied, heads), "caft", 42)

@@ -24,7 +24,7 @@ from caftune.backbone import Backbone
 from caftune.concept_study import study_concepts, summarise_concepts
 from caftune.concepts import Concept, density, find_concepts, offsets_of, read_terms, token_positions
 from caftune.demo.run import BASE
-from caftune.evals.task import TaskError
+from caftune.errors import CaftuneError
 
 PARACETAMOL = "CC(=O)Nc1ccc(O)cc1"
 CORPUS = ["the ribonucleic acid of a café", "naïve acids and the acid — the the", "😀 über ribonucleic"] * 4
@@ -165,7 +165,7 @@ def test_what_is_no_molecule_has_no_groups(text):
 
 def test_without_rdkit_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rdkit", None)
-    with pytest.raises(TaskError, match=r"rdkit must be installed .* pip install caftune\[eval\]"):
+    with pytest.raises(CaftuneError, match=r"rdkit must be installed .* pip install caftune\[eval\]"):
         find_concepts("CCO", "smiles")
 
 

@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from caftune.data import DataError
 from caftune.demo.run import BASE
+from caftune.errors import CaftuneError
 from caftune.generation import Answer, Sampling
 from caftune.labels import AnswerCache, generate_labels, label_dataset
 from caftune.prompts import as_written, conversations
@@ -123,7 +123,7 @@ def test_a_system_message_goes_where_there_is_none(tokenizer):
 
 
 def test_a_system_message_for_plain_text_is_refused(tokenizer):
-    with pytest.raises(DataError, match="labels.system needs prompts that are messages"):
+    with pytest.raises(CaftuneError, match="labels.system needs prompts that are messages"):
         conversations(Dataset.from_list([{"prompt": "C"}]), tokenizer, system="ours")
 
 

@@ -6,7 +6,8 @@ import json
 import pytest
 from datasets import Dataset, Features, Json, List, Value
 
-from caftune.data import DataError, load_rows, refuse_unnamed_split
+from caftune.data import load_rows, refuse_unnamed_split
+from caftune.errors import CaftuneError
 from caftune.prompts import is_chat
 from caftune.recipe import Recipe
 from caftune.stage_rows import read_task_rows
@@ -78,14 +79,14 @@ def test_a_system_message_in_a_column_of_its_own_comes_first(tmp_path):
     assert read({"messages": [asked, answered]}) == read({"conversations": turns}) == [brief, asked, answered]
     assert read({"messages": [own, asked, answered]}) == [own, asked, answered]
     assert read({"instruction": "Add.", "output": "3"}, chat=True) == [brief, asked]
-    with pytest.raises(DataError, match=r"row 0 \(from 0\) has a system message, and the row is plain text"):
+    with pytest.raises(CaftuneError, match=r"row 0 \(from 0\) has a system message, and the row is plain text"):
         read({"prompt": "Add.", "completion": "3"})
 
 
 def test_what_an_instruction_is_about_is_not_left_out(tmp_path):
     row = {"instruction": "Add.", "context": "1 2", "response": "3"}
     assert load_rows(write(tmp_path / "x.jsonl", [row])).to_list() == [{"prompt": "Add.\n\n1 2\n\n", "completion": "3"}]
-    with pytest.raises(DataError, match=r"row 0 \(from 0\) has a history"):
+    with pytest.raises(CaftuneError, match=r"row 0 \(from 0\) has a history"):
         load_rows(write(tmp_path / "x.jsonl", [{**row, "history": [["a", "b"]]}]))
 
 
@@ -100,7 +101,7 @@ def test_named_columns_bring_along_what_belongs_to_them(tmp_path):
     assert read(context="1 2")["prompt"] == read(input="1 2")["prompt"] == [asked]
     brief = {"role": "system", "content": "Be brief."}
     assert read(context="1 2", system="Be brief.")["prompt"] == [brief, asked]
-    with pytest.raises(DataError, match=r"row 0 \(from 0\) has a history"):
+    with pytest.raises(CaftuneError, match=r"row 0 \(from 0\) has a history"):
         read(history=[["a", "b"]])
 
 
@@ -122,13 +123,13 @@ def test_a_csv_is_text(tmp_path):
 
 def test_an_answer_that_is_a_number_is_refused(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"prompt": "1+2", "completion": 3}])
-    with pytest.raises(DataError, match=r"row 0 \(from 0\): completion must be text, got 3"):
+    with pytest.raises(CaftuneError, match=r"row 0 \(from 0\): completion must be text, got 3"):
         load_rows(path)
 
 
 def test_rows_of_another_form_are_refused(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"text": "a"}, {"prompt": "a", "completion": "b"}])
-    with pytest.raises(DataError, match=r"row 1 \(from 0\) is of another form"):
+    with pytest.raises(CaftuneError, match=r"row 1 \(from 0\) is of another form"):
         load_rows(path)
 
 
@@ -191,7 +192,7 @@ def test_a_null_that_was_written_as_json_stays(tmp_path):
 )
 def test_a_csv_that_would_lose_text_is_refused(tmp_path, content, message):
     (tmp_path / "x.csv").write_text("prompt,completion\n" + content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(CaftuneError, match=message):
         load_rows(str(tmp_path / "x.csv"))
 
 
@@ -216,34 +217,34 @@ def test_a_cell_of_a_csv_may_be_long_and_empty_ones_may_follow(tmp_path):
 )
 def test_bad_lines_are_named(tmp_path, content, message):
     (tmp_path / "x.jsonl").write_text(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(CaftuneError, match=message):
         load_rows(str(tmp_path / "x.jsonl"))
 
 
 @pytest.mark.parametrize("source", ["nothing.jsonl", "./nothing", "/nothing/at/all"])
 def test_a_missing_file_is_refused_without_asking_the_hub(source):
     with pytest.raises(
-        DataError, match=r"must be an existing file or a hub id \(owner/name\), and there is no such file"
+        CaftuneError, match=r"must be an existing file or a hub id \(owner/name\), and there is no such file"
     ):
         load_rows(source)
 
 
 def test_a_missing_column_is_named(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"q": "1"}])
-    with pytest.raises(DataError, match=r"has no column 'answer'; its columns are q. Mend data.columns"):
+    with pytest.raises(CaftuneError, match=r"has no column 'answer'; its columns are q. Mend data.columns"):
         load_rows(path, {"prompt": "q", "completion": "answer"})
 
 
 @pytest.mark.parametrize("ending", [".txt", ".parquet.gz"])
 def test_an_unknown_ending_is_refused(tmp_path, ending):
     (tmp_path / f"x{ending}").write_text("a")
-    with pytest.raises(DataError, match=rf"must end in .jsonl, .json, .csv .* or .parquet, got '{ending}'"):
+    with pytest.raises(CaftuneError, match=rf"must end in .jsonl, .json, .csv .* or .parquet, got '{ending}'"):
         load_rows(str(tmp_path / f"x{ending}"))
 
 
 def test_a_json_file_that_is_no_list_is_refused(tmp_path):
     (tmp_path / "x.json").write_text('{"text": "a"}')
-    with pytest.raises(DataError, match="must hold a JSON list of objects"):
+    with pytest.raises(CaftuneError, match="must hold a JSON list of objects"):
         load_rows(str(tmp_path / "x.json"))
 
 
@@ -269,13 +270,15 @@ def broken_files(folder):
 )
 def test_a_file_that_cannot_be_read_is_named_with_a_remedy(name, message, tmp_path):
     broken_files(tmp_path)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(CaftuneError, match=message):
         load_rows(str(tmp_path / name))
 
 
 def test_a_slip_in_the_names_of_columns_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}')
-    with pytest.raises(DataError, match=r"data\.columns\.promt is not one of caftune's names\. Did you mean prompt\?"):
+    with pytest.raises(
+        CaftuneError, match=r"data\.columns\.promt is not one of caftune's names\. Did you mean prompt\?"
+    ):
         load_rows(str(tmp_path / "rows.jsonl"), {"promt": "question", "completion": "answer"})
 
 
@@ -285,7 +288,7 @@ def test_tools_may_stand_as_json_in_a_text(tmp_path):
     path = write(tmp_path / "x.jsonl", [{**row, "tools": json.dumps(tools), "chat_template_kwargs": '{"x": 1}'}])
     (found,) = load_rows(path).to_list()
     assert (found["tools"], found["chat_template_kwargs"]) == (tools, {"x": 1})
-    with pytest.raises(DataError, match=r"row 0 \(from 0\): tools must be JSON, got 'search'"):
+    with pytest.raises(CaftuneError, match=r"row 0 \(from 0\): tools must be JSON, got 'search'"):
         load_rows(write(tmp_path / "x.jsonl", [{**row, "tools": "search"}]))
     alpaca = {"instruction": "Add.", "output": "3", "tools": "RDKit, Open Babel"}  # a column of its own
     assert load_rows(write(tmp_path / "x.jsonl", [alpaca])).to_list() == [{"prompt": "Add.\n\n", "completion": "3"}]
@@ -313,7 +316,7 @@ def test_a_data_set_that_needs_a_configuration_is_told_how(monkeypatch):
         raise ValueError("Config name is missing.")
 
     monkeypatch.setattr("caftune.data.load_dataset", load)
-    with pytest.raises(DataError, match=r"Config name is missing.\). A hub id is owner/name\[/config\]\[:split\]"):
+    with pytest.raises(CaftuneError, match=r"Config name is missing.\). A hub id is owner/name\[/config\]\[:split\]"):
         load_rows("openai/gsm8k:test")
 
 
@@ -321,7 +324,7 @@ def test_what_is_evaluated_on_must_name_its_split(tmp_path, monkeypatch):
     refuse_unnamed_split("owner/name:test", "data.eval")
     refuse_unnamed_split("rows.jsonl", "data.eval")
     with pytest.raises(
-        DataError, match=r"data.eval must be a file that exists or name a split .* Write owner/name:test"
+        CaftuneError, match=r"data.eval must be a file that exists or name a split .* Write owner/name:test"
     ):
         refuse_unnamed_split("owner/name", "data.eval")
     monkeypatch.chdir(tmp_path)

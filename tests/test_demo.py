@@ -8,8 +8,9 @@ from rich.console import Console
 from caftune.demo import run
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE, demo, demo_recipe
+from caftune.errors import CaftuneError
 from caftune.evaluation import evaluate
-from caftune.recipe import Recipe, RecipeError, load_recipe
+from caftune.recipe import Recipe, load_recipe
 
 
 def test_the_demo_runs_from_data_to_report(tmp_path, capsys):
@@ -50,6 +51,6 @@ def test_the_base_scores_as_its_provenance_says(tmp_path):
 def test_the_demo_clears_only_its_own_folder(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "recipe.yaml").write_text("output: x")
-    with pytest.raises(RecipeError, match="holds something else than a demo"):
+    with pytest.raises(CaftuneError, match="holds something else than a demo"):
         demo(str(tmp_path))
     assert (tmp_path / "data").is_dir()

@@ -16,11 +16,12 @@ from caftune import compare, evaluation
 from caftune.cli import app
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
+from caftune.errors import CaftuneError
 from caftune.evals.proteins import sequence_of
-from caftune.evals.task import TaskError, means, until_stop, without_thought
+from caftune.evals.task import means, until_stop, without_thought
 from caftune.evals.tasks import TASKS
 from caftune.generation import Answer
-from caftune.recipe import Recipe, RecipeError
+from caftune.recipe import Recipe
 
 
 @pytest.fixture
@@ -205,7 +206,7 @@ def test_a_model_without_a_chat_template_is_asked_in_plain_text_whatever_it_is_t
 def test_where_the_form_cannot_be_known_it_must_be_given(chatty, reply):
     reply("C")
     unknown = {**chatty, "data": {"train": "nowhere.jsonl"}}
-    with pytest.raises(RecipeError, match=r"eval\.chat must be given .*nowhere\.jsonl must be an existing file"):
+    with pytest.raises(CaftuneError, match=r"eval\.chat must be given .*nowhere\.jsonl must be an existing file"):
         evaluated(unknown)
     assert evaluated(unknown, chat=True).chat is True
 
@@ -217,7 +218,7 @@ def test_a_comparison_says_the_form_where_it_is_another_than_before_there_was_a_
     assert said(trained_on(chatty, TEXTS)) is False
     assert said(trained_on(chatty, {"messages": [ASKED, ANSWERED]})) is said(trained_on(own_rows, TEXTS)) is None
     assert said(trained_on(chatty, TEXTS), chat=True) is True
-    with pytest.raises(RecipeError, match=r"eval\.chat must not be true"):
+    with pytest.raises(CaftuneError, match=r"eval\.chat must not be true"):
         said(own_rows, chat=True)
 
 
@@ -348,19 +349,19 @@ def test_without_one_nothing_is_folded(proteins, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"structures": "x"}, RecipeError, r"eval\.structures needs the task proteins in eval\.tasks"),
-        ({"tasks": []}, RecipeError, r"eval\.tasks must name tasks, got none\. Known: humaneval"),
-        ({"tasks": ["molecule"]}, RecipeError, r"eval\.tasks must hold names of tasks, got 'molecule'\. .* molecules"),
-        ({"data": {}}, RecipeError, r"eval\.data\.molecules must name a file or hub id"),
-        ({"runs": 2}, RecipeError, "eval.runs must be 1 with eval.temperature 0"),
+        ({"structures": "x"}, CaftuneError, r"eval\.structures needs the task proteins in eval\.tasks"),
+        ({"tasks": []}, CaftuneError, r"eval\.tasks must name tasks, got none\. Known: humaneval"),
+        ({"tasks": ["molecule"]}, CaftuneError, r"eval\.tasks must hold names of tasks, got 'molecule'\. .* molecules"),
+        ({"data": {}}, CaftuneError, r"eval\.data\.molecules must name a file or hub id"),
+        ({"runs": 2}, CaftuneError, "eval.runs must be 1 with eval.temperature 0"),
         (
             {"model": None},
-            RecipeError,
+            CaftuneError,
             "run/model is missing. Run `caftune train` first, or name a model in eval.model",
         ),
-        ({"columns": {"smiles": "nothing"}}, TaskError, r"rows\.jsonl: .*eval\.columns"),
-        ({"chat": True}, RecipeError, r"eval\.chat must not be true for .*, which has no chat template\. Remove it"),
-        ({"max_new_tokens": 250}, RecipeError, "prompts of molecules .* leave no room for 250 tokens"),
+        ({"columns": {"smiles": "nothing"}}, CaftuneError, r"rows\.jsonl: .*eval\.columns"),
+        ({"chat": True}, CaftuneError, r"eval\.chat must not be true for .*, which has no chat template\. Remove it"),
+        ({"max_new_tokens": 250}, CaftuneError, "prompts of molecules .* leave no room for 250 tokens"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_the_model_is_asked(values, monkeypatch, changes, error, message):
@@ -373,7 +374,7 @@ def test_an_adapter_alone_is_refused_with_how_to_make_it_a_model(values):
     model = Path(values["output"], "model")
     model.mkdir(parents=True)
     (model / "adapter_config.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"an adapter alone\. Run `caftune export` with model\.lora\.merge=true"):
+    with pytest.raises(CaftuneError, match=r"an adapter alone\. Run `caftune export` with model\.lora\.merge=true"):
         evaluated(values, model=None)
 
 

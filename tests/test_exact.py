@@ -2,8 +2,9 @@
 
 import pytest
 
+from caftune.errors import CaftuneError
 from caftune.evals.exact import EXACT_MATCH
-from caftune.evals.task import Example, TaskError
+from caftune.evals.task import Example
 from caftune.evals.tasks import TASKS
 
 
@@ -60,5 +61,5 @@ def test_the_task_is_found_by_its_name():
     ],
 )
 def test_a_row_that_cannot_be_asked_or_scored_is_refused_with_a_sentence(row, message):
-    with pytest.raises(TaskError, match=message):
+    with pytest.raises(CaftuneError, match=message):
         EXACT_MATCH.read(row, 4)

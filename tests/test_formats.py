@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from caftune import CAFTTrainer, pipeline, stage_options
-from caftune.data import DataError, load_rows
+from caftune.data import load_rows
 from caftune.demo.run import BASE
+from caftune.errors import CaftuneError
 from caftune.objective import IGNORED, horizon_targets
 from caftune.recipe import Recipe
 
@@ -277,13 +278,13 @@ GOOD = {"messages": [ASKED, ANSWERED]}
     ],
 )
 def test_a_row_that_cannot_be_trained_on_is_named(row, message, tmp_path):
-    with pytest.raises(DataError, match=rf"rows.jsonl, row 1 \(from 0\):? ({message})"):
+    with pytest.raises(CaftuneError, match=rf"rows.jsonl, row 1 \(from 0\):? ({message})"):
         load_rows(write(tmp_path, [GOOD, row]))
 
 
 def test_text_and_messages_are_not_mixed(tmp_path):
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": [ASKED], "completion": [ANSWERED]}]
-    with pytest.raises(DataError, match=r"row 1 \(from 0\) is of another form than the rows before it"):
+    with pytest.raises(CaftuneError, match=r"row 1 \(from 0\) is of another form than the rows before it"):
         load_rows(write(tmp_path, rows))
 
 
@@ -311,7 +312,7 @@ def test_preference_pairs_are_refused_with_what_to_do(tokenizer, chat_base, tmp_
         trainer_for(Dataset.from_list(pairs), tmp_path, tokenizer)
     recipe = recipe_of(pairs, chat_base, tmp_path, {})
     with pytest.raises(
-        DataError, match="data.train has prompts and no completions to train on. Name the answers' column"
+        CaftuneError, match="data.train has prompts and no completions to train on. Name the answers' column"
     ):
         pipeline.finetune(recipe)
 

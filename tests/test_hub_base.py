@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from caftune import pipeline
 from caftune.checkpoint import model_fingerprint
 from caftune.demo.run import BASE
+from caftune.errors import CaftuneError
 from caftune.evaluation import evaluate
-from caftune.recipe import Recipe, RecipeError
+from caftune.recipe import Recipe
 
 NAME = "owner/base"
 FAST = {"per_device_train_batch_size": 8, "use_cpu": True, "gradient_checkpointing": False, "max_steps": 2}
@@ -78,7 +79,7 @@ def test_a_run_stays_with_the_commit_that_it_began_with(hub, tmp_path):
     fresh = load_file(pipeline.finetune(recipe.model_copy(update={"output": str(other)})) / "model.safetensors")
     assert float((fresh["model.norm.weight"] - began["model.norm.weight"]).abs().max()) > 1e-3
     named = recipe_in(tmp_path, tuning="lora", revision=next(iter(hub.commits[NAME])))
-    with pytest.raises(RecipeError, match=r"holds the train stage of another recipe \(model.revision: "):
+    with pytest.raises(CaftuneError, match=r"holds the train stage of another recipe \(model.revision: "):
         pipeline.finetune(named.model_copy(update={"loss": recipe.loss}))
 
 

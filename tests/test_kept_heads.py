@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 
 from caftune import pipeline
 from caftune.backbone import Backbone
-from caftune.checkpoint import HeadsError, load_heads
+from caftune.checkpoint import load_heads
 from caftune.cli import app
 from caftune.compare import compare
 from caftune.demo.run import BASE
-from caftune.recipe import Recipe, RecipeError
+from caftune.errors import CaftuneError
+from caftune.recipe import Recipe
 
 PROMPTS = ["2-chloropropane: ", "ethanol: ", "methyl 2-phenoxyacetate: "]
 
@@ -52,7 +53,7 @@ def loaded(run):
 def test_kept_heads_are_those_of_the_exported_model(kept, run, heads):
     backbone, tokenizer = loaded(kept / run)
     load_heads(kept / run / "model-heads", backbone, tokenizer)  # not by force
-    with pytest.raises(HeadsError, match="other weights|another base|base"):
+    with pytest.raises(CaftuneError, match="other weights|another base|base"):
         load_heads(heads, backbone, tokenizer)
 
 
@@ -106,14 +107,14 @@ def test_the_preset_gives_way_to_what_the_recipe_says():
 def test_heads_that_cannot_be_kept_are_refused_before_training(kept, heads, changes, said):
     data = {"train": str(kept / "data.jsonl")}
     recipe = recipe_in(kept, "x", **{"adapt": None, "data": data, "heads": {"path": heads, "keep": True}, **changes})
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(CaftuneError, match=said):
         pipeline.finetune(recipe)
     assert not (kept / "x").exists()
 
 
 def test_a_comparison_keeps_no_heads(kept, heads):
     data = {"train": str(kept / "data.jsonl"), "eval": str(kept / "data.jsonl")}
-    with pytest.raises(RecipeError, match="heads.keep must be false in a comparison"):
+    with pytest.raises(CaftuneError, match="heads.keep must be false in a comparison"):
         compare(recipe_in(kept, "x", adapt=None, data=data, heads={"path": heads, "keep": True}))
 
 

@@ -15,9 +15,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from caftune.data import DataError
 from caftune.demo.chemistry import molecules, prompt
 from caftune.demo.run import BASE
+from caftune.errors import CaftuneError
 from caftune.generation import Answer, Failure, Sampling, transformers_backend
 from caftune.labels import AnswerCache, Labelling, generate_labels, label_dataset, read_labels, write_labels
 from caftune.prompts import Conversation, Prompt, conversations, decoded, refuse_long_prompts
@@ -99,7 +99,7 @@ def test_cut_off_answers_are_left_out_of_training(model, tokenizer, talks, tmp_p
 
 def test_labels_without_a_finished_answer_are_refused(model, tokenizer, talks, tmp_path):
     labels = answered(model, tokenizer, talks, tmp_path / "cache.jsonl", Sampling(3, temperature=0)).labels
-    with pytest.raises(DataError, match="None of 10 answers was finished .* or set labels.keep_truncated=true"):
+    with pytest.raises(CaftuneError, match="None of 10 answers was finished .* or set labels.keep_truncated=true"):
         label_dataset(labels)
 
 
@@ -239,18 +239,18 @@ def test_a_prompt_to_be_continued_is_not_closed():
 
 def test_messages_need_a_chat_template(tokenizer):
     rows = Dataset.from_list([{"messages": [{"role": "user", "content": "Hi"}]}])
-    with pytest.raises(DataError, match="The data has messages, and .* has no chat template"):
+    with pytest.raises(CaftuneError, match="The data has messages, and .* has no chat template"):
         conversations(rows, tokenizer)
 
 
 def test_long_prompts_are_counted_and_named():
-    with pytest.raises(DataError, match=r"1 of 3 prompts \(rows 1, from 0\) are longer than the 4 tokens"):
+    with pytest.raises(CaftuneError, match=r"1 of 3 prompts \(rows 1, from 0\) are longer than the 4 tokens"):
         refuse_long_prompts({0: Prompt([1]), 1: Prompt([1] * 5), 2: Prompt([1] * 4)}, 4)
 
 
 def test_a_line_that_is_no_label_is_named(tmp_path):
     (tmp_path / "x").write_text('{"row": 0}\n')
-    with pytest.raises(DataError, match="line 1: not a label"):
+    with pytest.raises(CaftuneError, match="line 1: not a label"):
         read_labels(tmp_path / "x")
 
 
@@ -258,7 +258,7 @@ def test_a_line_that_is_no_answer_is_named(tmp_path):
     (tmp_path / "x").write_text(
         '{"key": "a", "max_new_tokens": 3, "ids": [1], "finish": "stop", "exact": true}\n{"key": 1}\n'
     )
-    with pytest.raises(DataError, match="line 2: not an answer"):
+    with pytest.raises(CaftuneError, match="line 2: not an answer"):
         AnswerCache(tmp_path / "x", GREEDY, seed=0, fingerprint="base")
 
 
@@ -273,7 +273,7 @@ def test_an_answer_cut_off_before_its_end_of_line_is_kept_and_the_next_one_begin
 
 def test_a_file_that_is_no_cache_stays_as_it_is(tmp_path):
     (tmp_path / "x").write_text('{"notes": 1}')
-    with pytest.raises(DataError, match="line 1: not an answer"):
+    with pytest.raises(CaftuneError, match="line 1: not an answer"):
         AnswerCache(tmp_path / "x", GREEDY, seed=0, fingerprint="base")
     assert (tmp_path / "x").read_text() == '{"notes": 1}'
 

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from caftune.errors import CaftuneError
 from caftune.evals import maths
 from caftune.evals.maths import GSM8K, MATH500, TIMEOUT_S, final_answer, is_equal
-from caftune.evals.task import Example, TaskError, until_stop
+from caftune.evals.task import Example, until_stop
 
 TASKS = [GSM8K, MATH500]
 RIGHT = {"accuracy": 1.0, "answered": 1.0, "unjudged": 0.0}
@@ -375,7 +376,7 @@ def test_a_prompt_says_how_the_answer_is_to_be_marked():
 def test_a_missing_column_is_named(task):
     for name in ("question", "answer") if task is GSM8K else ("problem", "answer"):
         row = {key: value for key, value in task.rows[0].items() if key != name}
-        with pytest.raises(TaskError, match=f"Row 3 .*column {name},"):
+        with pytest.raises(CaftuneError, match=f"Row 3 .*column {name},"):
             task.read(row, 3)
 
 
@@ -387,7 +388,7 @@ def test_the_worked_solution_is_the_perfect_answer(task):
 
 
 def test_a_gsm8k_answer_without_its_number_is_refused():
-    with pytest.raises(TaskError, match="Row 3 .*must end with a line of #### and a number, got 'So it is 5.'"):
+    with pytest.raises(CaftuneError, match="Row 3 .*must end with a line of #### and a number, got 'So it is 5.'"):
         GSM8K.read({"question": "How many?", "answer": "So it is 5."}, 3)
 
 
@@ -396,5 +397,5 @@ def test_without_math_verify_the_remedy_is_told_when_a_row_is_read(tmp_path, mon
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr(maths, "_JUDGE", maths._Judge())
     for task in TASKS:
-        with pytest.raises(TaskError, match=r"antlr4 is not here\). Install it: pip install caftune\[eval\]"):
+        with pytest.raises(CaftuneError, match=r"antlr4 is not here\). Install it: pip install caftune\[eval\]"):
             task.read(task.rows[0], 0)

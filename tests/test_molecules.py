@@ -8,9 +8,10 @@ from collections import Counter
 
 import pytest
 
+from caftune.errors import CaftuneError
 from caftune.evals import molecules
 from caftune.evals.molecules import MOLECULES, levenshtein, smiles_of
-from caftune.evals.task import Example, TaskError, until_stop
+from caftune.evals.task import Example, until_stop
 
 Chem = pytest.importorskip("rdkit.Chem")
 
@@ -338,18 +339,18 @@ def test_the_reference_is_the_perfect_answer():
 
 
 def test_a_conversation_in_place_of_a_prompt_is_refused():
-    with pytest.raises(TaskError, match="Row 4 .*: prompt or description or caption must be a text, got list"):
+    with pytest.raises(CaftuneError, match="Row 4 .*: prompt or description or caption must be a text, got list"):
         MOLECULES.read({"prompt": [{"role": "user", "content": "?"}], "smiles": "CCO"}, 4)
 
 
 def test_a_row_without_its_columns_or_with_a_bad_smiles_is_refused_with_a_sentence():
-    with pytest.raises(TaskError, match="Row 4 .* must have a column smiles or molecule, and has description"):
+    with pytest.raises(CaftuneError, match="Row 4 .* must have a column smiles or molecule, and has description"):
         MOLECULES.read({"description": "It is sweet."}, 4)
-    with pytest.raises(TaskError, match=r"The SMILES of row 4 \(from 0\) must be one that RDKit reads, got 'C1CC'"):
+    with pytest.raises(CaftuneError, match=r"The SMILES of row 4 \(from 0\) must be one that RDKit reads, got 'C1CC'"):
         MOLECULES.read({"description": "It is sweet.", "smiles": "C1CC"}, 4)
 
 
 def test_without_rdkit_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rdkit", None)
-    with pytest.raises(TaskError, match=r"rdkit must be installed .* pip install caftune\[eval\]"):
+    with pytest.raises(CaftuneError, match=r"rdkit must be installed .* pip install caftune\[eval\]"):
         MOLECULES.read(MOLECULES.rows[0], 0)

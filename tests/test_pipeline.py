@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from caftune import pipeline
 from caftune.cli import app
-from caftune.data import DataError
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
-from caftune.recipe import Recipe, RecipeError
+from caftune.errors import CaftuneError
+from caftune.recipe import Recipe
 from caftune.report import read_run
 
 FAST = {"per_device_train_batch_size": 8, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 2}
@@ -140,46 +140,46 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(finished, values, t
 )
 @pytest.mark.usefixtures("finished")
 def test_the_folder_of_another_run_is_refused(values, stage, sections, difference):
-    with pytest.raises(RecipeError, match=f"of another recipe .{difference}"):
+    with pytest.raises(CaftuneError, match=f"of another recipe .{difference}"):
         stage(recipe_with(values, **sections))
 
 
 def test_a_folder_of_something_else_is_refused(values, tmp_path):
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "thesis.txt").write_text("mine")
-    with pytest.raises(RecipeError, match="holds files of something else than caftune"):
+    with pytest.raises(CaftuneError, match="holds files of something else than caftune"):
         pipeline.label(Recipe.model_validate({**values, "output": str(tmp_path)}))
 
 
 @pytest.mark.parametrize(
     ("stage", "sections", "error", "message"),
     [
-        (pipeline.label, {"labels": {"prompts": None}}, RecipeError, "labels.prompts must name a file"),
-        (pipeline.label, {"labels": {"max_new_tokens": 255}}, DataError, "24 of 24 prompts"),
+        (pipeline.label, {"labels": {"prompts": None}}, CaftuneError, "labels.prompts must name a file"),
+        (pipeline.label, {"labels": {"max_new_tokens": 255}}, CaftuneError, "24 of 24 prompts"),
         (
             pipeline.label,
             {"model": {"name": "./nothing"}},
-            RecipeError,
+            CaftuneError,
             "model.name must be a folder with a config.json",
         ),
-        (pipeline.pretrain_heads, {}, RecipeError, "labels.jsonl is missing. Run `caftune label`"),
-        (pipeline.finetune, {}, RecipeError, "heads is missing. Run `caftune pretrain-heads` first"),
+        (pipeline.pretrain_heads, {}, CaftuneError, "labels.jsonl is missing. Run `caftune label`"),
+        (pipeline.finetune, {}, CaftuneError, "heads is missing. Run `caftune pretrain-heads` first"),
         (
             pipeline.finetune,
             {"loss": {"weight": 0}, "data": {"train": None}},
-            RecipeError,
+            CaftuneError,
             "data.train must name a file",
         ),
         (
             pipeline.finetune,
             {"loss": {"weight": 0}, "data": {"max_length": 257}},
-            RecipeError,
+            CaftuneError,
             "the model's context of 256",
         ),
         (
             pipeline.finetune,
             {"loss": {"weight": 0}, "data": {"columns": {"prompt": "name"}}},
-            DataError,
+            CaftuneError,
             "prompts and no completions to train on",
         ),
         (
@@ -188,7 +188,7 @@ def test_a_folder_of_something_else_is_refused(values, tmp_path):
             ValueError,
             "24 of 24 rows of the train data",
         ),
-        (pipeline.export, {}, RecipeError, "holds no checkpoint"),
+        (pipeline.export, {}, CaftuneError, "holds no checkpoint"),
     ],
 )
 def test_wrong_things_are_refused_before_work_starts(values, tmp_path, stage, sections, error, message):
@@ -266,7 +266,7 @@ def test_messages_for_a_base_without_a_chat_template_are_refused(values, tmp_pat
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     chat = {"train": str(tmp_path / "chat.jsonl"), "eval": None, "columns": {}}
     recipe = recipe_with({**values, "output": str(tmp_path / "new"), "data": chat}, loss={"weight": 0})
-    with pytest.raises(DataError, match="The data has messages, and .* has no chat template"):
+    with pytest.raises(CaftuneError, match="The data has messages, and .* has no chat template"):
         pipeline.finetune(recipe)
     assert not (tmp_path / "new").exists()
 
@@ -277,12 +277,12 @@ def test_a_checkpoint_of_another_run_is_not_exported_into_this_one(values, tmp_p
     other = tmp_path / "other" / "checkpoint-1"
     other.mkdir(parents=True)
     (other / "config.json").write_text("{}")
-    with pytest.raises(RecipeError, match="it belongs to another run"):
+    with pytest.raises(CaftuneError, match="it belongs to another run"):
         pipeline.export(run, str(other))
-    with pytest.raises(RecipeError, match=r"holds no checkpoint\. Run `caftune train` first, or name one of"):
+    with pytest.raises(CaftuneError, match=r"holds no checkpoint\. Run `caftune train` first, or name one of"):
         pipeline.export(run, str(tmp_path / "other"))
     (tmp_path / "pieces" / "pytorch_model_fsdp_0").mkdir(parents=True)
-    with pytest.raises(RecipeError, match=r"must hold whole weights, got FSDP's pieces.* Run `caftune train` again"):
+    with pytest.raises(CaftuneError, match=r"must hold whole weights, got FSDP's pieces.* Run `caftune train` again"):
         pipeline.export(run, str(tmp_path / "pieces"))
 
 
@@ -344,7 +344,7 @@ def test_the_adapter_of_a_base_that_is_published_quantised_is_exported_alone(val
     (tmp_path / "base" / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
     )
-    with pytest.raises(RecipeError, match="is published quantised: an adapter cannot be merged into it"):
+    with pytest.raises(CaftuneError, match="is published quantised: an adapter cannot be merged into it"):
         pipeline.export(merged)
     assert (pipeline.export(alone) / "adapter_model.safetensors").is_file()
 

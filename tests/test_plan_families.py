@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 
 from caftune.backbone import UnsupportedModelError, last_layer
 from caftune.cli import app
+from caftune.errors import CaftuneError
 from caftune.estimate import Setup, estimate
 from caftune.flops import anatomy_of
 from caftune.plan import plan
-from caftune.recipe import Recipe, RecipeError
+from caftune.recipe import Recipe
 
 # Families that are not planned with decoder heads: they carry none, or what they compute depends on the tokens.
 NOT_PLANNED = {
@@ -41,7 +42,7 @@ def recipe_of(family, folder, **options):
 def test_a_family_is_planned_or_refused_with_a_sentence(family, tmp_path, caplog):
     recipe = recipe_of(family, tmp_path, gradient_checkpointing=False)
     if family in NOT_PLANNED:
-        with pytest.raises((RecipeError, UnsupportedModelError), match=NOT_PLANNED[family]):
+        with pytest.raises((CaftuneError, UnsupportedModelError), match=NOT_PLANNED[family]):
             plan(recipe)
     else:
         assert plan(recipe).estimate.memory.activations > 0

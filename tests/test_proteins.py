@@ -8,9 +8,10 @@ import time
 
 import pytest
 
+from caftune.errors import CaftuneError
 from caftune.evals import proteins
 from caftune.evals.proteins import PROTEINS, align, sequence_of, valid_residues
-from caftune.evals.task import Example, TaskError, until_stop
+from caftune.evals.task import Example, until_stop
 
 Align = pytest.importorskip("Bio.Align")
 
@@ -192,18 +193,18 @@ def test_a_prompt_lists_every_function_and_the_next_question_is_cut():
 
 
 def test_a_row_without_its_columns_or_without_a_sequence_is_refused_with_a_sentence():
-    with pytest.raises(TaskError, match="Row 4 .* must have a column functions or instruction, and has sequence"):
+    with pytest.raises(CaftuneError, match="Row 4 .* must have a column functions or instruction, and has sequence"):
         PROTEINS.read({"sequence": "MKT"}, 4)
-    with pytest.raises(TaskError, match="Row 4 .* must have a column output, and has instruction"):
+    with pytest.raises(CaftuneError, match="Row 4 .* must have a column output, and has instruction"):
         PROTEINS.read({"instruction": "Write one."}, 4)
-    with pytest.raises(TaskError, match=r"Row 4 \(from 0\) must have a sequence of amino acids .*, got 'mkt'"):
+    with pytest.raises(CaftuneError, match=r"Row 4 \(from 0\) must have a sequence of amino acids .*, got 'mkt'"):
         PROTEINS.read({"functions": ["toxin activity"], "sequence": "mkt"}, 4)
 
 
 def test_without_biopython_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "Bio.Align", None)
     proteins._aligner.cache_clear()
-    with pytest.raises(TaskError, match=r"biopython must be installed .* pip install caftune\[eval\]"):
+    with pytest.raises(CaftuneError, match=r"biopython must be installed .* pip install caftune\[eval\]"):
         PROTEINS.read(PROTEINS.rows[0], 0)
 
 

@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from caftune.recipe import Recipe, RecipeError, first_difference, load_recipe, trainer_config
+from caftune.errors import CaftuneError
+from caftune.recipe import Recipe, first_difference, load_recipe, trainer_config
 
 MINIMAL = "output: runs/x\nmodel: {name: some/model}\n"
 
@@ -51,30 +52,30 @@ def test_scientific_notation_is_a_number(recipe):
     ],
 )
 def test_mistakes_are_named_with_their_place(recipe, text, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(CaftuneError, match=message):
         recipe(text)
 
 
 def test_a_missing_recipe_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="must be a recipe file"):
+    with pytest.raises(CaftuneError, match="must be a recipe file"):
         load_recipe(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize("override", ["loss.weight", "=1"])
 def test_a_malformed_override_is_refused(recipe, override):
-    with pytest.raises(RecipeError, match=r"An override must be key.sub=value"):
+    with pytest.raises(CaftuneError, match=r"An override must be key.sub=value"):
         recipe(overrides=[override])
 
 
 @pytest.mark.parametrize("value", ["Answer: in a word: yes", "{a: b", "@home"])
 def test_a_value_that_is_no_yaml_is_refused(recipe, value):
-    with pytest.raises(RecipeError, match=r"labels.system=.* holds no valid YAML. Put the value into quotes"):
+    with pytest.raises(CaftuneError, match=r"labels.system=.* holds no valid YAML. Put the value into quotes"):
         recipe(overrides=[f"labels.system={value}"])
 
 
 def test_a_control_character_is_refused(tmp_path):
     (tmp_path / "recipe.yaml").write_text("output: a\x01b\n")
-    with pytest.raises(RecipeError, match=r"recipe.yaml is not valid YAML \(.*Mend the file"):
+    with pytest.raises(CaftuneError, match=r"recipe.yaml is not valid YAML \(.*Mend the file"):
         load_recipe(tmp_path / "recipe.yaml")
 
 
@@ -94,7 +95,7 @@ def test_a_control_character_is_refused(tmp_path):
 )
 def test_trainer_options_are_checked(options, message):
     built = Recipe.model_validate({**yaml.safe_load(MINIMAL), "trainer": options})
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(CaftuneError, match=message):
         trainer_config(built, "trainer", output_dir="x", aux_weight=0.0)
 
 
@@ -125,5 +126,5 @@ def test_no_means_no_in_a_strategy(recipe):
 
 def test_likeliest_tokens_need_distributions(tmp_path):
     (tmp_path / "recipe.yaml").write_text("{output: x, model: {name: y}, heads: {top_k: 4}}")
-    with pytest.raises(RecipeError, match="heads must be given without top_k, or with targets: model"):
+    with pytest.raises(CaftuneError, match="heads must be given without top_k, or with targets: model"):
         load_recipe(tmp_path / "recipe.yaml")

@@ -12,8 +12,8 @@ from training import config
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from caftune import AuxiliaryHeads, Backbone, CAFTConfig, CAFTTrainer, HeadsConfig, save_heads
-from caftune.checkpoint import HeadsError
 from caftune.demo.run import BASE
+from caftune.errors import CaftuneError
 from caftune.refusals import refuse_lost_adapters, refuse_processes
 
 OPTIONS = {"report_to": [], "bf16": False, "use_cpu": True, "disable_tqdm": True, "max_length": 32, "max_steps": 1}
@@ -117,7 +117,7 @@ def test_heads_of_another_base_are_refused(tmp_path):
         vocab_size=158, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, pad_token_id=2
     )
     folder = heads_of(LlamaForCausalLM(config), tmp_path / "heads")
-    with pytest.raises(HeadsError, match="were trained for llama, and .* differs in its .*hidden_size .32 -> 128."):
+    with pytest.raises(CaftuneError, match="were trained for llama, and .* differs in its .*hidden_size .32 -> 128."):
         trainer(tmp_path / "out", heads=folder)
 
 
@@ -179,7 +179,7 @@ def test_heads_trained_with_another_tokenizer_are_refused(tmp_path):
     description = json.loads((tmp_path / "heads" / "heads.json").read_text())
     description["tokenizer"] = "0" * 64
     (tmp_path / "heads" / "heads.json").write_text(json.dumps(description))
-    with pytest.raises(HeadsError, match="differs in its tokenizer"):
+    with pytest.raises(CaftuneError, match="differs in its tokenizer"):
         trainer(tmp_path / "out", model=model, heads=str(tmp_path / "heads"))
 
 

@@ -10,6 +10,8 @@ from statistics import fmean
 
 import pytest
 
+from caftune.errors import CaftuneError
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
@@ -19,7 +21,7 @@ from typer.testing import CliRunner
 
 from caftune import plots
 from caftune.cli import app
-from caftune.report import ReportError, read_run, write_report
+from caftune.report import read_run, write_report
 from caftune.report_parts import marked, number, places_for
 
 REACHING = {"src", "href", "srcset", "action", "poster", "data", "formaction", "background", "ping", "xlink:href"}
@@ -324,17 +326,17 @@ def test_two_digits_of_an_interval_are_shown(size, places):
 
 
 def test_a_folder_without_results_is_refused(tmp_path):
-    with pytest.raises(ReportError, match=r"must hold compare/comparison\.json or results\.jsonl, got neither\. Run"):
+    with pytest.raises(CaftuneError, match=r"must hold compare/comparison\.json or results\.jsonl, got neither\. Run"):
         write_report([tmp_path])
     assert CliRunner().invoke(app, ["report", str(tmp_path)]).exit_code == 2
     assert not list(tmp_path.iterdir())
 
 
 def test_a_comparison_of_another_format_is_refused(tmp_path):
-    with pytest.raises(ReportError, match="must be of format 1, got 2"):
+    with pytest.raises(CaftuneError, match="must be of format 1, got 2"):
         read_run(write_sample(tmp_path / "run", {**sample(), "format": 2}))
     (tmp_path / "run" / "compare" / "comparison.json").write_text("{")
-    with pytest.raises(ReportError, match="must be JSON"):
+    with pytest.raises(CaftuneError, match="must be JSON"):
         read_run(tmp_path / "run")
 
 
@@ -343,9 +345,9 @@ def test_a_missing_package_is_named_with_the_remedy(tmp_path, package):
     write_sample(tmp_path / "run", small(seeds=1))
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        "from caftune.report import ReportError, write_report\n"
+        "from caftune.report import CaftuneError, write_report\n"
         f"try: write_report([{str(tmp_path / 'run')!r}])\n"
-        "except ReportError as error: print(error)"
+        "except CaftuneError as error: print(error)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ran.stdout.strip() == f"{package} must be installed for a report, got none. Run pip install caftune[report]."

@@ -12,10 +12,11 @@ from training import config
 
 from caftune import CAFTTrainer, pipeline
 from caftune.cards import heads_card
-from caftune.checkpoint import HeadsError, file_sha256, write_json
+from caftune.checkpoint import file_sha256, write_json
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
-from caftune.recipe import Recipe, RecipeError
+from caftune.errors import CaftuneError
+from caftune.recipe import Recipe
 from caftune.sharing import pull_heads, push_heads
 
 FAST = {"per_device_train_batch_size": 8, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 1}
@@ -48,7 +49,7 @@ def test_adapted_heads_have_a_card(folder):
 
 
 def test_a_slip_in_the_trainers_section_is_told_before_the_heads_adapt(folder):
-    with pytest.raises(RecipeError, match="learnin_rate"):
+    with pytest.raises(CaftuneError, match="learnin_rate"):
         pipeline.finetune(recipe_in(folder, trainer={"learnin_rate": 1.0}))
     assert not (folder / "run").exists()
 
@@ -97,7 +98,7 @@ def test_the_card_names_the_heads_that_were_loaded_and_not_what_was_pushed_since
 
 
 def test_pulling_onto_a_file_is_refused(folder):
-    with pytest.raises(HeadsError):
+    with pytest.raises(CaftuneError):
         pull_heads("tester/heads", folder / "d.jsonl")
 
 
@@ -105,7 +106,7 @@ def test_pulling_onto_a_file_is_refused(folder):
 def test_a_refusal_of_the_hub_says_what_does_not_exist(folder, name, what):
     with serve_hub(folder / "hub"):
         push_heads(folder / "heads", "tester/heads", licence="mit")
-        with pytest.raises(HeadsError, match=what):
+        with pytest.raises(CaftuneError, match=what):
             pull_heads(name, folder / "new")
 
 
@@ -113,7 +114,7 @@ def test_a_refused_repository_is_named_and_not_the_cache(folder):
     with serve_hub(folder / "hub") as hub:
         hub.record("tester/other", "by hand", {"README.md": b"x"})
         hub.private["tester/other"] = False
-        with pytest.raises(HeadsError, match="^tester/other"):
+        with pytest.raises(CaftuneError, match="^tester/other"):
             pull_heads("tester/other", folder / "new")
 
 
@@ -123,7 +124,7 @@ def test_heads_are_not_measured_on_rows_they_may_have_been_trained_on(folder):
     pipeline.pretrain_heads(recipe_in(folder, **sections))
     before = (folder / "run" / "heads" / "quality.json").read_text()
     sections["heads"] = {**sections["heads"], "held_out": 0.3}
-    with pytest.raises(RecipeError, match="heads.held_out: 0.1 -> 0.3"):
+    with pytest.raises(CaftuneError, match="heads.held_out: 0.1 -> 0.3"):
         pipeline.measure(recipe_in(folder, **sections))
     assert (folder / "run" / "heads" / "quality.json").read_text() == before
 

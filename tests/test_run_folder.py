@@ -12,12 +12,11 @@ from safetensors.torch import load_file
 
 from caftune import compare as comparing
 from caftune import pipeline, stage_options
-from caftune.data import DataError
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
-from caftune.evals.task import TaskError
+from caftune.errors import CaftuneError
 from caftune.evaluation import evaluate
-from caftune.recipe import Recipe, RecipeError
+from caftune.recipe import Recipe
 from caftune.run_folder import last_checkpoint, open_stage
 from caftune.stage_rows import head_rows
 
@@ -83,14 +82,14 @@ def test_it_is_told_whether_answers_cut_off_are_trained_on(copied, keeps, capfd)
 
 def test_a_stage_whose_data_file_changed_is_refused(copied):
     write(copied / "data.jsonl", seed=6)
-    with pytest.raises(RecipeError, match=r"of another recipe \(the contents of train changed"):
+    with pytest.raises(CaftuneError, match=r"of another recipe \(the contents of train changed"):
         pipeline.finetune(recipe_in(copied))
 
 
 def test_other_prompts_are_labelled_in_the_same_folder_and_stage_one_then_refuses_them(copied):
     write(copied / "data.jsonl", seed=6)
     pipeline.label(recipe_in(copied))
-    with pytest.raises(RecipeError, match=r"of another recipe \(the contents of labels changed"):
+    with pytest.raises(CaftuneError, match=r"of another recipe \(the contents of labels changed"):
         pipeline.pretrain_heads(recipe_in(copied))
 
 
@@ -99,7 +98,7 @@ def test_training_on_other_heads_than_before_is_refused(copied):
     shutil.rmtree(copied / "out" / "heads")
     recipe = recipe_in(copied, pretrain={"learning_rate": 0.01})
     pipeline.pretrain_heads(recipe)
-    with pytest.raises(RecipeError, match=r"of another recipe \(the contents of heads changed"):
+    with pytest.raises(CaftuneError, match=r"of another recipe \(the contents of heads changed"):
         pipeline.finetune(recipe)
 
 
@@ -107,7 +106,7 @@ def test_pretraining_waits_for_all_labels(copied):
     path = copied / "out" / "labels" / "labels.jsonl"
     path.unlink()
     shutil.rmtree(copied / "out" / "pretrain")
-    with pytest.raises(RecipeError, match=r"labels.jsonl is missing. Run `caftune label` \(again\)"):
+    with pytest.raises(CaftuneError, match=r"labels.jsonl is missing. Run `caftune label` \(again\)"):
         pipeline.pretrain_heads(recipe_in(copied))
 
 
@@ -115,32 +114,32 @@ def test_pretraining_on_changed_labels_is_refused(copied):
     path = copied / "out" / "labels" / "labels.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[1:] + lines[:1]))
-    with pytest.raises(RecipeError, match=r"of another recipe \(the contents of labels changed"):
+    with pytest.raises(CaftuneError, match=r"of another recipe \(the contents of labels changed"):
         pipeline.pretrain_heads(recipe_in(copied))
 
 
 def test_pretraining_with_finished_heads_named_is_refused(copied):
-    with pytest.raises(RecipeError, match="heads.path names finished heads"):
+    with pytest.raises(CaftuneError, match="heads.path names finished heads"):
         pipeline.pretrain_heads(recipe_in(copied, heads={"path": "heads"}))
 
 
 @pytest.mark.parametrize(("key", "value", "found"), [("count", 7, "2"), ("kind", "mlp", "'decoder'")])
 def test_heads_that_differ_from_those_named_are_refused(copied, key, value, found):
     heads = {"count": 2, "path": str(copied / "out" / "heads"), key: value}
-    with pytest.raises(RecipeError, match=f"heads.{key} must be {found}"):
+    with pytest.raises(CaftuneError, match=f"heads.{key} must be {found}"):
         pipeline.finetune(recipe_in(copied, heads=heads))
 
 
 @pytest.mark.parametrize(("key", "value", "found"), [("count", 1, "2"), ("kind", "mlp", "'decoder'")])
 def test_heads_made_here_must_be_those_the_recipe_asks_for(copied, key, value, found):
-    with pytest.raises(RecipeError, match=f"heads.{key} must be {found}, as in .*heads, got {value!r}. Set it back"):
+    with pytest.raises(CaftuneError, match=f"heads.{key} must be {found}, as in .*heads, got {value!r}. Set it back"):
         stage_options.stage_two_config(recipe_in(copied, heads={key: value}), copied)
 
 
 @pytest.mark.parametrize(("key", "value"), [("name", "other"), ("revision", "v1")])
 def test_labels_of_another_base_are_refused(copied, key, value):
     recipe = recipe_in(copied, model={key: value})
-    with pytest.raises(RecipeError, match=rf"made with another recipe \(model\.{key}: .*Run `caftune label` again"):
+    with pytest.raises(CaftuneError, match=rf"made with another recipe \(model\.{key}: .*Run `caftune label` again"):
         head_rows(recipe, stage_options.stage_one_config(recipe_in(copied), copied))
 
 
@@ -154,7 +153,7 @@ def folder_of_stage_one(tmp_path, length, **pretrain):
 
 def test_another_length_is_another_stage_one_where_it_cuts(tmp_path):
     _, changed = folder_of_stage_one(tmp_path / "packed", 32, packing=True)
-    with pytest.raises(RecipeError, match=r"of another recipe \(data\.max_length: 64 -> 32\)"):
+    with pytest.raises(CaftuneError, match=r"of another recipe \(data\.max_length: 64 -> 32\)"):
         open_stage(changed, "pretrain", {})
     _, changed = folder_of_stage_one(tmp_path / "labels", 32)
     open_stage(changed, "pretrain", {})
@@ -169,7 +168,7 @@ def test_a_stage_one_whose_length_was_not_kept_goes_on(tmp_path):
 
 
 def test_export_with_another_recipe_is_refused(copied):
-    with pytest.raises(RecipeError, match=r"of another recipe \(trainer.learning_rate: None -> 1.0\)"):
+    with pytest.raises(CaftuneError, match=r"of another recipe \(trainer.learning_rate: None -> 1.0\)"):
         pipeline.export(recipe_in(copied, trainer={"learning_rate": 1.0}))
 
 
@@ -228,7 +227,7 @@ def test_a_stage_that_was_refused_before_it_began_takes_on_the_mended_recipe(tmp
     mended = Recipe.model_validate({"output": str(tmp_path), "model": {"name": "x"}, "heads": {"force": True}})
     assert open_stage(mended, "train", {}) == folder
     (folder / "checkpoint-1").mkdir()
-    with pytest.raises(RecipeError, match=r"of another recipe \(heads\.force: True -> False\)"):
+    with pytest.raises(CaftuneError, match=r"of another recipe \(heads\.force: True -> False\)"):
         open_stage(first, "train", {})
 
 
@@ -248,18 +247,18 @@ def test_a_stage_whose_folder_was_removed_is_not_done(copied, monkeypatch):
     """As the refusal of a changed recipe tells: what is removed is made anew, and nothing goes on with what was."""
     recipe = recipe_in(copied, pretrain={"learning_rate": 0.01})
     shutil.rmtree(copied / "out" / "pretrain")
-    with pytest.raises(RecipeError, match=r"out/pretrain is missing. Run `caftune pretrain-heads` first"):
+    with pytest.raises(CaftuneError, match=r"out/pretrain is missing. Run `caftune pretrain-heads` first"):
         pipeline.measure(recipe)
-    with pytest.raises(RecipeError, match=r"Run `caftune label` and `caftune pretrain-heads` before single runs"):
+    with pytest.raises(CaftuneError, match=r"Run `caftune label` and `caftune pretrain-heads` before single runs"):
         comparing._ensure_heads(recipe, make=False)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pipeline.pretrain_heads(recipe)
     shutil.rmtree(copied / "out" / "train")
-    with pytest.raises(RecipeError, match=r"out/pretrain is not finished, so .* Run `caftune pretrain-heads` first"):
+    with pytest.raises(CaftuneError, match=r"out/pretrain is not finished, so .* Run `caftune pretrain-heads` first"):
         pipeline.finetune(recipe)
-    with pytest.raises(RecipeError, match=r"Run `caftune label` and `caftune pretrain-heads` before single runs"):
+    with pytest.raises(CaftuneError, match=r"Run `caftune label` and `caftune pretrain-heads` before single runs"):
         comparing._ensure_heads(recipe, make=False)
     pipeline.pretrain_heads(recipe_in(copied, pretrain={"learning_rate": 0.02}))  # nothing was done in the folder
     assert comparing.is_done(recipe, "pretrain")
@@ -267,7 +266,7 @@ def test_a_stage_whose_folder_was_removed_is_not_done(copied, monkeypatch):
 
 def test_labels_of_another_recipe_are_named_before_the_stage_made_of_them(copied):
     pipeline.label(recipe_in(copied, labels={"temperature": 0.5}))
-    with pytest.raises(RecipeError, match=r"labels.jsonl was made with another recipe \(labels.temperature: 0.5 -> "):
+    with pytest.raises(CaftuneError, match=r"labels.jsonl was made with another recipe \(labels.temperature: 0.5 -> "):
         pipeline.measure(recipe_in(copied))
 
 
@@ -276,7 +275,9 @@ def test_runs_made_with_other_heads_are_refused_before_new_ones_are_made(copied)
     made = copied / "out" / "compare" / "caft" / "42" / "compare"
     made.mkdir(parents=True)
     (made / "recipe.yaml").touch()
-    with pytest.raises(RecipeError, match=r"compare/caft/42 was made with other heads .* remove .*out/compare to make"):
+    with pytest.raises(
+        CaftuneError, match=r"compare/caft/42 was made with other heads .* remove .*out/compare to make"
+    ):
         comparing.compare(recipe_in(copied, data={"eval": "data.jsonl"}))
     assert not (copied / "out" / "pretrain").exists()
 
@@ -292,7 +293,7 @@ def test_no_run_goes_on_without_its_optimizer(copied):
 
 
 def test_heads_are_adapted_where_the_recipe_says_so(copied):
-    with pytest.raises(RecipeError, match="adapt must be in the recipe, got none"):
+    with pytest.raises(CaftuneError, match="adapt must be in the recipe, got none"):
         pipeline.adapt_heads(recipe_in(copied))
 
 
@@ -302,17 +303,17 @@ ASKED = {"tasks": ["exact_match"], "data": {"exact_match": "data.jsonl"}}
 @pytest.mark.parametrize(("start", "asked"), [(comparing.compare, {}), (comparing.compare, ASKED), (evaluate, ASKED)])
 def test_without_scipy_the_remedy_is_told_before_anything_is_trained_or_asked(start, asked, copied, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(TaskError, match=r"scipy must be installed .* caftune\[eval\]"):
+    with pytest.raises(CaftuneError, match=r"scipy must be installed .* caftune\[eval\]"):
         start(recipe_in(copied, eval=asked, data={"eval": "data.jsonl"}))
     assert not (copied / "out" / "compare").exists()
 
 
 def test_a_split_of_the_hub_to_evaluate_on_must_be_named(copied):
     shutil.rmtree(copied / "out" / "train")
-    with pytest.raises(DataError, match=r"data.eval must be a file that exists or name a split .* owner/name"):
+    with pytest.raises(CaftuneError, match=r"data.eval must be a file that exists or name a split .* owner/name"):
         pipeline.finetune(recipe_in(copied, data={"eval": "owner/name"}))
     with pytest.raises(
-        DataError, match=r"eval.data.exact_match must be a file that exists or name a split .* owner/name"
+        CaftuneError, match=r"eval.data.exact_match must be a file that exists or name a split .* owner/name"
     ):
         evaluate(recipe_in(copied, eval={**ASKED, "data": {"exact_match": "owner/name"}}))
 

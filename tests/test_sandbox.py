@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 from hostile import ENDLESS, GREEDY, INTRUDERS, SECRET
 
+from caftune.errors import CaftuneError
 from caftune.evals import sandbox
 from caftune.evals.sandbox import Limits, Outcome, run_python
-from caftune.evals.task import TaskError
 
 TIGHT = Limits(
     cpu_s=1, wall_s=30.0, memory_bytes=128 << 20, file_bytes=4 << 20, folder_bytes=8 << 20, output_bytes=10_000
@@ -282,7 +282,7 @@ PROMISES = {
 @pytest.mark.parametrize("promise", PROMISES)
 def test_a_machine_that_does_not_keep_a_promise_is_refused(promise, tmp_path):
     module, before = altered(tmp_path, *PROMISES[promise]), children()
-    with pytest.raises(TaskError, match=r"must be able to isolate generated code, and is not: .*") as refused:
+    with pytest.raises(CaftuneError, match=r"must be able to isolate generated code, and is not: .*") as refused:
         module.run_python("print('ran')", limits=Limits())
     within(20, lambda: reaped(before))  # the altered sandbox can let some live, for a moment
     assert promise in str(refused.value)
@@ -292,7 +292,7 @@ def test_a_machine_that_does_not_keep_a_promise_is_refused(promise, tmp_path):
 def test_other_systems_are_refused(monkeypatch):
     sandbox.check_sandbox.cache_clear()
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(TaskError, match="this is darwin"):
+    with pytest.raises(CaftuneError, match="this is darwin"):
         run_python("print('ran')", limits=Limits())
 
 

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from caftune import pipeline
 from caftune.demo.chemistry import molecules, prompt
 from caftune.demo.run import BASE
+from caftune.errors import CaftuneError
 from caftune.generation import Answer, Failure, Sampling
 from caftune.labels import read_labels
 from caftune.prompts import Conversation, Prompt
-from caftune.recipe import Recipe, RecipeError
-from caftune.server import Server, ServerError, server_backend
+from caftune.recipe import Recipe
+from caftune.server import Server, server_backend
 
 EOS = 1
 GREEDY = Sampling(max_new_tokens=16, temperature=0)
@@ -115,7 +116,7 @@ def test_sampling_reaches_the_server_and_nothing_of_its_own_is_left(replies, tok
 
 def test_top_k_is_refused_where_the_server_would_overlook_it(replies, tokenizer, prompts):
     replies.gives_ids = False
-    with serve(replies), pytest.raises(ServerError, match="labels.top_k must be 0 with .* only OpenAI's own fields"):
+    with serve(replies), pytest.raises(CaftuneError, match="labels.top_k must be 0 with .* only OpenAI's own fields"):
         ask(replies, tokenizer, prompts[:1], Sampling(9, temperature=0.6, top_k=5))
 
 
@@ -330,7 +331,7 @@ def test_the_key_comes_from_the_environment(replies, tokenizer, prompts, monkeyp
 )
 def test_a_server_that_cannot_be_used_is_told_before_the_first_prompt(replies, tokenizer, prompts, faults, message):
     replies.faults = list(faults)
-    with serve(replies), pytest.raises(ServerError, match=message):
+    with serve(replies), pytest.raises(CaftuneError, match=message):
         ask(replies, tokenizer, prompts, retries=0)
     assert len(replies.requests) == len(faults)
 
@@ -345,7 +346,7 @@ def test_missing_answers_end_the_stage_and_the_next_run_asks_for_them_alone(repl
         labels |= {"backend": "server", "server": server}
         values = {"output": str(tmp_path / "run"), "model": {"name": str(BASE)}, "labels": labels}
         recipe = Recipe.model_validate(values)
-        with pytest.raises(RecipeError, match=r"1 prompts have no answer \(the first is row 1, from 0: .*500"):
+        with pytest.raises(CaftuneError, match=r"1 prompts have no answer \(the first is row 1, from 0: .*500"):
             pipeline.label(recipe)
         assert not (tmp_path / "run" / "labels" / "labels.jsonl").exists()
         assert len(replies.requests) == 7

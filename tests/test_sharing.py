@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 
 from caftune import Backbone, CAFTTrainer, load_heads, pipeline
 from caftune.cards import quality_table
-from caftune.checkpoint import HeadsError, describe_heads, file_sha256, find_heads, write_json
+from caftune.checkpoint import describe_heads, file_sha256, find_heads, write_json
 from caftune.cli import app
 from caftune.demo.run import BASE
+from caftune.errors import CaftuneError
 from caftune.quality import measure_heads
-from caftune.recipe import Recipe, RecipeError
+from caftune.recipe import Recipe
 from caftune.sharing import pull_heads, push_heads
 
 NAME = "tester/heads"
@@ -240,21 +241,21 @@ def test_a_run_does_not_go_on_with_other_heads_that_were_pushed_meanwhile(hub, m
     push_heads(made, NAME, licence="mit")
     pipeline.finetune(recipe)
     push_heads(changed, NAME, licence="mit")
-    with pytest.raises(RecipeError, match="the contents of heads changed"):
+    with pytest.raises(CaftuneError, match="the contents of heads changed"):
         pipeline.finetune(recipe)
 
 
 def test_heads_on_the_hub_of_another_kind_than_the_recipe_asks_for_are_refused(hub, made, recipe):
     push_heads(made, NAME, licence="mit")
     other = recipe.model_copy(update={"heads": recipe.heads.model_validate({"path": NAME, "count": 7})})
-    with pytest.raises(RecipeError, match=rf"heads\.count must be 2, as in {NAME}, got 7"):
+    with pytest.raises(CaftuneError, match=rf"heads\.count must be 2, as in {NAME}, got 7"):
         pipeline.finetune(other)
 
 
 @pytest.mark.parametrize("name", ["tester/nothing", f"{NAME}@no-such-branch", f"{NAME}@{'0' * 40}"])
 def test_a_repository_or_revision_that_does_not_exist_is_refused(hub, made, tmp_path, name):
     push_heads(made, NAME, licence="mit")
-    with pytest.raises(HeadsError, match=f"^{name} is no folder, and the hub gave no such heads") as error:
+    with pytest.raises(CaftuneError, match=f"^{name} is no folder, and the hub gave no such heads") as error:
         pull_heads(name, tmp_path / "new")
     assert in_one_line(error)
     assert not (tmp_path / "new").exists()
@@ -263,14 +264,16 @@ def test_a_repository_or_revision_that_does_not_exist_is_refused(hub, made, tmp_
 @pytest.mark.parametrize("files", [{".gitattributes"}, {".gitattributes", "README.md", "pytorch.bin"}])
 def test_a_repository_without_heads_is_refused(hub, tmp_path, files):
     name = published(hub, dict.fromkeys(files, b"other"))
-    with pytest.raises(HeadsError, match=rf"^{name} on the hub holds no heads of caftune: .* no heads\.json") as error:
+    with pytest.raises(
+        CaftuneError, match=rf"^{name} on the hub holds no heads of caftune: .* no heads\.json"
+    ) as error:
         pull_heads(name, tmp_path / "new")
     assert in_one_line(error)
     assert not (tmp_path / "new").exists()
 
 
 def test_heads_that_are_not_cached_are_refused_when_the_hub_is_gone(tmp_path):
-    with pytest.raises(HeadsError, match=f"{NAME} is no folder, and the hub gave no such heads .*refused") as error:
+    with pytest.raises(CaftuneError, match=f"{NAME} is no folder, and the hub gave no such heads .*refused") as error:
         pull_heads(NAME, tmp_path / "new")
     assert in_one_line(error)
 
@@ -280,7 +283,9 @@ def test_heads_that_are_cached_in_part_are_refused_when_the_hub_is_gone(made, tm
         push_heads(made, NAME, licence="mit")
         cached = find_heads(NAME)
     (cached / "heads.safetensors").unlink()
-    with pytest.raises(HeadsError, match=f"{NAME} is no folder, and the hub gave no such heads .*incomplete") as error:
+    with pytest.raises(
+        CaftuneError, match=f"{NAME} is no folder, and the hub gave no such heads .*incomplete"
+    ) as error:
         pull_heads(NAME, tmp_path / "new")
     assert in_one_line(error)
 
@@ -293,7 +298,7 @@ def flip_a_bit(path):
 
 def test_damaged_heads_are_not_pushed(hub, changed):
     flip_a_bit(changed / "heads.safetensors")
-    with pytest.raises(HeadsError, match=r"is damaged: its SHA-256 differs from heads\.json") as error:
+    with pytest.raises(CaftuneError, match=r"is damaged: its SHA-256 differs from heads\.json") as error:
         push_heads(changed, NAME, licence="mit")
     assert in_one_line(error)
     assert not hub.commits
@@ -302,7 +307,7 @@ def test_damaged_heads_are_not_pushed(hub, changed):
 def test_heads_that_were_damaged_on_the_hub_are_not_pulled(hub, made, tmp_path):
     push_heads(made, NAME, licence="mit")
     flip_a_bit(hub.folder(NAME) / "heads.safetensors")
-    with pytest.raises(HeadsError, match=r"is damaged: its SHA-256 differs from heads\.json") as error:
+    with pytest.raises(CaftuneError, match=r"is damaged: its SHA-256 differs from heads\.json") as error:
         pull_heads(NAME, tmp_path / "new")
     assert in_one_line(error)
     assert not (tmp_path / "new").exists()
@@ -312,7 +317,7 @@ def test_a_folder_that_holds_files_is_left_as_it_is(hub, made, tmp_path):
     push_heads(made, NAME, licence="mit")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    with pytest.raises(HeadsError, match="mine must be an empty or a new folder, and is not") as error:
+    with pytest.raises(CaftuneError, match="mine must be an empty or a new folder, and is not") as error:
         pull_heads(NAME, tmp_path / "mine")
     assert in_one_line(error)
     assert files_in(tmp_path / "mine") == {"thesis.txt": b"mine"}
@@ -325,7 +330,7 @@ def test_pushing_without_a_token_is_refused(hub, made, monkeypatch, exists):
     before = {name: list(commits) for name, commits in hub.commits.items()}
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(
-        HeadsError,
+        CaftuneError,
         match=rf"The hub did not take .* as {NAME}: .*(401|no such repository).* Log in with `hf auth login`",
     ) as error:
         push_heads(made, NAME, licence="mit")
@@ -334,13 +339,13 @@ def test_pushing_without_a_token_is_refused(hub, made, monkeypatch, exists):
 
 
 def test_a_name_that_no_repository_can_have_is_refused(hub, made):
-    with pytest.raises(HeadsError, match="as no name: .*check the name") as error:
+    with pytest.raises(CaftuneError, match="as no name: .*check the name") as error:
         push_heads(made, "no name", licence="mit")
     assert in_one_line(error)
 
 
 def test_a_folder_without_heads_is_not_pushed(hub, tmp_path):
-    with pytest.raises(HeadsError, match=r"must be a folder with heads\.json and heads\.safetensors"):
+    with pytest.raises(CaftuneError, match=r"must be a folder with heads\.json and heads\.safetensors"):
         push_heads(tmp_path, NAME, licence="mit")
     assert not hub.commits
 

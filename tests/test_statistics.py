@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from caftune.errors import CaftuneError
+
 pytest.importorskip("scipy")
 from scipy import stats
 
 from caftune.evals.statistics import compare, holm, interval, pass_at_k
-from caftune.evals.task import TaskError
 
 
 @pytest.mark.parametrize("runs", [2, 3, 5, 30])
@@ -286,5 +287,5 @@ def test_arms_that_cannot_be_compared_are_refused_with_a_sentence(treatment, bas
 
 def test_without_scipy_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(TaskError, match=r"pip install caftune\[eval\]"):
+    with pytest.raises(CaftuneError, match=r"pip install caftune\[eval\]"):
         interval([1.0, 2.0])

@@ -14,7 +14,7 @@ from scipy.spatial.transform import Rotation
 from transformers import EsmConfig, EsmForProteinFolding
 
 from caftune import structures
-from caftune.evals.task import TaskError
+from caftune.errors import CaftuneError
 from caftune.structures import (
     LONGEST,
     Structure,
@@ -128,15 +128,15 @@ def test_nothing_to_fold_needs_no_model():
 def test_what_is_no_folding_model_is_refused_at_once(folder, tmp_path):
     needs_tmtools()
     check_structures(folder)
-    with pytest.raises(TaskError, match=r"eval\.structures must be a model of ESMFold's kind, got .*base, a llama"):
+    with pytest.raises(CaftuneError, match=r"eval\.structures must be a model of ESMFold's kind, got .*base, a llama"):
         check_structures(str(Path(structures.__file__).parent / "demo" / "base"))
-    with pytest.raises(TaskError, match=r"eval\.structures must be a folder or hub id of an ESMFold, got .*nothing"):
+    with pytest.raises(CaftuneError, match=r"eval\.structures must be a folder or hub id of an ESMFold, got .*nothing"):
         check_structures(str(tmp_path / "nothing"))
 
 
 def test_without_tmtools_the_remedy_is_named(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "tmtools", None)
-    with pytest.raises(TaskError, match=r"tmtools must be installed .* pip install caftune\[structures\]"):
+    with pytest.raises(CaftuneError, match=r"tmtools must be installed .* pip install caftune\[structures\]"):
         check_structures(folder)
 
 

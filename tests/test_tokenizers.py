@@ -10,7 +10,8 @@ from transformers import AutoTokenizer, ProcessorMixin
 from caftune import CAFTTrainer, load_heads
 from caftune.backbone import Backbone
 from caftune.demo.run import BASE
-from caftune.recipe import Recipe, RecipeError
+from caftune.errors import CaftuneError
+from caftune.recipe import Recipe
 from caftune.stage_options import load_tokenizer, stage_two_config
 
 OWN = "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
@@ -54,7 +55,7 @@ def test_a_recipe_says_once_whether_code_is_trusted(own, tmp_path):
         load_tokenizer(doubting)
     assert not stage_two_config(doubting, tmp_path).trust_remote_code
     twice = Recipe.model_validate({**values, "model": {"name": str(own)}, "trainer": {"trust_remote_code": True}})
-    with pytest.raises(RecipeError, match=r"trainer.trust_remote_code is set by model.trust_remote_code"):
+    with pytest.raises(CaftuneError, match=r"trainer.trust_remote_code is set by model.trust_remote_code"):
         stage_two_config(twice, tmp_path)
 
 

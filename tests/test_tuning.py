@@ -12,8 +12,8 @@ from training import config, lora, numbers, same, trained, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
 from caftune import CAFTTrainer
-from caftune.checkpoint import HeadsError
 from caftune.demo.run import BASE
+from caftune.errors import CaftuneError
 from caftune.pipeline import finetune
 from caftune.recipe import load_recipe
 
@@ -187,7 +187,9 @@ def test_heads_reach_a_fine_tuned_child_only_when_asked(rows, heads, tmp_path):
     args = config(tmp_path / "one", heads=heads, max_steps=2, learning_rate=1e-2)
     trained(CAFTTrainer(str(BASE), args, train_dataset=rows)).export(tmp_path / "child")
     again = {"train_dataset": rows}
-    with pytest.raises(HeadsError, match=r"differs in its unembedding, last_layer\. Use heads of this model, or force"):
+    with pytest.raises(
+        CaftuneError, match=r"differs in its unembedding, last_layer\. Use heads of this model, or force"
+    ):
         CAFTTrainer(str(tmp_path / "child"), config(tmp_path / "two", heads=heads), **again)
     args = config(tmp_path / "three", heads=heads, force_heads=True)
     assert numbers(trained(CAFTTrainer(str(tmp_path / "child"), args, **again)))

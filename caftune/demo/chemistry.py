@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from caftune.errors import CaftuneError
+
 STEMS = {3: "prop", 4: "but", 5: "pent", 6: "hex", 7: "hept", 8: "oct", 9: "non", 10: "dec"}
 ACID, ESTER, AMIDE, NITRILE, ALDEHYDE = "carboxylic acid", "ester", "amide", "nitrile", "aldehyde"
 KETONE, HYDROXYL, THIOL, AMINE, NONE = "ketone", "hydroxyl", "thiol", "amine", "none"
@@ -261,7 +263,7 @@ def molecules(
         exclude: SMILES that must not come up.
 
     Raises:
-        ValueError: when no more molecules of this kind can be found.
+        CaftuneError: when no more molecules of this kind can be found.
     """
     rng = random.Random(seed)
     found: dict[str, Molecule] = {}
@@ -273,7 +275,7 @@ def molecules(
             found[smiles] = Molecule(structure.name(), smiles, structure.groups())
             num_misses = 0
         elif (num_misses := num_misses + 1) > 20_000:
-            raise ValueError(f"count must be at most {len(found)} for {substituents=}, got {count}. Ask for fewer.")
+            raise CaftuneError(f"count must be at most {len(found)} for {substituents=}, got {count}. Ask for fewer.")
     return list(found.values())
 
 

@@ -22,7 +22,8 @@ from caftune import pipeline
 from caftune.cards import quality_table
 from caftune.compare import compare, print_comparison
 from caftune.demo.chemistry import completion, molecules, prompt
-from caftune.recipe import Recipe, RecipeError, save_recipe
+from caftune.errors import CaftuneError
+from caftune.recipe import Recipe, save_recipe
 
 BASE = Path(__file__).parent / "base"
 TRAIN_ROWS, TEST_ROWS, PROMPTS = 1500, 400, 600
@@ -100,7 +101,7 @@ def _fresh(folder: Path) -> Path:
     """`folder` without an earlier demo in it. A folder that is not empty and not a demo's is refused."""
     marker = folder / _MARKER
     if folder.exists() and not (folder.is_dir() and (marker.is_file() or not any(folder.iterdir()))):
-        raise RecipeError(f"{folder} holds something else than a demo. Use another --output.")
+        raise CaftuneError(f"{folder} holds something else than a demo. Use another --output.")
     for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "results.jsonl").unlink(missing_ok=True)

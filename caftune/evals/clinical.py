@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from caftune.evals.task import Example, Task, TaskError, column, means
+from caftune.errors import CaftuneError
+from caftune.evals.task import Example, Task, column, means
 
 _MEASURES = ("rouge1", "rouge2", "rougeL")
 
@@ -48,7 +49,7 @@ def _scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise TaskError(
+        raise CaftuneError(
             f"Clinical text is scored by the package rouge-score, which cannot be imported ({error}). "
             "Install it: pip install caftune[eval]"
         ) from error
@@ -61,7 +62,7 @@ def rouge(reference: str, text: str) -> dict[str, float]:
     A text without words has 0, and so has everything against a reference without words.
 
     Raises:
-        TaskError: rouge-score is not installed.
+        CaftuneError: rouge-score is not installed.
 
     >>> rouge("No known drug allergies.", "No drug allergies.")["rouge1"]
     0.8571428571428571

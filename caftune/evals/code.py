@@ -30,8 +30,9 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from caftune.errors import CaftuneError
 from caftune.evals.sandbox import Limits, check_sandbox, run_python
-from caftune.evals.task import Example, Task, TaskError, column, means, until_stop
+from caftune.evals.task import Example, Task, column, means, until_stop
 
 PERMISSION = "CAFTUNE_RUN_GENERATED_CODE"
 LIMITS = Limits(cpu_s=10, wall_s=30.0)
@@ -65,7 +66,7 @@ def passes(solution: str, tests: str, *, limits: Limits = LIMITS) -> bool:
     """Whether the tests, run after the solution in one namespace, come to their end without an exception.
 
     Raises:
-        TaskError: running generated code is not permitted, or this machine cannot do it safely.
+        CaftuneError: running generated code is not permitted, or this machine cannot do it safely.
     """
     _check_permission()
     key = secrets.token_bytes(32)
@@ -77,7 +78,7 @@ def passes(solution: str, tests: str, *, limits: Limits = LIMITS) -> bool:
 
 def _check_permission() -> None:
     if os.environ.get(PERMISSION) != "1":
-        raise TaskError(
+        raise CaftuneError(
             f"{PERMISSION} must be 1 for HumanEval and MBPP, got {os.environ.get(PERMISSION, 'nothing')}. They run programs "
             "that a model wrote, in a sandbox: read in caftune/evals/sandbox.py what it guarantees, and set the variable."
         )
@@ -129,7 +130,9 @@ def _read_mbpp(row: Mapping[str, Any], number: int) -> Example:
     _check_permission()
     tests = column(row, number, "test_list")
     if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
-        raise TaskError(f"Row {number} (from 0) must have a list of texts in test_list, got {tests!r}. Mend the file.")
+        raise CaftuneError(
+            f"Row {number} (from 0) must have a list of texts in test_list, got {tests!r}. Mend the file."
+        )
     setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
     text = column(row, number, "text", "prompt")
     prompt = '"""\n' + "\n".join([text, *tests]) + '\n"""\n'

@@ -11,19 +11,20 @@ it says more.
 from collections.abc import Mapping
 from typing import Any
 
-from caftune.evals.task import Example, Task, TaskError, means, text
+from caftune.errors import CaftuneError
+from caftune.evals.task import Example, Task, means, text
 
 
 def read(row: Mapping[str, Any], number: int) -> Example:
     """A row as an example, under its own `id` or else its number; the reference is its completion.
 
     Raises:
-        TaskError: a column is missing or holds something else than a text (a conversation, for example), or the completion
+        CaftuneError: a column is missing or holds something else than a text (a conversation, for example), or the completion
             is empty, so that saying nothing would be right.
     """
     prompt, completion = text(row, number, "prompt"), text(row, number, "completion").strip()
     if not completion:
-        raise TaskError(f"Row {number} (from 0): completion must not be empty, got white space. Remove the row.")
+        raise CaftuneError(f"Row {number} (from 0): completion must not be empty, got white space. Remove the row.")
     own = row.get("id")
     return Example(str(number if own is None else own), prompt, completion, completion)
 

@@ -34,7 +34,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from caftune.evals.task import Example, Task, TaskError, column, means
+from caftune.errors import CaftuneError
+from caftune.evals.task import Example, Task, column, means
 
 TIMEOUT_S = 5
 MEMORY_BYTES = 4 * 2**30
@@ -135,7 +136,7 @@ def is_equal(reference: str, answer: str) -> bool | None:
     r"""Whether a final answer is equal to the reference; None where math-verify came to no end.
 
     Raises:
-        TaskError: math-verify is not installed.
+        CaftuneError: math-verify is not installed.
 
     >>> is_equal(r"\frac{1}{2}", "0.5"), is_equal("(2,4)", "[2,4]")
     (True, False)
@@ -160,7 +161,7 @@ class _Judge:
         self._process: subprocess.Popen[str] | None = None
 
     def require(self) -> None:
-        """Raise TaskError where math-verify is not installed."""
+        """Raise CaftuneError where math-verify is not installed."""
         with self._lock:
             self._started()
 
@@ -179,7 +180,7 @@ class _Judge:
         greeting = process.stdout.readline() if process.stdout else ""
         if greeting != "ready\n":
             self._end()
-            raise TaskError(
+            raise CaftuneError(
                 f"Maths is judged by math-verify, which cannot be imported ({greeting.strip() or 'its process ended'}). "
                 "Install it: pip install caftune[eval]"
             )
@@ -248,7 +249,7 @@ def _read_gsm8k(row: Mapping[str, Any], number: int) -> Example:
     solution = str(column(row, number, "answer"))
     reference = _hashes(solution)
     if not reference:
-        raise TaskError(
+        raise CaftuneError(
             f"Row {number} (from 0): answer must end with a line of #### and a number, got {solution[-80:]!r}. Mend the file."
         )
     prompt = (

@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from caftune.evals.task import Example, Task, TaskError, means, text
+from caftune.errors import CaftuneError
+from caftune.evals.task import Example, Task, means, text
 
 LONGEST = 4000  # characters; a longer SMILES counts as invalid, so that no answer can hold up the evaluation
 ORDERS = (1, 2, 3, 4)  # of BLEU's n-grams
@@ -44,12 +45,12 @@ def molecule_of(smiles: str) -> Any:
     """RDKit's molecule, or None where the text is no SMILES, has no atoms or is longer than LONGEST.
 
     Raises:
-        TaskError: RDKit is not installed.
+        CaftuneError: RDKit is not installed.
     """
     try:
         from rdkit import Chem, rdBase
     except ImportError as absent:
-        raise TaskError("rdkit must be installed for the task molecules. Run pip install caftune[eval].") from absent
+        raise CaftuneError("rdkit must be installed for the task molecules. Run pip install caftune[eval].") from absent
     if not smiles.isascii() or len(smiles) > LONGEST:
         return None
     with rdBase.BlockLogs():
@@ -61,14 +62,14 @@ def read(row: Mapping[str, Any], number: int) -> Example:
     """A row of ChEBI-20 or L+M-24, or one with a prompt of its own, as an example; the reference is its SMILES.
 
     Raises:
-        TaskError: a column is missing, or the SMILES is none that RDKit reads.
+        CaftuneError: a column is missing, or the SMILES is none that RDKit reads.
     """
     prompt = text(row, number, "prompt", "description", "caption")
     if row.get("prompt") is None:
         prompt = f"Write the SMILES of the molecule that is described.\n\nDescription: {prompt.strip()}\nSMILES:"
     smiles = text(row, number, "smiles", "molecule").strip()
     if molecule_of(smiles) is None:
-        raise TaskError(
+        raise CaftuneError(
             f"The SMILES of row {number} (from 0) must be one that RDKit reads, got {smiles!r}. Remove the row."
         )
     return Example(str(number), prompt, smiles, smiles)

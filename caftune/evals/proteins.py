@@ -16,7 +16,8 @@ from itertools import dropwhile, takewhile
 from operator import not_
 from typing import Any
 
-from caftune.evals.task import Example, Task, TaskError, column, means
+from caftune.errors import CaftuneError
+from caftune.evals.task import Example, Task, column, means
 
 RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWYUOX")  # the 22 amino acids of the genetic code, and X for an unknown one
 ALIGNABLE = frozenset("ACDEFGHIKLMNPQRSTVWYBZX")  # BLOSUM62's letters; every other is aligned as X
@@ -56,7 +57,7 @@ def read(row: Mapping[str, Any], number: int) -> Example:
     """A row as an example; the reference is its sequence.
 
     Raises:
-        TaskError: a column is missing or holds no sequence, or Biopython is not installed.
+        CaftuneError: a column is missing or holds no sequence, or Biopython is not installed.
     """
     _aligner()
     if row.get("functions") is not None:
@@ -69,7 +70,7 @@ def read(row: Mapping[str, Any], number: int) -> Example:
         source = column(row, number, "output")
     sequence = sequence_of(source)
     if not sequence:
-        raise TaskError(
+        raise CaftuneError(
             f"Row {number} (from 0) must have a sequence of amino acids in capital letters, got {source!r}. Remove the row."
         )
     return Example(str(number), prompt, sequence, sequence)
@@ -97,7 +98,7 @@ def align(reference: str, answer: str) -> tuple[float, float]:
     not in the score.
 
     Raises:
-        TaskError: Biopython is not installed.
+        CaftuneError: Biopython is not installed.
     """
     if not answer:
         return 0.0, GAP_OPEN + GAP_EXTEND * (len(reference) - 1)
@@ -121,7 +122,9 @@ def _aligner() -> Any:
     try:
         from Bio.Align import PairwiseAligner, substitution_matrices
     except ImportError as absent:
-        raise TaskError("biopython must be installed for the task proteins. Run pip install caftune[eval].") from absent
+        raise CaftuneError(
+            "biopython must be installed for the task proteins. Run pip install caftune[eval]."
+        ) from absent
     aligner = PairwiseAligner()
     aligner.mode = "global"
     aligner.substitution_matrix = substitution_matrices.load("BLOSUM62")

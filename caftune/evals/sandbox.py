@@ -1,6 +1,6 @@
 """Programs that a model wrote, run where they can do no harm: Linux namespaces, resource limits and a filter of system calls.
 
-What is guaranteed, or refused with a TaskError before the program starts (a self-test holds the machine to it at first use):
+What is guaranteed, or refused with a CaftuneError before the program starts (a self-test holds the machine to it at first use):
 
 - Files: a read-only view of Python's standard library and the machine's shared libraries, and one empty folder, /tmp, that is
   kept in memory, limited in size and number of files, executes nothing, and is gone with the program. No other file of the
@@ -32,7 +32,7 @@ import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from caftune.evals.task import TaskError
+from caftune.errors import CaftuneError
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 
@@ -54,7 +54,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if not value > 0:
-                raise ValueError(f"{name} must be a number > 0, got {value}.")
+                raise CaftuneError(f"{name} must be a number > 0, got {value}.")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def run_python(program: str, *, limits: Limits, stdin: bytes = b"") -> Outcome:
     """Run a program as /program.py in a sandbox of its own (see above), from the folder /tmp. Safe to call from many threads.
 
     Raises:
-        TaskError: this machine cannot isolate it as promised; it was not started.
+        CaftuneError: this machine cannot isolate it as promised; it was not started.
     """
     check_sandbox()
     return _run(program, limits, stdin)
@@ -78,7 +78,7 @@ def run_python(program: str, *, limits: Limits, stdin: bytes = b"") -> Outcome:
 
 @functools.cache
 def check_sandbox() -> None:
-    """Try once whether this machine keeps the promises above; TaskError says which it does not, and what to do."""
+    """Try once whether this machine keeps the promises above; CaftuneError says which it does not, and what to do."""
     if sys.platform != "linux":
         raise _refusal(f"this is {sys.platform}")
     outcome = _run(_SELF_TEST, Limits(), b"")
@@ -86,8 +86,8 @@ def check_sandbox() -> None:
         raise _refusal((outcome.stdout or outcome.stderr[-300:]).decode(errors="replace") or str(outcome))
 
 
-def _refusal(reason: str) -> TaskError:
-    return TaskError(
+def _refusal(reason: str) -> CaftuneError:
+    return CaftuneError(
         f"The machine must be able to isolate generated code, and is not: {reason}. Use Linux 5.14 or newer with the package "
         "libseccomp2, as root (in a container: docker run --privileged) or as a user who may create user namespaces."
     )

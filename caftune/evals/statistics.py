@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from caftune.evals.task import TaskError
+from caftune.errors import CaftuneError
 
 Array = NDArray[np.float64]
 LEVEL, POWER = 0.05, 0.8
@@ -51,13 +51,13 @@ def interval(values: Sequence[float] | Array) -> tuple[float, float]:
     """Mean and half-width of the two-sided 95% Student-t interval over independent runs, one value each.
 
     Raises:
-        ValueError: fewer than two values, or one that is no finite number.
+        CaftuneError: fewer than two values, or one that is no finite number.
     """
     runs = np.asarray(values, dtype=np.float64)
     if runs.ndim != 1 or len(runs) < 2:
-        raise ValueError(f"values must be of at least 2 runs, got shape {runs.shape}. Train with another seed.")
+        raise CaftuneError(f"values must be of at least 2 runs, got shape {runs.shape}. Train with another seed.")
     if not np.isfinite(runs).all():
-        raise ValueError(f"values must be finite numbers, got {runs.tolist()}. Repeat or name the run that failed.")
+        raise CaftuneError(f"values must be finite numbers, got {runs.tolist()}. Repeat or name the run that failed.")
     reach = load_scipy()[0].t.ppf(1 - LEVEL / 2, len(runs) - 1)
     return float(runs.mean()), float(reach * runs.std(ddof=1) / math.sqrt(len(runs)))
 
@@ -73,12 +73,12 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     Source: Chen et al. 2021, arXiv 2107.03374, equation 1.
 
     Raises:
-        ValueError: not 0 <= c <= n, or not 1 <= k <= n.
+        CaftuneError: not 0 <= c <= n, or not 1 <= k <= n.
     """
     if not 0 <= c <= n:
-        raise ValueError(f"c must be between 0 and n = {n}, got {c}. Count the passes among the n samples.")
+        raise CaftuneError(f"c must be between 0 and n = {n}, got {c}. Count the passes among the n samples.")
     if not 1 <= k <= n:
-        raise ValueError(f"k must be between 1 and n = {n}, got {k}. Draw at least k samples of each problem.")
+        raise CaftuneError(f"k must be between 1 and n = {n}, got {k}. Draw at least k samples of each problem.")
     sets = math.comb(n, k)
     return (sets - math.comb(n - c, k)) / sets
 
@@ -92,11 +92,11 @@ def holm(p_values: Sequence[float] | Array) -> Array:
     Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
 
     Raises:
-        ValueError: a value outside [0, 1].
+        CaftuneError: a value outside [0, 1].
     """
     values = np.asarray(p_values, dtype=np.float64)
     if values.ndim != 1 or not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(
+        raise CaftuneError(
             f"p_values must be a list of numbers in [0, 1], got {values.tolist()}. Leave out what has none."
         )
     order = np.argsort(values, kind="stable")
@@ -160,12 +160,12 @@ def compare(
     Applied Statistics 1(2)), which we use for the examples only.
 
     Raises:
-        ValueError: arms that cannot be compared, or a score that is no finite number.
+        CaftuneError: arms that cannot be compared, or a score that is no finite number.
     """
     first, second = _scores("treatment", treatment), _scores("baseline", baseline)
     _check_pair(first, second, paired_seeds)
     if resamples < 100:
-        raise ValueError(f"resamples must be at least 100, got {resamples}. Ten thousand take under a second.")
+        raise CaftuneError(f"resamples must be at least 100, got {resamples}. Ten thousand take under a second.")
     examples = first.mean(axis=0) - second.mean(axis=0)
     spread = _Spread.of(examples, [first - second] if paired_seeds else [first, second])
     difference = float(first.mean() - second.mean())
@@ -191,16 +191,16 @@ def compare_runs(treatment: Sequence[float], baseline: Sequence[float]) -> Compa
     differ by the same there is no spread to hold the difference against: p is 1.
 
     Raises:
-        ValueError: fewer than two runs, arms of different length, or a value that is no finite number.
+        CaftuneError: fewer than two runs, arms of different length, or a value that is no finite number.
     """
     first, second = (np.asarray(values, dtype=np.float64) for values in (treatment, baseline))
     if first.ndim != 1 or first.shape != second.shape or len(first) < 2:
-        raise ValueError(
+        raise CaftuneError(
             f"treatment and baseline must be one number for each of the same 2 or more runs, got {len(first)} and "
             f"{len(second)}. Leave out runs without a partner."
         )
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise ValueError("treatment and baseline must be finite numbers. Repeat or name the run that failed.")
+        raise CaftuneError("treatment and baseline must be finite numbers. Repeat or name the run that failed.")
     differences = first - second
     count, deviation = len(differences), _deviation(differences)
     spread = _Spread(deviation**2 / count, count - 1, examples=0.0, shrinkage=0.0)
@@ -307,13 +307,13 @@ def _standardised(difference: float, deviation: float) -> float:
 def _scores(arm: str, values: ArrayLike) -> Array:
     scores = np.asarray(values, dtype=np.float64)
     if scores.ndim != 2 or min(scores.shape) < 2:
-        raise ValueError(
+        raise CaftuneError(
             f"{arm} must be scores [seeds, examples] with at least 2 of each, got shape {scores.shape}. Train with another "
             "seed: one run does not tell the method from its luck."
         )
     if not np.isfinite(scores).all():
         run, example = np.argwhere(~np.isfinite(scores))[0].tolist()
-        raise ValueError(
+        raise CaftuneError(
             f"{arm} must be finite numbers, got {scores[run, example]} at seed {run}, example {example} (from 0). Give a "
             "failed answer the lowest score, or leave the example out of both arms."
         )
@@ -322,11 +322,11 @@ def _scores(arm: str, values: ArrayLike) -> Array:
 
 def _check_pair(first: Array, second: Array, paired: bool) -> None:
     if first.shape[1] != second.shape[1]:
-        raise ValueError(
+        raise CaftuneError(
             f"baseline must have the treatment's {first.shape[1]} examples, got {second.shape[1]}. Score both on the same."
         )
     if paired and len(first) != len(second):
-        raise ValueError(
+        raise CaftuneError(
             f"baseline must have the treatment's {len(first)} seeds where seeds are paired, got {len(second)}. Leave out what "
             "has no partner, or set paired_seeds to False."
         )
@@ -336,10 +336,12 @@ def load_scipy() -> tuple[Any, Any]:
     """scipy.stats and scipy.special.
 
     Raises:
-        TaskError: scipy is not installed.
+        CaftuneError: scipy is not installed.
     """
     try:
         from scipy import special, stats
     except ImportError as error:
-        raise TaskError("scipy must be installed for statistics, got none. Run: pip install caftune[eval]") from error
+        raise CaftuneError(
+            "scipy must be installed for statistics, got none. Run: pip install caftune[eval]"
+        ) from error
     return stats, special

@@ -10,11 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from caftune.errors import CaftuneError
+
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\n*", re.DOTALL)
-
-
-class TaskError(ValueError):
-    """A row, or the machine, does not have what a task needs; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Task:
         name: as in `eval.tasks`.
         primary: the measure that stands for the task where one number is wanted.
         read: one row of the data set and its number -> an example.
-            Raises TaskError where a column is missing.
+            Raises CaftuneError where a column is missing.
         score: (example, completion) -> measures of this completion, each a number. Shares are between 0 and 1. It never
             fails on what a model wrote: an empty or senseless completion has the lowest score.
         combine: the measures of all completions -> the measures of the whole; by default the mean of each, over the
@@ -76,12 +74,12 @@ def column(row: Mapping[str, Any], number: int, *names: str) -> Any:
     """The first of these columns that a row has.
 
     Raises:
-        TaskError: it has none of them.
+        CaftuneError: it has none of them.
     """
     for name in names:
         if row.get(name) is not None:
             return row[name]
-    raise TaskError(
+    raise CaftuneError(
         f"Row {number} (from 0) must have a column {' or '.join(names)}, and has {', '.join(row)}. Mend the file, or name the "
         "column in eval.columns."
     )
@@ -91,11 +89,11 @@ def text(row: Mapping[str, Any], number: int, *names: str) -> str:
     """The first of these columns that a row has, which must hold a text.
 
     Raises:
-        TaskError: it has none of them, or something else stands there.
+        CaftuneError: it has none of them, or something else stands there.
     """
     found = column(row, number, *names)
     if not isinstance(found, str):
-        raise TaskError(
+        raise CaftuneError(
             f"Row {number} (from 0): {' or '.join(names)} must be a text, got {type(found).__name__}. Write it as one text."
         )
     return found
