@@ -26,8 +26,9 @@ from caftune.data import read_rows, refuse_unnamed_split
 from caftune.errors import CaftuneError
 from caftune.evals.proteins import PROTEINS, sequence_of
 from caftune.evals.statistics import interval, load_scipy
-from caftune.evals.task import Example, Task, text, until_stop, without_thought
+from caftune.evals.task import Example, Task, text, until_stop
 from caftune.evals.tasks import TASKS
+from caftune.evals.thought import split_thought
 from caftune.generation import Sampling
 from caftune.labels import AnswerCache, generate_labels
 from caftune.prompts import Conversation, is_chat
@@ -49,6 +50,9 @@ class Result:
     measures: dict[str, list[float]]
     unfinished: int  # answers, of all runs, that max_new_tokens cut off
     chat: bool  # asked in a conversation
+    in_thought: int = (
+        0  # answers, of all runs, that end within a thought: nothing of them, or what stands before it, is scored
+    )
 
 
 def evaluate(recipe: Recipe) -> list[Result]:
@@ -210,11 +214,13 @@ def _ask_all(recipe: Recipe, name: str, task: Task, examples: Sequence[Example])
         found = generate_labels(talks, tokenizer, cache, opened, room=room)
         _refuse_failures(task, examples, found.failures)
         for label in found.labels:
-            example, said = examples[label.row], without_thought(label.completion)
+            example, read = examples[label.row], tokenizer.decode(label.prompt_ids)  # special tokens may open a thought
+            said, in_thought = split_thought(label.completion, read, example.prompt)
             completion = until_stop(said, task.stop)
             finish = label.finish if completion == said else "stop"
-            measured = {"scores": task.score(example, completion), "finish": finish, "chat": section.chat}
-            lines.append({"run": run, "seed": seed, **asdict(example), "completion": completion, **measured})
+            measured = {"scores": task.score(example, completion), "finish": finish, "in_thought": in_thought}
+            line = {"run": run, "seed": seed, **asdict(example), "completion": completion, **measured}
+            lines.append({**line, "chat": section.chat})
     return lines
 
 
@@ -253,6 +259,7 @@ def summarise(task: Task, model: str, lines: Sequence[Mapping[str, Any]]) -> Res
         measures={name: [measures[name] for measures in combined if name in measures] for name in names},
         unfinished=sum(line["finish"] == "length" for line in lines),
         chat=all(line["chat"] for line in lines),
+        in_thought=sum(line.get("in_thought", False) for line in lines),
     )
 
 
@@ -269,6 +276,12 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
         console.print(f"Asked {'in a conversation' if result.chat else 'as plain text'} (eval.chat).", highlight=False)
         if result.unfinished:
             console.print(f"{result.unfinished} answers were cut off by eval.max_new_tokens.", highlight=False)
+        if result.in_thought:
+            console.print(
+                f"{result.in_thought} answers end within a thought, and a thought is not scored. Raise eval.max_new_tokens; "
+                "where a chat template opens thoughts and the model was trained without them, change the template.",
+                highlight=False,
+            )
 
 
 def in_words(values: Sequence[float]) -> str:

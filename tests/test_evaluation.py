@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from openai_server import Replies, serve
+from rich.console import Console
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
 from caftune.evals.proteins import sequence_of
-from caftune.evals.task import means, until_stop, without_thought
+from caftune.evals.task import means, until_stop
 from caftune.evals.tasks import TASKS
 from caftune.generation import Answer
 from caftune.recipe import Recipe
@@ -229,19 +230,50 @@ def test_a_closed_thought_before_an_answer_is_not_scored(own_rows, reply):
     assert lines_of(own_rows, task="exact_match")[0]["completion"] == row["completion"].strip()
 
 
-@pytest.mark.parametrize(
-    ("said", "scored"),
-    [
-        ("<think>\nOne.\n\nTwo.\n</think>\n\n    return x\n", "    return x\n"),
-        ("\n<think></think>15", "15"),
-        ("<think>a</think>b</think>c", "b</think>c"),
-        ("<think>It is 15", "<think>It is 15"),
-        ("15 <think>no</think>", "15 <think>no</think>"),
-        ("15", "15"),
-    ],
-)
-def test_a_thought_is_taken_off_where_it_comes_first_and_is_closed(said, scored):
-    assert without_thought(said) == scored
+def thinking(values, opened):
+    """The recipe with a base whose chat template writes this where the model begins to speak, its marks special tokens."""
+    folder = Path(values["model"]["name"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
+    tokenizer.chat_template = TEMPLATE.replace("<said>", f"<said>{opened}")
+    tokenizer.save_pretrained(folder)
+    return values
+
+
+@pytest.mark.parametrize("opened", ["<think>\n", "[THINK]"])
+def test_a_thought_that_the_chat_template_opened_is_not_scored_closed_or_not(chatty, reply, opened):
+    row = json.loads(Path(chatty["eval"]["data"]["exact_match"]).read_text().splitlines()[0])
+    right, values = row["completion"].strip(), thinking(chatty, opened)
+    for said, accuracy, unclosed in ((f"N.\n</think>\n\n{right}", 1.0, 0), (right, 0.0, 1)):
+        Path(values["output"], "eval", "cache.jsonl").unlink(missing_ok=True)
+        reply(said)
+        result = evaluated(values, limit=1, chat=True)
+        (line,) = lines_of(values, task="exact_match")
+        assert (result.measures["exact_match"], result.in_thought) == ([accuracy], unclosed)
+        assert (line["completion"], line["in_thought"]) == (right if accuracy else "", bool(unclosed))
+
+
+def test_answers_that_end_within_a_thought_are_counted_where_results_are_printed(own_rows, reply):
+    reply("<think>C", "length")
+    result = evaluated(own_rows)
+    console = Console(record=True, width=200)
+    evaluation.print_results(console, [result])
+    assert (result.unfinished, result.in_thought, result.measures["exact_match"]) == (6, 6, [0.0])
+    assert "6 answers end within a thought" in console.export_text()
+    lines = [
+        {name: value for name, value in line.items() if name != "in_thought"}
+        for line in lines_of(own_rows, task="exact_match")
+    ]
+    assert evaluation.summarise(TASKS["exact_match"], "base", lines).in_thought == 0, (
+        "lines of an older version have no such count"
+    )
+
+
+def test_a_stop_text_within_a_thought_does_not_cut_the_answer(own_rows, reply):
+    row = json.loads(Path(own_rows["eval"]["data"]["molecules"]).read_text().splitlines()[0])
+    reply(f"<think>\nDescription: it has a ring.\n</think>\n{row['completion'].strip()}\nDescription: another")
+    changes = {"columns": {"smiles": "completion"}, "limit": 1, "max_new_tokens": 150}
+    assert evaluated(own_rows, tasks=["molecules"], **changes).measures["exact_match"] == [1.0]
 
 
 def test_an_answer_that_a_stop_text_ends_was_not_cut_off(own_rows, reply):

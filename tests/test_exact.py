@@ -38,6 +38,19 @@ def test_the_whole_is_the_share_that_is_right():
     assert EXACT_MATCH.combine([{"exact_match": 1.0}, {"exact_match": 0.0}]) == {"exact_match": 0.5}
 
 
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("7 + 8 =", "<think>\n8 + 7\n</think>\n\n15"),
+        ("7 + 8 = <think>", "8 + 7</think> 15"),
+        ("7 + 8 =", "[THINK]8[/THINK]15"),
+    ],
+)
+def test_a_thought_before_a_completion_is_no_part_of_the_reference(prompt, completion):
+    example = EXACT_MATCH.read({"prompt": prompt, "completion": completion}, 0)
+    assert (example.reference, example.answer) == ("15", completion)
+
+
 def test_our_own_rows_are_right_with_their_completion_and_wrong_with_another():
     rows = EXACT_MATCH.rows
     examples = [EXACT_MATCH.read(row, number) for number, row in enumerate(rows)]
@@ -57,7 +70,11 @@ def test_the_task_is_found_by_its_name():
         ({"prompt": "a"}, "Row 4 .* must have a column completion, and has prompt"),
         ({"text": "a", "completion": "b"}, "Row 4 .* must have a column prompt, and has text, completion"),
         ({"prompt": [{"role": "user"}], "completion": "b"}, "Row 4 .*: prompt must be a text, got list"),
-        ({"prompt": "a", "completion": " \n"}, "Row 4 .*: completion must not be empty"),
+        ({"prompt": "a", "completion": " \n"}, "Row 4 .*: completion must not be empty, got white space"),
+        (
+            {"prompt": "a", "completion": "<think>b</think>\n"},
+            "Row 4 .*: completion must not be empty, got a thought alone",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_asked_or_scored_is_refused_with_a_sentence(row, message):

@@ -2,7 +2,7 @@
 
 Rows: those that a model is trained on, with the columns `prompt` and `completion`, both texts, and `id` where there is one. A
 prompt is asked as it is. White space at both ends of answer and completion does not count; within, it does, and so do case
-and marks.
+and marks. A thought that the completion begins with is taken off, as it is from the answers.
 
 The least that can be said of an answer: one that means the same in other words is wrong. Where a task of its own fits the data,
 it says more.
@@ -13,6 +13,7 @@ from typing import Any
 
 from caftune.errors import CaftuneError
 from caftune.evals.task import Example, Task, means, text
+from caftune.evals.thought import without_thought
 
 
 def read(row: Mapping[str, Any], number: int) -> Example:
@@ -23,10 +24,12 @@ def read(row: Mapping[str, Any], number: int) -> Example:
             is empty, so that saying nothing would be right.
     """
     prompt, completion = text(row, number, "prompt"), text(row, number, "completion").strip()
-    if not completion:
-        raise CaftuneError(f"Row {number} (from 0): completion must not be empty, got white space. Remove the row.")
+    reference = without_thought(completion, prompt).strip()
+    if not reference:
+        found = "a thought alone" if completion else "white space"
+        raise CaftuneError(f"Row {number} (from 0): completion must not be empty, got {found}. Remove the row.")
     own = row.get("id")
-    return Example(str(number if own is None else own), prompt, completion, completion)
+    return Example(str(number if own is None else own), prompt, reference, completion)
 
 
 def score(example: Example, completion: str) -> dict[str, float]:

@@ -5,14 +5,12 @@ wrote it. Tasks use rows as their data sets publish them; where a data set names
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from caftune.errors import CaftuneError
-
-_THOUGHT = re.compile(r"\s*<think>.*?</think>\n*", re.DOTALL)
+from caftune.evals.thought import without_thought as without_thought
 
 
 @dataclass(frozen=True)
@@ -97,16 +95,6 @@ def text(row: Mapping[str, Any], number: int, *names: str) -> str:
             f"Row {number} (from 0): {' or '.join(names)} must be a text, got {type(found).__name__}. Write it as one text."
         )
     return found
-
-
-def without_thought(completion: str) -> str:
-    r"""The completion without the thought that it begins with, where that is closed.
-
-    >>> without_thought("<think>\n\n</think>\n\n15")
-    '15'
-    """
-    thought = _THOUGHT.match(completion)
-    return completion[thought.end() :] if thought else completion
 
 
 def until_stop(completion: str, stop: Sequence[str]) -> str:
