@@ -1,14 +1,6 @@
 r"""Maths: GSM8K and MATH-500. The final answer of a completion is found, and judged equal to the reference or not.
 
-The final answer is the first of these that a completion has:
-
-1. what the last \boxed{...} holds (of boxes within boxes, the innermost);
-2. the number on the first line that begins with ####, as GSM8K's own solutions end;
-3. what the last "answer is", or "final answer:", is followed by, up to the end of the sentence or of the formula;
-4. the last number.
-
-A box that is not closed is an answer that broke off: neither it nor what follows counts. Words around an answer ("18 dollars",
-"18 in total") and marks of type and spacing are taken off.
+The final answer is found by `caftune.evals.answers`.
 
 Answers are equal if they are the same text, or if math-verify finds them equal: 1/2, 0.5, 50% and \frac12; x = 3 and 3;
 1,000 and 1000; 3, 5 and 5, 3; but not (2, 4) and [2, 4], nor (2, 4) and (4, 2). It is lenient: 50% is 50, {2, 4} is (2, 4),
@@ -35,101 +27,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from caftune.errors import CaftuneError
+from caftune.evals.answers import LONGEST_ANSWER, TEXT, final_answer, hash_answer, tidy
+from caftune.evals.quantity import SCALES, UNCLEAR, value_of
 from caftune.evals.task import Example, Task, column, means
 
 TIMEOUT_S = 5
 MEMORY_BYTES = 4 * 2**30
-LONGEST_ANSWER = 1000
 
-_BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
-_NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?(?:\s?\\?%)?")
-# Possessive: else many blanks before something else would take quadratic time.
-_HASHES = re.compile(rf"^####[ \t]*+({_NUMBER.pattern})[ \t]*+(?:[A-Za-z][A-Za-z ]*+)?\.?[ \t]*+$", re.MULTILINE)
-_ANNOUNCED = re.compile(r"\b(?:answer\**\s+is\b|final answer\**\s*:)[\s:*]*", re.IGNORECASE)
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_SENTENCE = re.compile(r".*?(?=\.\s|\.?$)", re.MULTILINE)
-_LONG_WORD = re.compile(r"[A-Za-z][A-Za-z']{2,}[,;:]?")
-_WORD = re.compile(rf"{_LONG_WORD.pattern}|(?:an?|as|at|by|in|is|it|of|on|or|so|to)[,;:]?", re.IGNORECASE)
-_SPACING = re.compile(r"(?<!\\)\\[!,;: ]|\\(?:left|right|displaystyle)(?![A-Za-z])|\\?\$|~")
-_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 _BASE = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")
-_THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?%?")
-_MEANT = {"sqrt", "percent", "infinity", "dozen", "hundred", "thousand", "million", "billion", "trillion"}
-
-
-def final_answer(completion: str) -> str | None:
-    r"""The final answer of a completion, or None where there is none.
-
-    >>> final_answer(r"Half of it, so $\boxed{\frac{1}{2}}$.")
-    '\\frac{1}{2}'
-    >>> final_answer("2 + 3 = 5 apples\n#### 5\n\nTom has 7 pears.")
-    '5'
-    >>> final_answer("The answer is $x = 3$. I hope it is correct.")
-    'x = 3'
-    """
-    box, text = _last_box(completion.replace("−", "-"))
-    for found in (box, _hashes(text), _announced(text), _last_number(text)):
-        answer = _tidy(found)
-        if answer:
-            return answer
-    return None
-
-
-def _last_box(text: str) -> tuple[str, str]:
-    """What the last closed box holds, and the text up to the first box that is not closed."""
-    box, begin = "", -1
-    opened: list[re.Match[str]] = []
-    for brace in _BRACE.finditer(text):
-        if brace["box"] or brace["open"]:
-            opened.append(brace)
-        elif brace["close"] and opened:
-            start = opened.pop()
-            if start["box"] and start.start() > begin:
-                box, begin = text[start.end() : brace.start()], start.start()
-    broken = (start.start() for start in opened if start["box"])
-    return box, text[: min(broken, default=len(text))]
-
-
-def _hashes(text: str) -> str:
-    line = _HASHES.search(text)
-    return line.group(1) if line else ""
-
-
-def _announced(text: str) -> str:
-    ends = [match.end() for match in _ANNOUNCED.finditer(text)]
-    if not ends:
-        return ""
-    rest = text[ends[-1] : ends[-1] + 2 * LONGEST_ANSWER]
-    found = _SENTENCE.match(rest)
-    sentence = found.group() if found else ""
-    formulas = list(_FORMULA.finditer(sentence))
-    if len(formulas) > 1:
-        return sentence
-    formula = formulas[0] if formulas else _FORMULA.match(rest)  # a displayed formula goes over several lines
-    return next(filter(None, formula.groups())) if formula else sentence
-
-
-def _last_number(text: str) -> str:
-    numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else ""
-
-
-def _tidy(answer: str) -> str:
-    """The answer without marks of spacing, dollar signs, commas between thousands, and words around a number."""
-    answer = _SPACING.sub("", re.sub(r",\\!\s*", ",", answer)).lstrip(" \t\n*:").rstrip(" \t\n*:.,;")
-    if len(answer) > LONGEST_ANSWER:
-        return answer
-    words = answer.split()
-    is_word = (_WORD if len(words) > 2 else _LONG_WORD).fullmatch  # "5 a" is a product
-    others = [word for word in words if not is_word(word) or word.lower() in _MEANT]
-    if len(others) == 1 and _NUMBER.fullmatch(others[0]):
-        answer = others[0]
-    return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
+_SCALE_ASKED = re.compile(rf"\b(?:how many(?: more)?|in) ({'|'.join(SCALES)})s?\b", re.IGNORECASE)
 
 
 def _letters(answer: str) -> str:
     """The answer as bare text, to see whether two are the same."""
-    return re.sub(r"\s+", "", _TEXT.sub(r"\1", answer).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac"))
+    return re.sub(r"\s+", "", TEXT.sub(r"\1", answer).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac"))
 
 
 def is_equal(reference: str, answer: str) -> bool | None:
@@ -141,9 +52,16 @@ def is_equal(reference: str, answer: str) -> bool | None:
     >>> is_equal(r"\frac{1}{2}", "0.5"), is_equal("(2,4)", "[2,4]")
     (True, False)
     """
-    reference, answer = _tidy(reference), _tidy(answer)
+    reference, answer = tidy(reference), tidy(answer)
     if len(answer) > LONGEST_ANSWER:
         return False
+    ours, theirs = value_of(reference), value_of(answer)
+    if (
+        ours is not None
+        and theirs is not None
+        and (ours == theirs or abs(ours - theirs) > 1 and "%" not in reference + answer)
+    ):
+        return ours == theirs
     if reference.startswith("\\text"):
         return _letters(reference).strip("()").casefold() == _letters(answer).strip("()").casefold()
     with_base, other_base = _BASE.fullmatch(_letters(reference)), _BASE.fullmatch(_letters(answer))
@@ -235,8 +153,10 @@ def _judge_pairs(timeout_s: float) -> None:
 
 
 def _score(example: Example, completion: str) -> dict[str, float]:
-    answer = final_answer(completion)
-    verdict = False if answer is None else is_equal(example.reference, answer)
+    is_number = value_of(tidy(example.reference)) is not None
+    units = {match[1].lower() for match in _SCALE_ASKED.finditer(example.prompt)}
+    answer = final_answer(completion, is_number=is_number, units=units)
+    verdict = False if answer in (None, UNCLEAR) else is_equal(example.reference, str(answer))
     return {
         "accuracy": float(verdict is True),
         "answered": float(answer is not None),
@@ -247,7 +167,7 @@ def _score(example: Example, completion: str) -> dict[str, float]:
 def _read_gsm8k(row: Mapping[str, Any], number: int) -> Example:
     _JUDGE.require()  # where it is missing, that is said before anything is generated
     solution = str(column(row, number, "answer"))
-    reference = _hashes(solution)
+    reference = hash_answer(solution)
     if not reference:
         raise CaftuneError(
             f"Row {number} (from 0): answer must end with a line of #### and a number, got {solution[-80:]!r}. Mend the file."
