@@ -2,7 +2,7 @@ r"""The final answer of a completion in maths: where it stands, and how far it g
 
 The final answer is the first of these that a completion has and that can be an answer:
 
-1. what the last \boxed{...} holds (of boxes within boxes, the innermost; boxes joined by "and", "or" or a comma are one answer);
+1. what the last \boxed{...} holds (of boxes within boxes, the innermost; boxes joined by "and", "or", a comma are one answer);
 2. the number on the first line after ####, as GSM8K's own solutions end; before the box, where it comes after it. Numbered
    headings (#### 1 ..., #### 2 ..., #### 3. Add) are none;
 3. what "answer is", or "final answer:", is followed by, the last such place first; then a line that begins with "Answer:";
@@ -29,14 +29,33 @@ _HASH = re.compile(r"(?:^|(?<=\s))####(?!#)[ \t]*+(.*)$", re.MULTILINE)
 _TITLED = re.compile(r"[*_ ]*\d{1,2}[.):][*_ ]+[A-Za-z(]")
 _NUMBERED = re.compile(r"(?<=[*_ ])?\d{1,2}(?![\d,./])|(?=[*_ ]+\d)")
 _ANNOUNCED = re.compile(
-    r"\b(?:answer\**(?: (?:to|of|for) [^.\n]{1,80}?)?\**\s+(?:is\b|would be\b|should be\b|will be\b|comes to\b|equals\b|=)|"
+    r"\b(?:answers?\**(?: (?:to|of|for) [^.\n]{1,80}?)?\**\s+(?:(?:is|are|would be|should be|will be|comes to|equals)\b|=)|"
     r"final answer\**\s*:)[\s:*]*",
     re.IGNORECASE,
 )
 _LABELLED = re.compile(r"^[\W_]*(?:final )?answer[*_ ]*:?[*_]*[ \t]*(?:\n\s*)?", re.IGNORECASE | re.MULTILINE)
 _TAKEN_BACK = re.compile(
-    r"\bI (?:made|see) (?:a|an|my) (?:\w+ )?(?:mistake|error)|\bI (?:forgot|was wrong|miscounted|misread|miscalculated|misunderstood)|"
+    r"\bI (?:made|see) (?:a|an|my) (?:\w+ )?(?:mistake|error)|"
+    r"\bI (?:forgot|was wrong|miscounted|misread|miscalculated|misunderstood)|"
     r"\b(?:that|this|it)(?:'s| is| was) (?:wrong|incorrect|not (?:right|correct))\b|\bscratch that\b|\bcorrection\s*:",
+    re.IGNORECASE,
+)
+_DIGIT = re.compile(r"\d")
+_DOUBT = re.compile(
+    r"\b(?:wait|actually|hmm+|hold on|sorry|oops|correction|no)\b(?=[,.:;!?*\s-])(?!\s+(?:more|less|one|matter|need))",
+    re.IGNORECASE,
+)
+_GIVEN = re.compile(
+    r"\\boxed\s*\{|####\s*\S|\banswer\**\s*(?:is|should be|:)[^\n]{0,20}\d|"
+    r"\b(?:it|that|this|total|result)(?:'s| is| should be| must be| would be)\s+(?:actually\s+)?[$*]*-?\d",
+    re.IGNORECASE,
+)
+_UNBELIEVED = re.compile(
+    r"(?:not|n't|cannot|never)\s+(?:think|believe|say|mean|see how)?\s*(?:that\s+)?(?:the|this|that|an|my)?\s*\Z",
+    re.IGNORECASE,
+)
+_GIVES_UP = re.compile(
+    r"\b(?:not enough|insufficient|missing) information\b|\b(?:cannot|can't|can not) be (?:determined|answered|known)\b",
     re.IGNORECASE,
 )
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
@@ -47,7 +66,8 @@ _BEFORE_FORMULA = re.compile(
 _SENTENCE = re.compile(r".*?(?=\.\s|[.!]*$)", re.MULTILINE)
 _REASON = re.compile(r",? (?:because|since|which|where|so that|as (?:the|we|it|there|this|that|they|[a-z] is))\b")
 _SAYS_NOTHING = re.compile(
-    r"(?:indeed |therefore |clearly |also )*(?:correct|right|wrong|incorrect|reasonable|verified|confirmed|consistent|valid|not)\b"
+    r"(?:indeed |therefore |clearly |also )*"
+    r"(?:correct|right|wrong|incorrect|reasonable|verified|confirmed|consistent|valid|not)\b"
 )
 _LONG_WORD = re.compile(r"[A-Za-z][A-Za-z']{2,}[,;:]?")
 _WORD = re.compile(rf"{_LONG_WORD.pattern}|(?:an?|as|at|by|in|is|it|of|on|or|so|to)[,;:]?", re.IGNORECASE)
@@ -56,8 +76,14 @@ _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?%?")
 _PLAIN = re.compile(r"(?:(?<![\w)])-)?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?(?:\s?\\?%)?")
 _MEANT = {"sqrt", "percent", "infinity", "dozen", "hundred", "thousand", "million", "billion", "trillion"}
 _EQUATION = re.compile(r"(?<![<>!\\])=")
+_ABOUT = re.compile(r"\A\s*(?:\\approx|≈)")
+_ONLY_WORDS = re.compile(r"[A-Za-z ,-]*")
 _ASIDE = re.compile(r"\([^()\n]{1,80}\)")
-_NOT_MEANT = re.compile(r"\b(?:not|instead of|rather than|than)\s+\Z", re.IGNORECASE)
+_NOT_MEANT = re.compile(
+    r"(?:\bnot|n't|\bcannot|\bnever|\binstead of|\brather than|\bthan)\s+"
+    r"(?:(?:be|equal|think|believe|that|the answer|it|is|a|an)\s+)*\Z",
+    re.IGNORECASE,
+)
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
 _NEAR = 2 * LONGEST_ANSWER  # characters in which a formula is looked for
 _PLACES = 20  # places where an answer is announced: the last ones
@@ -109,10 +135,12 @@ def tidy(answer: str) -> str:
 
 
 def _not_taken_back(text: str) -> str:
-    """What follows the last place where the model takes back what it said, if there is a number in it."""
-    places = [match.end() for match in _TAKEN_BACK.finditer(text)]
-    rest = text[places[-1] :] if places else ""
-    return rest if re.search(r"\d", rest) else text
+    """What follows the last place where the model takes back what it said, or doubts it and then gives an answer."""
+    for doubt, answer in ((_TAKEN_BACK, _DIGIT), (_DOUBT, _GIVEN)):
+        places = [match.end() for match in doubt.finditer(text)]
+        if places and answer.search(text, places[-1]):
+            text = text[places[-1] :]
+    return text
 
 
 def _candidates(text: str, box: str, begin: int) -> Iterator[tuple[str, str]]:
@@ -122,7 +150,8 @@ def _candidates(text: str, box: str, begin: int) -> Iterator[tuple[str, str]]:
     yield box, "box"
     yield from ((line[1], "hash") for line in hashes)
     for announced in reversed(list(_ANNOUNCED.finditer(text))[-_PLACES:]):
-        yield text[announced.end() : announced.end() + _NEAR], "announced"
+        if not _UNBELIEVED.search(text, max(0, announced.start() - 60), announced.start()):
+            yield text[announced.end() : announced.end() + _NEAR], "announced"
     for label in reversed(list(_LABELLED.finditer(text))[-_PLACES:]):
         yield text[label.end() : label.end() + _NEAR], "label"
 
@@ -171,7 +200,7 @@ def _as_number(text: str, kind: str, units: Collection[str]) -> str:
     """The number that a marked text gives; empty where it gives none."""
     if kind == "box":
         return _number_in_formula(text, units)
-    if kind == "label" and not _is_short(text):
+    if (kind == "label" and not _is_short(text)) or _SAYS_NOTHING.match(text):
         return ""
     start = _BEFORE_FORMULA.match(text)
     formula = _FORMULA.match(text, start.end() if start else 0)
@@ -182,7 +211,7 @@ def _as_number(text: str, kind: str, units: Collection[str]) -> str:
 
 
 def _is_short(text: str) -> bool:
-    """Whether what follows a label is an answer rather than the beginning of a solution: its line has one number, or is the last."""
+    """Whether what follows a label is an answer and no beginning of a solution: its line has one number, or is the last."""
     line, _, rest = text.strip().partition("\n")
     return len(quantities(_ASIDE.sub("", line))) == 1 or not re.search(r"\d", rest)
 
@@ -190,23 +219,30 @@ def _is_short(text: str) -> bool:
 def _number_in_formula(formula: str, units: Collection[str]) -> str:
     """A formula that is a number, or an equation of one, as a plain numeral; another as it is; empty for one without digits."""
     bare = re.sub(r"\s+", " ", TEXT.sub(r" \1 ", formula)) if TEXT.search(formula) else formula
-    bare = bare.strip(" $*\n").rstrip(".")
-    found = quantity_at(bare, 0, units)
-    if found and (found.end == len(bare) or re.fullmatch(r"( [A-Za-z]{3,}| per| of| a| in)+", bare[found.end :])):
-        return found.text
-    if not re.search(r"\d", bare):
-        return (
-            (in_words(bare) or "")
-            if re.fullmatch(r"[A-Za-z ,-]+", bare)
-            else bare
-            if re.search(r"\\(?!text)", formula)
-            else ""
-        )
-    if _EQUATION.search(bare):
-        return stated(bare, units, is_loose=False) or formula
-    if TEXT.search(formula) and not re.search(r"[\\^_]", bare) and (only := stated(bare, units)):
+    bare = _ABOUT.sub("", bare).strip(" $*\n").rstrip(".")
+    if only := _only_number(bare, units):
         return only
-    return formula
+    if not _DIGIT.search(bare):
+        return (in_words(bare) or "") if _ONLY_WORDS.fullmatch(bare) else formula if "\\" in bare else ""
+    if _EQUATION.search(bare):
+        return _side_of(bare, units) or formula
+    is_prose = TEXT.search(formula) and not re.search(r"[\\^_]", bare)
+    return (stated(bare, units) if is_prose else None) or formula
+
+
+def _only_number(bare: str, units: Collection[str]) -> str:
+    """The number that a formula is, words for its unit aside."""
+    found = quantity_at(bare, 0, units)
+    is_whole = found and (
+        found.end == len(bare) or re.fullmatch(r"( [A-Za-z]{3,}| per| of| a| in)+", bare[found.end :])
+    )
+    return found.text if found and is_whole else ""
+
+
+def _side_of(equation: str, units: Collection[str]) -> str:
+    """The last side of an equation, or else the first, where it is a number."""
+    sides = [side.strip() for side in _EQUATION.split(equation)]
+    return next((found for side in (sides[-1], sides[0]) if (found := _only_number(side, units))), "")
 
 
 def _as_anything(text: str, kind: str) -> str:
@@ -257,6 +293,8 @@ def _is_formula(content: str) -> bool:
 def _last_number(text: str, units: Collection[str]) -> str:
     """The last number of a text, or what its last formula is where that comes last; a bold one of its line before others."""
     text = _without_headings(text)
+    if _GIVES_UP.search(text, max(0, len(text) - 200)):
+        return ""
     begin = max(0, len(text) - _NEAR)
     formulas = [formula for formula in _FORMULA.finditer(text, begin) if _is_formula(_content(formula))]
     every = _meant(text, units)
@@ -275,7 +313,7 @@ def _last_number(text: str, units: Collection[str]) -> str:
 def _meant(text: str, units: Collection[str]) -> list[Quantity]:
     """The numbers of a text without those that it rules out ("not 72")."""
     every = quantities(text, units)
-    return [found for found in every if not _NOT_MEANT.search(text, max(0, found.start - 20), found.start)]
+    return [found for found in every if not _NOT_MEANT.search(text, max(0, found.start - 60), found.start)]
 
 
 def _without_headings(text: str) -> str:

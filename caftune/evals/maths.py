@@ -34,8 +34,38 @@ from caftune.evals.task import Example, Task, column, means
 TIMEOUT_S = 5
 MEMORY_BYTES = 4 * 2**30
 
+_SIGNS = {
+    **{
+        "π": "\\pi ",
+        "∞": "\\infty ",
+        "°": "^\\circ ",
+        "²": "^2",
+        "³": "^3",
+        "×": "\\times ",
+        "·": "\\cdot ",
+        "÷": "/",
+        "±": "\\pm ",
+    },
+    **{
+        "≤": "\\le ",
+        "≥": "\\ge ",
+        "≠": "\\ne ",
+        "∈": "\\in ",
+        "∪": "\\cup ",
+        "∩": "\\cap ",
+        "½": "\\frac{1}{2}",
+        "¼": "\\frac{1}{4}",
+    },
+    **{"¾": "\\frac{3}{4}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "–": "-"},
+}
 _BASE = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")
 _SCALE_ASKED = re.compile(rf"\b(?:how many(?: more)?|in) ({'|'.join(SCALES)})s?\b", re.IGNORECASE)
+
+
+def _as_latex(answer: str) -> str:
+    """Signs of mathematics that LaTeX writes as commands, as these."""
+    answer = re.sub(r"√\s*(?:\(([^()]*)\)|(\d+|[a-z]))", lambda root: rf"\sqrt{{{root[1] or root[2]}}}", answer)
+    return "".join(_SIGNS.get(sign, sign) for sign in answer)
 
 
 def _letters(answer: str) -> str:
@@ -52,16 +82,14 @@ def is_equal(reference: str, answer: str) -> bool | None:
     >>> is_equal(r"\frac{1}{2}", "0.5"), is_equal("(2,4)", "[2,4]")
     (True, False)
     """
-    reference, answer = tidy(reference), tidy(answer)
+    reference, answer = tidy(reference), _as_latex(tidy(answer))
     if len(answer) > LONGEST_ANSWER:
         return False
     ours, theirs = value_of(reference), value_of(answer)
-    if (
-        ours is not None
-        and theirs is not None
-        and (ours == theirs or abs(ours - theirs) > 1 and "%" not in reference + answer)
-    ):
-        return ours == theirs
+    if ours is not None and theirs is not None:
+        is_apart = abs(ours - theirs) > 1 and "%" not in reference + answer  # 50% may be 0.5, and digits may be cut off
+        if ours == theirs or is_apart:
+            return not is_apart
     if reference.startswith("\\text"):
         return _letters(reference).strip("()").casefold() == _letters(answer).strip("()").casefold()
     with_base, other_base = _BASE.fullmatch(_letters(reference)), _BASE.fullmatch(_letters(answer))
@@ -145,7 +173,7 @@ def _judge_pairs(timeout_s: float) -> None:
         faulthandler.dump_traceback_later(timeout_s, exit=True)
         try:
             reference, answer = (parse(f"\\boxed{{{text}}}", config, parsing_timeout=None) for text in json.loads(line))
-            verdict = bool(verify(reference, answer, timeout_seconds=None))
+            verdict = bool(verify(reference, answer, timeout_seconds=None, allow_set_relation_comp=True))
         except Exception:
             verdict = False
         faulthandler.cancel_dump_traceback_later()

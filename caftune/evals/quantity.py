@@ -7,7 +7,7 @@ which are returned as they stand. Of an equation the last side that is a number 
 
 import re
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -24,9 +24,9 @@ _WHOLE = rf"\d{{1,3}}(?:{_GROUP}\d{{3}})+(?!\d)|\d{{1,2}}(?:,\d\d)+,\d{{3}}(?!\d
 _CURRENCY = r"(?:(?:US|A|C|NZ)?\\?\$|USD\b|EUR\b|GBP\b|Rs\.?|[€£¥₹])"
 _TEN = r"\s?(?:x|×|\*|\\times|\\cdot)\s?10\s?(?:\^|\*\*)\s?\{?(?P<power>-?\d+)\}?"
 NUMBER = re.compile(
-    rf"(?P<sign>[-+]\s?|(?:negative|minus)\s)?{_CURRENCY}?\s?(?P<inner>-)?"
+    rf"(?P<sign>[-+]\s?|–|(?:negative|minus)\s)?{_CURRENCY}?\s?(?P<inner>-)?"
     rf"(?:(?P<whole>{_WHOLE})(?P<part>\.\d+|,\d{{1,2}}(?![\d,]))?|(?P<bare>\.\d+)|(?P<alone>[{_VULGAR}]))"
-    rf"(?:\s?/\s?(?P<below>\d+)(?![\d.]*\s*/)|(?:[ -]|\sand\s)(?P<top>\d+)/(?P<bottom>\d+)|\s?(?P<vulgar>[{_VULGAR}])|"
+    rf"(?:\s?/\s?(?P<below>\d+)(?![\d.]*\s*/)|(?:\s|\sand\s)(?P<top>\d+)/(?P<bottom>\d+)|\s?(?P<vulgar>[{_VULGAR}])|"
     rf"\sand\s(?P<words>(?:a|one)\s(?:half|quarter|third)|three\squarters)\b|"
     rf"[eE](?P<exponent>[-+]?\d+)(?![\d.])|{_TEN})?(?![\d]|,\d|\.\d)"
 )
@@ -37,10 +37,15 @@ _PERCENT = re.compile(r"\s?(?:\\?%|per\s?cent\b)", re.IGNORECASE)
 _WORDS = {"half": Fraction(1, 2), "quarter": Fraction(1, 4), "third": Fraction(1, 3), "quarters": Fraction(3, 4)}
 
 _MONEY = rf"{_CURRENCY}?\s?-?\d"
+_MEASURE = (
+    r"(?:hours?|hrs?|minutes?|mins?|seconds?|days?|weeks?|months?|years?|feet|foot|ft|dollars?|pounds?|lbs?|kg|km|m)"
+)
 _LISTED = re.compile(
-    rf"\s*(?:[A-Za-z%$°]+\s+){{0,2}}(?:or|and)\s+(?:about\s+)?{_MONEY}|\s*(?:,|;|:)\s*(?:or\s+|and\s+)?{_MONEY}|"
+    rf"\s*(?:[A-Za-z%$°]+\s+){{0,2}}(?:or|and)\s+(?:about\s+)?{_MONEY}|\s*,\s*(?:or\s+|and\s+)?{_MONEY}|:\d|"
+    rf"\s*[;:]\s*{_MONEY}[\d.,]*\s*(?:[.;]|\Z)|\s+{_MEASURE}\s+\d|"
     rf"\s*(?:(?!due|up|compared|added|close|equal|next|thanks|according)[A-Za-z%$]+\s+)?(?:to|through|versus|vs\.?)\s+{_MONEY}|"
-    rf"[–—-]{_MONEY}|\s[–—]\s?{_MONEY}|\s*(?:times|plus|minus|multiplied by|divided by|over|(?:%|percent) of)\s+(?:the\s+)?{_MONEY}"
+    rf"[–-]{_MONEY}|\s–\s?{_MONEY}[\d.,]*\s*\Z|"
+    rf"\s*(?:times|plus|minus|multiplied by|divided by|over|(?<=[%t]\s)of)\s+(?:the\s+)?{_MONEY}"
 )
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)|≈|\\approx")
 _EQUATION = re.compile(r"\s*(?:[A-Za-z$%*)°]+\s*){0,3}(?<![<>!])(?:=|≈|\\approx)")
@@ -61,6 +66,7 @@ _COMPARED = re.compile(
     rf"\b(?:between|from|(?:more|less|fewer|greater|higher|lower) than|over|under|below|above|nearly|almost)\s+{_MONEY}",
     re.IGNORECASE,
 )
+_MEANWHILE = re.compile(rf"\b(?:in|over|during|within|after|per|every|for)\s+\d+\s+{_MEASURE}\b")
 _CLAUSE = re.compile(r".*?(?=[.!?](?:\s|\Z)|[\n;]|\Z)", re.DOTALL)
 
 
@@ -86,7 +92,10 @@ def quantity_at(text: str, place: int = 0, units: Collection[str] = ()) -> Quant
     found = NUMBER.match(text, place)
     if found is None or len(found.group()) > 60:
         return None
-    value, numeral = _value(found)
+    try:
+        value, numeral = _value(found)
+    except ZeroDivisionError:
+        return None
     end = found.end()
     while (scale := _SCALE.match(text, end)) and (scale["word"] or found.end() == end):
         if scale["word"] not in units:
@@ -100,32 +109,21 @@ def quantity_at(text: str, place: int = 0, units: Collection[str] = ()) -> Quant
 
 
 def _value(found: re.Match[str]) -> tuple[Fraction, str | None]:
-    """The value, and where it is a plain decimal its own digits."""
-    whole = re.sub(r"\D", "", found["whole"] or "")
+    """The value, and where it is a plain decimal its own digits. Raises ZeroDivisionError."""
     part = (found["part"] or found["bare"] or "").replace(",", ".")
-    sign = (
-        -1
-        if "-" in (found["sign"] or "") + (found["inner"] or "") or (found["sign"] or "")[:1] in "nm" and found["sign"]
-        else 1
-    )
-    digits = f"{whole or ('' if found['bare'] else '0')}{part}"
-    value = Fraction(digits) if not found["alone"] else Fraction(0)
-    more = _further(found)
-    if found["below"]:
-        value = value / int(found["below"]) if int(found["below"]) else Fraction(0)
+    digits = re.sub(r"\D", "", found["whole"] or "") + part
+    value = (Fraction(digits or "0") + _further(found)) / int(found["below"] or 1)
     power = int(found["exponent"] or found["power"] or 0)
-    value = sign * (value + more) * Fraction(10) ** max(-40, min(power, 40))
-    is_plain = (
-        found.end() == found.end("part" if found["part"] else "bare" if found["bare"] else "whole")
-        and not found["alone"]
-    )
-    return value, ("-" if sign < 0 else "") + digits if is_plain else None
+    is_negative = (found["sign"] or "+")[0] in "-–nm" or bool(found["inner"])
+    is_plain = found.end() == max(found.end("whole"), found.end("part"), found.end("bare"))
+    value *= (-1 if is_negative else 1) * Fraction(10) ** max(-40, min(power, 40))
+    return value, "-" * is_negative + digits if is_plain else None
 
 
 def _further(found: re.Match[str]) -> Fraction:
     """The part of a mixed number behind its whole."""
     if found["top"]:
-        return Fraction(int(found["top"]), int(found["bottom"])) if int(found["bottom"]) else Fraction(0)
+        return Fraction(int(found["top"]), int(found["bottom"]))
     if found["words"]:
         return _WORDS[found["words"].split()[1]]
     signs = (found["vulgar"] or "") + (found["alone"] or "")
@@ -177,17 +175,17 @@ def _side(clause: str, units: Collection[str]) -> str | None:
 
 
 def _among_words(clause: str, units: Collection[str]) -> str | None:
-    """The number of a sentence that begins with words: the one behind the last equals sign, or the only one, or one in words."""
+    """The number of a sentence that begins with words: the one behind the last equals sign, or the only one."""
     if _COMPARED.search(clause):
         return UNCLEAR if quantities(clause) else None
     if _DENIED.search(clause):
         return None
     if _EQUALS.search(clause) and (side := _side(clause, units)):
         return side
-    every = quantities(clause, units)
+    every = quantities(_MEANWHILE.sub("", clause), units) or quantities(clause, units)
     if len({each.text for each in every}) == 1:
         return every[-1].text if not _EXPRESSION.match(clause, every[-1].end) else None
-    return None if every else in_words(clause)
+    return None if every else in_words(clause, is_first=True)
 
 
 def quantities(text: str, units: Collection[str] = ()) -> list[Quantity]:
@@ -202,35 +200,41 @@ def quantities(text: str, units: Collection[str] = ()) -> list[Quantity]:
 
 
 _BEGINS = re.compile(
-    rf"(?<![\w.,:/^])(?:-(?=[\d.$])|(?:negative|minus)\s(?=\d))?{_CURRENCY}?\s?-?(?:\.?\d|[{_VULGAR}])[\d]*"
+    rf"(?<![\w.,:/^])(?:[-–](?=[\d.$])|(?:negative|minus)\s(?=\d))?{_CURRENCY}?\s?-?(?:\.?\d|[{_VULGAR}])[\d]*"
 )
 
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-_SPELT = {word: value for value, word in enumerate(_ONES.split())}
-_SPELT |= {
-    word: 10 * value
-    for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)
-}
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_SPELT = {word: value for value, word in enumerate(_ONES.split(" "))}
+_SPELT |= {word: 10 * value for value, word in enumerate(_TENS.split(" "), start=2)}
+_ONE_WORD = rf"(?:{'|'.join(sorted(_SPELT, key=len, reverse=True))})\b"
+_SPELT_OUT = re.compile(
+    rf"\b(?P<sign>(?:negative|minus)\s)?(?P<number>{_ONE_WORD}(?:[\s-](?:and\s(?={_ONE_WORD}))?(?:{_ONE_WORD}|(?:{'|'.join(SCALES)})\b))*)"
+    r"(?:\sand\s(?:a|one|three)\s(?P<part>half|third|quarters?)\b)?",
+    re.IGNORECASE,
+)
 
 
-def in_words(text: str) -> str | None:
-    """The last number that a text spells out ("seventy-two"), "one" alone aside.
+def in_words(text: str, *, is_first: bool = False) -> str | None:
+    """The last number that a text spells out ("seventy-two"), "one" alone aside; or the one it begins with.
 
     >>> in_words("She has one hundred and seventy-two clips.")
     '172'
     """
-    runs: list[list[str]] = [[]]
-    for word in re.findall(r"[a-z]+", text.lower()):
-        if word in _SPELT or (runs[-1] and word in {*SCALES, "and"}):
-            runs[-1].append(word)
-        elif runs[-1]:
-            runs.append([])
-    spelt = [" ".join(run).removesuffix(" and") for run in runs]
-    spelt = [run for run in spelt if run and run != "one"]
-    return str(_spelt(spelt[-1].split())) if spelt else None
+    every = [found for found in _SPELT_OUT.finditer(text) if found.group().lower() != "one"]
+    if not every or (is_first and text[: every[0].start()].strip(" \t:*") != ""):
+        return None
+    found = every[0] if is_first else every[-1]
+    value = _spelt(re.findall("[a-z]+", found["number"].lower())) + _WORDS.get(
+        (found["part"] or "").lower(), Fraction(0)
+    )
+    return _plain(-value if found["sign"] else value)
 
 
-def _spelt(words: list[str]) -> int:
+def _spelt(words: Sequence[str]) -> Fraction:
     whole, part = 0, 0
     for word in words:
         if word in _SPELT:
@@ -239,4 +243,4 @@ def _spelt(words: list[str]) -> int:
             part *= SCALES[word]
         elif word in SCALES:
             whole, part = whole + part * SCALES[word], 0
-    return whole + part
+    return Fraction(whole + part)
