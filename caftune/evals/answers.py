@@ -33,7 +33,9 @@ _ANNOUNCED = re.compile(
     r"final answer\**\s*:)[\s:*]*",
     re.IGNORECASE,
 )
-_LABELLED = re.compile(r"^[\W_]*(?:final )?answer[*_ ]*:?[*_]*[ \t]*(?:\n\s*)?", re.IGNORECASE | re.MULTILINE)
+_LABELLED = re.compile(
+    r"^[^A-Za-z0-9\n]{0,12}(?:final )?answer[*_ ]*:?[*_]*[ \t]*(?:\n\s*)?", re.IGNORECASE | re.MULTILINE
+)
 _TAKEN_BACK = re.compile(
     r"\bI (?:made|see) (?:a|an|my) (?:\w+ )?(?:mistake|error)|"
     r"\bI (?:forgot|was wrong|miscounted|misread|miscalculated|misunderstood)|"
@@ -146,9 +148,9 @@ def _not_taken_back(text: str) -> str:
 def _candidates(text: str, box: str, begin: int) -> Iterator[tuple[str, str]]:
     """Texts that may hold the final answer and what marks them, the most reliable first."""
     hashes = _hash_lines(text)
-    yield from ((line[1], "hash") for line in hashes if box and line.start() > begin)
+    yield from ((line[1][:_NEAR], "hash") for line in hashes[:_PLACES] if box and line.start() > begin)
     yield box, "box"
-    yield from ((line[1], "hash") for line in hashes)
+    yield from ((line[1][:_NEAR], "hash") for line in hashes[:_PLACES])
     for announced in reversed(list(_ANNOUNCED.finditer(text))[-_PLACES:]):
         if not _UNBELIEVED.search(text, max(0, announced.start() - 60), announced.start()):
             yield text[announced.end() : announced.end() + _NEAR], "announced"
@@ -173,7 +175,7 @@ def _last_box(text: str) -> tuple[str, int, str]:
     boxes.sort()
     parts = [boxes[-1]]
     for before in reversed(boxes[:-1]):
-        if not _BETWEEN_BOXES.fullmatch(text, before[2] + 1, parts[0][0]):
+        if parts[0][0] - before[2] > 40 or not _BETWEEN_BOXES.fullmatch(text, before[2] + 1, parts[0][0]):
             break
         parts.insert(0, before)
     return ", ".join(text[start:end] for _, start, end in parts), parts[-1][0], text[:broken]
@@ -199,7 +201,7 @@ def _is_announced(text: str) -> bool:
 def _as_number(text: str, kind: str, units: Collection[str]) -> str:
     """The number that a marked text gives; empty where it gives none."""
     if kind == "box":
-        return _number_in_formula(text, units)
+        return _number_in_formula(text, units) if len(text) <= LONGEST_ANSWER else text
     if (kind == "label" and not _is_short(text)) or _SAYS_NOTHING.match(text):
         return ""
     start = _BEFORE_FORMULA.match(text)
@@ -291,8 +293,8 @@ def _is_formula(content: str) -> bool:
 
 
 def _last_number(text: str, units: Collection[str]) -> str:
-    """The last number of a text, or what its last formula is where that comes last; a bold one of its line before others."""
-    text = _without_headings(text)
+    """The last number near the end of a text, or its last formula if that is later; a bold one of its line first."""
+    text = _without_headings(text)[-2 * _NEAR :]
     if _GIVES_UP.search(text, max(0, len(text) - 200)):
         return ""
     begin = max(0, len(text) - _NEAR)
