@@ -12,6 +12,13 @@ from caftune.evals.task import Example, until_stop
 
 # (reference, what a model wrote)
 GSM8K_RIGHT = [
+    ("72", "The answer, therefore, is 72 because 3 were lost."),
+    ("72", 'The answer to "How many clips?" is 72, and 3 were lost.'),
+    ("72", "The answer is 6*12, which is 72."),
+    ("460", "The answer is $ 460 (400 and 60)."),
+    ("72", "#### 72m²"),
+    ("72", "The answer is 72.\n\n1. First 48\n2. Then 24"),
+    ("72", "The answer is B) 72"),
     ("72", "The answer is that she sold 72 clips in 2 months."),
     ("72", "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and May.\n#### 72"),
     (
@@ -184,6 +191,9 @@ GSM8K_RIGHT = [
 ]
 
 GSM8K_WRONG = [
+    ("72", "The answer is 72, and 73."),
+    ("72", "The answer is 72, or 73 if it rains."),
+    ("72", "The answer, thus, is 73 and not 72."),
     ("72", "#### 72 - 2"),
     ("72", "#### 72 minutes and 10 seconds"),
     ("72", "She needs 72 in all, and has 2. #### 70"),

@@ -29,7 +29,8 @@ _HASH = re.compile(r"(?:^|(?<=\s))####(?!#)[ \t]*+(.*)$", re.MULTILINE)
 _TITLED = re.compile(r"[*_ ]*\d{1,2}[.):][*_ ]+[A-Za-z(]")
 _NUMBERED = re.compile(r"(?<=[*_ ])?\d{1,2}(?![\d,./])|(?=[*_ ]+\d)")
 _ANNOUNCED = re.compile(
-    r"\b(?:answers?\**(?: (?:to|of|for) [^.\n]{1,80}?)?\**\s+(?:(?:is|are|would be|should be|will be|comes to|equals)\b|=)|"
+    r"\b(?:answers?\**(?: (?:to|of|for) [^.\n]{1,80}?)?\**(?:,? (?:therefore|then|thus|indeed),?)?"
+    r"\s+(?:(?:is|are|would be|should be|will be|comes to|equals)\b|=)|"
     r"final answer\**\s*:)[\s:*]*",
     re.IGNORECASE,
 )

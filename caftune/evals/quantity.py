@@ -41,8 +41,8 @@ _MEASURE = (
     r"(?:hours?|hrs?|minutes?|mins?|seconds?|days?|weeks?|months?|years?|feet|foot|ft|dollars?|pounds?|lbs?|kg|km|m)"
 )
 _LISTED = re.compile(
-    rf"\s*(?:[A-Za-z%$°]+\s+){{0,2}}(?:or|and)\s+(?:about\s+)?{_MONEY}|\s*,\s*(?:or\s+|and\s+)?{_MONEY}|:\d|"
-    rf"\s*[;:]\s*{_MONEY}[\d.,]*\s*(?:[.;]|\Z)|\s+{_MEASURE}\s+\d|"
+    rf"\s*(?:[A-Za-z%$°]+\s+){{0,2}}(?:or|and)\s+(?:about\s+)?{_MONEY}|\s*,\s*(?:or\s+)?{_MONEY}|:\d|"
+    rf"\s*(?:[;:]|,\s*and\b)\s*{_MONEY}[\d.,]*\s*(?:[.;]|\Z)|\s+{_MEASURE}\s+\d|"
     rf"\s*(?:(?!due|up|compared|added|close|equal|next|thanks|according)[A-Za-z%$]+\s+)?(?:to|through|versus|vs\.?)\s+{_MONEY}|"
     rf"[–-]{_MONEY}|\s–\s?{_MONEY}[\d.,]*\s*\Z|"
     rf"\s*(?:times|plus|minus|multiplied by|divided by|over|(?<=[%t]\s)of)\s+(?:the\s+)?{_MONEY}"
@@ -67,6 +67,7 @@ _COMPARED = re.compile(
     re.IGNORECASE,
 )
 _MEANWHILE = re.compile(rf"\b(?:in|over|during|within|after|per|every|for)\s+\d+\s+{_MEASURE}\b")
+_FURTHER = re.compile(r",?\s+(?:which|or|because|since|as)\b|,\s(?=[A-Za-z])")
 _CLAUSE = re.compile(r".*?(?=[.!?](?:\s|\Z)|[\n;]|\Z)", re.DOTALL)
 
 
@@ -160,7 +161,7 @@ def _settled(text: str, found: Quantity, units: Collection[str]) -> str:
         return _side(_clause(text, found.start), units) or found.text
     if _EXPRESSION.match(text, found.end):
         clause = _clause(text, found.start)
-        return (_side(clause, units) if _EQUALS.search(clause) else None) or clause.rstrip("* \t$")
+        return (_side(clause, units) if _EQUALS.search(clause) else None) or _FURTHER.split(clause)[0].rstrip("* \t$")
     return UNCLEAR if _LISTED.match(text, found.end) else found.text
 
 
