@@ -1,36 +1,37 @@
-"""One way to name data: a local .jsonl, .json or .csv file (also .gz), .parquet, or a hub id `owner/name[/config][:split]`.
+"""Rows of any source in one of three forms that SFTTrainer knows: `messages`, `prompt` and `completion`, or `text`.
 
-Rows come out in one of three forms that SFTTrainer knows: `messages`, `prompt` and `completion`, or `text`.
-Alpaca (instruction, input, output) and ShareGPT (conversations) rows are turned into the first two.
+Alpaca (instruction, input, output) and ShareGPT (conversations) rows are turned into the first two. What a source is: see
+readers.py. Contents come out as text, and arguments of tool calls as objects, because chat templates write both so. A value
+counts where it is there: None, "" and [] stand for nothing, 0 and false do not.
 """
 
-import csv
-import gzip
 import json
-import re
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Json, LargeList, List, Value, load_dataset
+from datasets import Dataset, Features, Json, Value
 
+from caftune import table
 from caftune.errors import CaftuneError
+from caftune.readers import MalformedJson, hub_source, parse_json, raw_rows
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+){1,2}(:[\w.:\[\]%-]+)?")
 # Columns that go along with messages, and what stands for them in rows without.
 _EXTRAS: dict[str, Any] = {"tools": None, "chat_template_kwargs": {}}
-_LONGEST_CELL = 2**31 - 1  # of a CSV, in characters: what a C long holds everywhere
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-_KINDS = ".jsonl, .json, .csv (these also with .gz) or .parquet"
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _NAMES = (
     *("prompt", "completion", "messages", "conversations", "text", "tools", "chat_template_kwargs", "system"),
     *("instruction", "input", "output", "response"),
 )
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_MEDIA = {"image", "images", "image_url", "video", "videos", "video_url", "audio", "audios", "input_audio"}
+# The forms that are no conversations, each a dict for the order of its columns.
+_TEXTS: tuple[dict[str, None], ...] = ({"prompt": None, "completion": None}, {"prompt": None}, {"text": None})
+_SHAREGPT_ROLES = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
+    **{"observation": "tool", "tool": "tool", "function_call": "assistant"},
+}
 
 
 def load_rows(
@@ -47,35 +48,77 @@ def load_rows(
         source: a file or a hub id.
         columns: our name -> the source's name, for example {"prompt": "question", "completion": "answer"}. What goes along
             with messages or an instruction comes under its own name where it is not named.
-        limit: use the first so many rows.
+        limit: use the first so many rows; what is behind them is not read.
         chat: turn alpaca rows into a conversation (for a base with a chat template) instead of plain text.
         texts_too: prompts and completions that are text, too.
 
     Raises:
         CaftuneError: no such file, a malformed line (with its number), no rows, or columns of no known form.
     """
-    rows = read_rows(source)
-    rows = rows[:limit] if limit is not None else rows
+    rows = _first_rows(source, limit)
     if columns:
-        unknown = next((name for name in columns if name not in _NAMES), None)
-        if unknown is not None:
-            near = get_close_matches(unknown, _NAMES, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(_NAMES)}."
-            raise CaftuneError(f"data.columns.{unknown} is not one of caftune's names. {hint}")
-        missing = [name for name in columns.values() if name not in rows[0]]
-        if missing:
-            raise CaftuneError(
-                f"{source} has no column {missing[0]!r}; its columns are {', '.join(rows[0])}. Mend data.columns."
-            )
-        along = [*_EXTRAS, "system", *(["input", "context", "history"] if "instruction" in columns else [])]
-        unnamed = [name for name in along if name not in columns.values()]
-        rows = [
-            {name: row[name] for name in unnamed if name in row}
-            | {ours: row.get(name) for ours, name in columns.items()}
-            for row in rows
-        ]
-    formed = [_in_form(row, number, source, chat=chat) for number, row in enumerate(rows)]
-    return _dataset([_as_conversation(row) for row in formed] if texts_too else formed, source)
+        first = next(rows)
+        _refuse_other_columns(columns, first, source)
+        rows = (_named(row, columns) for row in chain([first], rows))
+    places = ((f"{source}, row {number} (from 0)", row) for number, row in enumerate(rows))
+    formed = (_in_form(row, place, chat=chat) for place, row in places)
+    return _dataset((_as_conversation(row) for row in formed) if texts_too else formed, source)
+
+
+def read_rows(source: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a file or hub id, as they are; with `limit` the first so many.
+
+    Raises:
+        CaftuneError: no such file, a malformed line (with its number), or no rows.
+    """
+    return list(_first_rows(source, limit))
+
+
+def _first_rows(source: str, limit: int | None) -> Iterator[dict[str, Any]]:
+    if limit is not None and limit < 1:
+        raise CaftuneError(f"limit must be at least 1, got {limit}. None means all rows.")
+    rows = islice(raw_rows(source), limit)
+    first = next(rows, None)
+    if first is None:
+        raise CaftuneError(f"{source} is empty. Give at least one row.")
+    return chain([first], rows)
+
+
+def _refuse_other_columns(columns: Mapping[str, str], row: Mapping[str, Any], source: str) -> None:
+    unknown = next((name for name in columns if name not in _NAMES), None)
+    if unknown is not None:
+        near = get_close_matches(unknown, _NAMES, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(_NAMES)}."
+        raise CaftuneError(f"data.columns.{unknown} is not one of caftune's names. {hint}")
+    missing = [name for name in columns.values() if name not in row]
+    if missing:
+        raise CaftuneError(
+            f"{source} has no column {missing[0]!r}; its columns are {', '.join(row)}. Mend data.columns."
+        )
+
+
+def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A row under our names, with what goes along with it under its own."""
+    of_instruction = ["history", *([] if "input" in columns else ["input", "context"])]
+    along = [*_EXTRAS, "system", *(of_instruction if "instruction" in columns else [])]
+    unnamed = [name for name in along if name not in columns.values()]
+    return {name: row[name] for name in unnamed if name in row} | {
+        ours: row.get(name) for ours, name in columns.items()
+    }
+
+
+def refuse_unnamed_split(source: str, place: str) -> None:
+    """Refuse a hub id that would stand for the rows that models are trained on, where they are to be evaluated.
+
+    Raises:
+        CaftuneError: no split is named, which is `train` then.
+    """
+    found = None if Path(source).exists() else hub_source(source)
+    if found is not None and found.split is None:
+        raise CaftuneError(
+            f"{place} must be a file that exists or name a split on the hub, got {source}, which would mean its split `train`. "
+            f"Write {source}:test, for example."
+        )
 
 
 def _as_conversation(row: dict[str, Any]) -> dict[str, Any]:
@@ -86,283 +129,283 @@ def _as_conversation(row: dict[str, Any]) -> dict[str, Any]:
     return row | {name: [{"role": role, "content": text}] for name, (role, text) in said.items()}
 
 
-def _dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
+def _dataset(rows: Iterator[dict[str, Any]], source: str) -> Dataset:
     """Rows as a Dataset, every value as it was: nested ones as JSON, so that no key is added to a message or a tool."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    # The columns, and whether each holds messages or text.
-    forms = [{name: isinstance(row[name], list) for name in row if name not in _EXTRAS} for row in rows]
-    odd = next((number for number, form in enumerate(forms) if form != forms[0]), None)
-    if odd is not None:
-        raise CaftuneError(
-            f"{source}, row {odd} (from 0) is of another form than the rows before it. Mend or remove the row."
-        )
-    filled = [{name: row.get(name, _EXTRAS.get(name)) for name in names} for row in rows]
-    nested = {name for name in names if any(isinstance(row[name], list | dict) for row in filled)}
-    features = Features({name: Json() if name in nested else Value("string") for name in names})
-    return Dataset.from_list(filled, features=features)
+    first = next(rows)
+    form = _form(first)
 
-
-def read_rows(source: str) -> list[dict[str, Any]]:
-    """The rows of a file or hub id, as they are.
-
-    Raises:
-        CaftuneError: no such file, a malformed line (with its number), or no rows.
-    """
-    rows = _read(source)
-    if not rows:
-        raise CaftuneError(f"{source} is empty. Give at least one row.")
-    return rows
-
-
-def _read(source: str) -> list[dict[str, Any]]:
-    path = Path(source)
-    if path.is_dir():
-        raise CaftuneError(f"{source} is a folder. Name a file in it: {_KINDS}.")
-    if not path.is_file():
-        return _read_hub(source)
-    try:
-        return _read_file(path)
-    except UnicodeDecodeError as error:
-        raise CaftuneError(
-            f"{source} must be text in UTF-8, and is not ({error}). Convert it, with iconv for example."
-        ) from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise CaftuneError(f"{source} is damaged or cut off ({error}). Copy it again.") from error
-
-
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-    kind = suffix.removesuffix(".gz")
-    if kind == ".jsonl":
-        return _read_lines(path)
-    if kind == ".json":
-        return _read_list(path)
-    if kind == ".csv":
-        return _read_csv(path)
-    if suffix == ".parquet":
-        return _from_arrow(Dataset.from_parquet(str(path), keep_in_memory=True))
-    raise CaftuneError(f"{path} must end in {_KINDS}, got {suffix!r}.")
-
-
-def _read_hub(source: str) -> list[dict[str, Any]]:
-    if not _is_hub_id(source):
-        raise CaftuneError(f"{source} must be an existing file or a hub id (owner/name), and there is no such file.")
-    place, _, split = source.partition(":")
-    owner, name, *configuration = place.split("/")
-    try:
-        return _from_arrow(load_dataset(f"{owner}/{name}", *configuration, split=split or "train"))
-    except (OSError, ValueError) as error:
-        raise CaftuneError(
-            f"{source} is no file, and the hub gave no such data set ({error}). A hub id is owner/name[/config][:split]."
-        ) from error
-
-
-def _is_hub_id(source: str) -> bool:
-    is_path = source.startswith((".", "/")) or source.endswith((*_SUFFIXES, ".gz"))
-    return not is_path and _HUB_ID.fullmatch(source) is not None
-
-
-def refuse_unnamed_split(source: str, place: str) -> None:
-    """Refuse a hub id that would stand for the rows that models are trained on, where they are to be evaluated.
-
-    Raises:
-        CaftuneError: no split is named, which is `train` then.
-    """
-    if not Path(source).exists() and _is_hub_id(source) and ":" not in source:
-        raise CaftuneError(
-            f"{place} must be a file that exists or name a split on the hub, got {source}, which would mean its split `train`. "
-            f"Write {source}:test, for example."
-        )
-
-
-def _from_arrow(table: Any) -> list[dict[str, Any]]:
-    """The rows of a Dataset. Arrow gives a nested value every key that any row has; those without a value are left out."""
-    return [
-        {name: _with_own_keys(value, table.features[name]) for name, value in row.items()} for row in table.to_list()
-    ]
-
-
-def _with_own_keys(value: Any, feature: Any) -> Any:
-    if isinstance(feature, dict) and value is not None:
-        return {key: _with_own_keys(item, feature[key]) for key, item in value.items() if item is not None}
-    if isinstance(feature, List | LargeList) and value is not None:
-        return [_with_own_keys(item, feature.feature) for item in value]
-    return value  # Json among them, which has the keys it was written with
-
-
-def _open(path: Path) -> Any:
-    # utf-8-sig: as UTF-8, and a byte order mark at the start, which Windows editors write, is left out
-    return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    usual = csv.field_size_limit(_LONGEST_CELL)
-    try:
-        with _open(path) as file:
-            rows: list[dict[Any, Any]] = list(csv.DictReader(file, strict=True))
-    except csv.Error as error:
-        raise CaftuneError(
-            f"{path} is malformed CSV ({error}). Close every quote, and double those within quotes."
-        ) from error
-    finally:
-        csv.field_size_limit(usual)
-    for number, row in enumerate(rows):
-        surplus = row.pop(None, [])
-        if any(surplus):
-            raise CaftuneError(
-                f"{path}, row {number} (from 0) must have {len(row)} cells, as the first line has, got {surplus} beyond them. "
-                "Put texts with commas in quotes."
-            )
-    return rows
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+    def alike() -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(chain([first], rows)):
+            if _form(row) != form:
                 raise CaftuneError(
-                    f"{path}, line {number}: malformed JSON ({error.msg}). Mend or remove the line."
-                ) from error
-            if not isinstance(row, dict):
-                raise CaftuneError(f"{path}, line {number}: must be a JSON object, got {type(row).__name__}.")
-            rows.append(row)
-    return rows
+                    f"{source}, row {number} (from 0) is of another form than the rows before it. Mend or remove the row."
+                )
+            yield row
+
+    features = Features({name: Json() if is_list else Value("string") for name, is_list in form.items()})
+    return table.dataset(alike(), features, optional=_EXTRAS)
 
 
-def _read_list(path: Path) -> list[dict[str, Any]]:
-    with _open(path) as file:
-        try:
-            rows = json.load(file)
-        except json.JSONDecodeError as error:
-            raise CaftuneError(f"{path}, line {error.lineno}: malformed JSON ({error.msg}). Mend the file.") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise CaftuneError(f"{path} must hold a JSON list of objects. One object per line? Name it .jsonl.")
-    return rows
+def _form(row: Mapping[str, Any]) -> dict[str, bool]:
+    """The columns of a row, and whether each holds messages or text."""
+    return {name: isinstance(value, list) for name, value in row.items() if name not in _EXTRAS}
 
 
-def _in_form(row: dict[str, Any], number: int, source: str, *, chat: bool) -> dict[str, Any]:
-    return _with_system(_formed(row, number, source, chat=chat), row.get("system"), number, source)
+def _is_there(value: Any) -> bool:
+    """Whether a value that may be left out is there: 0 and false are."""
+    return value is not None and value not in ("", [], {})
 
 
-def _parsed(value: Any, name: str, number: int, source: str) -> Any:
+def _in_form(row: dict[str, Any], place: str, *, chat: bool) -> dict[str, Any]:
+    try:
+        return _with_system(_formed(row, place, chat=chat), row.get("system"), place)
+    except RecursionError as error:
+        raise CaftuneError(f"{place} is nested too deeply. Fix or remove the row.") from error
+
+
+def _parsed(value: Any, name: str, place: str) -> Any:
     """What stands as JSON in a text: Arrow has no other way to keep schemas of tools."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
+        return parse_json(value)
+    except MalformedJson as error:
         raise CaftuneError(
-            f"{source}, row {number} (from 0): {name} must be JSON, got {value!r}. Mend the row."
+            f"{place}: {name} must be JSON, got {_short(value)} ({error}). Write it with json.dumps."
         ) from error
 
 
-def _with_system(row: dict[str, Any], system: Any, number: int, source: str) -> dict[str, Any]:
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _with_system(row: dict[str, Any], system: Any, place: str) -> dict[str, Any]:
     """A row with the system message that stands in a column of its own."""
-    if not system:
+    if not _is_there(system):
         return row
+    if not isinstance(system, str):
+        raise CaftuneError(f"{place}: system must be text, got {_short(system)}. Write it in quotes.")
     name = next((name for name in ("messages", "prompt") if isinstance(row.get(name), list)), None)
     if name is None:
         raise CaftuneError(
-            f"{source}, row {number} (from 0) has a system message, and the row is plain text. Remove the column, or put it "
-            "before the prompt."
+            f"{place} has a system message, and the row is plain text. Remove the column, or put it before the prompt."
         )
     has_own = row[name][0]["role"] in ("system", "developer")
     return row if has_own else row | {name: [{"role": "system", "content": system}, *row[name]]}
 
 
-def _formed(row: dict[str, Any], number: int, source: str, *, chat: bool) -> dict[str, Any]:
-    _refuse_media(row, number, source)
+def _formed(row: dict[str, Any], place: str, *, chat: bool) -> dict[str, Any]:
+    _refuse_media(row, place)
     if "instruction" in row and not {"messages", "conversations"} & row.keys():
-        return _from_alpaca(row, number, source, chat=chat)
-    extras = {name: _parsed(row[name], name, number, source) for name in _EXTRAS if row.get(name)}
+        return _from_alpaca(row, place, chat=chat)
+    extras = _extras(row, place)
     if "messages" in row:
-        return {"messages": _conversation(row["messages"], "messages", number, source), **extras}
+        return {"messages": _conversation(row["messages"], "messages", place), **extras}
     if "conversations" in row:
-        turns = [_message(turn, number, source) for turn in row["conversations"] or []]
-        return {"messages": _conversation(turns, "conversations", number, source), **extras}
-    for form in (("prompt", "completion"), ("prompt",), ("text",)):
-        if set(form) <= set(row):
-            _refuse_no_texts({name: row[name] for name in form}, number, source)
-            return {name: row[name] for name in form} | extras
+        turns = _parsed(row["conversations"], "conversations", place)
+        turns = [_message(turn, place) for turn in turns] if isinstance(turns, list) else turns
+        return {"messages": _conversation(turns, "conversations", place), **extras}
+    form = next((form for form in _TEXTS if row.keys() >= form.keys()), None)
+    if form is not None:
+        return {**_texts({name: row[name] for name in form}, place), **extras}
     raise CaftuneError(
-        f"{source}, row {number} (from 0) has the columns {', '.join(row)}, of no form caftune knows (messages; prompt and "
+        f"{place} has the columns {', '.join(row)}, of no form caftune knows (messages; prompt and "
         "completion; text; instruction and output; conversations). Name them in data.columns, such as "
         "{prompt: question, completion: answer}."
     )
 
 
-def _refuse_media(row: Mapping[str, Any], number: int, source: str) -> None:
-    media = [name for name in _MEDIA if row.get(name)]
+def _extras(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The tools and template options of a row."""
+    if row.keys().isdisjoint(_EXTRAS):
+        return {}
+    found = {name: _parsed(row[name], name, place) for name in _EXTRAS if row.get(name) not in (None, "")}
+    tools, options = found.get("tools", []), found.get("chat_template_kwargs", {})
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise CaftuneError(f"{place}: tools must be a list of JSON schemas, got {_short(tools)}. Fix the row.")
+    if not isinstance(options, dict):
+        raise CaftuneError(f"{place}: chat_template_kwargs must be an object, got {_short(options)}. Fix the row.")
+    _refuse_what_json_lacks(found, place)
+    return found
+
+
+def _refuse_what_json_lacks(value: Any, place: str) -> None:
+    """Refuse NaN, dates and bytes within messages and tools: a template would write Python's words for them."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CaftuneError(
+            f"{place} holds a value that JSON has no word for ({error}). Write it as text, or null for none."
+        ) from error
+
+
+def _refuse_media(row: Mapping[str, Any], place: str) -> None:
+    if _MEDIA.isdisjoint(row):
+        return
+    media = [name for name in row if name in _MEDIA and _is_there(row[name])]
     if media:
-        raise CaftuneError(
-            f"{source}, row {number} (from 0) has {media[0]}, and caftune trains on text alone. Remove the row, or the column."
-        )
+        raise CaftuneError(f"{place} has {media[0]}, and caftune trains on text alone. Remove the row, or the column.")
 
 
-def _refuse_no_texts(values: Mapping[str, Any], number: int, source: str) -> None:
+def _texts(values: dict[str, Any], place: str) -> dict[str, Any]:
+    """Columns that are all text, or all messages."""
+    if all(isinstance(value, str) for value in values.values()):
+        return values
     for name, value in values.items():
-        _refuse_no_text(value, name, number, source)
-        if isinstance(value, list):
-            _conversation(value, name, number, source)
+        _refuse_no_text(value, name, place, or_messages=name != "text")
+    found = {n: _conversation(v, n, place) if isinstance(v, list) else v for n, v in values.items()}
     if len({type(value) for value in values.values()}) > 1:
-        raise CaftuneError(
-            f"{source}, row {number} (from 0): {' and '.join(values)} must both be text or both messages. Mend the row."
-        )
+        raise CaftuneError(f"{place}: {' and '.join(values)} must both be text or both messages. Mend the row.")
+    return found
 
 
-def _refuse_no_text(value: Any, name: str, number: int, source: str) -> None:
+def _refuse_no_text(value: Any, name: str, place: str, *, or_messages: bool = False) -> None:
     if value is None:
-        raise CaftuneError(f"{source}, row {number} (from 0): {name} is missing. Mend or remove the row.")
-    if not isinstance(value, str | list):
-        raise CaftuneError(f"{source}, row {number} (from 0): {name} must be text, got {value!r}. Write it in quotes.")
+        raise CaftuneError(f"{place}: {name} is missing. Mend or remove the row.")
+    if isinstance(value, str) or (or_messages and isinstance(value, list) and _are_messages(value)):
+        return
+    if isinstance(value, list | dict):
+        raise CaftuneError(
+            f"{place}: {name} must be text, got {_short(value)}. Write it as one text (a list of answers as a row for each)."
+        )
+    raise CaftuneError(f"{place}: {name} must be text, got {value!r}. Write it in quotes.")
 
 
-def _conversation(turns: Any, name: str, number: int, source: str) -> list[Any]:
-    """`turns` as they are, where every one can be written by a chat template."""
-    place = f"{source}, row {number} (from 0)"
+def _are_messages(value: list[Any]) -> bool:
+    """Whether a list is one of messages, if of malformed ones: not one of texts, or of the parts of a content."""
+    return not value or any(isinstance(item, dict) and {"role", "content"} & item.keys() for item in value)
+
+
+def _conversation(turns: Any, name: str, place: str) -> list[dict[str, Any]]:
+    """The messages as every chat template can write them: contents are text, arguments of tool calls objects."""
+    turns = _parsed(turns, name, place)
     if not isinstance(turns, list) or not turns:
-        raise CaftuneError(f"{place}: {name} must be a list of messages, got {turns!r}. Mend or remove the row.")
-    for turn in turns:
-        role = turn.get("role") if isinstance(turn, dict) else None
-        if role not in _ROLES:
-            raise CaftuneError(
-                f"{place}: a role in {name} must be one of {', '.join(_ROLES)}, got {role!r}. Mend the row."
-            )
-        content = turn.get("content")
-        said = [value for key, value in turn.items() if key != "role" and value is not None]
-        if not said or not isinstance(content, str | list | None):
-            raise CaftuneError(f"{place}: content in {name} must be text, got {content!r}. Mend or remove the row.")
-        kinds = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-        if set(kinds) - {"text"}:
-            raise CaftuneError(
-                f"{place}: {name} has a part of type {kinds}, and caftune trains on text alone. Remove the row."
-            )
-    return turns
+        raise CaftuneError(f"{place}: {name} must be a list of messages, got {_short(turns)}. Mend or remove the row.")
+    found = [_turn(turn, name, place) for turn in turns]
+    if not all(isinstance(value, str) for turn in found for value in turn.values()):
+        _refuse_what_json_lacks(found, place)
+    return found
 
 
-def _message(turn: Any, number: int, source: str) -> Any:
+def _turn(turn: Any, name: str, place: str) -> dict[str, Any]:
+    role = turn.get("role") if isinstance(turn, dict) else None
+    if role not in _ROLES:
+        raise CaftuneError(f"{place}: a role in {name} must be one of {', '.join(_ROLES)}, got {role!r}. Mend the row.")
+    found = {**turn, "content": _content(turn["content"], name, place)} if "content" in turn else dict(turn)
+    if found.get("tool_calls") is not None:
+        found["tool_calls"] = _calls(found["tool_calls"], name, place)
+    if isinstance(found.get("function_call"), dict):  # OpenAI's form before there were tool_calls
+        found["function_call"] = _with_arguments(found["function_call"], name, place)
+    says_more = role == "assistant" and any(
+        _is_there(found[key]) for key in found if key not in ("role", "name", "content")
+    )
+    if found.get("content") is None and not says_more:
+        raise CaftuneError(
+            f"{place}: content in {name} must be text, got {turn.get('content')!r}. Mend or remove the row."
+        )
+    return found
+
+
+def _content(content: Any, name: str, place: str) -> str | None:
+    """A content as text. Text parts are joined with nothing between them, as the templates of models with media do."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise CaftuneError(f"{place}: content in {name} must be text, got {_short(content)}. Mend or remove the row.")
+    kinds = [part.get("type", "text") for part in content if isinstance(part, dict)]
+    if set(kinds) - {"text"}:
+        raise CaftuneError(
+            f"{place}: {name} has a part of type {kinds}, and caftune trains on text alone. Remove the row."
+        )
+    return "".join(_part(part, name, place) for part in content) if content else None
+
+
+def _part(part: Any, name: str, place: str) -> str:
+    text = part.get("text") if isinstance(part, dict) else part
+    if not isinstance(text, str):
+        raise CaftuneError(
+            f"{place}: a part of a content in {name} must be text, got {_short(part)}. Write it as "
+            '{"type": "text", "text": "..."}.'
+        )
+    if isinstance(part, dict):
+        _refuse_media(part, f"{place}: a part of a content in {name}")
+    return text
+
+
+def _calls(calls: Any, name: str, place: str) -> list[dict[str, Any]]:
+    calls = _parsed(calls, "tool_calls", place)
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise CaftuneError(f"{place}: tool_calls in {name} must be a list of calls, got {_short(calls)}. Fix the row.")
+    return [
+        {**call, "function": _with_arguments(call["function"], name, place)}
+        if isinstance(call.get("function"), dict)
+        else _with_arguments(call, name, place)
+        for call in calls
+    ]
+
+
+def _with_arguments(function: dict[str, Any], name: str, place: str) -> dict[str, Any]:
+    """A call whose arguments are an object, where they were one as JSON in a text: templates write them as JSON themselves."""
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return function
+    if not arguments.strip():  # what servers give for a function without parameters
+        return {**function, "arguments": {}}
+    if not arguments.lstrip().startswith("{"):
+        return function  # no object: the text is the argument
+    return {**function, "arguments": _parsed(arguments, f"arguments of a call in {name}", place)}
+
+
+def _message(turn: Any, place: str) -> Any:
     if not isinstance(turn, dict) or "role" in turn:
         return turn  # ChatML under ShareGPT's name
-    role = _SHAREGPT_ROLES.get(turn.get("from", ""))
+    speaker, value = turn.get("from", ""), turn.get("value")
+    role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise CaftuneError(f"{source}, row {number} (from 0): unknown speaker {turn.get('from')!r} in conversations.")
-    return {"role": role, "content": turn.get("value")}
-
-
-def _from_alpaca(row: Mapping[str, Any], number: int, source: str, *, chat: bool) -> dict[str, Any]:
-    answer, more = row.get("output", row.get("response")), row.get("input") or row.get("context")  # as Dolly calls it
-    if row.get("history"):
         raise CaftuneError(
-            f"{source}, row {number} (from 0) has a history, which would be left out. Write its turns as messages."
+            f"{place}: unknown speaker {turn.get('from')!r} in conversations. Known: {', '.join(_SHAREGPT_ROLES)}. Rename it."
         )
-    _refuse_no_text(row["instruction"], "instruction", number, source)
-    _refuse_no_text(answer, "output", number, source)
-    prompt = row["instruction"] + (f"\n\n{more}" if more else "")
+    if speaker != "function_call":
+        return {"role": role, "content": value}
+    calls = _parsed(value, "a function_call in conversations", place)
+    calls = calls if isinstance(calls, list) and calls else [calls]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise CaftuneError(
+            f"{place}: a function_call in conversations must be an object with name and arguments, or a list of them, got "
+            f"{_short(value)}. Fix the row."
+        )
+    return {"role": role, "content": None, "tool_calls": [{"type": "function", "function": call} for call in calls]}
+
+
+def _from_alpaca(row: Mapping[str, Any], place: str, *, chat: bool) -> dict[str, Any]:
+    instruction, answer = row["instruction"], _first_there(row, "output", "response")  # as Dolly calls it
+    if _is_there(row.get("history")):
+        raise CaftuneError(f"{place} has a history, which would be left out. Write its turns as messages.")
+    _refuse_no_text(instruction, "instruction", place)
+    _refuse_no_text(answer, "output", place)
+    more = _input(row, place)
+    prompt = instruction if more is None else f"{instruction}\n\n{more}"
     if chat:
         return _as_conversation({"prompt": prompt, "completion": answer})
     return {"prompt": f"{prompt}\n\n", "completion": answer}
+
+
+def _first_there(row: Mapping[str, Any], *names: str) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _input(row: Mapping[str, Any], place: str) -> str | None:
+    """What an instruction is about, None for nothing. Numbers and truth values are written as JSON writes them."""
+    given = [(name, row[name]) for name in ("input", "context") if _is_there(row.get(name))]
+    if len(given) > 1:
+        raise CaftuneError(
+            f"{place} has an input and a context, and one would be left out. Name it in data.columns, as {{input: context}}."
+        )
+    name, value = given[0] if given else ("input", None)
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, bool | int | float):
+        raise CaftuneError(f"{place}: {name} must be text, got {_short(value)}. Write it as one text.")
+    _refuse_what_json_lacks(value, f"{place}: {name}")
+    return json.dumps(value)

@@ -162,7 +162,7 @@ def _examples(recipe: Recipe, task: Task) -> list[Example]:
             f"eval.data.{task.name} must name a file or hub id with the rows of {task.name}, got nothing. Add it to the recipe."
         )
     refuse_unnamed_split(source, f"eval.data.{task.name}")
-    rows = read_rows(source)[: recipe.eval.limit]
+    rows = read_rows(source, recipe.eval.limit)
     named = [{**row, **{ours: row.get(theirs) for ours, theirs in recipe.eval.columns.items()}} for row in rows]
     try:
         examples = [task.read(row, number) for number, row in enumerate(named)]

@@ -170,7 +170,7 @@ def test_arrow_adds_no_keys_to_what_is_nested(tmp_path, monkeypatch, source):
     asked = [{"role": "user", "content": "a"}]
     written = Dataset.from_list([{"messages": talk} for talk in (call(x=1), call(y=[2]), asked)])
     written.to_parquet(tmp_path / "x.parquet")
-    monkeypatch.setattr("caftune.data.load_dataset", lambda name, split: written)
+    monkeypatch.setattr("caftune.readers.load_dataset", lambda name, split: written)
     monkeypatch.chdir(tmp_path)
     assert load_rows(source)["messages"] == [call(x=1), call(y=[2]), asked]
 
@@ -307,7 +307,7 @@ def test_a_hub_id_names_a_configuration_and_a_split(source, asked, monkeypatch):
         assert (place, split) == asked
         return Dataset.from_list([{"text": "a"}])
 
-    monkeypatch.setattr("caftune.data.load_dataset", load)
+    monkeypatch.setattr("caftune.readers.load_dataset", load)
     assert load_rows(source).to_list() == [{"text": "a"}]
 
 
@@ -315,7 +315,7 @@ def test_a_data_set_that_needs_a_configuration_is_told_how(monkeypatch):
     def load(*place, split):
         raise ValueError("Config name is missing.")
 
-    monkeypatch.setattr("caftune.data.load_dataset", load)
+    monkeypatch.setattr("caftune.readers.load_dataset", load)
     with pytest.raises(CaftuneError, match=r"Config name is missing.\). A hub id is owner/name\[/config\]\[:split\]"):
         load_rows("openai/gsm8k:test")
 
