@@ -73,8 +73,9 @@ def compare(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
     """
     runs = [(arm, seed) for seed in seeds_of(recipe) for arm in recipe.compare.arms]
     chosen = _chosen(runs, only)
+    recipe = with_commit(recipe)
     _refuse_unfit(recipe)
-    recipe = _with_form(with_commit(recipe))
+    recipe = _with_form(recipe)
     if any(arm not in _WITHOUT_HEADS for arm, _ in runs):
         _ensure_heads(recipe, make=only is None)
     _refuse_other_runs(recipe, runs)

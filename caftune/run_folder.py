@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 
 from caftune.checkpoint import DESCRIPTION_FILE, commit_of, file_sha256, provenance, write_json
 from caftune.errors import CaftuneError
+from caftune.readers import HubSource, data_commit, hub_source
 from caftune.recipe import Recipe, first_difference, save_recipe
 
 _RESULTS = {"pretrain": "pretrain-heads"}  # names of results, where they are not those of the folders
@@ -39,10 +41,15 @@ _DEPENDS_ON: dict[str, Sequence[str]] = {
 
 
 def with_commit(recipe: Recipe) -> Recipe:
-    """The recipe with the commit of a base on the hub that this output began with: `main` may move, and a run goes on.
+    """The recipe with the commits of a base and of data on the hub that this output began with: `main` may move.
 
-    It is kept in output/base.json, until the recipe names another base or revision.
+    The base's is kept in output/base.json, until the recipe names another base or revision; those of the data are kept in
+    output/data.json, by repository and revision, and become part of the sources' names.
     """
+    return _with_data_commits(_with_base_commit(recipe))
+
+
+def _with_base_commit(recipe: Recipe) -> Recipe:
     name, revision = recipe.model.name, recipe.model.revision
     path = Path(recipe.output, "base.json")
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -56,6 +63,37 @@ def with_commit(recipe: Recipe) -> Recipe:
                 write_json(path, kept)
     commit = kept.get("commit") if kept.get("name") == name else None
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit or revision})})
+
+
+def _with_data_commits(recipe: Recipe) -> Recipe:
+    path = Path(recipe.output, "data.json")
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = dict(kept)
+
+    def pinned(source: str | None) -> str | None:
+        found = hub_source(source) if source is not None else None
+        if found is None or found.commit is not None:
+            return source
+        key = str(HubSource(found.repository, found.revision))
+        commit = known.get(key) or data_commit(found)
+        if commit is None:
+            return source  # reading the rows says why
+        known[key] = commit
+        return str(replace(found, revision=commit))
+
+    sections = {"data": ("train", "eval"), "labels": ("prompts",), "heads": ("text",)}
+    changes: dict[str, Any] = {}
+    for name, keys in sections.items():
+        section = getattr(recipe, name)
+        found = {key: pinned(getattr(section, key)) for key in keys}
+        changed = {key: source for key, source in found.items() if source != getattr(section, key)}
+        changes |= {name: section.model_copy(update=changed)} if changed else {}
+    tasks = {task: pinned(source) for task, source in recipe.eval.data.items()}
+    changes |= {"eval": recipe.eval.model_copy(update={"data": tasks})} if tasks != recipe.eval.data else {}
+    if known != kept and is_main_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, known)
+    return recipe.model_copy(update=changes) if changes else recipe
 
 
 def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> Path:
@@ -87,7 +125,9 @@ def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None
             save_recipe(folder / "recipe.yaml", _identity(recipe, stage, files))  # first: it makes the folder ours
             (folder / "provenance.json").unlink(missing_ok=True)  # of the recipe before, if there was one
         if is_main_process() and not (folder / "provenance.json").is_file():
-            write_json(folder / "provenance.json", provenance(_present(files)) | _heads_used(files.get("heads")))
+            made = provenance(_present(files)) | _heads_used(files.get("heads"))
+            made["data"] |= {name: str(path) for name, path in files.items() if path and hub_source(str(path))}
+            write_json(folder / "provenance.json", made)
     return folder
 
 
@@ -146,7 +186,11 @@ def refuse_other_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Pat
 
 
 def forget_unknown_commit(kept: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Folders made before commits were kept have a branch or nothing in their place, which says nothing of the weights."""
+    """Folders made before commits were kept have a branch or nothing in their place, which says nothing of the weights.
+
+    A hub id of data without a commit is taken for one with it alike.
+    """
+    _forget_unknown_data(kept, wanted)
     for one, other, key in (
         (kept, wanted, "model.revision"),
         (kept.get("model", {}), wanted.get("model", {}), "revision"),
@@ -154,6 +198,16 @@ def forget_unknown_commit(kept: dict[str, Any], wanted: dict[str, Any]) -> None:
         if _COMMIT.fullmatch(str(other.get(key))) and not _COMMIT.fullmatch(str(one.get(key))):
             one.pop(key, None)
             other.pop(key, None)
+
+
+def _forget_unknown_data(kept: Any, wanted: Any) -> None:
+    for key in kept.keys() & wanted.keys():
+        if isinstance(kept[key], dict) and isinstance(wanted[key], dict):
+            _forget_unknown_data(kept[key], wanted[key])
+        elif isinstance(kept[key], str) and isinstance(wanted[key], str) and kept[key] != wanted[key]:
+            one, other = hub_source(kept[key]), hub_source(wanted[key])
+            if one and other and not one.commit and replace(other, revision=one.revision) == one:
+                wanted[key] = kept[key]
 
 
 def record(recipe: Recipe, result: Mapping[str, Any]) -> None:

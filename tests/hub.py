@@ -1,4 +1,4 @@
-"""A local stand-in for the Hugging Face Hub: model repositories in a folder, served to the real huggingface_hub client.
+"""A local stand-in for the Hugging Face Hub: repositories in a folder, served to the real huggingface_hub client.
 
 Inside `with serve_hub(folder) as hub:` this process's client uses `hub.url` by default. A subprocess needs `hub.environment`:
 HF_ENDPOINT and HF_HUB_DISABLE_XET=1, because a client that finds hf_xet uploads large files with it whatever the server
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 USER = "tester"
 LFS = (".safetensors", ".png")
@@ -129,6 +129,10 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, repo_id: str, revision: str) -> list[dict]:
         return [described(*file) for file in files_in(self.hub.folder(repo_id, revision)).items()]
 
+    def paths_info(self, repo_id: str, revision: str) -> list[dict]:
+        asked = parse_qs(self.body.decode())["paths"]
+        return [entry for entry in self.tree(repo_id, revision) if entry["path"] in asked]
+
     def resolve(self, repo_id: str, revision: str, path: str) -> tuple:
         folder = self.hub.folder(repo_id, revision)
         if not (folder / path).is_file():
@@ -198,7 +202,10 @@ ROUTES = [
     ("POST", rf"/{ID}\.git/info/lfs/objects/batch", True, Handler.batch),
     ("POST", rf"/{ID}\.git/info/lfs/verify", True, Handler.verify),
     ("PUT", "/lfs/([0-9a-f]{64})/([0-9]+)", False, Handler.upload),
-    ("GET HEAD", f"/{ID}/resolve/{REVISION}/(.+)", False, Handler.resolve),
+    ("GET", f"/api/datasets/{ID}(?:/revision/{REVISION})?", False, Handler.model_info),
+    ("GET", f"/api/datasets/{ID}/tree/{REVISION}(?:/.*)?", False, Handler.tree),
+    ("POST", f"/api/datasets/{ID}/paths-info/{REVISION}", False, Handler.paths_info),
+    ("GET HEAD", f"(?:/datasets)?/{ID}/resolve/{REVISION}/(.+)", False, Handler.resolve),
 ]
 
 
