@@ -233,7 +233,7 @@ def with_structures(lines: Sequence[Mapping[str, Any]], folder_or_hub_id: str) -
 
 def _ask(example: Example, *, chat: bool) -> Conversation:
     if chat:
-        return Conversation(messages=[{"role": "user", "content": example.prompt}])
+        return Conversation(messages=[{"role": "user", "content": example.prompt}], place=example.id)
     return Conversation(text=example.prompt)
 
 

@@ -8,7 +8,7 @@
       train/          checkpoints of stage 2 (ordinary ones)
       model/          the result: an ordinary checkpoint
       model-heads/    heads that can draft for it, where heads.keep asks for them
-      results.jsonl   base.json                      a line per finished stage; the commit of a base on the hub
+      results.jsonl   base.json   data.json          a line per finished stage; the commits of a base and of data on the hub
 
 What keeps two runs apart is in run_folder.py.
 """
@@ -105,7 +105,7 @@ def label(recipe: Recipe) -> Path:
         limit=recipe.labels.limit,
         chat=bool(getattr(tokenizer, "chat_template", None)),
     )
-    every = conversations(rows, tokenizer, system=recipe.labels.system)
+    every = conversations(rows, tokenizer, system=recipe.labels.system, source=recipe.labels.prompts)
     talks = {row: talk for row, talk in enumerate(every) if talk.turns}  # others leave the model nothing to say
     first = {row: talk.prompt(0, [], tokenizer) for row, talk in talks.items()}
     # A server can need one token more: see server.py.

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from caftune.errors import CaftuneError
+from caftune.template_errors import BYTE_ORDER_MARK, named_with_its_row
 
 _NAMED_ROWS = 5
 # The day on which everything is asked, where a chat template writes today's date: a question must be the same tomorrow. It is
@@ -39,6 +40,7 @@ class Conversation:
     text: str = ""
     messages: list[dict[str, Any]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    place: str = "A conversation"  # the row that it is of, for errors
 
     @property
     def turns(self) -> list[int]:
@@ -61,7 +63,8 @@ class Conversation:
         asked = list(self.messages[: self.turns[turn]])
         for place, answer in zip(self.turns[:turn], answers, strict=True):
             asked[place] = {"role": "assistant", "content": answer}
-        ids = as_written(asked, self.options, tokenizer, add_generation_prompt=True, return_dict=True)["input_ids"]
+        with named_with_its_row(self.place):
+            ids = as_written(asked, self.options, tokenizer, add_generation_prompt=True, return_dict=True)["input_ids"]
         return Prompt(ids, messages=asked, options=self.options)
 
 
@@ -71,15 +74,19 @@ def as_written(messages: list[dict[str, Any]], options: Mapping[str, Any], token
     transformers 5.23 hands no function of ours to a template, so its calls of `strftime_now` are replaced by what they write.
     """
     template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
-    dated = _ASKS_THE_DAY.sub(lambda call: json.dumps(_TODAY.strftime(call[2])), template)
+    marked = template.removeprefix(BYTE_ORDER_MARK)
+    dated = _ASKS_THE_DAY.sub(lambda call: json.dumps(_TODAY.strftime(call[2])), marked)
     return tokenizer.apply_chat_template(messages, **{**options, "chat_template": dated}, **how)
 
 
-def conversations(rows: Dataset, tokenizer: Any, *, system: str | None = None) -> list[Conversation]:
+def conversations(
+    rows: Dataset, tokenizer: Any, *, system: str | None = None, source: str = "The prompts"
+) -> list[Conversation]:
     """The rows as conversations. `text` rows and empty prompts start from BOS alone.
 
     Args:
         system: a system message for conversations that have none.
+        source: the file or hub id that the rows are of, for errors.
 
     Raises:
         CaftuneError: messages, or a system message, for a tokenizer without a chat template.
@@ -89,7 +96,7 @@ def conversations(rows: Dataset, tokenizer: Any, *, system: str | None = None) -
             raise CaftuneError("labels.system needs prompts that are messages, and these are text. Remove it.")
         return [Conversation(text=row.get("prompt") or "") for row in rows]
     refuse_messages_without_template(tokenizer)
-    return [_from_messages(row, system) for row in rows]
+    return [_from_messages(row, system, f"{source}, row {number} (from 0)") for number, row in enumerate(rows)]
 
 
 def is_chat(rows: Dataset) -> bool:
@@ -126,13 +133,12 @@ def refuse_long_prompts(prompts: Mapping[int, Prompt], room: int) -> None:
         )
 
 
-def _from_messages(row: Mapping[str, Any], system: str | None) -> Conversation:
+def _from_messages(row: Mapping[str, Any], system: str | None, place: str) -> Conversation:
     messages = list(row.get("messages") or row["prompt"])
     if system is not None and messages[0]["role"] not in ("system", "developer"):
         messages.insert(0, {"role": "system", "content": system})
-    return Conversation(
-        messages=messages, options={"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-    )
+    options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+    return Conversation(messages=messages, options=options, place=place)
 
 
 def _calls_tools(message: Mapping[str, Any]) -> bool:

@@ -255,7 +255,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not file.is_file():
         raise CaftuneError(f"{path} must be a recipe file (YAML), and there is no such file.")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise CaftuneError(
+            f"{path} must be text in UTF-8, and is not ({error}). Convert it, with iconv for example."
+        ) from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise CaftuneError(

@@ -69,6 +69,7 @@ def _finished_labels(recipe: Recipe, labels: Path) -> Dataset:
     model = {"model.name": recipe.model.name, "model.revision": recipe.model.revision}
     wanted = recipe.labels.model_dump(include=_MADE_WITH)
     forget_unknown_commit(kept, model)
+    forget_unknown_commit(kept["labels"], wanted)
     difference = first_difference({name: kept[name] for name in model}, model)
     difference = difference or first_difference({name: kept["labels"][name] for name in wanted}, wanted, "labels")
     if difference:
@@ -84,7 +85,7 @@ def _text_rows(recipe: Recipe, args: CAFTConfig) -> Dataset:
     tokenizer = load_tokenizer(recipe)
     chat = bool(getattr(tokenizer, "chat_template", None))
     rows = load_rows(str(recipe.heads.text), recipe.labels.columns, limit=recipe.labels.limit, chat=chat)
-    return tokenized(rows, tokenizer, args, name="heads.text")
+    return tokenized(rows, tokenizer, args, name="heads.text", source=str(recipe.heads.text))
 
 
 def read_task_rows(recipe: Recipe, source: str, *, limit: int | None, chat: bool) -> Dataset:
@@ -113,7 +114,7 @@ def task_rows(
         )
     if recipe.data.separator and "prompt" in rows.column_names and not is_chat(rows):
         rows = rows.map(lambda row: {"prompt": row["prompt"] + recipe.data.separator})
-    prepared = tokenized(rows, tokenizer, args, name=name)
+    prepared = tokenized(rows, tokenizer, args, name=name, source=source)
     # Where SFTTrainer would do more than this, it gets the rows as they are.
     more = args.shuffle_dataset or args.packing_strategy == "bfd_split" or args.eos_token or args.chat_template_path
     return rows if more else prepared

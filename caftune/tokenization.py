@@ -1,7 +1,6 @@
 """The tokens of a data set as the trainer will make them, before there is a trainer."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -9,14 +8,20 @@ from transformers import AutoTokenizer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from caftune.config import CAFTConfig
+from caftune.errors import CaftuneError
+from caftune.template_errors import refuse_refused_row, remove_byte_order_mark, template_in
 from caftune.trainer import CAFTTrainer
 
 
-def tokenized(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str) -> Dataset:
+def tokenized(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, source: str | None = None) -> Dataset:
     """`input_ids` and `labels` as the trainer will make them, without a model, before shuffling and packing.
 
+    Args:
+        source: the file or hub id that the rows are of, for errors.
+
     Raises:
-        CaftuneError: rows whose answer lies wholly beyond `max_length`, counted and named.
+        CaftuneError: rows whose answer lies wholly beyond `max_length`, counted and named; a row that the chat template
+            refuses.
     """
     # SFTTrainer prepares data in a method; it reads these three attributes and nothing else of the trainer (TRL 1.16).
     trainer = CAFTTrainer.__new__(CAFTTrainer)
@@ -30,7 +35,13 @@ def tokenized(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str) 
     plain.shuffle_dataset = False
     if args.packing and args.packing_strategy == "bfd_split":
         plain.max_length = None  # what is beyond max_length becomes a document of its own
-    return trainer._prepare_dataset(dataset, trainer._tokenizer, plain, False, None, name)
+    try:
+        return trainer._prepare_dataset(dataset, trainer._tokenizer, plain, False, None, name)
+    except CaftuneError:
+        raise
+    except Exception:  # it names no row; where none is refused by the template, it is of something else
+        refuse_refused_row(dataset, trainer._tokenizer, trainer.chat_template, source or f"the {name} data")
+        raise
 
 
 def _apply_tokenizer_options(tokenizer: Any, args: CAFTConfig) -> None:
@@ -38,6 +49,6 @@ def _apply_tokenizer_options(tokenizer: Any, args: CAFTConfig) -> None:
     if args.eos_token is not None:
         tokenizer.eos_token = args.eos_token
     if args.chat_template_path is not None:
-        path = Path(args.chat_template_path)
-        given = path.read_text(encoding="utf-8") if path.is_file() else None
+        given = template_in(args.chat_template_path)
         tokenizer.chat_template = given or AutoTokenizer.from_pretrained(args.chat_template_path).chat_template
+    remove_byte_order_mark(tokenizer)

@@ -38,6 +38,7 @@ from caftune.refusals import (
     refuse_unfit_heads,
 )
 from caftune.targets import Sample
+from caftune.template_errors import remove_byte_order_mark, template_in
 from caftune.training_heads import (
     ForgetSums,
     give_own_learning_rate,
@@ -95,6 +96,10 @@ class CAFTTrainer(SFTTrainer):
         self._base = (str(Path(name).resolve()) if Path(name).is_dir() else name, revision)
         # The model is built: SFTTrainer would warn that these are not used.
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
+        template, template_path = template_in(args.chat_template_path), args.chat_template_path
+        if template is not None:  # SFTTrainer (TRL 1.16) would take a byte order mark for a part of it
+            processing_class.chat_template, args.chat_template_path = template, None
+        remove_byte_order_mark(processing_class)
         try:
             super().__init__(
                 model=model,
@@ -105,7 +110,7 @@ class CAFTTrainer(SFTTrainer):
                 **sft_arguments,
             )
         finally:
-            args.model_init_kwargs = model_init_kwargs
+            args.model_init_kwargs, args.chat_template_path = model_init_kwargs, template_path
         refuse_lost_adapters(self.accelerator, self.model)
         self.add_callback(RefuseLeaks(self))
         self.add_callback(ForgetSums(self))

@@ -59,10 +59,10 @@ class Writer:
         """Texts (to a chat model: what the user says), and the first rows of a file, up to where the model speaks first."""
         is_chat = bool(getattr(self.tokenizer, "chat_template", None))
         own = [{"messages": [{"role": "user", "content": text}]} if is_chat else {"prompt": text} for text in texts]
-        sources = [Dataset.from_list(own)] if own else []
+        sources = [("The prompts", Dataset.from_list(own))] if own else []
         if file is not None:
-            sources.append(load_rows(file, limit=limit, chat=is_chat))
-        talks = [talk for rows in sources for talk in conversations(rows, self.tokenizer)]
+            sources.append((file, load_rows(file, limit=limit, chat=is_chat)))
+        talks = [talk for name, rows in sources for talk in conversations(rows, self.tokenizer, source=name)]
         found = [talk.prompt(0, [], self.tokenizer) for talk in talks if talk.turns]
         if not found:
             raise CaftuneError("A prompt must be given, got none. Name one, or a file with --prompts.")
