@@ -19,8 +19,8 @@ _IN_MEMORY = 64 * 2**20  # bytes of Arrow
 def _make_json_exact() -> None:
     """Let `datasets` keep the numbers of a Json column as they are.
 
-    datasets 5.2 writes and reads them with pandas' ujson: ten digits after the point are written (1e-12 becomes 0.0), 32.228387
-    is read as 32.228387000000005, and an integer beyond 64 bits turns its whole value into a text. Values that the standard
+    datasets 5.2 writes and reads them with pandas' ujson: ten digits after the point are written (1e-12 becomes 0.0), 0.951088
+    is read as 0.9510879999999999, and an integer beyond 64 bits turns its whole value into a text. Values that the standard
     library has no JSON for are left to ujson. To be removed when `datasets` keeps numbers: tests/test_table.py says when.
     """
     written = _json.ujson_dumps

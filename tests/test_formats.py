@@ -46,6 +46,13 @@ SHARED = [
     {"from": "human", "value": "2+3?"},
     {"from": "gpt", "value": "Five."},
 ]
+AS_TEXT = said("assistant", None) | {"tool_calls": [{"function": {"name": "add", "arguments": '{"a": 2}'}}]}
+SHARED_CALL = {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'}
+
+
+def parts(content):
+    return [{"type": "text", "text": piece} for piece in (content[:2], content[2:])]
+
 
 # What a row is -> options, the whole text, and each stretch of it that is trained on.
 FORMATS = {
@@ -81,6 +88,31 @@ FORMATS = {
         {"assistant_only_loss": True},
         f"<s>[{json.dumps(TOOLS)}]<user>1+1?<assistant>{CALLED}<tool>2<assistant>Two.</s>",
         [CALLED, "Two.</s>"],
+    ),
+    "arguments as text": (
+        {"messages": [ASKED, AS_TEXT, said("tool", "2"), ANSWERED]},
+        {"assistant_only_loss": True},
+        f"<s><user>1+1?<assistant>{CALLED}<tool>2<assistant>Two.</s>",
+        [CALLED, "Two.</s>"],
+    ),
+    "sharegpt with calls": (
+        {"conversations": [*SHARED[1:2], SHARED_CALL, {"from": "observation", "value": "2"}, SHARED[2]]},
+        {"assistant_only_loss": True},
+        f"<s><user>1+1?<assistant>{CALLED}<tool>2<assistant>Two.</s>",
+        [CALLED, "Two.</s>"],
+    ),
+    "contents as parts": (
+        {"messages": [{**turn, "content": parts(turn["content"])} for turn in TURNS]},
+        {"assistant_only_loss": True},
+        WRITTEN,
+        ["Two.</s>", "Five.</s>"],
+    ),
+    "messages as text": ({"messages": json.dumps(TURNS)}, {}, WRITTEN, [WRITTEN]),
+    "an input of zero": (
+        {"instruction": "Negate.", "input": 0, "output": "Zero."},
+        {},
+        "<s><user>Negate.\n\n0<assistant>Zero.</s>",
+        ["Zero.</s>"],
     ),
     "tools, prompt and completion": (
         {"prompt": [ASKED], "completion": USED[1:], "tools": TOOLS},
