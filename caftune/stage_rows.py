@@ -105,7 +105,7 @@ def task_rows(
     if name == "eval":
         refuse_unnamed_split(source, "data.eval")
     chat = bool(getattr(tokenizer, "chat_template", None) or args.chat_template_path)
-    rows = read_task_rows(recipe, source, limit=limit or recipe.data.limit, chat=chat)
+    rows = read_task_rows(recipe, source, limit=recipe.data.limit if limit is None else limit, chat=chat)
     if is_chat(rows) and not chat:
         refuse_messages_without_template(tokenizer)
     if "prompt" in rows.column_names and "completion" not in rows.column_names:

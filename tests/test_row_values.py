@@ -5,8 +5,11 @@ import json
 import pytest
 from datasets import Dataset
 
+from caftune import pipeline
 from caftune.data import load_rows, read_rows
+from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
+from caftune.recipe import Recipe
 
 
 def write(folder, *rows):
@@ -297,3 +300,6 @@ def test_a_limit_of_no_rows_is_refused_rather_than_taken_for_none(limit, tmp_pat
     for read_some in (load_rows, read_rows):
         with pytest.raises(CaftuneError, match=f"limit must be at least 1, got {limit}"):
             read_some(path, limit=limit)
+    recipe = Recipe.model_validate({"output": str(tmp_path / "run"), "model": {"name": str(BASE)}, "data": {"train": path}})
+    with pytest.raises(CaftuneError, match=f"limit must be at least 1, got {limit}"):
+        next(pipeline.preview(recipe, limit))
