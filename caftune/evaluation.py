@@ -217,7 +217,8 @@ def _ask_all(recipe: Recipe, name: str, task: Task, examples: Sequence[Example])
             example, read = examples[label.row], tokenizer.decode(label.prompt_ids)  # special tokens may open a thought
             said, in_thought = split_thought(label.completion, read, example.prompt)
             completion = until_stop(said, task.stop)
-            finish = label.finish if completion == said else "stop"
+            went_past = completion != said or any(text in said for text in task.past)
+            finish = "stop" if went_past else label.finish
             measured = {"scores": task.score(example, completion), "finish": finish, "in_thought": in_thought}
             line = {"run": run, "seed": seed, **asdict(example), "completion": completion, **measured}
             lines.append({**line, "chat": section.chat})

@@ -1,18 +1,17 @@
-"""Code: HumanEval and MBPP. A completion is right if the data set's own tests of it end without an exception.
+r"""Code: HumanEval and MBPP. A completion is right if the data set's own tests of it end without an exception.
 
 Scoring runs what a model wrote. It is off until the environment says CAFTUNE_RUN_GENERATED_CODE=1, and then happens in a
 sandbox (see `caftune.evals.sandbox`): no network, no files, limits on time and memory, Python's standard library alone.
 
-HumanEval's prompt is its head of a function, to be continued. MBPP's is a docstring with the description and the tests. Of a
-completion this is the solution, the first that applies:
+HumanEval's prompt is its head of a function, to be continued. MBPP's is a docstring with the description and the tests. Which
+program an answer gives is found in `caftune.evals.programs`: in Markdown and in plain text, without its examples and tests.
+For HumanEval it is the first that applies:
 
-1. HumanEval, and the completion begins with an indented line: it continues the function, up to the first line at the left
-   margin that begins with class, def, @, #, if, print or a fence (```).
-2. Of the text before the first fence, and of what stands between fences, the first that defines the function; for HumanEval
-   behind the prompt, whose imports and other functions it may need.
-3. The first fenced block; without one, all of it.
+1. The answer begins with an indented line: it continues the function, up to the first line at the left margin.
+2. It defines the function: that runs behind the prompt, whose imports and other functions it may need.
+3. It has a body of the function as a code block, or without its first indentation.
 
-In MBPP, what stands outside fences ends before the first line that begins with assert, print, if __name__ or three quotes.
+An answer without a program fails.
 
 The solution and its tests share a process, as in the official checkers, so that a solution that studies this file, or returns
 an object that equals everything, can pass without solving anything. What cannot pass: leaving early with any status, printing
@@ -21,7 +20,8 @@ their end: only then is a key of this one run read, and its answer, which only t
 
 Source: HumanEval and its stops, arXiv 2107.03374 and github.com/openai/human-eval; MBPP, arXiv 2108.07732; the docstring as
 prompt without examples, arXiv 2204.05999 (InCoder). We differ: seconds of CPU time, not of a clock, so that a busy machine
-judges alike; sets have one order; a solution cannot import NumPy; MBPP's prompt has no examples.
+judges alike; sets have one order; a solution cannot import NumPy; MBPP's prompt has no examples. The official stops cut answers
+at "\nclass", "\ndef", "\n#", "\nif" and "\nprint" wherever they stand, within strings too, and lose functions that stand below.
 """
 
 import os
@@ -31,8 +31,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from caftune.errors import CaftuneError
+from caftune.evals.programs import after, body_of, continuation_of, names_in, solution_of
 from caftune.evals.sandbox import Limits, check_sandbox, run_python
-from caftune.evals.task import Example, Task, column, means, until_stop
+from caftune.evals.task import Example, Task, column, means
 
 PERMISSION = "CAFTUNE_RUN_GENERATED_CODE"
 LIMITS = Limits(cpu_s=10, wall_s=30.0)
@@ -85,37 +86,28 @@ def _check_permission() -> None:
     check_sandbox()
 
 
-_FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-_FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
-_LEAVES_FUNCTION = ("\nclass", "\ndef", "\n@", "\n#", "\nif", "\nprint", "\n```")
-_LEAVES_SOLUTION = ("\nassert", "\nprint", "\nif __name__", '\n"""')
-# Where generation may stop: texts that come after the solution in continuations and within fences alike.
-_STOP = ("\nassert ", "\nprint(", "\nif __name__")
-
-
-def _defining(completion: str, names: set[str], end: tuple[str, ...]) -> str | None:
-    """The first part of a completion that defines one of these names, or else its first fenced block."""
-    blocks = _FENCED.findall(completion)
-    any_name = "|".join(map(re.escape, sorted(names)))
-    defines = re.compile(rf"^(?:async +)?(?:def|class) +(?:{any_name})\b|^(?:{any_name}) *=", re.MULTILINE)
-    parts = [until_stop(_FENCE.split(completion)[0], end), *blocks]
-    return next((part for part in parts if defines.search(part)), next(iter(blocks), None))
+# Texts that come after a solution, and in the middle of some: an answer that goes on with them does not count as cut off.
+_PAST = ("\nassert ", "\nprint(", "\nif __name__")
 
 
 def _score_humaneval(example: Example, completion: str) -> dict[str, float]:
-    name = example.reference["entry_point"]
-    tests = f"{example.reference['test']}\n\ncheck({name})\n"
-    found = None if re.match(r"\s*^(?:  |\t)", completion, re.MULTILINE) else _defining(completion, {name}, ())
-    solution = until_stop(completion, _LEAVES_FUNCTION) if found is None else "\n" + found
-    return {"pass": float(passes(example.prompt + solution, tests))}
+    name, head = example.reference["entry_point"], example.prompt
+    program = continuation_of(completion, head, name)
+    if program is None:
+        found = solution_of(completion, frozenset({name}), names_in(head) - {name})
+        program = body_of(completion, head, name) if found is None else after(head, found)
+    return _verdict(program, f"{example.reference['test']}\n\ncheck({name})\n")
 
 
 def _score_mbpp(example: Example, completion: str) -> dict[str, float]:
-    tests = "\n".join(example.reference["tests"])
-    called = set(re.findall(r"\b[A-Za-z_]\w*(?=\s*\()", tests))
-    found = _defining(completion, called, _LEAVES_SOLUTION)
-    solution = until_stop(completion, _LEAVES_SOLUTION) if found is None else found
-    return {"pass": float(passes(solution, f"{example.reference['setup']}\n{tests}\n"))}
+    setup, tests = example.reference["setup"], "\n".join(example.reference["tests"])
+    called = frozenset(re.findall(r"\b[A-Za-z_]\w*(?=\s*\()", f"{setup}\n{tests}"))
+    return _verdict(solution_of(completion, called, names_in(setup)), f"{setup}\n{tests}\n")
+
+
+def _verdict(program: str | None, tests: str) -> dict[str, float]:
+    _check_permission()
+    return {"pass": float(program is not None and passes(program, tests))}
 
 
 def _read_humaneval(row: Mapping[str, Any], number: int) -> Example:
@@ -147,7 +139,7 @@ HUMANEVAL = Task(
     score=_score_humaneval,
     combine=means,
     max_new_tokens=512,
-    stop=_STOP,
+    past=_PAST,
     rows=(
         {
             "task_id": "Own/0",
@@ -185,7 +177,7 @@ MBPP = Task(
     score=_score_mbpp,
     combine=means,
     max_new_tokens=512,
-    stop=_STOP,
+    past=_PAST,
     rows=(
         {
             "task_id": 1,

@@ -44,6 +44,8 @@ class Task:
         stop: an answer is cut where one of these texts begins.
         rows: a few rows of our own in the data set's format, for trying the task without its data.
         lower_is_better: measures of which less is better.
+        past: an answer with one of these texts went past its end by itself, and does not count as cut off. Nothing is cut
+            there, for they may also stand in the middle of a right answer.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Task:
     rows: Sequence[Mapping[str, Any]]
     stop: tuple[str, ...] = ()
     lower_is_better: frozenset[str] = frozenset()
+    past: tuple[str, ...] = ()
 
 
 def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

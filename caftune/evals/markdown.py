@@ -1,0 +1,72 @@
+"""Code blocks in an answer, by markdown-it-py: fences of any kind, in lists and quotations, closed or not."""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from caftune.errors import CaftuneError
+
+_INDENTED_FENCE = re.compile(r"^(?=[ \t]+(?:```|~~~))", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A code block of an answer, or the text between two. `first` and `end` are its lines [first, end) in the answer.
+
+    `info` is what follows the opening fence on its line, usually a language; `fence` is that fence.
+    """
+
+    text: str
+    is_code: bool
+    first: int = 0
+    end: int = 0
+    info: str = ""
+    fence: str = ""
+
+
+@cache
+def _parser() -> Any:
+    try:
+        from markdown_it import MarkdownIt
+    except ImportError as absent:
+        raise CaftuneError(
+            "markdown-it-py must be installed to find code blocks in answers. Run pip install caftune[eval]."
+        ) from absent
+    # Without the rule for indented code: it would take functions that stand in the text apart at their blank lines.
+    return MarkdownIt("commonmark").disable("code")
+
+
+def sections(answer: str) -> list[Section]:
+    r"""The fenced blocks of an answer and the texts between them, in order. Lines must end with \n.
+
+    Raises:
+        CaftuneError: markdown-it-py is not installed.
+
+    >>> [(s.text, s.is_code) for s in sections("One:\n~~~py\nx = 1\n~~~\nIt is.")]
+    [('One:', False), ('x = 1\n', True), ('It is.', False)]
+    """
+    lines, found, last = answer.split("\n"), list[Section](), 0
+    for token in _parser().parse(answer):
+        if token.type == "fence":
+            first, end = token.map
+            found.append(Section("\n".join(lines[last:first]), False, last, first))
+            found.append(Section(token.content, True, first, end, token.info.strip(), token.markup))
+            last = end
+    found.append(Section("\n".join(lines[last:]), False, last, len(lines)))
+    return [section for section in found if section.text.strip()]
+
+
+def apart(answer: str) -> str:
+    """The answer with an empty line before each indented fence, which CommonMark would else count to a paragraph above it."""
+    return _INDENTED_FENCE.sub("\n", answer)
+
+
+def inline_code(answer: str) -> list[str]:
+    """What stands between backticks within a line.
+
+    >>> inline_code("It is `CCO`, or ``OCC``.")
+    ['CCO', 'OCC']
+    """
+    tokens = _parser().parse(answer)
+    return [child.content for token in tokens for child in token.children or () if child.type == "code_inline"]
