@@ -378,7 +378,7 @@ def test_without_markdown_it_the_remedy_is_named(monkeypatch):
     markdown._parser.cache_clear()
     monkeypatch.setitem(sys.modules, "markdown_it", None)
     with pytest.raises(CaftuneError, match=r"markdown-it-py must be installed .* pip install caftune\[eval\]"):
-        markdown.sections("text")
+        markdown.sections(fenced("text\n"))
 
 
 def test_an_answer_that_goes_past_its_end_is_not_cut_there():

@@ -11,7 +11,7 @@ import pytest
 from caftune.errors import CaftuneError
 from caftune.evals import molecules
 from caftune.evals.molecules import MOLECULES, levenshtein, smiles_of
-from caftune.evals.task import Example, until_stop
+from caftune.evals.task import Example
 
 Chem = pytest.importorskip("rdkit.Chem")
 
@@ -318,12 +318,13 @@ def test_own_rows_are_of_both_formats_and_perfect_answers_to_them_are_perfect():
     assert MOLECULES.primary in found
 
 
-def test_a_prompt_holds_the_description_and_the_next_question_is_cut():
+def test_a_prompt_holds_the_description_and_the_next_question_does_not_count():
     example = MOLECULES.read({"caption": "It is sweet.", "molecule": "CCO"}, 7)
     assert example.id == "7"
     assert "It is sweet." in example.prompt
     assert example.prompt.endswith("SMILES:")
-    assert until_stop(" CCO\n\nDescription: It is sour.", MOLECULES.stop) == " CCO\n"
+    assert MOLECULES.score(example, " CCO\n\nDescription: It is sour.\nSMILES: CCN")["exact_match"] == 1.0
+    assert MOLECULES.score(example, "Sure.\nDescription: It is sweet.\nSMILES: CCO")["exact_match"] == 1.0
 
 
 def test_a_row_with_a_prompt_of_its_own_is_asked_with_it_unchanged():

@@ -11,7 +11,7 @@ import pytest
 from caftune.errors import CaftuneError
 from caftune.evals import proteins
 from caftune.evals.proteins import PROTEINS, align, sequence_of, valid_residues
-from caftune.evals.task import Example, until_stop
+from caftune.evals.task import Example
 
 Align = pytest.importorskip("Bio.Align")
 
@@ -186,10 +186,11 @@ def test_mol_instructions_rows_keep_their_words_and_their_answer_scores_as_publi
     assert PROTEINS.read(PROTEINS.rows[5], 0).prompt == PROTEINS.rows[5]["instruction"]
 
 
-def test_a_prompt_lists_every_function_and_the_next_question_is_cut():
+def test_a_prompt_lists_every_function_and_the_next_question_does_not_count():
     example = PROTEINS.read({"functions": ["calcium ion binding", "toxin activity"], "sequence": "MKT"}, 0)
     assert "- calcium ion binding\n- toxin activity\nSequence:" in example.prompt
-    assert until_stop("MKT\n\nFunctions:\n- more", PROTEINS.stop) == "MKT\n"
+    assert sequence_of("MKT\n\nFunctions:\n- toxin activity\nSequence: GIGAVLKVLT") == "MKT"
+    assert sequence_of("Sure.\nFunctions:\n- toxin activity\nSequence: GIGAVLKVLT") == "GIGAVLKVLT"
 
 
 def test_a_row_without_its_columns_or_without_a_sequence_is_refused_with_a_sentence():

@@ -47,7 +47,7 @@ def sections(answer: str) -> list[Section]:
     [('One:', False), ('x = 1\n', True), ('It is.', False)]
     """
     lines, found, last = answer.split("\n"), list[Section](), 0
-    for token in _parser().parse(answer):
+    for token in _parser().parse(answer) if "```" in answer or "~~~" in answer else ():
         if token.type == "fence":
             first, end = token.map
             found.append(Section("\n".join(lines[last:first]), False, last, first))

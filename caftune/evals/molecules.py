@@ -13,10 +13,11 @@ similarity of an invalid answer as 0: that is our mean times `valid`.
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from caftune.errors import CaftuneError
+from caftune.evals.markdown import sections
 from caftune.evals.task import Example, Task, means, text
 
 LONGEST = 4000  # characters; a longer SMILES counts as invalid, so that no answer can hold up the evaluation
@@ -24,21 +25,157 @@ ORDERS = (1, 2, 3, 4)  # of BLEU's n-grams
 NAMED = {"benzene": "fr_benzene", "amide": "fr_amide", "carboxylic_acid": "fr_COO"}
 AVERAGED = ("exact_match", "exact_match_inchi", "valid", "levenshtein", "morgan", "maccs", "rdk")
 
-_TAGS = re.compile(r"<SMILES>(.*?)(?:</SMILES>|\Z)", re.DOTALL | re.IGNORECASE)
-_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_TAGS = re.compile(
+    r"<SMILES>(.*?)(?:</SMILES>|\Z)|\[START_(?:I_)?SMILES\](.*?)(?:\[END_|\Z)", re.DOTALL | re.IGNORECASE
+)
+# What is written as SMILES are written, valid or not. Letters alone must be atoms outside of rings: no aromatic ones.
+_SMILES = re.compile(r"(?:\[[^\]\s]*\]|Br|Cl|[BCNOPSFIbcnops*]|[()\-=#$:/\\~.%@+\d])+(?:\[[^\]\s]*)?")
+_BONDS = frozenset("-=#$:/\\~.%@+)0123456789")  # no SMILES begins with these
+_CHAIN = re.compile(r"(?:Br|Cl|[BCNOPSFI])+")
+_SIGN = r"(?:\s|\*\*|\*(?=\s)|__|[`\"'“‘(])*"  # white space and marks between a label and its value
+_NAMED = re.compile(rf"(?:\b(?:is|be)|'s|[^:\n]:){_SIGN}(?=\S)")
+_IN_TICKS = re.compile(r"(`+)\s*(?:smiles\s+)?([^\s`]+)\s*\1", re.IGNORECASE)
+_BULLET = re.compile(r"^\s*(?:(?:[-+>•]|\*(?=\s)|\d+[.)])\s+)*")
+_PART = re.compile(
+    r"\W*(?:\w+ )?(?:bonds?|groups?|moiet\w+|rings?|linkages?|stretch\w*|atoms?|units?|double|triple|single|containing)\b"
+)
+_OTHER = re.compile(r"SELFIES|InChI|formula|IUPAC|\bname|\bCAS\b|group|bond|moiety", re.IGNORECASE)
+_WORDS = frozenset(
+    {"I", "NO", "SO", "ON", "IN", "IF", "OF", "BIO", "BIOS", "SOS", "ICON", "COIN", "COINS", "SPIN", "SIC"}
+)
 
 
 def smiles_of(completion: str) -> str:
-    r"""The SMILES in a completion: the first word of the first line with text, within tags or a fence where it has them.
+    r"""The SMILES that a completion gives, valid or not, or "" where it gives none (prose, a refusal).
 
-    >>> smiles_of(" CCO is ethanol.\nIt is an alcohol."), smiles_of("Sure:\n```smiles\nCCO\n```"), smiles_of("\n")
+    The first of these that looks like a SMILES: what is within tags; the first line or its first word; a code block; what
+    follows the word SMILES; code within a line; a line of its own; a value ("Ethanol: CCO", "It is CCO."). Without any of
+    them, a first line that is one word, whatever it holds, for BLEU and edit distance count what was written.
+    White space, Markdown, quotation marks and what ends a sentence are taken off; dots between molecules stay. A word that
+    English shares with chemistry (I, NO, CN, BIOS) is an answer where it stands alone, and none within a sentence.
+
+    >>> smiles_of(" CCO is ethanol.\nIt is an alcohol."), smiles_of("Sure:\n```smiles\nCCO\n```"), smiles_of("I don't know.")
     ('CCO', 'CCO', '')
     """
-    for wrapping in (_TAGS, _FENCE):
-        if found := wrapping.search(completion):
-            completion = found[1]
-    words = completion.strip().removeprefix("SMILES:").split(maxsplit=1)
-    return words[0].strip("`") if words else ""
+    text = completion.replace("\r\n", "\n").replace("\r", "\n").strip("\ufeff\u200b \t\n")
+    if tagged := _TAGS.search(text):
+        return smiles_of(tagged[1] or tagged[2] or "")
+    found = sections(text)
+    blocks = [f"{section.info.partition(' ')[2]}\n{section.text}" for section in found if section.is_code]
+    ways: tuple[Iterator[str], ...] = (
+        _at_the_start(text),
+        (smiles for block in blocks for smiles in (*_at_the_start(block), *_labelled(block))),
+        _labelled(text),
+        _within_ticks(text),
+        _lines_of_their_own(text),
+        _named(text),
+        _written_alone(text),
+    )
+    return next((smiles for way in ways for smiles in way), "")
+
+
+def _bare(word: str, before: str = "") -> str:
+    """The word without Markdown, quotation marks, the end of a sentence, and a bracket that was opened `before` it."""
+    last = None
+    while last != word:
+        last = word
+        word = word.strip("`\"'“”‘’").removeprefix("**").removesuffix("**").removeprefix("__").removesuffix("__")
+        word = word.rstrip(".,;:!?")
+        if word.endswith(")") and word.count(")") > word.count("(") and before.count("(") > before.count(")"):
+            word = word[:-1]
+        if len(word) > 2 and word[0] == "(" and word[-1] == ")" and ")" not in word[:-1]:
+            word = word[1:-1]
+    return word
+
+
+def _is_smiles(word: str) -> bool:
+    return (
+        word[:1] not in _BONDS
+        and bool(_SMILES.fullmatch(word))
+        and (not word.isalpha() or bool(_CHAIN.fullmatch(word)))
+    )
+
+
+def _is_answer(word: str, after: str) -> bool:
+    """Whether a word that looks like a SMILES is meant as one: by what stands after it on its line."""
+    rest = after.strip(" \t*_`.,;:!?\"'”’)")
+    if not _is_smiles(word):
+        return False
+    if not rest or re.match(r"\s*[(\[]", after):
+        return True
+    return not (word.isalpha() and "CC" not in word) and not (len(word) < 6 and _PART.match(after))
+
+
+def _at_the_start(text: str) -> Iterator[str]:
+    """The first word of the first line, if it is the answer."""
+    line, _, others = text.strip().partition("\n")
+    line = line[len((_BULLET.match(line) or [""])[0]) :]
+    words = line.split(maxsplit=1)
+    if not words or (_bare(words[0]) in _WORDS and (others.strip() or len(words) > 1)):
+        return
+    smiles = _bare(words[0])
+    if _is_answer(smiles, line[len(words[0]) :]):
+        yield smiles
+
+
+def _word_at(text: str, place: int) -> tuple[str, str]:
+    """The word that begins at this place, bare, and what follows it on its line."""
+    line = text[place:].partition("\n")[0]
+    word = line.split(maxsplit=1)[0]
+    return _bare(word, text[:place].rpartition("\n")[2]), line[len(word) :]
+
+
+def _labelled(text: str) -> Iterator[str]:
+    """What follows the word SMILES."""
+    for label in re.finditer(r"\bSMILES\b", text, re.IGNORECASE):
+        for end in _ends(text, label.start()):
+            smiles, after = _word_at(text, end)
+            if _is_answer(smiles, after):
+                yield smiles
+
+
+def _ends(text: str, start: int) -> Iterator[int]:
+    """The places after a label where its value may begin: right behind it, and behind each colon, equals sign or verb."""
+    window = text[start : start + 200]
+    window = window.partition("\n\n\n")[0]
+    for mark in re.finditer(
+        rf"(?:^SMILES|:|->|→|(?<=\s)=|(?<=^SMILES)=|\b(?:is|be|as)\b){_SIGN}(?=\S)", window, re.IGNORECASE
+    ):
+        yield start + mark.end()
+
+
+def _within_ticks(text: str) -> Iterator[str]:
+    for code in _IN_TICKS.finditer(text):
+        smiles, after = _bare(code[2]), text[code.end() :].partition("\n")[0]
+        if _is_smiles(smiles) and not _PART.match(after):
+            yield smiles
+
+
+def _lines_of_their_own(text: str) -> Iterator[str]:
+    for line in text.split("\n"):
+        words = line[len((_BULLET.match(line) or [""])[0]) :].split()
+        if len(words) == 1 and _is_smiles(_bare(words[0])) and _bare(words[0]) not in _WORDS:
+            yield _bare(words[0])
+
+
+def _written_alone(text: str) -> Iterator[str]:
+    line, _, others = text.strip().partition("\n")
+    word = _bare(line.strip())
+    is_word = re.fullmatch(r"[A-Z][a-z']*|(?i:N/A)", word) or (word.isalpha() and others.strip())
+    if len(word.split()) == 1 and not is_word:
+        yield word
+
+
+def _named(text: str) -> Iterator[str]:
+    """A molecule at the end of a sentence or line, behind "is", "be" or a colon, unless a part or a formula is named."""
+    for mark in _NAMED.finditer(text):
+        smiles, after = _word_at(text, mark.end())
+        sentence = re.split(r"[.!?]\s|\n", text[: mark.end()])[-1]
+        is_end = not after.strip() or after.lstrip()[0] in "([" or text[mark.end() :].split(maxsplit=1)[0][-1] in ".,;"
+        if not is_end or _OTHER.search(sentence) or smiles in _WORDS or not _is_smiles(smiles):
+            continue
+        if molecule_of(smiles) is not None:
+            yield smiles
 
 
 def molecule_of(smiles: str) -> Any:
@@ -234,6 +371,6 @@ MOLECULES = Task(
     combine=combine,
     max_new_tokens=512,
     rows=ROWS,
-    stop=("\nDescription:",),
+    past=("\nDescription:",),
     lower_is_better=frozenset({"levenshtein"}),
 )

@@ -10,13 +10,13 @@ others do.
 Structures (confidence, TM-score) need a folding model: `eval.structures` names one, and caftune.structures measures them.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import cache
-from itertools import dropwhile, takewhile
-from operator import not_
 from typing import Any
 
 from caftune.errors import CaftuneError
+from caftune.evals.markdown import sections
 from caftune.evals.task import Example, Task, column, means
 
 RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWYUOX")  # the 22 amino acids of the genetic code, and X for an unknown one
@@ -25,27 +25,108 @@ GAP_OPEN, GAP_EXTEND = -10.0, -0.5
 COMPARED = 4  # times the reference's length: the part of an answer that is aligned
 
 
+_LABEL = re.compile(
+    r"(?:[^:\n]{0,60}\b)?(?:sequence|protein|peptide|answer)\b[^:\n]{0,60}?(?::|\b(?-i:is)\b)[\s*_]*(.*)", re.IGNORECASE
+)
+_BULLET = re.compile(r"\s*(?:(?:[-+•]|\*(?=\s)|\d+[.)])\s+)?")
+_LONG = 25  # letters that no word has; at least LABELLED where something says that they are a sequence
+_LABELLED = 10
+_IN_SENTENCE = 12
+_CAPITALS = frozenset(
+    {"I", "NA", "NULL", "NIL", "EMPTY", "INVALID", "FAIL", "FAILED", "HELP", "PLEASE", "WAIT", "YES", "END"}
+)
+
+
 def sequence_of(completion: str) -> str:
     r"""The sequence in a completion: the first line that is one, with the lines that carry it on; "" if there is none.
 
-    A line is one if at least half of its characters, white space left out, are residues in capital letters. FASTA headers
-    and prose are passed over; where there is a fence, what stands in it comes first.
+    A line is one if it is a single word of capital letters, at least three in four of them residues, or blocks of one length
+    (of ten letters, say), with numbers at either end or without. Small letters count where they are too many for a word, or
+    stand in FASTA, in a code block, in numbered blocks or after a label ("Sequence: ..."). Within a sentence a long word of
+    residues in capital letters is one. FASTA headers, rulers and prose, prose in capital letters too, are passed over; a
+    stop mark (*) at the end is taken off; where there are code blocks, what stands in them comes first.
 
-    >>> sequence_of("Here it is:\n```\n>designed\nMKTAYIAK\nQRQISF\n```"), sequence_of("I cannot design one.")
+    >>> sequence_of("Here it is:\n```\n>designed\nMKTAYIAK\nQRQISF*\n```"), sequence_of("I cannot design one.")
     ('MKTAYIAKQRQISF', '')
     """
-    return _first_sequence(completion.partition("```")[2]) or _first_sequence(completion)
+    text = completion.replace("\r\n", "\n").replace("\r", "\n").strip("\ufeff\u200b")
+    blocks = (section.text for section in sections(text) if section.is_code)
+    found = (_first_sequence(block, is_marked=True) for block in blocks)
+    return next(filter(None, found), "") or _first_sequence(text, is_marked=False)
 
 
-def _first_sequence(text: str) -> str:
-    lines = dropwhile(not_, map(_residue_line, text.splitlines()))
-    return "".join(takewhile(bool, lines))
+def _first_sequence(text: str, *, is_marked: bool) -> str:
+    sequence, sizes = "", list[int]()  # of the lines so far; that of a label may be shorter
+    for line in text.split("\n"):
+        if re.fullmatch(r"[\s\d]*\d[\s\d]*", line):  # a ruler of positions
+            continue
+        is_header = line.lstrip().startswith(">")
+        is_marked |= is_header
+        residues = "" if is_header else _residues(line, is_marked=is_marked, is_begun=bool(sequence))
+        is_last = sequence.endswith("*") or len(set(sizes)) > 1
+        if sequence and (not residues or is_last or len(residues) > max(sizes, default=len(residues))):
+            break
+        sequence += residues
+        sizes += [len(residues)] if residues and not _label(line) else []
+    return sequence.rstrip("*")
 
 
-def _residue_line(line: str) -> str:
-    """The line without white space and fence, or "" where it is no part of a sequence."""
-    text = "".join(line.split()).strip("`").removeprefix("Sequence:")
-    return "" if text.startswith(">") or valid_residues(text) < 0.5 else text
+def _residues(line: str, *, is_marked: bool, is_begun: bool) -> str:
+    """The residues of a line in capital letters, or "" where it is no part of a sequence, or of the one that `is_begun`."""
+    label = _label(line)
+    text = label[1] if label else line[len((_BULLET.match(line) or [""])[0]) :] or line
+    groups = _bare(text).split()
+    blocks = [group for group in groups if not group.isdigit()]
+    if _are_blocks(blocks):
+        is_marked |= label is not None or len(groups) > 1
+        return _in_capitals("".join(blocks), is_marked=is_marked, is_begun=is_begun)
+    if label and blocks and _is_sequence(_bare(blocks[0]), _LABELLED // 2):
+        return _bare(blocks[0])
+    words = (_bare(word) for word in groups) if re.search(r"[a-z]", line) and not is_begun else ()
+    return next((word for word in words if _is_sequence(word, _IN_SENTENCE)), "")
+
+
+def _label(line: str) -> re.Match[str] | None:
+    """The label that a line begins with, and what follows it as its first group."""
+    return _LABEL.match(line)
+
+
+def _bare(text: str) -> str:
+    """The text without Markdown, quotation marks and the end of a sentence, and with one stop mark at most."""
+    text = re.sub(r"\*\*|__", "", text).strip("`\"'“”‘’() \t").rstrip(".,;:`\"'”’) \t")
+    return re.sub(r"\s*\*+$", "*", text)
+
+
+def _are_blocks(groups: Sequence[str]) -> bool:
+    """Whether this is one word, or blocks of one length: of four letters at least, or eight of one; the last may be shorter."""
+    if len(groups) < 2:
+        return len(groups) == 1
+    size = len(groups[0])
+    is_even = all(len(group) == size for group in groups[:-1]) and len(groups[-1].rstrip("*")) <= size
+    is_all = RESIDUES.issuperset("".join(groups).rstrip("*").upper())
+    return is_all and is_even and (size >= 4 or (size == 1 and len(groups) >= 8))
+
+
+def _is_word(letters: str) -> bool:
+    """Whether letters are a word of a language: a frequent one, or one with O, which residues are once in a million."""
+    return letters in _CAPITALS or ("O" in letters and len(letters) < _LONG)
+
+
+def _is_sequence(word: str, least: int) -> bool:
+    letters = word.rstrip("*")
+    return len(letters) >= least and RESIDUES.issuperset(letters) and not _is_word(letters)
+
+
+def _in_capitals(word: str, *, is_marked: bool, is_begun: bool) -> str:
+    """The residues that a single word or blocks stand for, or "" where it is a word of a language."""
+    letters = word.rstrip("*")
+    if is_begun and word == "*":
+        return word
+    if letters == letters.upper():
+        is_some = valid_residues(letters) >= 0.75 and (is_begun or len(letters) >= 3)
+        return word if is_some and not _is_word(letters) else ""
+    is_long = is_begun or len(letters) >= (_LABELLED if is_marked else _LONG)
+    return word.upper() if is_long and (RESIDUES - {"O", "U"}).issuperset(letters.upper()) else ""
 
 
 def valid_residues(sequence: str) -> float:
@@ -162,5 +243,5 @@ PROTEINS = Task(
     combine=means,
     max_new_tokens=1024,
     rows=ROWS,
-    stop=("\nFunctions:",),
+    past=("\nFunctions:",),
 )
