@@ -1,6 +1,7 @@
 """Clinical text: ROUGE against rouge-score itself and against a computation written here, prompts that hold everything."""
 
 import csv
+import random
 import re
 import sys
 from collections import Counter
@@ -204,3 +205,54 @@ def test_without_rouge_score_the_remedy_is_told_when_a_row_is_read(monkeypatch):
     for task in TASKS:
         with pytest.raises(CaftuneError, match=r"rouge-score, which cannot be imported .* pip install caftune\[eval\]"):
             task.read(task.rows[0], 0)
+
+
+# Other scripts
+
+TEXTS = [
+    "患者三天前开始咳嗽。", "Больной жалуется на боль в груди.", "Ο ασθενής έχει πυρετό.",
+    "المريض يعاني من الحمى", "מטופל עם חום", "मरीज को बुखार है।", "환자는 열이 있습니다.",
+    "患者は熱があります。コーヒー", "ผู้ป่วยมีไข้", "რკინა დაბალია", "Größe und Übelkeit", "naïve café",
+    "Übelkeit", "١٢٣ ملغ", "头痛3天 CT", "é",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_of_any_script_scores_one_with_itself_and_less_without_its_end(text):
+    alone = rouge(text, text)
+    assert alone["rouge1"] == alone["rougeL"] == 1.0
+    assert alone["rouge2"] == (1.0 if len(clinical.words(text)) > 1 else 0.0)
+    assert rouge(text, text[: len(text) // 2])["rouge1"] < 1.0
+    assert rouge(text, "No known drug allergies.") == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+    assert MTS_DIALOG.score(MTS_DIALOG.read({**MTS_DIALOG.rows[0], "section_text": text}, 0), text)["rouge1"] == 1.0
+
+
+def test_words_of_examples_worked_out_by_hand():
+    assert clinical.words("头痛3天, CT") == ["头", "痛", "3", "天", "ct"]
+    assert clinical.words("Боль в груди") == ["боль", "в", "груди"]
+    assert clinical.words("मरीज को") == ["मरीज", "को"]
+    assert clinical.words("コーヒー") == ["コー", "ヒー"]
+    assert clinical.words("ไข้") == ["ไ", "ข้"]
+    assert rouge("患者咳嗽", "患者发热")["rouge1"] == 2 * 2 / 8
+    assert rouge("groß", "grün")["rouge1"] == 0.0
+
+
+def test_a_letter_composed_in_two_ways_is_one_letter():
+    assert rouge("caf\u00e9", "cafe\u0301")["rouge1"] == 1.0
+
+
+def test_texts_in_ascii_are_split_as_rouge_score_splits_them():
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    own, draw = DefaultTokenizer(False).tokenize, random.Random(1)
+    signs = [chr(code) for code in range(1, 128)] + list("–—…“”‚°±²³½×µº™•€")
+    for _case in range(300):
+        text = "".join(draw.choices(signs + list("abc XYZ 019 ") * 8, k=60))
+        assert clinical.words(text) == own(text), text
+
+
+@pytest.mark.parametrize("text", ["...", "- -", "\u2026", "\U0001f44d", "½"])
+@pytest.mark.parametrize(("task", "name"), [(MTS_DIALOG, "section_text"), (MIMIC_BHC, "target")], ids=["mts", "mimic"])
+def test_a_reference_without_a_word_is_refused_with_its_row(task, name, text):
+    with pytest.raises(CaftuneError, match=rf"Row 7 \(from 0\): {name} must have a word, got"):
+        task.read({**task.rows[0], name: text}, 7)

@@ -1,7 +1,9 @@
 """Clinical text: a section of a note from a conversation (MTS-Dialog), a hospital course from a discharge note (MIMIC-IV-BHC).
 
 Both are scored by ROUGE-1, ROUGE-2 and ROUGE-L (F1 between 0 and 1; papers print it times 100) of one completion against one
-reference, and by the mean over completions. Texts are lower-cased and split at everything that is no letter a-z or digit.
+reference, and by the mean over completions. Texts are lower-cased and split at everything that is no letter, mark or digit. A
+text in ASCII is split exactly as rouge-score splits it, so numbers are comparable; other letters, which rouge-score drops (a
+Russian text has no words for it), belong to words as in `words`. A reference without a word is refused.
 Words are not stemmed: the checkers of both data sets call Hugging Face's `evaluate` with its defaults, where stemming is off.
 Numbers of papers that stem are higher.
 
@@ -11,6 +13,7 @@ MIMIC-IV-BHC), and a model's context has to hold it and the answer.
 Source: ROUGE by Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", ACL 2004, computed by the package rouge-score.
 """
 
+import unicodedata
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -44,6 +47,59 @@ _SECTIONS = {
 }
 
 
+# Scripts that put no spaces between words: each letter is a word of its own, as is usual for ROUGE of Chinese.
+_UNSPACED = (
+    "CJK",
+    "IDEOGRAPHIC",
+    "HIRAGANA",
+    "KATAKANA",
+    "THAI",
+    "LAO",
+    "KHMER",
+    "MYANMAR",
+    "TIBETAN",
+    "YI",
+    "BOPOMOFO",
+)
+_SIGNS = frozenset("ªºµ")  # letters for Unicode, signs in clinical text (37 ºC, 5 µg): left out, as rouge-score does
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, in small letters: runs of letters, marks and decimal digits, NFC; of Chinese and the like, letters.
+
+    >>> words("BP 120/80, naïve; болит голова"), words("头痛3天")
+    (['bp', '120', '80', 'naïve', 'болит', 'голова'], ['头', '痛', '3', '天'])
+    """
+    found, last = list[str](), ""
+    for character in unicodedata.normalize("NFC", text).lower():
+        kind = _kind(character)
+        if last and (kind == "mark" or kind == last == "letter"):
+            found[-1] += character
+            continue
+        last = "letter" if kind == "mark" else kind
+        if last:
+            found.append(character)
+    return found
+
+
+@cache
+def _kind(character: str) -> str:
+    """What the character is to a word: a letter (or digit), a whole word ("alone"), a mark on one, or "", its end."""
+    category = unicodedata.category(character)
+    if not (category[0] in "LM" or category == "Nd") or character in _SIGNS:
+        return ""
+    if category[0] == "M" or (category == "Lm" and unicodedata.name(character, "").startswith(_UNSPACED)):
+        return "mark"
+    return "alone" if category == "Lo" and unicodedata.name(character, "").startswith(_UNSPACED) else "letter"
+
+
+class _Words:
+    """`words` as a tokenizer of rouge-score."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)
+
+
 @cache
 def _scorer() -> Any:
     try:
@@ -53,13 +109,14 @@ def _scorer() -> Any:
             f"Clinical text is scored by the package rouge-score, which cannot be imported ({error}). "
             "Install it: pip install caftune[eval]"
         ) from error
-    return RougeScorer(list(_MEASURES), use_stemmer=False)
+    return RougeScorer(list(_MEASURES), tokenizer=_Words())
 
 
 def rouge(reference: str, text: str) -> dict[str, float]:
     """ROUGE-1, ROUGE-2 and ROUGE-L of `text` against `reference`: F1, between 0 and 1.
 
-    A text without words has 0, and so has everything against a reference without words.
+    A text without words has 0, and so has everything against a reference without words. A text of one word has no pairs, and
+    a ROUGE-2 of 0 even with itself.
 
     Raises:
         CaftuneError: rouge-score is not installed.
@@ -69,6 +126,14 @@ def rouge(reference: str, text: str) -> dict[str, float]:
     """
     scores = _scorer().score(reference, text)
     return {measure: float(scores[measure].fmeasure) for measure in _MEASURES}
+
+
+def _reference(row: Mapping[str, Any], number: int, name: str) -> str:
+    """The text that answers are compared with, which must have a word, or ROUGE could not tell a right answer from a wrong."""
+    reference = str(column(row, number, name))
+    if not words(reference):
+        raise CaftuneError(f"Row {number} (from 0): {name} must have a word, got {reference!r}. Remove the row.")
+    return reference
 
 
 def _score(example: Example, completion: str) -> dict[str, float]:
@@ -87,7 +152,7 @@ def _read_dialogue(row: Mapping[str, Any], number: int) -> Example:
         f'Write the section "{section}" of the clinical note that belongs to this conversation.\n\n'
         f"Conversation:\n{str(column(row, number, 'dialogue')).strip()}\n\n{section}:\n"
     )
-    reference = str(column(row, number, "section_text"))
+    reference = _reference(row, number, "section_text")
     return Example(str(row.get("ID", number)), prompt, reference, reference)
 
 
@@ -97,7 +162,7 @@ def _read_note(row: Mapping[str, Any], number: int) -> Example:
         "Write the brief hospital course that belongs to this discharge note.\n\n"
         f"Clinical note:\n{str(column(row, number, 'input')).strip()}\n\nBrief hospital course:\n"
     )
-    reference = str(column(row, number, "target"))
+    reference = _reference(row, number, "target")
     return Example(str(row.get("note_id", number)), prompt, reference, reference)
 
 
