@@ -28,6 +28,29 @@ def test_white_space_at_both_ends_does_not_count(completion):
 
 
 @pytest.mark.parametrize(
+    ("reference", "completion"),
+    [
+        ("caf\u00e9", "cafe\u0301"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("\ud55c", "\u1112\u1161\u11ab"),
+        ("one\ntwo", "one\r\ntwo\r\n"),
+        ("one\r\ntwo", "one\ntwo"),
+        ("one\rtwo", "one\ntwo"),
+        ("one", "\ufeffone"),
+    ],
+)
+def test_what_no_reader_sees_does_not_count(reference, completion):
+    assert scored(reference, completion) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("reference", "completion"), [("x2", "x\u00b2"), ("caf\u00e9", "cafe"), ("fi", "\ufb01"), ("a\nb", "a\n\nb")]
+)
+def test_what_a_reader_sees_counts(reference, completion):
+    assert scored(reference, completion) == 0.0
+
+
+@pytest.mark.parametrize(
     "completion", ["", " ", "To be", "to  be", "to be.", "to be or not", "be", "to\nbe", "\ud800\0"]
 )
 def test_everything_else_does(completion):

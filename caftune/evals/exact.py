@@ -1,13 +1,16 @@
-"""The task `exact_match`: anybody's own prompts and completions. An answer is right if it is the completion to the letter.
+r"""The task `exact_match`: anybody's own prompts and completions. An answer is right if it is the completion to the letter.
 
 Rows: those that a model is trained on, with the columns `prompt` and `completion`, both texts, and `id` where there is one. A
 prompt is asked as it is. White space at both ends of answer and completion does not count; within, it does, and so do case
-and marks. A thought that the completion begins with is taken off, as it is from the answers.
+and marks. What no reader can see does not count either: how line ends are written (\r\n is \n), a byte order mark, and how
+Unicode composes a letter (NFC: é is one character or two).
+A thought that the completion begins with is taken off, as it is from the answers.
 
 The least that can be said of an answer: one that means the same in other words is wrong. Where a task of its own fits the data,
 it says more.
 """
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,8 +36,13 @@ def read(row: Mapping[str, Any], number: int) -> Example:
 
 
 def score(example: Example, completion: str) -> dict[str, float]:
-    """`exact_match`: 1 for the reference to the letter, white space at both ends aside."""
-    return {"exact_match": float(completion.strip() == example.reference)}
+    """`exact_match`: 1 for the reference to the letter, white space at both ends and its bytes aside."""
+    return {"exact_match": float(_seen(completion) == _seen(example.reference))}
+
+
+def _seen(text: str) -> str:
+    text = text.replace("\r\n", "\n").replace("\r", "\n").strip("\ufeff").strip()
+    return unicodedata.normalize("NFC", text)
 
 
 EXACT_MATCH = Task(
