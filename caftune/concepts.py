@@ -179,6 +179,8 @@ def _occurrences(text: str, terms: Sequence[str]) -> Iterator[Concept]:
     forms = (r"\s+".join(map(re.escape, name.split())) for name in names)
     pattern = rf"(?<!\w)(?:{'|'.join(f'({form})' for form in forms)})(?!\w)"
     for match in re.finditer(pattern, text, re.IGNORECASE):
+        if unicodedata.category(text[match.end() : match.end() + 1] or " ")[0] == "M":
+            continue  # a mark on the last letter makes it another one, and \w knows no marks
         yield Concept(names[(match.lastindex or 1) - 1], (match.span(),))
 
 
@@ -194,6 +196,8 @@ def _shape(character: str) -> str:
         return "-"
     if character in "'\u2019":
         return "'"
+    if character in "\u200c\u200d\u00ad":  # joiners and the soft hyphen, within Persian and Indic words for example
+        return "m"
     return {"L": "a", "M": "m", "N": "0"}.get(unicodedata.category(character)[0], " ")
 
 

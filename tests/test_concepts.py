@@ -398,3 +398,15 @@ def test_a_summary_names_the_twelve_most_frequent_and_has_no_numbers_of_nothing(
     assert list(summarise_concepts(found)["by_name"]) == ["n19", *(f"n{n:02d}" for n in range(11))]
     nothing = {"count": 0, "probability": None, "exact": None}
     assert summarise_concepts([]) == {**nothing, "by_tokens": {}, "by_name": {}}
+
+
+def test_a_term_is_no_part_of_a_word_that_goes_on_with_a_mark():
+    assert [c.name for c in find_concepts("\u0915 \u0915\u093f", "words", ["\u0915"])] == ["\u0915", "\u0915\u093f"]
+    assert [c.name for c in find_concepts("cafe\u0301 cafe", "words", ["cafe"])] == ["cafe\u0301", "cafe"]
+
+
+@pytest.mark.parametrize(
+    "word", ["\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "co\u00adoperate", "\u0915\u094d\u200d\u0937"]
+)
+def test_a_joiner_or_soft_hyphen_does_not_end_a_word(word):
+    assert [c.name for c in find_concepts(f"- {word} -", "words")] == [word]
