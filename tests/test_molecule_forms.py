@@ -35,7 +35,8 @@ SMILES_FORMS = {
     f"SMILES: {ALANINE}": ALANINE, f"It is **{ALANINE}**.": ALANINE, f"{ALANINE} (L-alanine)": ALANINE, "F/C=C\\F.": "F/C=C\\F", "`F/C=C\\F`": "F/C=C\\F", "SMILES: c1ccc2[nH]ccc2c1": "c1ccc2[nH]ccc2c1",
     "*CCO": "*CCO", "SMILES: *CCO": "*CCO", "*CCO*": "*CCO*", "CC*": "CC*", "[13CH4]": "[13CH4]", "C%12CCCCC%12": "C%12CCCCC%12", "SMILES: [Fe+2]": "[Fe+2]",
     "I": "I", "C": "C", "CO": "CO", "CN": "CN", " CN.": "CN", "`I`": "I", "BIOS": "BIOS", "NO": "NO", "SMILES: C": "C", "The SMILES is CN.": "CN", "O=C=O": "O=C=O", "[H][H]": "[H][H]", "N": "N",
-    "CN\nThis is methylamine.": "CN",
+    "CN\nThis is methylamine.": "CN", '{"smiles": "CCO"}': "CCO", '```json\n{"smiles": "CCO"}\n```': "CCO", "| SMILES | CCO |": "CCO", "\\boxed{CCO}": "CCO", "$\\boxed{\\text{CCO}}$": "CCO", "SMILES: CCO</s>": "CCO", "CCO<|im_end|>": "CCO",
+    "<answer>CCO</answer>": "CCO", "SMILES：CCO": "CCO", "We get C1=CC=CC=C1 as the SMILES.": "C1=CC=CC=C1", "```python\nsmiles = 'CCO'\n```": "CCO", "SMILES: CCO\u200b": "CCO", "### SMILES\n\nCCO\n\n### Name\nethanol": "CCO",
 }  # fmt: skip
 
 SMILES_ATTEMPTS = {
@@ -138,12 +139,14 @@ PROTEIN_FORMS = {
     "tens": in_tens(ONE), "tens, wrapped": in_tens(ONE, 2), "tens with a stop": f"{in_tens(ONE)}*", "tens with a label": f"Sequence: {in_tens(ONE)}", "GenBank": numbered(ONE), "GenBank in a block": f"ORIGIN\n```\n{numbered(ONE)}\n//\n```",
     "numbers behind": f"{in_tens(ONE)}    32", "a ruler": f"        10         20         30\n{in_tens(ONE)}", "letters apart": " ".join(ONE), "wrapped": f"{ONE[:30]}\n{ONE[30:]}", "prose first": f"Here is a protein with these functions.\n\n{ONE}\n\nA PROTEIN SUCH AS THIS BINDS DNA.",
     "a FASTA file in prose": f"A FASTA file:\n{ONE}", "prose in capitals first": f"PLEASE FIND THE DESIGN BELOW\n{ONE}", "tildes": f"~~~\n{ONE}\n~~~", "a list": f"1. It:\n   ```\n   {ONE}\n   ```\n", "not closed": f"```\n{ONE[:16]}\n{ONE[16:]}", "CRLF": f"Sure:\r\n\r\n{ONE[:20]}\r\n{ONE[20:]}\r\n",
+    "JSON": f'{{"sequence": "{ONE}"}}', "tags": f"<protein>{ONE}</protein>", "an end mark": f"{ONE}</s>", "Galactica's marks": f"[START_AMINO]{ONE}[END_AMINO]", "a short label": f"seq: {ONE}", "capitals": f"THE SEQUENCE IS {ONE}", "a heading": f"FASTA:\n>x\n{ONE}",
     "a byte order mark": f"\ufeff{ONE}", "code block of another kind first": f"```\nno sequence here\n```\n```\n{ONE}\n```", "a prose block": f"```\nHere it is:\n{ONE}\n```",
 }  # fmt: skip
 
 NO_PROTEIN = [
     "I CANNOT HELP WITH THAT", "SORRY", "SORRY.", "NO", "NONE", "N/A", "NULL", "HELP", "ERROR", "A FASTA file is needed.", "A DNA SEQUENCE IS NEEDED", "THE DESIGN OF PROTEINS NEEDS A LAB", "PLEASE ASK A SPECIALIST", "FASTA", "DNA and RNA", "Sequence: unknown",
     "Sequence: N/A", "Sequence:", "sequence is not known", "The sequence is a secret.", "characteristically", "acetyltransferases", "mktayiak", ">sp|P01308|INS_HUMAN Insulin", "> MKTAYIAK", "10 20 30", "---", "***", "*", "MK", "Met-Lys-Thr-Ala", "I AM A MODEL", "ATP", "YES",
+    "SMILES string", "REFUSED", "DNA", "The protein is INSULIN.", "[REDACTED]", "Sequence: [REDACTED]", "It has the motif GXXXXGKT.", "12 characteristics", "THE SEQUENCE IS LACKING",
     "A", "I", "This binds ATP, GTP and NAD.", "```\nI cannot.\n```",
 ]  # fmt: skip
 
@@ -154,7 +157,7 @@ def test_the_sequence_is_read_from(form):
     assert PROTEINS.score(Example("0", "", ONE), PROTEIN_FORMS[form])["identity"] == 1.0
 
 
-@pytest.mark.parametrize("answer", [answer for answer in NO_PROTEIN if answer not in ("FASTA", "ATP")])
+@pytest.mark.parametrize("answer", NO_PROTEIN)
 def test_what_is_no_sequence_is_not_aligned(answer):
     found = PROTEINS.score(Example("0", "", ONE), answer)
     assert (found["identity"], found["valid_residues"]) == (0.0, 0.0)

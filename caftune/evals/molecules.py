@@ -28,6 +28,8 @@ AVERAGED = ("exact_match", "exact_match_inchi", "valid", "levenshtein", "morgan"
 _TAGS = re.compile(
     r"<SMILES>(.*?)(?:</SMILES>|\Z)|\[START_(?:I_)?SMILES\](.*?)(?:\[END_|\Z)", re.DOTALL | re.IGNORECASE
 )
+_TAG = re.compile(r"<[^<>\s]{1,30}>")
+_TEX = re.compile(r"\\(?:boxed|text|texttt|mathrm)\{([^{}]*)\}")
 # What is written as SMILES are written, valid or not. Letters alone must be atoms outside of rings: no aromatic ones.
 _SMILES = re.compile(r"(?:\[[^\]\s]*\]|Br|Cl|[BCNOPSFIbcnops*]|[()\-=#$:/\\~.%@+\d])+(?:\[[^\]\s]*)?")
 _BONDS = frozenset("-=#$:/\\~.%@+)0123456789")  # no SMILES begins with these
@@ -40,6 +42,7 @@ _PART = re.compile(
     r"\W*(?:\w+ )?(?:bonds?|groups?|moiet\w+|rings?|linkages?|stretch\w*|atoms?|units?|double|triple|single|containing)\b"
 )
 _OTHER = re.compile(r"SELFIES|InChI|formula|IUPAC|\bname|\bCAS\b|group|bond|moiety", re.IGNORECASE)
+_LONG = 8  # characters; no word of a language that is written as SMILES are has so many
 _WORDS = frozenset(
     {"I", "NO", "SO", "ON", "IN", "IF", "OF", "BIO", "BIOS", "SOS", "ICON", "COIN", "COINS", "SPIN", "SIC"}
 )
@@ -49,8 +52,9 @@ def smiles_of(completion: str) -> str:
     r"""The SMILES that a completion gives, valid or not, or "" where it gives none (prose, a refusal).
 
     The first of these that looks like a SMILES: what is within tags; the first line or its first word; a code block; what
-    follows the word SMILES; code within a line; a line of its own; a value ("Ethanol: CCO", "It is CCO."). Without any of
-    them, a first line that is one word, whatever it holds, for BLEU and edit distance count what was written.
+    follows the word SMILES; code within a line; a line of its own; a value ("Ethanol: CCO", "It is CCO."); a word that no
+    language has. Without any of them, a first line that is one word: BLEU and edit distance count what was written.
+
     White space, Markdown, quotation marks and what ends a sentence are taken off; dots between molecules stay. A word that
     English shares with chemistry (I, NO, CN, BIOS) is an answer where it stands alone, and none within a sentence.
 
@@ -60,6 +64,7 @@ def smiles_of(completion: str) -> str:
     text = completion.replace("\r\n", "\n").replace("\r", "\n").strip("\ufeff\u200b \t\n")
     if tagged := _TAGS.search(text):
         return smiles_of(tagged[1] or tagged[2] or "")
+    text = _TEX.sub(r"\1", _TEX.sub(r"\1", _TAG.sub(" ", text)))
     found = sections(text)
     blocks = [f"{section.info.partition(' ')[2]}\n{section.text}" for section in found if section.is_code]
     ways: tuple[Iterator[str], ...] = (
@@ -69,6 +74,7 @@ def smiles_of(completion: str) -> str:
         _within_ticks(text),
         _lines_of_their_own(text),
         _named(text),
+        _long_ones(text),
         _written_alone(text),
     )
     return next((smiles for way in ways for smiles in way), "")
@@ -79,8 +85,11 @@ def _bare(word: str, before: str = "") -> str:
     last = None
     while last != word:
         last = word
-        word = word.strip("`\"'“”‘’").removeprefix("**").removesuffix("**").removeprefix("__").removesuffix("__")
+        word = (
+            word.strip("`\"'“”‘’{}|\u200b").removeprefix("**").removesuffix("**").removeprefix("__").removesuffix("__")
+        )
         word = word.rstrip(".,;:!?")
+        word = word.strip("$") if word[:1] == "$" else word
         if word.endswith(")") and word.count(")") > word.count("(") and before.count("(") > before.count(")"):
             word = word[:-1]
         if len(word) > 2 and word[0] == "(" and word[-1] == ")" and ")" not in word[:-1]:
@@ -139,7 +148,7 @@ def _ends(text: str, start: int) -> Iterator[int]:
     window = text[start : start + 200]
     window = window.partition("\n\n\n")[0]
     for mark in re.finditer(
-        rf"(?:^SMILES|:|->|→|(?<=\s)=|(?<=^SMILES)=|\b(?:is|be|as)\b){_SIGN}(?=\S)", window, re.IGNORECASE
+        rf"(?:^SMILES|[:：|]|->|→|(?<=\s)=|(?<=^SMILES)=|\b(?:is|be|as)\b){_SIGN}(?=\S)", window, re.IGNORECASE
     ):
         yield start + mark.end()
 
@@ -156,6 +165,14 @@ def _lines_of_their_own(text: str) -> Iterator[str]:
         words = line[len((_BULLET.match(line) or [""])[0]) :].split()
         if len(words) == 1 and _is_smiles(_bare(words[0])) and _bare(words[0]) not in _WORDS:
             yield _bare(words[0])
+
+
+def _long_ones(text: str) -> Iterator[str]:
+    for line in text.split("\n"):
+        for word in map(_bare, line.split()):
+            is_long = len(word) >= _LONG and not word.isalpha() and not _OTHER.search(line)
+            if is_long and _is_smiles(word) and molecule_of(word) is not None:
+                yield word
 
 
 def _written_alone(text: str) -> Iterator[str]:

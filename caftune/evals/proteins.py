@@ -11,6 +11,7 @@ Structures (confidence, TM-score) need a folding model: `eval.structures` names 
 """
 
 import re
+import string
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -26,15 +27,23 @@ COMPARED = 4  # times the reference's length: the part of an answer that is alig
 
 
 _LABEL = re.compile(
-    r"(?:[^:\n]{0,60}\b)?(?:sequence|protein|peptide|answer)\b[^:\n]{0,60}?(?::|\b(?-i:is)\b)[\s*_]*(.*)", re.IGNORECASE
+    r"(?:[^:\n]{0,60}\b)?(?:seq|sequence|protein|peptide|answer)\b[^:：\n]{0,60}?(?:[:：]|\bis\b)[\s*_]*(.*)",
+    re.IGNORECASE,
 )
+_TAG = re.compile(r"<[^<>\s]{1,30}>|\[(?:START|END)_\w+\]")
 _BULLET = re.compile(r"\s*(?:(?:[-+•]|\*(?=\s)|\d+[.)])\s+)?")
+_LETTERS = frozenset(string.ascii_uppercase)
 _LONG = 25  # letters that no word has; at least LABELLED where something says that they are a sequence
 _LABELLED = 10
 _IN_SENTENCE = 12
-_CAPITALS = frozenset(
-    {"I", "NA", "NULL", "NIL", "EMPTY", "INVALID", "FAIL", "FAILED", "HELP", "PLEASE", "WAIT", "YES", "END"}
-)
+# Words without O, which few sequences have.
+_CAPITALS = frozenset({
+    "I", "NA", "NULL", "NIL", "EMPTY", "INVALID", "FAIL", "FAILED", "HELP", "PLEASE", "WAIT", "YES", "END",
+    "PENDING", "MISSING", "UNAVAILABLE", "REFUSED", "DECLINED", "DENIED", "WITHHELD", "REDACTED", "CLASSIFIED",
+    "RESTRICTED", "RESULT", "ANSWER", "SEQUENCE", "PEPTIDE", "SMILES", "FASTA", "DNA", "RNA", "ATP", "GTP", "PDB",
+    "GFP", "EGFP", "ATPASE", "GTPASE", "KINASE", "LIGASE", "LIPASE", "ENZYME", "INSULIN", "TRYPSIN", "LYSINE",
+    "ALANINE", "GLYCINE", "SERINE", "VALINE", "CYSTEINE", "HISTIDINE",
+})  # fmt: skip
 
 
 def sequence_of(completion: str) -> str:
@@ -49,7 +58,7 @@ def sequence_of(completion: str) -> str:
     >>> sequence_of("Here it is:\n```\n>designed\nMKTAYIAK\nQRQISF*\n```"), sequence_of("I cannot design one.")
     ('MKTAYIAKQRQISF', '')
     """
-    text = completion.replace("\r\n", "\n").replace("\r", "\n").strip("\ufeff\u200b")
+    text = _TAG.sub(" ", completion.replace("\r\n", "\n").replace("\r", "\n").strip("\ufeff\u200b"))
     blocks = (section.text for section in sections(text) if section.is_code)
     found = (_first_sequence(block, is_marked=True) for block in blocks)
     return next(filter(None, found), "") or _first_sequence(text, is_marked=False)
@@ -77,8 +86,10 @@ def _residues(line: str, *, is_marked: bool, is_begun: bool) -> str:
     text = label[1] if label else line[len((_BULLET.match(line) or [""])[0]) :] or line
     groups = _bare(text).split()
     blocks = [group for group in groups if not group.isdigit()]
+    if label and line.isupper() and not re.search("[:：]", line) and len("".join(blocks)) < _IN_SENTENCE:
+        return ""  # THE SEQUENCE IS LACKING
     if _are_blocks(blocks):
-        is_marked |= label is not None or len(groups) > 1
+        is_marked |= label is not None or len(blocks) > 1
         return _in_capitals("".join(blocks), is_marked=is_marked, is_begun=is_begun)
     if label and blocks and _is_sequence(_bare(blocks[0]), _LABELLED // 2):
         return _bare(blocks[0])
@@ -93,18 +104,22 @@ def _label(line: str) -> re.Match[str] | None:
 
 def _bare(text: str) -> str:
     """The text without Markdown, quotation marks and the end of a sentence, and with one stop mark at most."""
-    text = re.sub(r"\*\*|__", "", text).strip("`\"'“”‘’() \t").rstrip(".,;:`\"'”’) \t")
+    text = re.sub(r"\*\*|__", "", text).strip("`\"'“”‘’(){}| \t").rstrip(".,;:`\"'”’){}| \t")
     return re.sub(r"\s*\*+$", "*", text)
 
 
 def _are_blocks(groups: Sequence[str]) -> bool:
-    """Whether this is one word, or blocks of one length: of four letters at least, or eight of one; the last may be shorter."""
+    """Whether this is one word, or blocks of one length, of which the last may be shorter.
+
+    Blocks have four letters at least, or are eight of one letter; of ten, where letters are small.
+    """
     if len(groups) < 2:
         return len(groups) == 1
     size = len(groups[0])
     is_even = all(len(group) == size for group in groups[:-1]) and len(groups[-1].rstrip("*")) <= size
-    is_all = RESIDUES.issuperset("".join(groups).rstrip("*").upper())
-    return is_all and is_even and (size >= 4 or (size == 1 and len(groups) >= 8))
+    letters = "".join(groups).rstrip("*")
+    is_size = size >= 4 or (size == 1 and len(groups) >= 8)
+    return is_even and RESIDUES.issuperset(letters.upper()) and (is_size if letters.isupper() else size == 10)
 
 
 def _is_word(letters: str) -> bool:
@@ -123,7 +138,11 @@ def _in_capitals(word: str, *, is_marked: bool, is_begun: bool) -> str:
     if is_begun and word == "*":
         return word
     if letters == letters.upper():
-        is_some = valid_residues(letters) >= 0.75 and (is_begun or len(letters) >= 3)
+        is_some = (
+            not set(letters) - set("?-~.*") - _LETTERS
+            and valid_residues(letters) >= 0.75
+            and (is_begun or len(letters) >= 3)
+        )
         return word if is_some and not _is_word(letters) else ""
     is_long = is_begun or len(letters) >= (_LABELLED if is_marked else _LONG)
     return word.upper() if is_long and (RESIDUES - {"O", "U"}).issuperset(letters.upper()) else ""
