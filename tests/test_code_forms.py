@@ -8,6 +8,7 @@ import gzip
 import json
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -90,6 +91,9 @@ RIGHT = {
     "the body, stripped, of one line": BODY.strip(),
     "the body at the margin, in a fence": fenced(textwrap.dedent(LONG_BODY)),
     "the body at the margin with an early return, in a fence": fenced("if not values: return 0\nfound = 0\nfor v in values:\n    found += v > limit\nreturn found\n"),
+    "the body indented below prose": f"The body is this:\n\n{LONG_BODY}\nThat is all.",
+    "the whole between tags": f"[PYTHON]\n{LONG}[/PYTHON]",
+    "steps in pieces, then the whole": "Step 1:\n" + fenced("found = 0\n") + "Step 2:\n" + fenced("for value in values:\n    found += value > limit\n") + "Together:\n" + fenced(LONG),
     "the body in a fence, with prose": f"The body is:\n\n{fenced(BODY)}\nThat is all.",
     "the body in a fence in a list": f"1. Fill in:\n\n{inset(fenced(LONG_BODY), '   ')}\n2. Done.",
     "the whole": WHOLE,
@@ -205,6 +209,10 @@ WRONG_ANSWERS = {
     "a broken body, then a right fence": "    return sum(v >\n\n" + fenced(WHOLE),
     "a body that is cut": "    found = 0\n    for value in values:\n        if value > limit",
     "a body that is cut where it parses": "    found = 0\n    for value in values:\n        found += value > limit\n",
+    "steps in pieces alone": "Step 1:\n" + fenced("found = 0\n") + "Step 2:\n" + fenced("for value in values:\n    found += value > limit\n"),
+    "a body that prints": "    print(sum(v > limit for v in values))\n",
+    "a body in a comment": "    # return sum(v > limit for v in values)\n",
+    "a body in a docstring": '    """\n    return sum(v > limit for v in values)\n    """\n',
     "a body indented by a tab": "\treturn sum(value > limit for value in values)",
     "a body indented by five": "     return sum(value > limit for value in values)",
     "a body that needs what is nowhere": "    return sum(map(is_above(limit), values))\n",
@@ -369,6 +377,18 @@ def test_solutions_of_mbpp_pass_in_plain_text_and_in_prose(shared):
     answers = [row["code"] for row in rows] + [in_prose(fenced(row["code"] + "\n")) for row in rows]
     found = scores(MBPP, list(zip([*rows, *rows], answers, strict=True)))
     assert [row["task_id"] for row, score in zip([*rows, *rows], found, strict=True) if score != 1.0] == []
+
+
+def test_long_answers_are_read_in_seconds_at_most():
+    start = time.perf_counter()
+    for answer in (
+        "This is a line of prose.\n" * 3000,
+        "```\nx (\n" * 300,
+        "def f(x):\n    return (\n\n" * 300,
+        "`" * 9999,
+    ):
+        assert solution_of(answer, frozenset({"f"})) is body_of(answer, HEAD, "count_above") is None
+    assert time.perf_counter() - start < 20
 
 
 # Markdown

@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from caftune.evals.markdown import Section, apart, inline_code, sections
 
 _MOST_CHUNKS = 200  # of a text that does not parse as a whole, tried one by one
+_MOST_ENDS = 40  # of a body, tried one by one
 _FAILURES = (
     12  # lines at the margin within a string or brackets: after so many that do not parse, the next are not tried
 )
@@ -116,7 +117,8 @@ def body_of(answer: str, head: str, name: str) -> str | None:
     """The program that `head` and a body of its function make, where the body is a code block, or the answer was stripped."""
     answer = plain(answer)
     for text in (answer, apart(answer)):
-        for block in [section.text for section in _python_sections(text) if section.is_code] or [answer]:
+        blocks = [section.text for section in _python_sections(text) if section.is_code]
+        for block in blocks or [answer, *_indented(answer)]:
             for body in (block, textwrap.indent(textwrap.dedent(block), "    "), f"    {block.strip()}"):
                 program = _continued(head, body)
                 if program is not None and _returns(program, name):
@@ -408,7 +410,8 @@ def _leading(lines: Sequence[str]) -> list[str]:
 def _continued(head: str, body: str) -> str | None:
     """`head` with the shortest part of the body, up to a line at the margin, with which it compiles, and its helpers."""
     lines = body.split("\n")
-    for end in [number for number, line in enumerate(lines) if re.match(r"[^\s#]", line) and number] + [len(lines)]:
+    ends = [number for number, line in enumerate(lines) if re.match(r"[^\s#]", line) and number]
+    for end in [*ends[:_MOST_ENDS], len(lines)]:
         program = head + "\n".join(lines[:end]) + "\n"
         if any(line.strip() for line in lines[:end]) and _parsed(program) is not None:
             rest = Section("\n".join(lines[end:]), False, 0, 0)
