@@ -32,9 +32,7 @@ from caftune.evals.markdown import Section, apart, inline_code, sections
 
 _MOST_CHUNKS = 200  # of a text that does not parse as a whole, tried one by one
 _MOST_ENDS = 40  # of a body, tried one by one
-_FAILURES = (
-    12  # lines at the margin within a string or brackets: after so many that do not parse, the next are not tried
-)
+_FAILURES = 12  # lines at the margin in a row that do not parse, as within a string: the next are not tried
 _DEEPEST = 3  # blocks within blocks
 _LOCK = threading.Lock()  # warnings.catch_warnings is not safe in threads
 _IN_INFO = re.compile(
