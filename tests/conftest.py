@@ -18,7 +18,9 @@ torch.set_num_threads(1)
 
 def pytest_collection_modifyitems(items):
     """Where the sandbox cannot be had (it is refused there), its tests are skipped with its own reason."""
-    boxed = [item for item in items if item.path.name in ("test_sandbox.py", "test_code_tasks.py", "test_code_forms.py")]
+    boxed = [
+        item for item in items if item.path.name in ("test_sandbox.py", "test_code_tasks.py", "test_code_forms.py")
+    ]
     if not boxed:
         return
     from caftune.evals.sandbox import check_sandbox
