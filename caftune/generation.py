@@ -5,7 +5,7 @@ A *backend* is a function: prompts and a seed for each in, (index, answer or fai
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -52,9 +52,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """No answer, and why."""
+    """No answer, and why. `is_lost`: a server said nothing of this prompt, for it was gone, busy or broken."""
 
     reason: str
+    is_lost: bool = field(default=False, compare=False)
 
 
 Backend = Callable[[Sequence[Prompt], Sequence[int]], Iterator[tuple[int, Answer | Failure]]]

@@ -1,7 +1,8 @@
 """Sampling answers from a server with an OpenAI-compatible interface: vLLM, SGLang, `transformers serve`, any other.
 
-Servers differ in what they understand; a word is sent in each *dialect* until one is accepted:
+Servers differ in what they understand; a few words are sent in each *dialect* until one is answered:
 
+    llama.cpp     llama-server's own /completion: prompts and answers as token ids; only for servers with its /props
     tokens        prompts as token ids, answers with token ids where the server gives them (vLLM, SGLang): nothing is lost
     transformers  text, and transformers' own generation settings (`transformers serve`); only for servers that refuse fields
                   they do not know, since one that overlooked the settings would draw otherwise than asked
@@ -10,7 +11,7 @@ Servers differ in what they understand; a word is sent in each *dialect* until o
 
 Conversations go as text too, rendered here, where the server's tokenizer will make the same tokens of it: what a chat
 endpoint makes of an answer (a thinking part set aside, tool calls) is not what the model wrote. Answers that come as text are
-tokenized here, after their prompt, as the text that follows it.
+tokenized here: see spellings.py. A reply that is malformed in any way is a failure of its prompt alone.
 """
 
 import json
@@ -25,13 +26,33 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from caftune.errors import CaftuneError
 from caftune.generation import Answer, Backend, Failure, Sampling, until_end
 from caftune.prompts import Conversation, Prompt, as_written
+from caftune.spellings import Decoding, spelled
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-DIALECTS = ("tokens", "transformers", "plain", "chat")
+DIALECTS = ("llama.cpp", "tokens", "transformers", "plain", "chat")
 # What servers answer to a request they do not understand, and to one for an address they do not have.
 _REFUSED, _ABSENT = (400, 415, 422), (404, 405, 501)
+_FIRST_TRIES = 3  # of the first words in a dialect, where the reply is malformed
+_SHOWN = 80  # characters of a malformed reply
+# What a chat endpoint may set apart from an answer, and what does so.
+_REASONING = "reasoning parser (vLLM, SGLang: no --reasoning-parser; llama-server: --reasoning-format none)"
+_TOOLS = "tool parser (vLLM, SGLang: no --tool-call-parser)"
+_PARSERS = {
+    "reasoning_content": _REASONING,
+    "reasoning": _REASONING,
+    "tool_calls": _TOOLS,
+    "function_call": _TOOLS,
+}
+
+
+class BadReply(Exception):
+    """A reply that came and holds no answer. `remedy`: a sentence for a person, where every reply will be so."""
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 @dataclass(frozen=True)
@@ -59,29 +80,45 @@ class Server:
 
 
 def server_backend(server: Server, tokenizer: Any, sampling: Sampling, eos: Sequence[int]) -> Backend:
-    """A backend that asks `server`. A prompt that is given up after its retries is a `Failure`; the others go on.
+    """A backend that asks `server`.
+
+    A prompt that is given up after its retries, or whose reply is malformed, is a `Failure`; the others go on.
 
     Raises:
         CaftuneError: the openai package is missing, or (before the first prompt) the server is not there or refuses to answer.
     """
-    client = _client(server)
-    dialect: str | None = None
+    link = _Link(_client(server), server, tokenizer, sampling, eos)
+    dialect: _Dialect | None = None
 
     def answer(prompts: Sequence[Prompt], seeds: Sequence[int]) -> Iterator[tuple[int, Answer | Failure]]:
         nonlocal dialect
-        import openai
-
-        def ask(index: int) -> Answer | Failure:
-            try:
-                return _ask(client, server, str(dialect), prompts[index], tokenizer, sampling, eos, seeds[index])
-            except openai.OpenAIError as error:
-                return Failure(_reason(error))
-
         if dialect is None and prompts:
-            dialect = _dialect(client, server, prompts[0], tokenizer, sampling, eos)
-        yield from _in_parallel(ask, range(len(prompts)), server.concurrency)
+            dialect = _dialect(link, prompts[0])
+        in_it = cast(_Dialect, dialect)
+        yield from _in_parallel(
+            lambda index: _ask(link, in_it, prompts[index], seeds[index]), range(len(prompts)), server.concurrency
+        )
 
     return answer
+
+
+@dataclass(frozen=True)
+class _Link:
+    """A server, and what every request to it needs."""
+
+    client: "OpenAI"
+    server: Server
+    tokenizer: Any
+    sampling: Sampling
+    eos: Sequence[int]
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """What a server understands, and how it decodes the texts that it gives."""
+
+    name: str
+    decoding: Decoding = "unknown"
 
 
 def _client(server: Server) -> "OpenAI":
@@ -117,51 +154,110 @@ def _pace(requests_per_minute: float | None) -> Callable[[Any], None] | None:
     return wait_for_turn
 
 
-def _dialect(
-    client: "OpenAI", server: Server, prompt: Prompt, tokenizer: Any, sampling: Sampling, eos: Sequence[int]
-) -> str:
-    """The first dialect in which the server answers one word, asked as `prompt` is: as a text or in a conversation."""
+def _dialect(link: _Link, prompt: Prompt) -> _Dialect:
+    """The first dialect in which the server answers a few words, asked as `prompt` is: as a text or in a conversation."""
+    is_chat = prompt.messages is not None
+    words = "Once upon a"
+    said = Conversation(messages=[{"role": "user", "content": words}]) if is_chat else Conversation(words)
+    server = link.server
+    short = replace(
+        link,
+        client=link.client.with_options(max_retries=min(server.retries, 2)),  # a wrong address is told soon
+        sampling=replace(link.sampling, max_new_tokens=1),
+    )
+    asked = said.prompt(0, [], link.tokenizer)
+    refusal: Exception | None = None
+    for name in DIALECTS:
+        if name == "chat" and not is_chat:
+            continue
+        found = _first_words(short, name, asked)
+        if isinstance(found, _Dialect):
+            return found
+        refusal = found or refusal
+    what = "gives no answer to any request" if isinstance(refusal, BadReply) else "refuses every request"
+    remedy = (
+        f"Check that it serves a model by the name {server.model} (labels.server.model), and that labels.server.url ends in "
+        "/v1."
+    )
+    raise CaftuneError(
+        f"{server.url} {what} of ours, the last with: {_reason(refusal)}. {getattr(refusal, 'remedy', '') or remedy}"
+    ) from refusal
+
+
+def _first_words(link: _Link, name: str, asked: Prompt) -> "_Dialect | Exception | None":
+    """The dialect where the server understands it; else why not, None where it was not tried.
+
+    Raises:
+        CaftuneError: the server is not there, or refuses whatever it is sent.
+    """
     import openai
 
-    client = client.with_options(max_retries=min(server.retries, 2))  # a wrong address is told soon
-    word = Conversation("a") if prompt.messages is None else Conversation(messages=[{"role": "user", "content": "a"}])
-    asked, short = word.prompt(0, [], tokenizer), replace(sampling, max_new_tokens=1)
-    refusal = ""
-    for dialect in DIALECTS:
-        try:
-            if dialect == "chat" and prompt.messages is None:
-                continue
-            if dialect == "transformers" and not _refuses_unknown_fields(client, server):
-                continue
-            _ask(client, server, dialect, asked, tokenizer, short, eos, 0)
-            return dialect
-        except openai.APIStatusError as error:
-            if error.status_code not in _REFUSED + _ABSENT:
-                raise CaftuneError(
-                    f"{server.url} refuses to answer: {_reason(error)}. {_remedy(error, server)}"
-                ) from error
-            refusal = _reason(error)
-        except openai.OpenAIError as error:
-            raise CaftuneError(
-                f"{server.url} cannot be reached ({_reason(error)}). Start the server, or mend labels.server.url."
-            ) from error
-    raise CaftuneError(
-        f"{server.url} refuses every request of ours, the last with: {refusal}. Check that it serves a model by the name "
-        f"{server.model} (labels.server.model), and that labels.server.url ends in /v1."
-    )
+    server, refusal = link.server, None
+    try:
+        if not _is_for(link, name):
+            return None
+        for _ in range(_FIRST_TRIES):
+            try:
+                return _Dialect(name, _decoding(name, _request(link, _Dialect(name), asked, 0), asked))
+            except BadReply as error:
+                refusal = error
+    except openai.APIStatusError as error:
+        if error.status_code in _REFUSED + _ABSENT:
+            return error
+        raise CaftuneError(f"{server.url} refuses to answer: {_reason(error)}. {_remedy(error, server)}") from error
+    except openai.OpenAIError as error:
+        raise CaftuneError(
+            f"{server.url} cannot be reached ({_reason(error)}). Start the server, or mend labels.server.url."
+        ) from error
+    return refusal
 
 
-def _refuses_unknown_fields(client: "OpenAI", server: Server) -> bool:
+def _is_for(link: _Link, name: str) -> bool:
+    """Whether the server may be one of those that a dialect is for."""
+    if name == "llama.cpp":
+        return _has_props(link)
+    return name != "transformers" or _refuses_unknown_fields(link)
+
+
+def _has_props(link: _Link) -> bool:
+    """Whether the server describes itself as llama-server does."""
+    import openai
+
+    once = replace(link, client=link.client.with_options(max_retries=0))
+    try:
+        return "default_generation_settings" in _read(once, "GET", f"{_root(link.server)}/props")
+    except (openai.OpenAIError, BadReply):
+        return False
+
+
+def _root(server: Server) -> str:
+    return server.url.rstrip("/").removesuffix("/v1")
+
+
+def _refuses_unknown_fields(link: _Link) -> bool:
     """Whether the server refuses a request with a field that nobody knows."""
     import openai
 
+    unknown = {"model": link.server.model, "prompt": "a", "max_tokens": 1, "caftune_unknown": 1}
     try:
-        client.completions.create(model=server.model, prompt="a", max_tokens=1, extra_body={"caftune_unknown": 1})
+        _read(link, "POST", "/completions", unknown)
     except openai.APIStatusError as error:
         if error.status_code in _REFUSED + _ABSENT:
             return error.status_code in _REFUSED
         raise
+    except BadReply:
+        return False
     return False
+
+
+def _decoding(name: str, reply: "_Reply", asked: Prompt) -> Decoding:
+    """How the server decodes, as far as its reply to the first words says.
+
+    `transformers serve` (5.23) decodes an answer alone. A text that begins with a space was decoded behind its prompt.
+    """
+    if name == "transformers":
+        return "alone"
+    return "behind" if asked.messages is None and reply.text.startswith(" ") else "unknown"
 
 
 def _remedy(error: Any, server: Server) -> str:
@@ -170,80 +266,207 @@ def _remedy(error: Any, server: Server) -> str:
     return "Look into the server's log."
 
 
-def _ask(
-    client: "OpenAI",
-    server: Server,
-    dialect: str,
-    prompt: Prompt,
-    tokenizer: Any,
-    sampling: Sampling,
-    eos: Sequence[int],
-    seed: int,
-) -> Answer:
-    common: dict[str, Any] = {
-        "model": server.model,
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "seed": seed % 2**31,
+def _ask(link: _Link, dialect: _Dialect, prompt: Prompt, seed: int) -> Answer | Failure:
+    """The server's answer to a prompt, or why there is none."""
+    import openai
+
+    try:
+        reply = _request(link, dialect, prompt, seed)
+        if dialect.name != "transformers":
+            return _answer(link, dialect, prompt, reply)
+        return _as_allowed(_answer(link, dialect, prompt, reply), reply, link.sampling.max_new_tokens)
+    except BadReply as error:
+        return Failure(_reason(error))
+    except openai.OpenAIError as error:
+        return Failure(_reason(error), is_lost=_is_lost(error))
+
+
+def _as_allowed(answer: Answer, reply: "_Reply", allowed: int) -> Answer:
+    """An answer of `transformers serve`, allowed one token more: 5.23 says "length" of one that ends with its last."""
+    is_whole = reply.finish == "stop" and len(answer.ids) <= allowed
+    return answer if is_whole else replace(answer, ids=answer.ids[:allowed], finish="length")
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """What a server's reply says: the answer's text, its token ids where the server gives them, why it ended, its length."""
+
+    text: str
+    finish: str
+    ids: list[int] | None = None
+    count: int | None = None
+
+
+def _request(link: _Link, dialect: _Dialect, prompt: Prompt, seed: int) -> _Reply:
+    """Ask for one answer.
+
+    Raises:
+        BadReply: what came holds no answer.
+        openai.OpenAIError: nothing came, or a refusal.
+        CaftuneError: the server does not know a setting of the recipe.
+    """
+    seed %= 2**31
+    if dialect.name == "llama.cpp":
+        return _ask_llama_server(link, prompt, seed)
+    allowed = link.sampling.max_new_tokens + (dialect.name == "transformers")
+    body: dict[str, Any] = {
+        "model": link.server.model,
+        "max_tokens": allowed,
+        "temperature": link.sampling.temperature,
+        "top_p": link.sampling.top_p,
+        "seed": seed,
     }
-    if dialect == "tokens":
+    if dialect.name == "tokens":
         more = {
-            "top_k": sampling.top_k or -1,
+            "top_k": link.sampling.top_k or -1,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
-            "stop_token_ids": list(eos),
+            "stop_token_ids": list(link.eos),
             "return_token_ids": True,
+            "skip_special_tokens": False,
         }
-        choice = _only(client.completions.create(prompt=prompt.ids, extra_body=more, **common))
-        ids = (choice.model_extra or {}).get("token_ids")
-        if ids:
-            return _closed(list(ids), choice.finish_reason, eos, exact=True)
-        return _from_text(choice.text, choice.finish_reason, None, prompt, tokenizer, eos)
-    if dialect != "transformers":
-        if sampling.top_k:
-            raise CaftuneError(
-                f"labels.top_k must be 0 with {server.url}, which knows only OpenAI's own fields, got {sampling.top_k}."
-            )
-        reply = _ask_for_text(client, prompt, tokenizer, common, {}, as_chat=dialect == "chat")
-        return _from_text(*reply, prompt, tokenizer, eos)
-    # transformers 5.23 says "length" of an answer that ended with the last token it was allowed: it is given one more.
-    longer = replace(sampling, max_new_tokens=sampling.max_new_tokens + 1)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    settings = json.dumps(longer.generation_config(eos, pad).to_diff_dict())
-    common["max_tokens"] = longer.max_new_tokens
-    text, finish, count = _ask_for_text(client, prompt, tokenizer, common, {"generation_config": settings})
-    found = _from_text(text, finish, count, prompt, tokenizer, eos)
-    is_whole = finish == "stop" and len(found.ids) <= sampling.max_new_tokens
-    return found if is_whole else replace(found, ids=found.ids[: sampling.max_new_tokens], finish="length")
+        return _completion(_read(link, "POST", "/completions", {**body, **more, "prompt": prompt.ids}))
+    if dialect.name == "transformers":
+        pad = link.tokenizer.pad_token_id if link.tokenizer.pad_token_id is not None else link.tokenizer.eos_token_id
+        longer = replace(link.sampling, max_new_tokens=allowed)
+        body["generation_config"] = json.dumps(longer.generation_config(link.eos, pad).to_diff_dict())
+    elif link.sampling.top_k:
+        raise CaftuneError(
+            f"labels.top_k must be 0 with {link.server.url}, which knows only OpenAI's own fields, got {link.sampling.top_k}."
+        )
+    return _ask_for_text(link, prompt, body, as_chat=dialect.name == "chat")
 
 
-def _ask_for_text(
-    client: "OpenAI",
-    prompt: Prompt,
-    tokenizer: Any,
-    common: dict[str, Any],
-    more: dict[str, Any],
-    *,
-    as_chat: bool = False,
-) -> tuple[str, str, int | None]:
-    """The answer's text, why it ended, and its number of tokens where the server says it."""
-    written = None if as_chat else _as_text(prompt, tokenizer)
+def _ask_for_text(link: _Link, prompt: Prompt, body: dict[str, Any], *, as_chat: bool) -> _Reply:
+    written = None if as_chat else _as_text(prompt, link.tokenizer)
     if written is not None:
-        reply = client.completions.create(prompt=written, extra_body=more, **common)
-        choice = _only(reply)
-        return choice.text, choice.finish_reason, reply.usage.completion_tokens if reply.usage else None
+        return _completion(_read(link, "POST", "/completions", {**body, "prompt": written}))
     options = dict(prompt.options)
     tools = options.pop("tools", None)
     if tools:
-        common = {**common, "tools": tools}
+        body = {**body, "tools": tools}
     if options:
-        more = {**more, "chat_template_kwargs": options}
-    messages: Any = prompt.messages
-    talk = client.chat.completions.create(messages=messages, extra_body=more, **common)
-    choice = _only(talk)
-    _refuse_parsed(choice.message)
-    return choice.message.content or "", choice.finish_reason, talk.usage.completion_tokens if talk.usage else None
+        body = {**body, "chat_template_kwargs": options}
+    return _chat(_read(link, "POST", "/chat/completions", {**body, "messages": prompt.messages}))
+
+
+def _ask_llama_server(link: _Link, prompt: Prompt, seed: int) -> _Reply:
+    """Ask llama-server's own endpoint, which gives the ids of an answer, its end-of-text token included.
+
+    Its samplers are named in the order of transformers', and none of its own defaults is left. Its cache of prompts is not
+    used, for an answer would depend, by rounding, on what was asked before.
+    """
+    sampling = link.sampling
+    body = {
+        "model": link.server.model,
+        "prompt": prompt.ids,
+        "n_predict": sampling.max_new_tokens,
+        "samplers": ["temperature", "top_k", "top_p"],
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "seed": seed,
+        "cache_prompt": False,
+        "return_tokens": True,
+    }
+    found = _read(link, "POST", f"{_root(link.server)}/completion", body)
+    if found.get("truncated"):
+        raise BadReply(
+            "the server's context is full before the answer is",
+            "Start llama-server with more context for each slot (--ctx-size, --parallel).",
+        )
+    ids = _token_ids(found.get("tokens"))
+    stopped = found.get("stop_type")
+    if not ids or stopped not in ("eos", "limit"):
+        raise BadReply(f"the reply holds no token ids of an answer: {_shown(found)}")
+    allowed = sampling.max_new_tokens  # one that ends within a character is given some tokens more
+    ended = stopped == "eos" and len(ids) <= allowed
+    return _Reply("", "stop" if ended else "length", ids[:allowed], min(len(ids), allowed))
+
+
+def _read(link: _Link, method: Literal["GET", "POST"], path: str, body: Any = None) -> dict[str, Any]:
+    """The JSON object of a reply.
+
+    Raises:
+        BadReply: it is something else.
+    """
+    client = link.client
+    reply = client.get(path, cast_to=bytes) if method == "GET" else client.post(path, cast_to=bytes, body=body)
+    try:
+        found = json.loads(reply)
+    except (ValueError, RecursionError) as error:  # cut off, no UTF-8, a page of HTML, nested without end
+        raise BadReply(f"the reply is not JSON ({_reason(error)}): {_shown(reply)}") from error
+    if not isinstance(found, dict):
+        raise BadReply(f"the reply is no JSON object: {_shown(found)}")
+    return found
+
+
+def _completion(reply: dict[str, Any]) -> _Reply:
+    choice = _only(reply)
+    ids = _token_ids(choice.get("token_ids"))
+    return _Reply(_text(choice.get("text")), str(choice.get("finish_reason")), ids, _count(reply))
+
+
+def _chat(reply: dict[str, Any]) -> _Reply:
+    choice = _only(reply)
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        raise BadReply(f"the reply holds no message: {_shown(choice)}")
+    _refuse_parsed(message)
+    return _Reply(_text(message.get("content")), str(choice.get("finish_reason")), None, _count(reply))
+
+
+def _only(reply: dict[str, Any]) -> dict[str, Any]:
+    """The one choice of a reply. Some servers report an error with status 200 and without one."""
+    choices = reply.get("choices")
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        return choices[0]
+    raise BadReply(f"the reply holds no answer: {_shown(reply)}")
+
+
+def _text(content: Any) -> str:
+    """The text of an answer, which may come in parts that are all text. An empty one is an answer; none is not."""
+    if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise BadReply(f"the answer must be a text, and is {_shown(content)}")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadReply(f"the answer is no text: it holds half a character ({_shown(content)})") from error
+    return content
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("text", "output_text") and isinstance(part.get("text"), str)
+
+
+def _token_ids(given: Any) -> list[int] | None:
+    """The ids that a server gave, None where it gave none."""
+    if given is None:
+        return None
+    if isinstance(given, list) and all(type(token) is int and token >= 0 for token in given):
+        return given
+    raise BadReply(f"the answer's token ids must be whole numbers from 0 on, and are {_shown(given)}")
+
+
+def _count(reply: dict[str, Any]) -> int | None:
+    """How many tokens the server counted, its end-of-text token included. None where it does not say."""
+    usage = reply.get("usage")
+    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return count if type(count) is int else None
+
+
+def _refuse_parsed(message: dict[str, Any]) -> None:
+    """A chat endpoint that has taken an answer apart no longer has what the model wrote."""
+    if message.get("refusal"):
+        raise BadReply(f"the server gave a refusal in place of an answer: {_shown(message['refusal'])}")
+    parts = [part for part in _PARSERS if message.get(part)]
+    if parts:
+        raise BadReply(
+            f"the server set {' and '.join(parts)} apart from the answer; switch its parsers off",
+            f"Start the server without its {_PARSERS[parts[0]]}, or let it take texts (/v1/completions).",
+        )
 
 
 def _as_text(prompt: Prompt, tokenizer: Any) -> str | None:
@@ -255,47 +478,35 @@ def _as_text(prompt: Prompt, tokenizer: Any) -> str | None:
     return next((text for text in (bare, rendered) if tokenizer(text)["input_ids"] == prompt.ids), None)
 
 
-def _refuse_parsed(message: Any) -> None:
-    """A chat endpoint that has taken an answer apart no longer has what the model wrote."""
-    import openai
+def _answer(link: _Link, dialect: _Dialect, prompt: Prompt, reply: _Reply) -> Answer:
+    """The answer of a reply, as token ids: the server's own, else those that write its text behind the prompt.
 
-    extra = message.model_extra or {}
-    parts = [
-        name for name in ("tool_calls", "reasoning_content", "reasoning") if getattr(message, name, extra.get(name))
-    ]
-    if parts:
-        raise openai.OpenAIError(f"the server set {' and '.join(parts)} apart from the answer; switch its parsers off")
-
-
-def _only(reply: Any) -> Any:
-    """The one choice of a reply. Some servers report an error with status 200 and without one."""
-    import openai
-
-    choices = getattr(reply, "choices", None)
-    if not choices:
-        raise openai.OpenAIError(f"the reply holds no answer: {reply}")
-    return choices[0]
-
-
-def _from_text(text: str, finish: str, count: int | None, prompt: Prompt, tokenizer: Any, eos: Sequence[int]) -> Answer:
-    """An answer given as text, as the tokens that write it after its prompt.
-
-    Some decoders drop a space before the first word. Where both spellings give this text, the server's own count of tokens
-    decides, and where it cannot, whether the prompt ends with a space.
+    Raises:
+        BadReply: it ended in another way than by its end or its length (a content filter, say): not as the model would have it;
+            or no tokens write its text.
     """
-    before = prompt.text if prompt.text is not None else _rendered(prompt, tokenizer)
-    gaps = ("", " ") if before[-1:].isspace() else (" ", "")
-    width = len(prompt.ids)
-    spellings = [
-        tokenizer(before + gap + text, add_special_tokens=prompt.text is not None)["input_ids"] for gap in gaps
-    ]
-    tails = [ids[width:] for ids in spellings if ids[:width] == prompt.ids]
-    tails = [ids[:-1] if ids and ids[-1] in eos else ids for ids in tails]  # some tokenizers close every text
-    found = [ids for ids in tails if tokenizer.decode(ids, skip_special_tokens=True) == text]
-    found = found or [tokenizer(text, add_special_tokens=False)["input_ids"]]
-    wanted = None if count is None else count - (finish == "stop")
-    ids = next((ids for ids in found if len(ids) == wanted), found[0])
-    return _closed(ids, finish, _ends_of(prompt, tokenizer, eos), exact=False)
+    if reply.ids:
+        found = _closed(reply.ids, reply.finish, link.eos, exact=True)
+        # Servers also end at end-of-text tokens that the model's configuration does not name.
+        return replace(found, ids=reply.ids) if found.ids[:-1] == reply.ids and reply.count == len(reply.ids) else found
+    tokenizer, ended = link.tokenizer, reply.finish == "stop"
+    # An answer that was cut off within a character ends in a mark for what cannot be decoded, which the model did not write.
+    text = reply.text if ended else reply.text.rstrip("\N{REPLACEMENT CHARACTER}")
+    ids = spelled(
+        text,
+        prompt.ids,
+        prompt.text if prompt.text is not None else _rendered(prompt, tokenizer),
+        tokenizer,
+        ends=link.eos,
+        lengths=[] if reply.count is None else [reply.count - ended, reply.count],
+        decoding=dialect.decoding,
+        adds_special=prompt.text is not None,
+    )
+    if ids is None:
+        raise BadReply(
+            f"no tokens of model.name's tokenizer write the server's text {_shown(text)}; it must serve the same model"
+        )
+    return _closed(ids, reply.finish, _ends_of(prompt, tokenizer, link.eos), exact=False)
 
 
 def _ends_of(prompt: Prompt, tokenizer: Any, eos: Sequence[int]) -> Sequence[int]:
@@ -312,44 +523,55 @@ def _rendered(prompt: Prompt, tokenizer: Any) -> str:
     return as_written(prompt.messages or [], prompt.options, tokenizer, add_generation_prompt=True, tokenize=False)
 
 
-def _closed(ids: list[int], finish: str | None, eos: Sequence[int], *, exact: bool) -> Answer:
-    """The answer up to its end-of-text token, which servers leave out of a text.
-
-    Raises:
-        OpenAIError: it ended in another way (a content filter, say): not as the model would have it.
-    """
-    import openai
-
+def _closed(ids: list[int], finish: str, eos: Sequence[int], *, exact: bool) -> Answer:
+    """The answer up to its end-of-text token, which servers leave out of a text."""
     found = until_end(ids, set(eos))
     if found.finish == "stop":
         return Answer(found.ids, "stop", exact)
     if finish not in ("stop", "length"):
-        raise openai.OpenAIError(f"the server ended the answer with {finish!r}")
+        raise BadReply(f"the server ended the answer with {finish!r}")
     return Answer([*ids, eos[0]] if finish == "stop" and eos else ids, cast(Literal["stop", "length"], finish), exact)
 
 
 def _in_parallel(
     ask: Callable[[int], Answer | Failure], indices: range, concurrency: int
 ) -> Iterator[tuple[int, Answer | Failure]]:
-    """Ask with so many requests under way; stop asking while nothing but failures has come for twice as many.
+    """Ask with so many requests under way; stop asking where the server was lost for twice as many, one after another.
 
     The pool's threads are daemons: when the command is stopped, nobody waits for requests under way.
     """
-    failures = 0
+    lost, lock = 0, threading.Lock()
 
     def ask_unless_given_up(index: int) -> tuple[int, Answer | Failure]:
-        nonlocal failures
-        if failures >= 2 * concurrency:
+        nonlocal lost
+        if lost >= 2 * concurrency:
             return index, Failure("not asked, because the server had stopped answering")
         result = ask(index)
-        failures = failures + 1 if isinstance(result, Failure) else 0
+        with lock:  # a server whose replies are malformed still answers: only what says nothing of a prompt counts
+            lost = lost + 1 if isinstance(result, Failure) and result.is_lost else 0
         return index, result
 
     with ThreadPool(concurrency) as pool:
         yield from pool.imap_unordered(ask_unless_given_up, indices)
 
 
-def _reason(error: Exception) -> str:
+def _is_lost(error: Exception) -> bool:
+    """Whether a prompt has no answer because of the server (it is gone, busy, broken), and not because of the prompt."""
+    return getattr(error, "status_code", 500) not in (400, 413, 415, 422)
+
+
+def _reason(error: Exception | None) -> str:
     reply = getattr(error, "response", None)
     said = f"{error} {reply.text}" if reply is not None and reply.text not in str(error) else str(error)
-    return " ".join(said.split())[:300] or type(error).__name__
+    return _printable(" ".join(said.split())[:300]) or type(error).__name__
+
+
+def _shown(value: Any) -> str:
+    """The beginning of something malformed."""
+    said = repr(value)
+    return _printable(said if len(said) <= _SHOWN else f"{said[:_SHOWN]}...")
+
+
+def _printable(text: str) -> str:
+    """The text without halves of characters, which no file takes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

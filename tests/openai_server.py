@@ -1,6 +1,7 @@
 """A small server with OpenAI's interface on loopback, whose faults are chosen: what other servers do, in the tests.
 
-It answers a prompt with the greedy continuation of a real model, as token ids (like vLLM) or as text, and keeps every request.
+It answers a prompt with the greedy continuation of a real model, as token ids (like vLLM or llama-server) or as text, and keeps
+every request.
 """
 
 import json
@@ -28,7 +29,10 @@ class Replies:
         finish: what is said of why an answer ended; None: the truth.
         parts: of a chat message, beside its content.
         faults: for each request in turn a status, DROP (the connection), SLOW (a second), EMPTY (status 200 without an answer)
-            or None for an answer; after the last, answers.
+            a function that makes another body (bytes, or a value for JSON) of the answer's, or None for an answer; after the
+            last, answers.
+        behind: prompt (ids or text) and token ids -> text, for servers that decode an answer behind its prompt.
+        llama: also llama-server's own /props and /completion.
     """
 
     answer: Callable[[Any], list[int]]
@@ -39,6 +43,8 @@ class Replies:
     faults: list[Any] = field(default_factory=list)
     finish: str | None = None
     parts: dict[str, Any] = field(default_factory=dict)
+    behind: Callable[[Any, list[int]], str] | None = None
+    llama: bool = False
     requests: list[dict[str, Any]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     at_once: int = 0
@@ -61,6 +67,10 @@ class Handler(BaseHTTPRequestHandler):
     """One request; the server it belongs to holds the `Replies`."""
 
     protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        has_props = self.server.replies.llama and self.path == "/props"
+        self._send(200 if has_props else 404, {"default_generation_settings": {"n_ctx": 256}, "total_slots": 1})
 
     def do_POST(self) -> None:
         replies: Replies = self.server.replies
@@ -89,10 +99,12 @@ class Handler(BaseHTTPRequestHandler):
             self._send(status, {"error": {"message": f"no {' '.join(refused) or status}"}})
         else:
             time.sleep(1.0 if fault == SLOW else 0.0)
-            self._send(200, {"error": "busy"} if fault == EMPTY else _answer(replies, body))
+            answer = _own_answer if self.path == "/completion" else _answer
+            found = {"error": "busy"} if fault == EMPTY else answer(replies, body)
+            self._send(200, fault(found) if callable(fault) else found)
 
     def _send(self, status: int, value: Any) -> None:
-        data = json.dumps(value).encode()
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -107,7 +119,8 @@ class Handler(BaseHTTPRequestHandler):
 
 def _answer(replies: Replies, body: dict[str, Any]) -> dict[str, Any]:
     ids = replies.answer(body["messages"] if "messages" in body else body["prompt"])[: body["max_tokens"]]
-    text = replies.decode([token for token in ids if token != replies.eos])
+    said = [token for token in ids if token != replies.eos]
+    text = replies.behind(body["prompt"], said) if replies.behind else replies.decode(said)
     finish = replies.finish or ("stop" if ids[-1] == replies.eos else "length")
     choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "text": text}
     if "messages" in body:
@@ -116,6 +129,19 @@ def _answer(replies: Replies, body: dict[str, Any]) -> dict[str, Any]:
         choice["token_ids"] = ids
     usage = {"prompt_tokens": 1, "completion_tokens": len(ids), "total_tokens": 1 + len(ids)}
     return {"id": "x", "object": "o", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+
+
+def _own_answer(replies: Replies, body: dict[str, Any]) -> dict[str, Any]:
+    """What llama-server's own /completion gives: a flat object, ids only where they are asked for, the end among them."""
+    ids = replies.answer(body["prompt"])[: body["n_predict"]]
+    return {
+        "content": replies.decode([token for token in ids if token != replies.eos]),
+        "tokens": ids if body.get("return_tokens") else [],
+        "stop": True,
+        "stop_type": "eos" if ids[-1] == replies.eos else "limit",
+        "tokens_predicted": len(ids),
+        "truncated": False,
+    }
 
 
 @contextmanager

@@ -222,6 +222,213 @@ def test_text_is_tokenized_with_the_space_that_decoding_dropped(shared):
         assert found[0] == Answer(ids, "length", exact=False)
 
 
+def first(reply):
+    """The choice of a reply, to be changed."""
+    return reply["choices"][0]
+
+
+def changed(**fields):
+    """A fault: the answer with other fields in its choice."""
+
+    def change(reply):
+        first(reply).update(fields)
+        return reply
+
+    return change
+
+
+def without(*path):
+    def change(reply):
+        place = reply
+        for key in path[:-1]:
+            place = place[key]
+        place.pop(path[-1])
+        return reply
+
+    return change
+
+
+MALFORMED = {
+    "a text that is null": changed(text=None),
+    "a text that is a number": changed(text=7),
+    "a text that is an object": changed(text={"a": 1}),
+    "half a character": changed(text="a\ud800"),
+    "no text": without("choices", 0, "text"),
+    "no finish": without("choices", 0, "finish_reason"),
+    "a finish that is null": changed(finish_reason=None),
+    "a finish that nobody knows": changed(finish_reason="tired"),
+    "a filtered answer": changed(finish_reason="content_filter"),
+    "no choices": lambda reply: {**reply, "choices": []},
+    "choices that are null": lambda reply: {**reply, "choices": None},
+    "a choice that is null": lambda reply: {**reply, "choices": [None]},
+    "choices that are a text": lambda reply: {**reply, "choices": "abc"},
+    "an error with status 200": lambda _: {"error": {"message": "busy"}},
+    "JSON that is a list": lambda reply: [reply],
+    "JSON that is null": lambda _: None,
+    "JSON that is cut off": lambda reply: json.dumps(reply).encode()[:-9],
+    "nothing": lambda _: b"",
+    "a page of HTML": lambda _: b"<!doctype html><html><body>Bad gateway</body></html>",
+    "bytes that are no UTF-8": lambda _: b'{"choices": [{"text": "\xff\xfe", "finish_reason": "stop"}]}',
+    "JSON nested without end": lambda _: b"[" * 100_000,
+}
+HARMLESS = {
+    "no usage": without("usage"),
+    "usage that is null": lambda reply: {**reply, "usage": None},
+    "usage of another type": lambda reply: {**reply, "usage": {"completion_tokens": "many"}},
+    "usage that is a list": lambda reply: {**reply, "usage": [1]},
+}
+
+
+@pytest.mark.parametrize("gives_ids", [True, False])
+def test_a_malformed_reply_is_a_failure_of_its_prompt_alone(replies, greedy, tokenizer, prompts, gives_ids):
+    kinds = [*MALFORMED.values(), *HARMLESS.values()]
+    many = [prompts[i % len(prompts)] for i in range(2 * len(kinds) + 3)]
+    replies.gives_ids = gives_ids
+    with serve(replies):
+        backend = server_backend(Server(url=replies.url, model="m", concurrency=1), tokenizer, GREEDY, [EOS])
+        dict(backend(prompts[:1], [0]))  # what the server understands
+        replies.faults = [fault for kind in kinds for fault in (kind, None)]
+        found = dict(backend(many, range(len(many))))
+    right = expected(greedy, many)
+    names = dict(enumerate([*MALFORMED, *HARMLESS]))
+    # Of an answer as ids its text is not needed, but one that is no text tells of a fault.
+    for i, answer in found.items():
+        name = names.get(i // 2, "an answer") if i % 2 == 0 else "an answer"
+        has_ids_that_end = gives_ids and "finish" in name + " finish" * (name == "a filtered answer")
+        if name in MALFORMED and not (has_ids_that_end and right[i][1] == "stop"):
+            assert isinstance(answer, Failure), name
+            assert answer.reason.encode("utf-8")
+        else:
+            assert (answer.ids, answer.finish) == right[i], name
+
+
+PARTS = [{"type": "text", "text": "CC"}, {"type": "text", "text": "O"}]
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": None}, None),
+        ({"content": None, "refusal": "I cannot help with that."}, None),
+        ({"content": "CCO", "refusal": "I cannot help with that."}, None),
+        ({"content": [*PARTS, {"type": "image_url", "image_url": {"url": "x"}}]}, None),
+        ({"content": []}, None),
+        ({"content": [{"type": "thinking", "thinking": "hm"}]}, None),
+        ({"content": "CCO", "function_call": {"name": "f", "arguments": "{}"}}, None),
+        ({"content": PARTS}, "CCO"),
+        ({"content": ""}, ""),
+        ({"content": "CCO", "refusal": None, "tool_calls": [], "reasoning_content": ""}, "CCO"),
+    ],
+)
+def test_a_message_is_an_answer_where_it_is_text_alone(replies, chatty, message, text):
+    item = conversation(chatty)
+    answer = replies.answer
+    replies.gives_ids, replies.refuses = False, ("prompt",)
+    replies.answer = lambda _asked: answer(item.ids)
+    with serve(replies):
+        backend = server_backend(Server(url=replies.url, model="m"), chatty, GREEDY, [EOS])
+        dict(backend([item], [0]))
+        replies.faults = [changed(message={"role": "assistant", **message}, finish_reason="stop")]
+        found = dict(backend([item], [0]))[0]
+    if text is None:
+        assert isinstance(found, Failure)
+    else:
+        assert found == Answer(
+            [*chatty(text, add_special_tokens=False)["input_ids"], EOS] if text else [EOS], "stop", False
+        )
+
+
+def test_an_empty_answer_is_an_answer(replies, tokenizer, prompts):
+    replies.gives_ids = False
+    with serve(replies):
+        backend = server_backend(Server(url=replies.url, model="m"), tokenizer, GREEDY, [EOS])
+        dict(backend(prompts[:1], [0]))
+        replies.faults = [changed(text="", finish_reason="stop")]
+        assert dict(backend(prompts[:1], [0])) == {0: Answer([EOS], "stop", exact=False)}
+
+
+@pytest.mark.parametrize("given", [["5", "6"], [1.5], [-1], [True], "56", {"0": 5}])
+def test_token_ids_that_are_none_are_a_failure(replies, tokenizer, prompts, given):
+    with serve(replies):
+        backend = server_backend(Server(url=replies.url, model="m"), tokenizer, GREEDY, [EOS])
+        dict(backend(prompts[:1], [0]))
+        replies.faults = [changed(token_ids=given)]
+        found = dict(backend(prompts[:1], [0]))
+    assert found[0].reason.startswith("the answer's token ids must be whole numbers")
+
+
+def test_malformed_first_replies_do_not_condemn_the_server(replies, greedy, tokenizer, prompts):
+    replies.faults = [MALFORMED["a page of HTML"], MALFORMED["JSON that is cut off"]]
+    with serve(replies):
+        found = ask(replies, tokenizer, prompts[:3])
+    assert as_pairs(found) == expected(greedy, prompts[:3])
+
+
+def test_a_server_of_pages_is_no_server(replies, tokenizer, prompts):
+    replies.faults = [MALFORMED["a page of HTML"]] * 20
+    with (
+        serve(replies),
+        pytest.raises(CaftuneError, match=r"the reply is not JSON .*doctype.* labels.server.url ends in"),
+    ):
+        ask(replies, tokenizer, prompts)
+
+
+@pytest.mark.parametrize("part", ["reasoning_content", "reasoning"])
+def test_a_server_with_a_reasoning_parser_is_told_so(replies, chatty, part):
+    item = conversation(chatty)
+    answer = replies.answer
+    replies.gives_ids, replies.refuses, replies.parts = False, ("prompt",), {part: "hm", "content": None}
+    replies.answer = lambda _asked: answer(item.ids)
+    with (
+        serve(replies),
+        pytest.raises(CaftuneError, match=f"set {part} apart .* without its reasoning parser .*--reasoning"),
+    ):
+        ask(replies, chatty, [item])
+
+
+def test_llama_servers_own_endpoint_gives_the_ids(replies, greedy, tokenizer, prompts):
+    replies.llama = True
+    with serve(replies):
+        found = ask(replies, tokenizer, prompts, Sampling(16, temperature=0, top_k=7))
+    assert as_pairs(found) == expected(greedy, prompts)
+    assert all(answer.exact for answer in found.values())
+    said = replies.requests[-1]
+    assert (said["path"], said["n_predict"], said["top_k"], said["cache_prompt"]) == ("/completion", 16, 7, False)
+    assert said["samplers"] == ["temperature", "top_k", "top_p"]
+    assert "dry_multiplier" not in said
+
+
+def test_a_server_that_only_looks_like_llama_server_is_asked_otherwise(replies, greedy, tokenizer, prompts):
+    replies.llama, replies.faults = True, [404]
+    with serve(replies):
+        found = ask(replies, tokenizer, prompts)
+    assert as_pairs(found) == expected(greedy, prompts)
+    assert replies.requests[-1]["path"] == "/v1/completions"
+
+
+@pytest.mark.parametrize(
+    ("more", "answer"),
+    [
+        ({"truncated": True}, None),
+        ({"tokens": []}, None),
+        ({"tokens": "5"}, None),
+        ({"stop_type": "word"}, None),
+        ({"stop_type": "none"}, None),
+        ({"tokens": [5, 6, 77], "stop_type": "eos"}, Answer([5, 6, 77], "stop")),  # an end that only the server knows
+        ({"tokens": [5] * 18, "stop_type": "limit"}, Answer([5] * 16, "length")),  # it ended within a character
+        ({"tokens": [5] * 17 + [EOS], "stop_type": "eos"}, Answer([5] * 16, "length")),
+    ],
+)
+def test_what_llama_server_says_of_an_answer(replies, tokenizer, prompts, more, answer):
+    replies.llama = True
+    with serve(replies):
+        backend = server_backend(Server(url=replies.url, model="m"), tokenizer, GREEDY, [EOS])
+        dict(backend(prompts[:1], [0]))
+        replies.faults = [lambda reply: {**reply, **more}]
+        found = dict(backend(prompts[:1], [0]))[0]
+    assert found == answer if answer else isinstance(found, Failure)
+
+
 @pytest.mark.parametrize("fault", [500, 503, 429, 408, DROP])
 def test_passing_faults_are_tried_again(replies, greedy, tokenizer, prompts, fault):
     replies.faults = [None, *[fault] * 6]
