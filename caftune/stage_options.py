@@ -1,7 +1,7 @@
 """From a recipe to what the trainer is given: the options of each stage, the adapter, the quantisation, the tokenizer."""
 
 import gc
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -264,10 +264,31 @@ def answer_backend(
     eos = end_tokens(_generation_config(recipe, model_name), tokenizer)
     if section.backend == "vllm":
         where = _where(recipe, name)
-        engine = {"trust_remote_code": where["trust_remote_code"], **section.vllm}
+        own = {"trust_remote_code": where["trust_remote_code"], **_engine_dtype(recipe, model_name, section.vllm)}
+        engine = {**own, **section.vllm}
         return vllm_backend(model_name, where["revision"], sampling, eos, engine)
     server = Server(**{**section.server.model_dump(), "model": section.server.model or model_name})
     return server_backend(server, tokenizer, sampling, eos)
+
+
+def _engine_dtype(recipe: Recipe, name: str, engine: Mapping[str, Any]) -> dict[str, str]:
+    """The dtype that vLLM is given: that of `load_model`. Left to itself, vLLM rounds a model in float32 to bfloat16.
+
+    None for a model of `engine`'s own, or one that vLLM quantises, which has its own dtype; both are in `who_answers`.
+    """
+    if {"model", "quantization", "dtype"} & set(engine):
+        return {}
+    config = load_config(recipe, name)
+    if getattr(config, "quantization_config", None):
+        return {}
+    dtype = config.dtype or getattr(config.get_text_config(), "dtype", None) or _dtype_of_weights(recipe, name)
+    return {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def _dtype_of_weights(recipe: Recipe, name: str) -> Any:
+    """The dtype of a model whose configuration names none: transformers takes that of its weights."""
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="meta", **_where(recipe, name))
+    return model.dtype
 
 
 def who_answers(section: AnswersSection) -> str:

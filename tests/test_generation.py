@@ -1,12 +1,18 @@
 """The vLLM backend against a stand-in with vLLM's interface: what is handed over, and what is made of what comes back."""
 
+import json
+import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
+from caftune.demo.run import BASE
 from caftune.generation import Answer, Sampling, end_tokens, vllm_backend
 from caftune.prompts import Prompt
+from caftune.recipe import Recipe
+from caftune.stage_options import answer_backend, load_model, load_tokenizer, who_answers
 
 
 @pytest.fixture
@@ -78,3 +84,47 @@ def test_a_missing_vllm_is_told_with_its_remedy(monkeypatch):
 @pytest.mark.parametrize(("own", "expected"), [(None, [9]), (3, [3]), ([4, 5], [4, 5])])
 def test_the_models_own_end_tokens_come_before_the_tokenizers(own, expected):
     assert end_tokens(SimpleNamespace(eos_token_id=own), SimpleNamespace(eos_token_id=9)) == expected
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A copy of the demo's base, in the dtype that is asked for, which its configuration may leave out."""
+
+    def made(dtype, *, is_named=True):
+        recipe = Recipe.model_validate({"output": "o", "model": {"name": str(BASE)}})
+        folder = tmp_path / f"{dtype}-{is_named}"
+        load_model(recipe).to(getattr(torch, dtype)).save_pretrained(folder)
+        for file in BASE.glob("*token*"):
+            shutil.copy(file, folder)
+        config = json.loads((folder / "config.json").read_text())
+        if not is_named:
+            del config["dtype"]
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return made
+
+
+def opened(folder, engine, **options):
+    """The arguments that vLLM is opened with."""
+    labels = {"prompts": "none.jsonl", "backend": "vllm", "vllm": options}
+    recipe = Recipe.model_validate({"output": "o", "model": {"name": str(folder)}, "labels": labels})
+    answer_backend(recipe, recipe.labels, load_tokenizer(recipe), Sampling())
+    return engine.arguments, recipe
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_vllm_runs_a_model_in_the_dtype_that_transformers_would(base, engine, dtype, is_named):
+    arguments, recipe = opened(base(dtype, is_named=is_named), engine)
+    assert arguments["dtype"] == dtype == str(load_model(recipe).dtype).removeprefix("torch.")
+    assert who_answers(recipe.labels) == ""  # so both may share answers
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"), [({"dtype": "bfloat16"}, "bfloat16"), ({"quantization": "fp8"}, None), ({"model": "b"}, None)]
+)
+def test_a_dtype_or_a_model_of_vllms_own_is_left_as_it_is_and_shares_no_answers(engine, options, dtype):
+    arguments, recipe = opened(BASE, engine, **options)
+    assert arguments.get("dtype") == dtype
+    assert who_answers(recipe.labels)
