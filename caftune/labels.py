@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from caftune.errors import CaftuneError
 from caftune.generation import Answer, Backend, Failure, Sampling
 from caftune.objective import IGNORED
+from caftune.progress import AnswersProgress, answers_progress
 from caftune.prompts import Conversation, Prompt, decoded
 
 
@@ -146,8 +146,9 @@ def generate_labels(
             opened.append(open_backend())
         asked += len(todo)
         name = "labels" if turn == 0 else f"labels, turn {turn + 1}"
-        with tqdm(total=len(set(keys.values())), initial=len(set(keys.values())) - len(todo), desc=name) as bar:
-            failed = _ask(todo, cache, opened[0], bar) if todo else {}
+        total = len(set(keys.values()))
+        with answers_progress(total, total - len(todo), name) as progress:
+            failed = _ask(todo, cache, opened[0], progress) if todo else {}
         failures |= {row: failed[key] for row, key in keys.items() if key in failed}
         for row, prompt in fitting.items():
             answer = cache.find(keys[row])
@@ -160,7 +161,7 @@ def generate_labels(
     return Labelling([labels[place] for place in sorted(labels)], failures, asked, dropped)
 
 
-def _ask(todo: Mapping[str, Prompt], cache: AnswerCache, backend: Backend, bar: Any) -> dict[str, str]:
+def _ask(todo: Mapping[str, Prompt], cache: AnswerCache, backend: Backend, progress: AnswersProgress) -> dict[str, str]:
     """Ask, keeping answers as they come. Returns the keys without one, and why."""
     failed = {}
     keys = list(todo)
@@ -168,10 +169,10 @@ def _ask(todo: Mapping[str, Prompt], cache: AnswerCache, backend: Backend, bar: 
     for index, result in backend(list(todo.values()), [int(key[:7], 16) for key in keys]):
         if isinstance(result, Failure):
             failed[keys[index]] = result.reason
-            bar.set_postfix(failed=len(failed))
+            progress.failed()
         else:
             cache.add(keys[index], result)
-            bar.update()
+            progress.answered(len(result.ids))
     return failed
 
 

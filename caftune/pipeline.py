@@ -154,11 +154,15 @@ def label(recipe: Recipe) -> Path:
 
 
 def _refuse_failures(recipe: Recipe, found: Labelling, cache: Path) -> None:
-    if not found.failures or (recipe.labels.skip_failed and found.labels):
+    if not found.failures:
         return
     row, reason = next(iter(sorted(found.failures.items())))
+    what = f"{len(found.failures)} prompts have no answer (the first is row {row}, from 0: {reason})."
+    if recipe.labels.skip_failed and found.labels:
+        tqdm.write(f"{what} They are left out (labels.skip_failed).", file=sys.stderr)
+        return
     raise CaftuneError(
-        f"{len(found.failures)} prompts have no answer (the first is row {row}, from 0: {reason}). The other answers are kept "
+        f"{what} The other answers are kept "
         f"in {cache}; run the command again to ask for the missing ones, or set labels.skip_failed=true to do without."
     )
 

@@ -4,6 +4,9 @@ import json
 import signal
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,55 @@ class StageProgress(ProgressCallback):
         line = log_line(logs or {})
         if line and state.is_world_process_zero:
             tqdm.write(f"{self.name} {state.global_step:>6}  {line}", file=sys.stderr)
+
+
+class AnswersProgress:
+    """A bar of answers. The time left is that of the average pace so far, by answers that are finished.
+
+    Answers come in bursts, a batch at a time, so the bar is drawn every half second (every half minute where no terminal shows
+    it) and not when one comes: drawn at the first of a burst it would show the time of a whole batch as that of one answer.
+    """
+
+    def __init__(self, total: int, done: int, name: str) -> None:
+        self.bar = tqdm(total=total, initial=done, desc=name, unit=" answers", smoothing=0, miniters=total + 1)
+        self._began, self._tokens, self._failed = time.monotonic(), 0, 0
+
+    def answered(self, tokens: int) -> None:
+        """An answer of so many tokens is finished."""
+        self._tokens += tokens
+        self.bar.update()
+
+    def failed(self) -> None:
+        """A prompt has no answer, and there is none to wait for."""
+        self._failed += 1
+        self.bar.total -= 1
+
+    def draw(self) -> None:
+        """Draw the bar as it is now."""
+        seconds = max(time.monotonic() - self._began, 1e-3)
+        facts = {"tokens/s": f"{self._tokens / seconds:.0f}"} if self._tokens else {}
+        self.bar.set_postfix({**facts, **({"failed": self._failed} if self._failed else {})})
+
+
+@contextmanager
+def answers_progress(total: int, done: int, name: str, *, every_s: float | None = None) -> Iterator[AnswersProgress]:
+    """A bar within the block, drawn again and again, and at the end."""
+    found, ended = AnswersProgress(total, done, name), threading.Event()
+    pause = every_s or (0.5 if sys.stderr.isatty() else 30.0)
+
+    def draw() -> None:
+        while not ended.wait(pause):
+            found.draw()
+
+    thread = threading.Thread(target=draw, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+        found.draw()
+        found.bar.close()
 
 
 def show_progress(trainer: Trainer, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
 from caftune.generation import Answer, Failure, Sampling, transformers_backend
 from caftune.labels import AnswerCache, Labelling, generate_labels, label_dataset, read_labels, write_labels
+from caftune.progress import answers_progress
 from caftune.prompts import Conversation, Prompt, conversations, decoded, refuse_long_prompts
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0)
@@ -301,6 +303,50 @@ def test_penalties_of_the_base_do_not_enter_the_labels(model, tokenizer, talks, 
     assert model.generation_config.repetition_penalty == 3.0
     model.generation_config.repetition_penalty = None
     assert texts[0] == texts[1]
+
+
+def shown(capsys):
+    """What the bar has shown, from the first drawing to the last."""
+    return [part for part in capsys.readouterr().err.split("\r") if "labels" in part]
+
+
+def test_a_burst_of_answers_is_shown_as_a_whole_with_an_honest_time_left(capsys):
+    with answers_progress(1000, 0, "labels", every_s=0.1) as progress:
+        time.sleep(0.6)  # a batch
+        for _ in range(64):
+            progress.answered(10)
+        time.sleep(0.35)
+        *_, last = shown(capsys)
+    assert "64/1000" in last
+    minutes, seconds = map(int, re.search(r"<(\d+):(\d+),", last).groups())
+    assert 7 <= 60 * minutes + seconds <= 40  # 936 answers at 64 in a second; on a busy machine in more
+    assert "tokens/s=" in last
+
+
+def test_answers_of_an_earlier_run_are_not_in_the_pace(capsys):
+    with answers_progress(1000, 900, "labels", every_s=0.1) as progress:
+        time.sleep(0.5)
+        progress.answered(3)
+        time.sleep(0.25)
+        *_, last = shown(capsys)
+    assert "901/1000" in last
+    minutes, seconds = map(int, re.search(r"<(\d+):(\d+),", last).groups())
+    assert 60 * minutes + seconds >= 50  # one in half a second, and 99 to come
+
+
+def test_failures_are_shown_and_not_waited_for(capsys):
+    with answers_progress(10, 0, "labels", every_s=60) as progress:
+        for number in range(10):
+            progress.failed() if number < 3 else progress.answered(1)
+    *_, last = shown(capsys)
+    assert "7/7" in last
+    assert "failed=3" in last
+
+
+def test_nothing_to_ask_shows_what_is_there(capsys):
+    with answers_progress(5, 5, "labels"):
+        pass
+    assert "5/5" in shown(capsys)[-1]
 
 
 def test_a_space_before_the_first_word_of_an_answer_stays(tmp_path):

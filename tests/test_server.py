@@ -563,3 +563,27 @@ def test_missing_answers_end_the_stage_and_the_next_run_asks_for_them_alone(repl
     found = read_labels(tmp_path / "run" / "labels" / "labels.jsonl")
     assert [label.row for label in found] == list(range(6))
     assert [label.completion_ids for label in found] == [greedy(label.prompt_ids)[:12] for label in found]
+
+
+def test_labels_from_a_server_with_every_fault_lose_and_invent_no_answer(replies, greedy, tokenizer, tmp_path, capsys):
+    kinds = list(MALFORMED.values())
+    rows = [{"prompt": prompt(m)} for m in molecules(len(kinds) + 8, seed=3, substituents=(0, 2))]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replies.gives_ids = False
+    # tokens, transformers and plain for the first words; then a fault of every kind among answers
+    replies.faults = [None, None, None, None, *kinds, 500, *HARMLESS.values(), DROP]
+    with serve(replies):
+        server = {"url": replies.url, "retries": 0, "concurrency": 1}
+        labels = {"prompts": str(tmp_path / "data.jsonl"), "max_new_tokens": 12, "temperature": 0, "skip_failed": True}
+        labels |= {"backend": "server", "server": server}
+        values = {"output": str(tmp_path / "run"), "model": {"name": str(BASE)}, "labels": labels}
+        recipe = Recipe.model_validate(values)
+        found = read_labels(pipeline.label(recipe))
+        missing = {*range(1, len(kinds) + 2), len(kinds) + 6}
+        assert {label.row for label in found} == set(range(len(rows))) - missing
+        failed = len(missing)
+        assert json.loads((tmp_path / "run" / "results.jsonl").read_text().splitlines()[-1])["failed"] == failed
+        assert f"{failed} prompts have no answer (the first is row 1, from 0:" in capsys.readouterr().err
+        found = read_labels(pipeline.label(recipe))
+    assert [label.row for label in found] == list(range(len(rows)))
+    assert [label.completion_ids for label in found] == [greedy(label.prompt_ids)[:12] for label in found]
