@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from caftune.batches import can_refill, refilled_batches
 from caftune.errors import CaftuneError
 from caftune.prompts import Prompt
 
@@ -84,7 +85,8 @@ def transformers_backend(
 ) -> Backend:
     """transformers' continuous batching, or padded batches of `batch_size`: see docs/decisions/0003.
 
-    Rows of a batch share their random numbers, which begin with the first prompt's seed.
+    In padded batches each prompt has random numbers of its own where `can_refill`; otherwise all share them, beginning with
+    the first prompt's seed.
     """
     eos = end_tokens(model.generation_config, tokenizer)
     pad = padding_token(tokenizer)
@@ -97,7 +99,7 @@ def transformers_backend(
         if is_continuous:
             drawn = _answer_continuously(model, ids, config, seed=seeds[0], batch_size=batch_size)
         else:
-            drawn = answer_in_batches(model, ids, config, batch_size=batch_size)
+            drawn = answer_in_batches(model, ids, config, batch_size=batch_size, seeds=seeds)
         for index, tokens in drawn:
             yield index, until_end(tokens, set(eos))
 
@@ -148,12 +150,21 @@ def vllm_backend(
 
 
 def answer_in_batches(
-    model: Any, prompts: Sequence[list[int]], config: GenerationConfig, *, batch_size: int
+    model: Any,
+    prompts: Sequence[list[int]],
+    config: GenerationConfig,
+    *,
+    batch_size: int,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """(index, tokens), shortest prompts first, so that the prompts of a batch need little padding.
 
-    Tokens may be followed by padding: see `until_end`. Of the model's own generation settings none is left.
+    Tokens may be followed by padding: see `until_end`. Of the model's own generation settings none is left. `seeds`: of each
+    prompt, where the configuration samples.
     """
+    if can_refill(model):
+        yield from refilled_batches(model, prompts, config, batch_size=batch_size, seeds=seeds or ())
+        return
     pad = config.pad_token_id if config.pad_token_id is not None else 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):

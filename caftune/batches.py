@@ -1,0 +1,179 @@
+"""Batches on a CPU: an answer that has ended leaves its batch, and a prompt that waits takes its place.
+
+`generate` computes every row of a batch until the longest has ended. Here rows that have ended are taken out of the cache, and
+new ones, read as a batch of their own, are put in, aligned at the right like any batch padded at the left. That is possible
+where the cache is keys and values alone; see `can_refill`.
+"""
+
+import inspect
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad as padded
+from transformers import DynamicCache, GenerationConfig, GenerationMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+_REFILLED_SHARE = 4  # of a batch must be free before new rows are read: reading a few at a time is slow
+
+# Logits of rows, and the numbers of their prompts -> the next token of each.
+Choice = Callable[[Float[Tensor, "rows tokens"], Sequence[int]], list[int]]
+
+
+def can_refill(model: Any) -> bool:
+    """Whether rows may leave a batch and enter it: each is known by keys and values alone, in transformers' own loop."""
+    if (
+        not isinstance(model, GenerationMixin)
+        or model.config.is_encoder_decoder
+        or getattr(model, "_is_stateful", False)
+    ):
+        return False
+    if type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+        return False  # the model has inputs or a state of its own
+    layers = _cache(model).layers
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def refilled_batches(
+    model: Any, prompts: Sequence[list[int]], config: GenerationConfig, *, batch_size: int, seeds: Sequence[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """(index, tokens) in the order answers are finished, the shortest prompts asked first.
+
+    An answer ends with an end-of-text token or after `max_new_tokens`. Each prompt has random numbers of its own, from its
+    seed, so an answer does not depend on those it was drawn beside (but for rounding).
+    """
+    choose = _choice(config, seeds)
+    ends = set(config.eos_token_id or ())
+    waiting = deque(sorted(range(len(prompts)), key=lambda index: len(prompts[index])))
+    running: _Rows | None = None
+    while waiting or running:
+        free = batch_size - (len(running.indices) if running else 0)
+        if waiting and (running is None or free * _REFILLED_SHARE >= batch_size):
+            group = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            read = _Rows.read(model, group, [prompts[index] for index in group], choose)
+            running = running.joined(read) if running else read
+        elif running:
+            running.write(model, choose)
+        assert running is not None
+        is_over = [tokens[-1] in ends or len(tokens) >= (config.max_new_tokens or 0) for tokens in running.tokens]
+        if any(is_over):
+            ended = [(running.indices[row], running.tokens[row]) for row, over in enumerate(is_over) if over]
+            running = running.kept([row for row, over in enumerate(is_over) if not over])
+            yield from ended
+
+
+@dataclass
+class _Rows:
+    """Answers under way: their prompts' numbers, what each has written, and what the model remembers of them."""
+
+    indices: list[int]
+    tokens: list[list[int]]
+    mask: Int[Tensor, "rows columns"]
+    cache: Any  # a DynamicCache
+
+    @classmethod
+    def read(cls, model: Any, indices: list[int], prompts: list[list[int]], choose: Choice) -> "_Rows":
+        """Read prompts, and write the first token behind each."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+        mask = torch.tensor(
+            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
+        )
+        cache = _cache(model)
+        logits = _logits(model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
+        return cls(indices, [[token] for token in choose(logits, indices)], mask, cache)
+
+    def write(self, model: Any, choose: Choice) -> None:
+        """Write a token more of every answer."""
+        ids = torch.tensor([tokens[-1:] for tokens in self.tokens], device=model.device)
+        self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
+        logits = _logits(model, ids, self.mask, self.mask.sum(1, keepdim=True) - 1, self.cache)
+        for tokens, token in zip(self.tokens, choose(logits, self.indices), strict=True):
+            tokens.append(token)
+
+    def joined(self, others: "_Rows") -> "_Rows":
+        """These rows and others. The shorter cache gets columns on its left that no row looks at."""
+        columns = max(self.mask.shape[1], others.mask.shape[1])
+        masks = [padded(rows.mask, (columns - rows.mask.shape[1], 0)) for rows in (self, others)]
+        for own, other in zip(self.cache.layers, others.cache.layers, strict=True):
+            own.keys, own.values = (_stacked(*pair) for pair in ((own.keys, other.keys), (own.values, other.values)))
+            _set_length(own, columns)
+        return _Rows(self.indices + others.indices, self.tokens + others.tokens, torch.cat(masks), self.cache)
+
+    def kept(self, rows: list[int]) -> "_Rows | None":
+        """Some of these rows, without the columns that none of them looks at; None for none."""
+        if not rows:
+            return None
+        chosen = torch.tensor(rows, device=self.mask.device)
+        self.cache.batch_select_indices(chosen)
+        mask = self.mask[chosen]
+        columns = mask.shape[1] - int(mask.any(0).int().argmax())
+        for layer in self.cache.layers:
+            held = min(columns, layer.keys.shape[-2])
+            layer.keys, layer.values = layer.keys[..., -held:, :], layer.values[..., -held:, :]
+            _set_length(layer, columns)
+        return _Rows(
+            [self.indices[row] for row in rows], [self.tokens[row] for row in rows], mask[:, -columns:], self.cache
+        )
+
+
+def _cache(model: Any) -> Any:
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def _stacked(one: Tensor, other: Tensor) -> Tensor:
+    columns = max(one.shape[-2], other.shape[-2])
+    return torch.cat([padded(tensor, (0, 0, columns - tensor.shape[-2], 0)) for tensor in (one, other)])
+
+
+def _set_length(layer: Any, columns: int) -> None:
+    """A sliding window counts the columns that it no longer holds."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = columns
+
+
+@torch.inference_mode()
+def _logits(
+    model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
+) -> Float[Tensor, "rows tokens"]:
+    """The logits behind the last column, in float32 as `generate` has them."""
+    known = inspect.signature(model.forward).parameters
+    more = {name: value for name, value in (("position_ids", positions), ("logits_to_keep", 1)) if name in known}
+    outputs = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
+    logits: Tensor = outputs.logits[:, -1].float()
+    return logits
+
+
+def _choice(config: GenerationConfig, seeds: Sequence[int]) -> Choice:
+    if not config.do_sample:
+        return lambda logits, _: logits.argmax(-1).tolist()
+    drawn = [random.Random(seed) for seed in seeds]
+    warpers = LogitsProcessorList(_warpers(config))
+
+    def sampled(logits: Float[Tensor, "rows tokens"], indices: Sequence[int]) -> list[int]:
+        """The token in whose share of the probability, laid end to end, a random number falls."""
+        scores = warpers(torch.empty(0, dtype=torch.long), logits)  # type: ignore[arg-type]
+        ends = scores.double().softmax(-1).cumsum(-1)
+        numbers = torch.tensor([[drawn[index].random()] for index in indices], dtype=ends.dtype, device=ends.device)
+        found: list[int] = torch.searchsorted(ends, numbers * ends[:, -1:], right=True).squeeze(1).tolist()
+        return found
+
+    return sampled
+
+
+def _warpers(config: GenerationConfig) -> list[Any]:
+    """What `generate` does to logits before it draws, in its order."""
+    found: list[Any] = []
+    if config.temperature not in (None, 1.0):
+        found.append(TemperatureLogitsWarper(config.temperature))
+    if config.top_k:
+        found.append(TopKLogitsWarper(config.top_k))
+    if config.top_p is not None and config.top_p < 1:
+        found.append(TopPLogitsWarper(config.top_p))
+    return found
