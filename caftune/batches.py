@@ -28,14 +28,11 @@ Choice = Callable[[Float[Tensor, "rows tokens"], Sequence[int]], list[int]]
 
 def can_refill(model: Any) -> bool:
     """Whether rows may leave a batch and enter it: each is known by keys and values alone, in transformers' own loop."""
-    if (
-        not isinstance(model, GenerationMixin)
-        or model.config.is_encoder_decoder
-        or getattr(model, "_is_stateful", False)
-    ):
+    prepares = getattr(type(model), "prepare_inputs_for_generation", None)
+    if prepares is not GenerationMixin.prepare_inputs_for_generation or getattr(model, "_is_stateful", False):
+        return False  # no model of transformers, or one with inputs or a state of its own
+    if model.config.is_encoder_decoder:
         return False
-    if type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
-        return False  # the model has inputs or a state of its own
     layers = _cache(model).layers
     return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 

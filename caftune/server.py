@@ -163,7 +163,7 @@ def _dialect(link: _Link, prompt: Prompt) -> _Dialect:
     short = replace(
         link,
         client=link.client.with_options(max_retries=min(server.retries, 2)),  # a wrong address is told soon
-        sampling=replace(link.sampling, max_new_tokens=1),
+        sampling=replace(link.sampling, max_new_tokens=1, temperature=0.0),
     )
     asked = said.prompt(0, [], link.tokenizer)
     refusal: Exception | None = None
