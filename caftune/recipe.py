@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from caftune.errors import CaftuneError
+from caftune.recipe_text import parse_yaml, read_yaml
 
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 # Options of CAFTConfig that the recipe sets elsewhere.
@@ -236,6 +237,12 @@ class Recipe(_Section):
         """Whether data.max_length is of stage 1 too. Labels have the length they have; a text is cut, and packing needs one."""
         return self.heads.text is not None or bool(self.pretrain.get("packing"))
 
+    @field_validator("pretrain", "adapt", "trainer", mode="after")
+    @classmethod
+    def _quoted_numbers(cls, options: dict[str, Any] | None) -> dict[str, Any] | None:
+        """CAFTConfig takes any type, so a number in quotes is made one here, as pydantic does in the other sections."""
+        return options and {name: _with_number(value) for name, value in options.items()}
+
     @model_validator(mode="before")
     @classmethod
     def _preset_of_kept_heads(cls, values: Any) -> Any:
@@ -249,30 +256,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe; `overrides` are `key.sub=value`, the value in YAML.
 
     Raises:
-        CaftuneError: no such file, malformed YAML, an unknown key (with the nearest known one) or a value out of range.
+        CaftuneError: no such file, malformed YAML, a key or an override given twice, an unknown key (with the nearest known
+            one) or a value out of range.
     """
     file = Path(path)
     if not file.is_file():
         raise CaftuneError(f"{path} must be a recipe file (YAML), and there is no such file.")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise CaftuneError(
-            f"{path} must be text in UTF-8, and is not ({error}). Convert it, with iconv for example."
-        ) from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise CaftuneError(
-            f"{path}, line {line}: is not valid YAML ({error.problem}). Mend the line or the one before."
-        ) from error
-    except yaml.YAMLError as error:  # a control character
-        raise CaftuneError(f"{path} is not valid YAML ({' '.join(str(error).split())}). Mend the file.") from error
+    values = read_yaml(file)
     if not isinstance(values, dict):
-        raise CaftuneError(f"{path} must hold a mapping of sections (output, model, ...), got {type(values).__name__}.")
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise CaftuneError(f"{path} must hold a mapping of sections (output, model, ...), got {found}. Fix the file.")
+    _refuse_overridden_overrides(overrides)
     for override in overrides:
         _override(values, override)
+    return parse_recipe(values)
+
+
+def parse_recipe(values: Any) -> Recipe:
+    """The recipe of parsed YAML, with its defaults.
+
+    Raises:
+        CaftuneError: an unknown key (with the nearest known one) or a value out of range.
+    """
     try:
-        return Recipe.model_validate(_with_numbers(values))
+        return Recipe.model_validate(values)
     except ValidationError as error:
         raise CaftuneError(_explain(error)) from error
 
@@ -348,26 +355,34 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise CaftuneError(f"{override!r} sets a part of {section}, which is a value.")
     try:
-        values[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values[key] = parse_yaml(text, f"The override {override!r}")
+    except CaftuneError as error:
+        if not isinstance(error.__cause__, yaml.YAMLError):
+            raise
         raise CaftuneError(
             f"{override!r} holds no valid YAML. Put the value into quotes: '{place}=\"...\"'."
         ) from error
 
 
-def _with_numbers(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as text; everybody means the number."""
-    if isinstance(value, dict):
-        return {key: _with_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_numbers(item) for item in value]
+def _refuse_overridden_overrides(overrides: Sequence[str]) -> None:
+    """Raise CaftuneError where an override would be dropped, because a later one sets the same key or a section around it."""
+    before: dict[str, str] = {}
+    for override in overrides:
+        place = override.partition("=")[0]
+        lost = next((text for other, text in before.items() if f"{other}.".startswith(f"{place}.")), None)
+        if lost is not None:
+            raise CaftuneError(f"{override!r} overrides {lost!r}, which is given before it. Remove one.")
+        before[place] = override
+
+
+def _with_number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
 
 
 def _explain(error: ValidationError) -> str:
     """The first problem of a recipe, in one sentence."""
     problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"])
+    place = ".".join(_shown(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         *sections, key = problem["loc"]
         return f"{place} is not a key of a recipe.{_nearest(str(key), _keys_of(sections), '.'.join([*map(str, sections), '']))}"
@@ -375,9 +390,23 @@ def _explain(error: ValidationError) -> str:
         return f"{place} must be given. Add it to the recipe."
     if problem["type"] in ("model_type", "dict_type"):
         keys = ", ".join(_keys_of(problem["loc"])) if problem["type"] == "model_type" else "names of options"
-        return f"{place} must be a section (with {keys}), got {problem['input']!r}."
+        remedy = " Remove it, or give it keys." if problem["input"] is None else ""
+        return f"{place} must be a section (with {keys}), got {problem['input']!r}.{remedy}"
+    if problem["type"] == "invalid_key" or problem["loc"][-1] == "[key]":
+        section = ".".join(str(part) for part in problem["loc"][:-2]) or "the recipe"
+        return f"A key of {section} must be text, got {problem['input']!r}. Put it in quotes, or remove it."
     message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{place} must be {message}, got {problem['input']!r}."
+    remedy = " Put it in quotes." if problem["type"] == "string_type" and _is_plain(problem["input"]) else ""
+    return f"{place} must be {message}, got {problem['input']!r}.{remedy}"
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float)
+
+
+def _shown(key: Any) -> str:
+    """A key as it is, in quotes where it begins or ends with white space."""
+    return repr(key) if isinstance(key, str) and key != key.strip() else str(key)
 
 
 def _keys_of(sections: Sequence[Any]) -> list[str]:

@@ -45,7 +45,7 @@ def test_scientific_notation_is_a_number(recipe):
         (MINIMAL + "loss: {decay: 1.5}", "loss.decay must be less than or equal to 1, got 1.5"),
         (MINIMAL + "heads: {kind: linear}", "heads.kind must be 'decoder' or 'mlp', got 'linear'"),
         ("output: x\n", "model must be given"),
-        ("output: [\n", r"line 2: is not valid YAML \(.*\). Mend the line"),
+        ("output: [\n", r"line 2: is not valid YAML \(.*\). Fix the line"),
         (MINIMAL + "heads: runs/x/heads", r"heads must be a section \(with count, kind, targets, .*got 'runs/x/heads'"),
         (MINIMAL + "trainer: fast", r"trainer must be a section \(with names of options\), got 'fast'"),
         ("- a\n", "must hold a mapping of sections"),
@@ -75,7 +75,7 @@ def test_a_value_that_is_no_yaml_is_refused(recipe, value):
 
 def test_a_control_character_is_refused(tmp_path):
     (tmp_path / "recipe.yaml").write_text("output: a\x01b\n")
-    with pytest.raises(CaftuneError, match=r"recipe.yaml is not valid YAML \(.*Mend the file"):
+    with pytest.raises(CaftuneError, match=r"recipe.yaml is not valid YAML \(.*Fix the file"):
         load_recipe(tmp_path / "recipe.yaml")
 
 
