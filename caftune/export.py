@@ -27,8 +27,9 @@ _logger = logging.getLogger(__name__)
 _LAYER_KEY = re.compile(r"^(?:model|backbone)\.(?:language_model\.)?layers\.(\d+)\.")
 _MTP_KEY = re.compile(r"(?:^|\.)(?:mtp|nextn)\w*\.")
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-_ADAPTER = "adapter_*"  # both files of PEFT's
-_EXPORTED = ("config.json", "generation_config.json", _ADAPTER, "model.safetensors*", "model-*.safetensors")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's
+_EXPORTED = (*("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"), *_ADAPTER)
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -99,10 +100,21 @@ def export_model(
 
 
 def clear_export(folder: Path, base_name: str) -> None:
-    """Remove an earlier export: transformers would lay an adapter over a whole model beside it. The base itself stays."""
-    if folder.resolve() != Path(base_name).resolve():
-        for file in [found for pattern in _EXPORTED for found in folder.glob(pattern)]:
-            file.unlink()
+    """Remove an earlier export's configuration and weights; every other file, and the base itself, stays.
+
+    transformers would lay an adapter over a whole model beside it.
+
+    Raises:
+        CaftuneError: a folder has the name of a file that an export writes.
+    """
+    if not folder.is_dir() or folder.resolve() == Path(base_name).resolve():
+        return
+    found = [path for path in folder.iterdir() if path.name in _EXPORTED or _SHARD.fullmatch(path.name)]
+    blocked = next((path for path in found if path.is_dir() and not path.is_symlink()), None)
+    if blocked is not None:
+        raise CaftuneError(f"{blocked} must be a file of an earlier export or not exist, got a folder. Move it away.")
+    for path in found:
+        path.unlink()
 
 
 def _copy_processors(base_name: str, revision: str | None, folder: Path) -> None:
@@ -116,8 +128,8 @@ def copy_adapter(checkpoint: str | os.PathLike[str], folder: Path, tokenizer: An
     """Export the adapter of a checkpoint as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     clear_export(folder, base_name)
-    for file in Path(checkpoint).glob(_ADAPTER):
-        shutil.copy(file, folder)
+    for name in _ADAPTER:
+        shutil.copy(Path(checkpoint, name), folder)
     tokenizer.save_pretrained(folder)
 
 

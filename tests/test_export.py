@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
 
 from caftune.backbone import Backbone
 from caftune.checkpoint import base_fingerprint
-from caftune.export import clear_export, export_model
+from caftune.errors import CaftuneError
+from caftune.export import clear_export, copy_adapter, export_model
 from caftune.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
 
 IDS = torch.randint(3, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(9))
@@ -265,3 +266,46 @@ def test_layers_cut_off_a_base_are_no_multi_token_modules(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", num_hidden_layers=2)
     assert export_model(model, tmp_path / "out") == []
     assert not any("layers.2." in name for name in layout(tmp_path / "out"))
+
+
+MINE = (
+    "adapter_notes.txt",
+    "adapter_model.safetensors.bak",
+    "model.safetensors.md",
+    "model-mine.safetensors",
+    "notes.md",
+)
+EXPORTED = (
+    *("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"),
+    *("model-00001-of-00002.safetensors", "adapter_config.json", "adapter_model.safetensors"),
+)
+
+
+@pytest.mark.parametrize(
+    "again", [export_model, lambda model, out: copy_adapter(out.parent / "from", out, model, base_name="x")]
+)
+def test_an_export_removes_the_files_of_an_earlier_one_and_nothing_else(again, tmp_path):
+    out, model = tmp_path / "out", published(tmp_path)
+    (out / "adapter_experiments" / "deep").mkdir(parents=True)
+    (out / "model-old.safetensors").mkdir()
+    (tmp_path / "from").mkdir()
+    for name in (*MINE, *EXPORTED, "adapter_experiments/deep/mine.txt"):
+        (out / name).write_text("before")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "from" / name).write_text("new")
+    again(model, out)
+    assert {name for name in (*MINE, "adapter_experiments/deep/mine.txt") if (out / name).read_text() == "before"} == {
+        *MINE,
+        "adapter_experiments/deep/mine.txt",
+    }
+    assert (out / "model-old.safetensors").is_dir()
+    assert not [name for name in EXPORTED if (out / name).is_file() and (out / name).read_bytes() == b"before"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_folder_with_the_name_of_an_exported_file_is_refused_before_anything_is_removed(name, tmp_path):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / "generation_config.json").write_text("before")
+    with pytest.raises(CaftuneError, match=f"{name} must be a file of an earlier export or not exist, got a folder"):
+        export_model(published(tmp_path), tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(["generation_config.json", name])
