@@ -281,13 +281,13 @@ def _finish(run: Recipe, arm: str, model: str) -> None:
 
 
 def _train(run: Recipe) -> None:
-    if is_done(run, "train") and Path(run.output, "model", "config.json").is_file():
+    if is_begun(run, "train"):  # all arms train for one length, so none may go on to another
         heads = stage_two_heads(run)
         data = {"train": run.data.train, "eval": run.data.eval}
         refuse_other_stage(run, "train", {**data, "heads": heads and heads / "heads.json"})
-        return
-    pipeline.finetune(run)
-    free_memory()
+    if not (is_done(run, "train") and Path(run.output, "model", "config.json").is_file()):
+        pipeline.finetune(run)
+        free_memory()
 
 
 def _write_heads(recipe: Recipe, run: Recipe, arm: Arm, seed: int) -> None:

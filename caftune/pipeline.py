@@ -73,6 +73,7 @@ from caftune.stage_options import (
     load_model,
     load_tokenizer,
     lora_config,
+    opening_model,
     pretrained_heads,
     quantization,
     refuse_quantised_base,
@@ -179,9 +180,11 @@ def pretrain_heads(recipe: Recipe) -> Path:
     rows, held_out = head_rows(recipe, args)
     folder = open_stage(recipe, "pretrain", {"labels": head_source(recipe)})
     heads = Path(recipe.output, "heads")
-    trainer = CAFTTrainer(
-        recipe.model.name, args, train_dataset=rows, eval_dataset=held_out, processing_class=load_tokenizer(recipe)
-    )
+    tokenizer = load_tokenizer(recipe)
+    with opening_model(recipe):
+        trainer = CAFTTrainer(
+            recipe.model.name, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
+        )
     show_progress(trainer, "pretrain-heads")
     run(trainer, checkpoint=last_checkpoint(folder))
     if is_main_process():
@@ -237,7 +240,9 @@ def adapt_heads(recipe: Recipe) -> Path:
     folder = target.parent
     args = adapt_config(recipe, folder, source)
     sources = {"train": recipe.data.train, "eval": recipe.data.eval}
-    open_stage(recipe, "adapt", {**sources, "heads": source / "heads.json"})
+    open_stage(
+        recipe, "adapt", {**sources, "heads": source / "heads.json"}
+    )  # of another length: it is not done any more
     if (target / "heads.json").is_file() and is_done(recipe, "adapt"):
         return target
     if args.deepspeed_plugin is not None:
@@ -246,9 +251,10 @@ def adapt_heads(recipe: Recipe) -> Path:
         )
     tokenizer = load_tokenizer(recipe)  # of its own: TRL writes into it
     rows, evaluation = (task_rows(recipe, name, tokenizer, args) for name in sources)
-    trainer = CAFTTrainer(
-        recipe.model.name, args, train_dataset=rows, eval_dataset=evaluation, processing_class=tokenizer
-    )
+    with opening_model(recipe):
+        trainer = CAFTTrainer(
+            recipe.model.name, args, train_dataset=rows, eval_dataset=evaluation, processing_class=tokenizer
+        )
     show_progress(trainer, "adapt")
     run(trainer, checkpoint=last_checkpoint(folder))
     about: dict[str, Any] = {"data": {"task": file_name(str(recipe.data.train)), "rows": len(rows or ())}}
@@ -275,19 +281,20 @@ def finetune(recipe: Recipe) -> Path:
     sources = {"train": recipe.data.train, "eval": recipe.data.eval}
     files = {**sources, "heads": args.heads and Path(args.heads, "heads.json")}
     if is_begun(recipe, "train"):
-        refuse_other_stage(recipe, "train", files)  # before the data are prepared
+        refuse_other_stage(recipe, "train", files, may_go_on=True)  # before the data are prepared
     train, evaluation = (task_rows(recipe, name, tokenizer, args) for name in sources)
     folder = open_stage(recipe, "train", files)
     held = memory_bytes()
-    trainer = CAFTTrainer(
-        recipe.model.name,
-        args,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-        peft_config=adapter,
-        quantization_config=rounding,
-    )
+    with opening_model(recipe):
+        trainer = CAFTTrainer(
+            recipe.model.name,
+            args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            peft_config=adapter,
+            quantization_config=rounding,
+        )
     if recipe.model.tuning != "full" and recipe.model.lora.merge:
         refuse_tied_adapters(trainer.model)
     show_progress(trainer, "train")
@@ -367,7 +374,9 @@ def _write_model(recipe: Recipe, source: str, target: Path) -> None:
         return
     refuse_quantised_base(recipe)
     trust = bool(recipe.model.trust_remote_code)
-    model = load_trained(source, name, revision, vocab_size=rows, tokenizer=tokenizer, trust_remote_code=trust)
+    is_adapter = Path(source, "adapter_config.json").is_file()
+    with opening_model(recipe, None if is_adapter else source):
+        model = load_trained(source, name, revision, vocab_size=rows, tokenizer=tokenizer, trust_remote_code=trust)
     export_model(model, target, tokenizer, base_name=name, base_revision=revision)
 
 

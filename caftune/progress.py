@@ -48,6 +48,70 @@ class StopOnSigterm(TrainerCallback):
         self._asked = True
 
 
+class GoesOn(TrainerCallback):
+    """A run that goes on from a checkpoint, with the options that it is given now.
+
+    transformers (5.23) goes on with the cadence of the checkpoint, whatever the options say; and without its optimizer's
+    state it would begin optimizer and learning rates again, without a word.
+    """
+
+    def __init__(self, checkpoint: str) -> None:
+        self._checkpoint = Path(checkpoint)
+        self._before = json.loads((self._checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+        state.train_batch_size = args.train_batch_size
+        self._refuse_end_before(state)
+        self._refuse_model_alone(state)
+        ended = self._before["max_steps"]
+        if state.max_steps != ended and state.is_world_process_zero:
+            tqdm.write(
+                f"The training ends at step {state.max_steps} instead of {ended}, {_remark(args)}.", file=sys.stderr
+            )
+
+    def _refuse_end_before(self, state: Any) -> None:
+        if state.global_step > state.max_steps:
+            raise CaftuneError(
+                f"The training must not end before step {state.global_step}, which {self._checkpoint} has reached, got step "
+                f"{state.max_steps} (num_train_epochs, max_steps). Raise it, see `caftune export --checkpoint` for earlier "
+                f"checkpoints, or remove {self._checkpoint.parent} to train from the start."
+            )
+
+    def _refuse_model_alone(self, state: Any) -> None:
+        kept = ("optimizer*", "global_step*")  # the second is DeepSpeed's
+        if state.global_step < state.max_steps and not any(any(self._checkpoint.glob(name)) for name in kept):
+            raise CaftuneError(
+                f"{self._checkpoint} must hold an optimizer's state to go on from, and holds the model alone "
+                f"(save_only_model). Remove {self._checkpoint.parent} to train from the start, or see `caftune export "
+                "--checkpoint`."
+            )
+
+
+def _remark(args: Any) -> str:
+    """Whether a run that now ends at another step is one that was to end there from the start."""
+    dependent = depends_on_length(args)
+    if not dependent:
+        return "with the result of a run of that length from the start"
+    return (
+        f"with another result than a run of that length from the start: {' and '.join(dependent)} depend on the length, and so "
+        "far it was the one before"
+    )
+
+
+def depends_on_length(args: Any) -> list[str]:
+    """The options of a run by which a step depends on how many there will be."""
+    found = []
+    kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if kind not in ("constant", "constant_with_warmup", "inverse_sqrt"):
+        found.append(f"lr_scheduler_type={kind}")
+    if 0 < args.warmup_steps < 1:
+        found.append(f"warmup_steps={args.warmup_steps}")
+    if getattr(args, "aux_weight", 0) and args.aux_schedule != "constant" and not args.pretrain_heads:
+        found.append(f"loss.schedule={args.aux_schedule}")
+    return found
+
+
 class StageProgress(ProgressCallback):
     """transformers' progress bars, with log lines that hold what matters, rounded."""
 
@@ -121,11 +185,12 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
     """Train, from `checkpoint` on where there is one.
 
     Raises:
-        CaftuneError: the checkpoint has no optimizer's state (`save_only_model`), and steps are left.
+        CaftuneError: the checkpoint has no optimizer's state (`save_only_model`), and steps are left; or the training is to end
+            before it.
         SystemExit: SIGTERM came; the checkpoint is written.
     """
     if checkpoint is not None:
-        _refuse_model_alone(trainer, Path(checkpoint))
+        trainer.add_callback(GoesOn(checkpoint))
     if checkpoint is not None and trainer.is_world_process_zero():
         tqdm.write(f"Going on from {checkpoint}.", file=sys.stderr)
     stop = StopOnSigterm(trainer)
@@ -142,16 +207,6 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
             file=sys.stderr,
         )
         raise SystemExit(128 + signal.SIGTERM)
-
-
-def _refuse_model_alone(trainer: Trainer, checkpoint: Path) -> None:
-    """transformers (5.23) would begin optimizer and learning rates anew there, without a word."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    if trainer.args.save_only_model and state["global_step"] < state["max_steps"]:
-        raise CaftuneError(
-            f"{checkpoint} must hold an optimizer's state to go on from, and holds the model alone (save_only_model). Remove "
-            f"{checkpoint.parent} to train anew, or see `caftune export --checkpoint`."
-        )
 
 
 def log_line(logs: dict[str, float]) -> str:

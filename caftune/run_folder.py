@@ -7,18 +7,21 @@ A stage folder holds `recipe.yaml`, the sections of the recipe and the hashes of
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from tqdm.auto import tqdm
 
-from caftune.checkpoint import DESCRIPTION_FILE, commit_of, file_sha256, provenance, write_json
+from caftune.checkpoint import DESCRIPTION_FILE, commit_of, file_sha256, package_version, provenance, write_json
 from caftune.errors import CaftuneError
+from caftune.opening import opening
 from caftune.readers import HubSource, data_commit, hub_source
-from caftune.recipe import Recipe, first_difference, save_recipe
+from caftune.recipe import Recipe, first_difference, parse_recipe, save_recipe
+from caftune.recipe_text import read_yaml
+from caftune.resumption import Changes, set_aside_changes
 
 _RESULTS = {"pretrain": "pretrain-heads"}  # names of results, where they are not those of the folders
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -56,7 +59,7 @@ def _with_base_commit(recipe: Recipe) -> Recipe:
     if Path(name).is_dir() or (revision is not None and revision == kept.get("commit")):
         return recipe
     if [name, revision] != [kept.get("name"), kept.get("revision")]:
-        with suppress(OSError):  # loading the model says why
+        with opening(name, revision=revision):
             kept = {"name": name, "revision": revision, "commit": commit_of(name, revision, fetch=True)}
             if is_main_process():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,12 +102,14 @@ def _with_data_commits(recipe: Recipe) -> Recipe:
 def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> Path:
     """The folder of a stage, made ready: it is new, or it belongs to this very recipe and these very files.
 
+    Options that leave alone what was learnt so far may differ (see resumption.py): they are reported, and recorded.
     A folder in which nothing was done yet (its stage was refused, say) takes on the recipe it is given, and so does that of
     the labels, whose answers are kept by what was asked. With several
     processes the main one makes it, and the others find it made.
 
     Raises:
-        CaftuneError: the folder holds a stage made from something else, or files that are not caftune's.
+        CaftuneError: the folder holds a stage made from something else, or files that are not caftune's; or the training is
+            to last longer and its checkpoints are gone.
     """
     from accelerate import PartialState
 
@@ -112,7 +117,8 @@ def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None
     with PartialState().main_process_first():
         folder = Path(recipe.output, stage)
         if stage != "labels" and is_begun(recipe, stage):  # labels are kept by what was asked
-            refuse_other_stage(recipe, stage, files)
+            changes = refuse_other_stage(recipe, stage, files, may_go_on=True)
+            _take_on(recipe, stage, files, changes)
         elif (
             not (folder / "recipe.yaml").is_file()
             and folder.exists()
@@ -163,18 +169,43 @@ def is_done(recipe: Recipe, stage: str) -> bool:
     return _RESULTS.get(stage, stage) in done and Path(recipe.output, stage, "recipe.yaml").is_file()
 
 
-def refuse_other_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> None:
-    """Raise CaftuneError where the folder of a stage was made from another recipe or other files."""
+def _take_on(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None], changes: Changes) -> None:
+    """Let a stage that was begun go on with changed options: say so, and record it."""
     folder = Path(recipe.output, stage)
+    if changes.length and last_checkpoint(folder) is None:
+        raise CaftuneError(
+            f"{folder} must hold a checkpoint to go on from ({', '.join(changes.length)}), and holds none. Remove {folder} to "
+            "train from the start."
+        )
+    if not list(changes) or not is_main_process():
+        return
+    tqdm.write(f"Changed since {folder} was begun: {', '.join(changes)}.", file=sys.stderr)
+    if changes.length:
+        _replace_result(recipe, _RESULTS.get(stage, stage), [])  # it is not done any more
+    save_recipe(folder / "recipe.yaml", _identity(recipe, stage, files))
+    path = folder / "provenance.json"
+    made = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else provenance(_present(files))
+    now = provenance()
+    entry = {"changes": list(changes), **{key: now[key] for key in ("command", "time", "versions")}}
+    write_json(path, {**made, "went_on": [*made.get("went_on", []), entry]})
+
+
+def refuse_other_stage(
+    recipe: Recipe, stage: str, files: Mapping[str, str | Path | None], *, may_go_on: bool = False
+) -> Changes:
+    """Raise CaftuneError where the folder of a stage was made from another recipe or other files.
+
+    Returns:
+        The changes that do not matter to it; with `may_go_on` also those of when its training ends.
+    """
+    folder, name = Path(recipe.output, stage), _RESULTS.get(stage, stage)
     if not (folder / "recipe.yaml").is_file():
-        raise CaftuneError(f"{folder} is missing. Run `caftune {_RESULTS.get(stage, stage)}` first.")
-    kept = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    wanted = _identity(recipe, stage, files)
+        raise CaftuneError(f"{folder} is missing. Run `caftune {name}` first.")
+    kept, wanted = kept_identity(folder, stage), _identity(recipe, stage, files)
     forget_unknown_commit(kept, wanted)
     if "data.max_length" not in kept:  # the folder is older than this being kept
         wanted.pop("data.max_length", None)
-    for identity in (kept, wanted):  # it says how the result is written, not how it is made
-        identity.get("model", {}).get("lora", {}).pop("merge", None)
+    changes = set_aside_changes(kept, wanted, stage)
     difference = first_difference(kept, wanted)
     if difference and difference.startswith("files."):
         difference = f"the contents of {difference.partition(':')[0].removeprefix('files.')} changed"
@@ -183,6 +214,44 @@ def refuse_other_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Pat
             f"{folder} holds the {stage} stage of another recipe ({difference}). Remove {folder}, or use another output "
             "(heads made here serve there: heads.path)."
         )
+    if changes.length and not may_go_on:
+        raise CaftuneError(
+            f"{folder} holds the {stage} stage of another recipe ({changes.length[0]}). Run `caftune {name}` to go on to that "
+            "length, or set it back."
+        )
+    return changes
+
+
+def kept_identity(folder: Path, stage: str) -> dict[str, Any]:
+    """What a stage folder was made from. Keys that are newer than the folder have their defaults.
+
+    Raises:
+        CaftuneError: a key or a value that this version does not know.
+    """
+    file = folder / "recipe.yaml"
+    kept = read_yaml(file)
+    nested: dict[str, Any] = {"output": str(folder.parent)}
+    for place, value in kept.items():
+        *sections, key = place.split(".")
+        if place != "files":
+            _section(nested, sections)[key] = value
+    try:
+        recipe = parse_recipe(nested)
+    except CaftuneError as error:
+        raise CaftuneError(
+            f"{file} cannot be read by caftune {package_version('caftune')}: {error} Where a newer version wrote it, update "
+            "caftune; or use another output."
+        ) from error
+    found = {**_sections(recipe, stage), "files": kept.get("files") or {}}
+    if "data.max_length" not in kept:
+        found.pop("data.max_length", None)
+    return found
+
+
+def _section(values: dict[str, Any], place: Sequence[str]) -> dict[str, Any]:
+    for key in place:
+        values = values.setdefault(key, {})
+    return values
 
 
 def forget_unknown_commit(kept: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -270,10 +339,16 @@ def _is_json(path: Path) -> bool:
 
 
 def _identity(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> dict[str, Any]:
+    return {
+        **_sections(recipe, stage),
+        "files": {name: _digest(Path(path)) for name, path in _present(files).items()},
+    }
+
+
+def _sections(recipe: Recipe, stage: str) -> dict[str, Any]:
     everything = recipe.model_dump()
     more = ["data.max_length"] if stage == "pretrain" and recipe.cuts_stage_one else []
-    sections = {key: _at(everything, key) for key in [*_DEPENDS_ON[stage], *more]}
-    return {**sections, "files": {name: _digest(Path(path)) for name, path in _present(files).items()}}
+    return {key: _at(everything, key) for key in [*_DEPENDS_ON[stage], *more]}
 
 
 def _digest(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from caftune.checkpoint import describe_heads, find_heads
 from caftune.config import CAFTConfig
 from caftune.errors import CaftuneError
 from caftune.generation import Backend, Sampling, end_tokens, transformers_backend, vllm_backend
+from caftune.opening import opening
 from caftune.recipe import AnswersSection, Recipe, trainer_config
 from caftune.server import Server, server_backend
 
@@ -211,13 +213,14 @@ def context_length(recipe: Recipe, name: str | None = None) -> int | None:
 
 def load_tokenizer(recipe: Recipe, name: str | None = None) -> Any:
     """The tokenizer of the base (or another model)."""
-    refuse_missing_model(name or recipe.model.name)
-    return AutoTokenizer.from_pretrained(name or recipe.model.name, **_where(recipe, name))
+    with opening_model(recipe, name):
+        return AutoTokenizer.from_pretrained(name or recipe.model.name, **_where(recipe, name))
 
 
 def load_config(recipe: Recipe, name: str | None = None) -> Any:
     """The configuration of the base (or another model)."""
-    return AutoConfig.from_pretrained(name or recipe.model.name, **_where(recipe, name))
+    with opening_model(recipe, name):
+        return AutoConfig.from_pretrained(name or recipe.model.name, **_where(recipe, name))
 
 
 def trained_tokenizer(recipe: Recipe, checkpoint: str) -> tuple[Any, int | None]:
@@ -235,7 +238,10 @@ def load_model(recipe: Recipe, name: str | None = None) -> Any:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(name or recipe.model.name, dtype="auto", **_where(recipe, name))
+    with opening_model(recipe, name):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            name or recipe.model.name, dtype="auto", **_where(recipe, name)
+        )
     return model.to(device).eval()
 
 
@@ -312,7 +318,14 @@ def _generation_config(recipe: Recipe, name: str) -> GenerationConfig:
         return GenerationConfig.from_model_config(load_config(recipe, name))
 
 
-def refuse_missing_model(name: str, place: str = "model.name") -> None:
-    """Raise CaftuneError for the path of a folder that is none; hub ids are left to the hub."""
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name, "config.json").is_file():
-        raise CaftuneError(f"{place} must be a folder with a config.json or a hub id, and {name} is no such folder.")
+def opening_model(recipe: Recipe, name: str | None = None) -> AbstractContextManager[None]:
+    """The context in which the base (or another model) is opened: see `opening`."""
+    where = _where(recipe, name)
+    place = (
+        "model.name"
+        if name in (None, recipe.model.name)
+        else "eval.model"
+        if name == recipe.eval.model
+        else "The model"
+    )
+    return opening(name or recipe.model.name, place, revision=where["revision"], trust=where["trust_remote_code"])

@@ -4,7 +4,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import Dataset
 
 from caftune.checkpoint import file_name
@@ -14,7 +13,7 @@ from caftune.errors import CaftuneError
 from caftune.labels import label_dataset, read_labels
 from caftune.prompts import is_chat, refuse_messages_without_template
 from caftune.recipe import Recipe, first_difference
-from caftune.run_folder import forget_unknown_commit
+from caftune.run_folder import forget_unknown_commit, kept_identity
 from caftune.stage_options import load_tokenizer
 from caftune.tokenization import tokenized
 
@@ -34,7 +33,7 @@ def describe_head_source(recipe: Recipe, rows: Dataset) -> dict[str, Any]:
     """What stage 1 was trained on, for the record: the labels as they were made."""
     if recipe.heads.text is not None:
         return {"text": file_name(recipe.heads.text), "rows": len(rows)}
-    kept = yaml.safe_load(Path(recipe.output, "labels", "recipe.yaml").read_text(encoding="utf-8"))["labels"]
+    kept = kept_identity(Path(recipe.output, "labels"), "labels")["labels"]
     drawn = {name: kept[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
     return {"answers of the base to": file_name(str(kept["prompts"])), "answers": len(rows), **drawn}
 
@@ -65,7 +64,7 @@ def _finished_labels(recipe: Recipe, labels: Path) -> Dataset:
     """The labels of the run, ready to be trained on."""
     if not labels.is_file():
         raise CaftuneError(f"{labels} is missing. Run `caftune label` (again), or name a text in heads.text.")
-    kept = yaml.safe_load((labels.parent / "recipe.yaml").read_text(encoding="utf-8"))
+    kept = kept_identity(labels.parent, "labels")
     model = {"model.name": recipe.model.name, "model.revision": recipe.model.revision}
     wanted = recipe.labels.model_dump(include=_MADE_WITH)
     forget_unknown_commit(kept, model)

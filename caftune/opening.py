@@ -1,0 +1,193 @@
+"""Why a model cannot be opened, in one sentence: what the hub, transformers and safetensors say, checked against its files."""
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import __version__ as _transformers_version
+
+from caftune.errors import CaftuneError
+
+_JSON = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", "adapter_config.json"),
+)
+_WEIGHTS = ("*.safetensors", "*.bin")
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "tekken.json")
+
+
+@contextmanager
+def opening(
+    name: str, place: str = "model.name", *, revision: str | None = None, trust: bool = False
+) -> Iterator[None]:
+    """Within the block the model `name` is opened: what is wrong with its name, its files or the hub is one sentence.
+
+    Other errors pass, among them the operating system's own (a full disk).
+
+    Args:
+        place: where the name was given.
+        revision: of the model on the hub.
+        trust: whether code of the model's own may run.
+
+    Raises:
+        CaftuneError: no such model, no access to it, a damaged or missing file of it, or a model of an unknown kind.
+    """
+    refuse_missing_model(name, place)
+    try:
+        yield
+    except CaftuneError:
+        raise
+    except Exception as error:
+        reason = _reason(error, name, place, revision, trust=trust)
+        if reason is None:
+            raise
+        raise CaftuneError(reason) from error
+
+
+def refuse_missing_model(name: str, place: str = "model.name") -> None:
+    """Raise CaftuneError for the path of a folder that is none or holds no model; hub ids are left to the hub."""
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+    if is_path and not Path(name, "config.json").is_file():
+        what = "has no config.json" if Path(name).is_dir() else "is no such folder"
+        raise CaftuneError(
+            f"{place} must be a folder with a config.json or a hub id, and {name} {what}. Check the name."
+        )
+
+
+def _reason(error: Exception, name: str, place: str, revision: str | None, *, trust: bool) -> str | None:
+    """What is wrong with a model, None where the error says nothing of it."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return None
+    if Path(name).is_dir():
+        found = _damaged(Path(name), place) or _lacking(Path(name), place, error)
+    else:
+        found = _refused_by_hub(error, name, place, revision)
+    if found is None and isinstance(error, ValueError):
+        found = _unknown_kind(error, name, place, revision, trust=trust)
+    if found is None and isinstance(error, OSError):
+        reason = _first_line(error)
+        return f"{place} must be a model that can be opened, and {name} is not ({reason}). Check its name and files."
+    return found
+
+
+def _damaged(folder: Path, place: str) -> str | None:
+    """The first file of a model that cannot be read."""
+    for check, names in ((_check_json, _JSON), (_check_safetensors, ("*.safetensors",)), (_check_archive, ("*.bin",))):
+        for path in sorted(path for name in names for path in folder.glob(name) if path.is_file()):
+            why = check(path)
+            if why is not None:
+                return f"{place}: {path} is damaged or cut off ({why}). Copy or download it again (from Git: `git lfs pull`)."
+    return None
+
+
+def _check_json(path: Path) -> str | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return str(error)
+    return None if isinstance(found, dict) else f"it must hold a JSON object, got {type(found).__name__}"
+
+
+def _check_safetensors(path: Path) -> str | None:
+    try:
+        with safe_open(path, "pt"):
+            return None
+    except SafetensorError as error:
+        return str(error)
+
+
+def _check_archive(path: Path) -> str | None:
+    """PyTorch's own files are zip archives, whose contents stand at their end."""
+    with path.open("rb") as file:
+        is_archive = file.read(2) == b"PK"
+    return "the end of the archive is missing" if is_archive and not zipfile.is_zipfile(path) else None
+
+
+def _lacking(folder: Path, place: str, error: Exception) -> str | None:
+    """What a folder with a configuration lacks: weights, one of their files, or a tokenizer."""
+    for index in folder.glob("*.index.json"):
+        for name in sorted(set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())):
+            if not (folder / name).is_file():
+                return f"{place}: {folder} must hold {name}, which {index.name} names, and does not. Copy or download it again."
+    if isinstance(error, OSError) and not _any(folder, _WEIGHTS):
+        return (
+            f"{place}: {folder} must hold the weights of a model (model.safetensors), and holds none. Copy them there."
+        )
+    if not isinstance(error, OSError) and not _any(folder, _TOKENIZERS):
+        return f"{place}: {folder} must hold a tokenizer (tokenizer.json), and holds none. Copy its base's there."
+    return None
+
+
+def _any(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in patterns)
+
+
+def _refused_by_hub(error: BaseException, name: str, place: str, revision: str | None) -> str | None:
+    """Why the hub gave no model, from what huggingface_hub raised beneath."""
+    login = "log in with `hf auth login`"
+    reasons: dict[type[BaseException], Callable[[], str]] = {
+        GatedRepoError: lambda: (
+            f"{place}: {name} is gated on the hub. Accept its terms on https://huggingface.co/{name}, and {login}."
+        ),
+        RevisionNotFoundError: lambda: (
+            f"{place}: {name} on the hub has no revision {revision}. Name one of its branches, tags or commits."
+        ),
+        RepositoryNotFoundError: lambda: (
+            f"{place} must be a folder or a hub id, and {name} is neither: there is no such folder, and no such model on the "
+            f"hub for you. Check the name; for a private model {login}."
+        ),
+        LocalEntryNotFoundError: lambda: (
+            f"{place}: {name} is no folder and not on this machine yet, and {_unreachable()}"
+        ),
+    }
+    chain = list(_chain(error))
+    return next((say() for kind, say in reasons.items() if any(isinstance(link, kind) for link in chain)), None)
+
+
+def _unreachable() -> str:
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE forbids to fetch it. Check the name, or unset HF_HUB_OFFLINE."
+    return "the hub cannot be reached. Check the name and the connection."
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _unknown_kind(error: ValueError, name: str, place: str, revision: str | None, *, trust: bool) -> str | None:
+    """Whether transformers knows what the configuration describes."""
+    try:
+        described: dict[str, Any] = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
+    except OSError:
+        return None
+    kind, has_code = described.get("model_type"), bool(described.get("auto_map"))
+    if has_code and not trust and "trust_remote_code" in str(error):
+        return f"{place}: {name} has code of its own, which runs only with model.trust_remote_code=true. Read it, set that."
+    if kind is None:
+        return f"{place}: the config.json of {name} must name a model_type, and names none. Copy the model again."
+    if kind not in CONFIG_MAPPING and not has_code:
+        return (
+            f"{place} must be a model that transformers {_transformers_version} knows, and {name} is of type {kind}. Update "
+            "transformers."
+        )
+    if "Unrecognized configuration class" in str(error):
+        return f"{place} must be a causal language model, and {name} is of type {kind}. Name another."
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")

@@ -1,0 +1,108 @@
+"""Which options may change while a run goes on: those that leave alone what it has learnt so far, and which rows come next."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Cadence, output and speed: the weights are the same without them.
+_FREE = frozenset(
+    (
+        *(
+            "logging_strategy",
+            "logging_steps",
+            "logging_first_step",
+            "log_on_each_node",
+            "log_level",
+            "log_level_replica",
+        ),
+        *("disable_tqdm", "report_to", "run_name", "project", "include_num_input_tokens_seen", "skip_memory_metrics"),
+        *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
+        *(
+            "push_to_hub",
+            "hub_token",
+            "hub_private_repo",
+            "hub_model_id",
+            "hub_strategy",
+            "hub_always_push",
+            "hub_revision",
+        ),
+        *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),
+        *("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics"),
+        *(
+            "dataloader_num_workers",
+            "dataloader_pin_memory",
+            "dataloader_persistent_workers",
+            "dataloader_prefetch_factor",
+        ),
+        *("dataset_num_proc", "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading"),
+        *("torch_empty_cache_steps", "ddp_timeout"),
+    )
+)
+_LENGTH = frozenset(("num_train_epochs", "max_steps"))
+_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # and their defaults
+_SECTIONS = {"pretrain": ("pretrain",), "adapt": ("adapt",), "train": ("trainer", "adapt")}  # each stage's own first
+_NONE = object()
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a recipe changes in a run that was begun, each as `key: before -> now`."""
+
+    harmless: list[str] = field(default_factory=list)  # the weights stay those of the recipe before, up to rounding
+    length: list[str] = field(default_factory=list)  # when the training ends
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.harmless
+        yield from self.length
+
+
+def set_aside_changes(kept: dict[str, Any], wanted: dict[str, Any], stage: str) -> Changes:
+    """Remove from two identities of a stage the options that may change, and return what changes among them."""
+    changes = Changes()
+    for number, section in enumerate(_SECTIONS.get(stage, ())):
+        before, now = dict(kept.get(section) or {}), dict(wanted.get(section) or {})
+        if kept.get(section) is None or wanted.get(section) is None:
+            continue
+        harmless = _FREE | (_BATCH.keys() if _is_same_batch(before, now) else set())
+        changes.harmless.extend(_set_aside(before, now, harmless, section))
+        if number == 0:
+            changes.length.extend(_set_aside(before, now, _LENGTH, section))
+        kept[section], wanted[section] = before, now
+    for section in ("heads", "model.lora"):  # how the result is written, not how it is made
+        before, now = ((_section(identity, section)) for identity in (kept, wanted))
+        changes.harmless.extend(_set_aside(before, now, {"keep", "merge"}, section))
+    return changes
+
+
+def _section(identity: dict[str, Any], place: str) -> dict[str, Any]:
+    """A section of an identity, copied so that its keys can be removed; an empty one where there is none."""
+    for key in place.split("."):
+        if key not in identity:
+            return {}
+        identity[key] = dict(identity[key])
+        identity = identity[key]
+    return identity
+
+
+def _set_aside(before: dict[str, Any], now: dict[str, Any], names: Any, section: str) -> list[str]:
+    """Remove options from both, and return those that differ."""
+    found = []
+    for name in sorted(names):
+        one, other = before.pop(name, _NONE), now.pop(name, _NONE)
+        if one != other:
+            found.append(f"{section}.{name}: {_shown(one)} -> {_shown(other)}")
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "default" if value is _NONE else repr(value)
+
+
+def _is_same_batch(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether every step has the same rows: as many of them, in batches that are all counted."""
+    if any(options.get(name) for options in (before, now) for name in ("auto_find_batch_size", "dataloader_drop_last")):
+        return False  # the checkpoint's size is taken up again, or the rows left over at an epoch's end are others
+    sizes = [[options.get(name, default) for name, default in _BATCH.items()] for options in (before, now)]
+    if not all(isinstance(size, int) for pair in sizes for size in pair):
+        return False
+    return sizes[0][0] * sizes[0][1] == sizes[1][0] * sizes[1][1]
