@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from caftune.errors import CaftuneError
+from caftune.errors import CaftuneError, system_error
 
 app = typer.Typer(
     help="Concept-aware fine-tuning of language models.",
@@ -356,17 +357,19 @@ def schema() -> None:
 
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
-    """Errors a person can mend are told in one line; anything else keeps its traceback (as does CAFTUNE_TRACEBACK=1)."""
+    """Errors a person can fix are told in one line; anything else keeps its traceback (as does CAFTUNE_TRACEBACK=1)."""
     _quiet_libraries()
     try:
         yield
     except KeyboardInterrupt:
         console.print("\nStopped. Labels and checkpoints written so far are kept; the same command goes on from there.")
         sys.exit(130)
-    except CaftuneError as error:
-        if os.environ.get("CAFTUNE_TRACEBACK"):
+    except Exception as error:
+        reason = str(error) if isinstance(error, CaftuneError) else system_error(error)
+        if reason is None or os.environ.get("CAFTUNE_TRACEBACK"):
             raise
-        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        text = re.sub(r"\s*\n\s*", " ", f"Error: {reason}")  # of a library's words within it, too
+        Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -376,6 +379,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # huggingface_hub (1.x) reports each of five tries to reach the hub; the error says that it cannot be reached.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     # bitsandbytes (0.50), which PEFT imports, offers a faster kernel for 4-bit weights on CPUs.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_offer_of_kernels)
 

@@ -1,4 +1,14 @@
-"""The one error that a person can mend."""
+"""The one error that a person can fix, and the operating system's errors in the same words."""
+
+import errno
+import os
+import re
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_WRONG_PATH = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+_OF_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors' words for an error of the system
+_OF_TORCH = re.compile(r"PytorchStreamWriter failed writing file|inline_container\.cc.*unexpected pos|iostream error")
 
 
 class CaftuneError(ValueError):
@@ -7,3 +17,28 @@ class CaftuneError(ValueError):
     The command line shows it as one sentence. Every other exception is a fault of the program or of a library, and keeps its
     traceback.
     """
+
+
+def system_error(error: Exception) -> str | None:
+    """A full disk, a permission or a wrong path, in one sentence with its remedy; None for every other error."""
+    number = error.errno if isinstance(error, OSError) else _number_in(error)
+    path = getattr(error, "filename", None)
+    if number in _FULL:
+        place = "The disk" if path is None else f"The disk of {path}"
+        return (
+            f"{place} is full ({os.strerror(number)}). Free some space, or use another output; then run the same command "
+            "again: files that were whole are kept."
+        )
+    if number in _DENIED and path is not None:
+        return f"{path} must be open to you, and is not ({os.strerror(number)}). Change its permissions, or use another path."
+    if number in _WRONG_PATH and path is not None:
+        return f"{path} cannot be used ({os.strerror(number)}). Name another path."
+    return None
+
+
+def _number_in(error: Exception) -> int | None:
+    """The system's error that a library tells of in words: safetensors, and torch where it writes a file."""
+    if type(error).__name__ == "SafetensorError":
+        found = _OF_RUST.search(str(error))
+        return int(found[1]) if found else None
+    return errno.ENOSPC if isinstance(error, RuntimeError) and _OF_TORCH.search(str(error)) else None

@@ -313,10 +313,21 @@ def trainer_config(recipe: Recipe, section: Literal["pretrain", "adapt", "traine
                 f"{section}.{name} is not an option of CAFTConfig.{_nearest(name, known, f'{section}.')}"
             )
         _refuse_other_type(f"{section}.{name}", value, known[name])
+    _refuse_optimizer_arguments(section, options.get("optim_args"))
     try:
         return CAFTConfig(**{**defaults, **options, **ours})
     except (ValueError, TypeError) as error:
         raise CaftuneError(f"{section}: {error}") from error
+
+
+def _refuse_optimizer_arguments(section: str, value: Any) -> None:
+    """transformers (5.23) fails on others when it makes the optimizer, without the option's name."""
+    parts = value.split(",") if isinstance(value, str) and value else []
+    if value is not None and (not isinstance(value, str) or any(part.count("=") != 1 for part in parts)):
+        raise CaftuneError(
+            f"{section}.optim_args must be key=value, several with commas between them, got {value!r}. Write rank=8, "
+            "for example."
+        )
 
 
 def _refuse_other_type(place: str, value: Any, default: Any) -> None:

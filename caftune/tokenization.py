@@ -49,6 +49,11 @@ def _apply_tokenizer_options(tokenizer: Any, args: CAFTConfig) -> None:
     if args.eos_token is not None:
         tokenizer.eos_token = args.eos_token
     if args.chat_template_path is not None:
+        path = Path(args.chat_template_path)
+        if not path.exists() and (args.chat_template_path.endswith((".jinja", ".j2")) or path.is_absolute()):
+            raise CaftuneError(
+                f"chat_template_path must be a template file, a folder or a hub id, and {path} is not there. Check the name."
+            )
         given = template_in(args.chat_template_path)
         tokenizer.chat_template = given or AutoTokenizer.from_pretrained(args.chat_template_path).chat_template
     remove_byte_order_mark(tokenizer)

@@ -17,9 +17,9 @@ from caftune.checkpoint import load_heads
 from caftune.data import load_rows
 from caftune.errors import CaftuneError
 from caftune.generation import Sampling, end_tokens, only_these_settings, padding_token, until_end
+from caftune.opening import opening
 from caftune.prompts import Prompt, conversations, decoded
 from caftune.speculative import Drafting, SpeculativeDecoding
-from caftune.stage_options import refuse_missing_model
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Writer:
     """
 
     def __init__(self, model: str, heads: str, *, revision: str | None = None, length: int | None = None) -> None:
-        refuse_missing_model(model, "MODEL")
         where = "cuda" if torch.cuda.is_available() else "cpu"
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(model, revision=revision or "main")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision or "main", dtype="auto")
+        with opening(model, "MODEL", revision=revision):
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(model, revision=revision or "main")
+            loaded: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision or "main", dtype="auto")
         self.model: Any = loaded.to(where).eval()
         backbone = Backbone.of(self.model)
         found = load_heads(heads, backbone, self.tokenizer, force=True)
