@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 
 from caftune import pipeline
 from caftune.checkpoint import describe_heads
-from caftune.compared_run import run_folder, seeds_of
+from caftune.compared_run import run_folder, run_is_done, seeds_of
 from caftune.comparison import summarise_comparison
 from caftune.concept_study import study_concepts
 from caftune.concepts import read_terms
@@ -66,7 +66,7 @@ def compare(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
     """Make every run that is not there yet (or the one named `ARM/SEED` or `base`), and compare what is there.
 
     Returns:
-        What comparison.json holds.
+        What comparison.json holds; of a single run after which others are missing, which these are.
 
     Raises:
         CaftuneError: settings that cannot be compared, no such run, or a run made from another recipe.
@@ -84,7 +84,24 @@ def compare(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
     for number, (arm, seed) in enumerate(chosen, start=1):
         tqdm.write(f"[{number}/{len(chosen)}] {arm}, seed {seed}", file=sys.stderr)
         _run(recipe, arm, seed)
-    return summarise_comparison(recipe, partly=only is None)
+    missing = [f"{arm}/{seed}" for arm, seed in runs if not run_is_done(recipe, arm, seed)]
+    if only is not None and missing:
+        return _unfinished(recipe, only, missing)
+    return summarise_comparison(recipe)
+
+
+def _unfinished(recipe: Recipe, only: str, missing: Sequence[str]) -> dict[str, Any]:
+    """What is known of a comparison after one of its runs, where others are missing: nothing is computed of those there are."""
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    return {
+        "arms": list(recipe.compare.arms),
+        "seeds": [],
+        "missing": list(missing),
+        "tasks": [],
+        "measures": [],
+        "verdict": f"{only} is done. Runs that are missing: {', '.join(missing[:5])}{more}.",
+        "remarks": ["The last of them, or `caftune compare` without --only, compares all and writes comparison.json."],
+    }
 
 
 def _refuse_unfit(recipe: Recipe) -> None:

@@ -64,8 +64,46 @@ def evaluate(recipe: Recipe) -> list[Result]:
     """
     recipe = with_commit(recipe)
     name, tasks = _model_of(recipe), read_tasks(recipe)
-    recipe = with_form(recipe, load_tokenizer(recipe, name))
-    return [_evaluate(recipe, name, task, examples) for task, examples in tasks]
+    queried = _Queried(recipe, name)
+    recipe = with_form(recipe, queried.tokenizer)
+    try:
+        return [_evaluate(recipe, queried, task, examples) for task, examples in tasks]
+    finally:
+        queried.let_go()
+
+
+class _Queried:
+    """The model of an evaluation, for all its tasks: each part is made when it is first needed, and once."""
+
+    def __init__(self, recipe: Recipe, name: str) -> None:
+        self._recipe, self.name = recipe, name
+        self.loaded: dict[str, Any] = {}  # the model itself
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self._recipe, self.name)
+
+    @functools.cached_property
+    def context(self) -> int:
+        """In tokens, and beyond any prompt where the configuration names none."""
+        return context_length(self._recipe, self.name) or sys.maxsize
+
+    @functools.cached_property
+    def _answers(self) -> AnswerCache:
+        recipe, name = self._recipe, self.name
+        revision = recipe.model.revision if name == recipe.model.name else None
+        fingerprint = model_fingerprint(name, revision) + who_answers(recipe.eval)
+        file = Path(recipe.output, "eval", "cache.jsonl")
+        return AnswerCache(file, Sampling(), seed=recipe.seed, fingerprint=fingerprint)
+
+    def answers(self, sampling: Sampling, seed: int) -> AnswerCache:
+        """Its answers on disk: the weights are hashed and the file is read once for all tasks and runs."""
+        return self._answers.drawn(sampling, seed=seed)
+
+    def let_go(self) -> None:
+        """Free the memory that the model takes."""
+        self.loaded.clear()
+        free_memory()
 
 
 def with_form(recipe: Recipe, tokenizer: Any) -> Recipe:
@@ -177,41 +215,38 @@ def _examples(recipe: Recipe, task: Task) -> list[Example]:
     return examples
 
 
-def _evaluate(recipe: Recipe, name: str, task: Task, examples: Sequence[Example]) -> Result:
-    lines = _ask_all(recipe, name, task, examples)
-    free_memory()
+def _evaluate(recipe: Recipe, queried: _Queried, task: Task, examples: Sequence[Example]) -> Result:
+    lines = _ask_all(recipe, queried, task, examples)
     if task is PROTEINS and recipe.eval.structures is not None:
+        queried.let_go()  # the folding model needs its memory
         lines = with_structures(lines, recipe.eval.structures)
-    label = label_of(recipe, name)
+    label = label_of(recipe, queried.name)
     _write(Path(recipe.output, "eval", label, f"{task.name}.jsonl"), lines)
     result = summarise(task, label, lines)
     record(recipe, {"stage": f"eval {label} {task.name}", **asdict(result)})
     return result
 
 
-def _ask_all(recipe: Recipe, name: str, task: Task, examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """The lines of TASK.jsonl: every example asked and scored in every run. The model is let go before this returns."""
-    section = recipe.eval
-    tokenizer = load_tokenizer(recipe, name)
+def _ask_all(recipe: Recipe, queried: _Queried, task: Task, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """The lines of TASK.jsonl: every example asked and scored in every run."""
+    section, tokenizer, name = recipe.eval, queried.tokenizer, queried.name
     talks = dict(enumerate(_ask(example, chat=bool(section.chat)) for example in examples))
     sampling = Sampling(
         section.max_new_tokens or task.max_new_tokens, section.temperature, section.top_p, section.top_k
     )
-    room = (context_length(recipe, name) or sys.maxsize) - sampling.max_new_tokens - (section.backend == "server")
+    room = queried.context - sampling.max_new_tokens - (section.backend == "server")
     long = [number for number, talk in talks.items() if len(talk.prompt(0, [], tokenizer).ids) > room]
     if long:
         raise CaftuneError(
             f"{len(long)} of {len(talks)} prompts of {task.name} (the first is {examples[long[0]].id}) leave no room for "
             f"{sampling.max_new_tokens} tokens in the model's context. Lower eval.max_new_tokens, or use a model with more."
         )
-    revision = recipe.model.revision if name == recipe.model.name else None
-    fingerprint = model_fingerprint(name, revision) + who_answers(section)
-    opened = functools.cache(lambda: answer_backend(recipe, section, tokenizer, sampling, name=name))
+    opened = functools.cache(
+        lambda: answer_backend(recipe, section, tokenizer, sampling, name=name, loaded=queried.loaded)
+    )
     lines: list[dict[str, Any]] = []
     for run, seed in enumerate(range(recipe.seed, recipe.seed + section.runs)):
-        file = Path(recipe.output, "eval", "cache.jsonl")
-        cache = AnswerCache(file, sampling, seed=seed, fingerprint=fingerprint)
-        found = generate_labels(talks, tokenizer, cache, opened, room=room)
+        found = generate_labels(talks, tokenizer, queried.answers(sampling, seed), opened, room=room)
         _refuse_failures(task, examples, found.failures)
         for label in found.labels:
             example, read = examples[label.row], tokenizer.decode(label.prompt_ids)  # special tokens may open a thought

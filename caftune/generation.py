@@ -107,11 +107,19 @@ def transformers_backend(
 
 
 def vllm_backend(
-    name: str, revision: str | None, sampling: Sampling, eos: Sequence[int], engine: Mapping[str, Any]
+    name: str,
+    revision: str | None,
+    sampling: Sampling,
+    eos: Sequence[int],
+    engine: Mapping[str, Any],
+    loaded: dict[str, Any] | None = None,
 ) -> Backend:
     """vLLM's offline engine. `engine`: arguments of `vllm.LLM`, such as tensor_parallel_size.
 
     Every prompt has a seed of its own, so an answer does not depend on what is drawn beside it.
+
+    Args:
+        loaded: keeps the engine for further backends of the same model.
 
     Raises:
         CaftuneError: vLLM is not installed.
@@ -121,7 +129,10 @@ def vllm_backend(
     except ImportError as error:
         raise CaftuneError("labels.backend=vllm needs vLLM. Install it with `pip install caftune[vllm]`.") from error
     # generation_config="vllm": none of the model's own defaults, as in the other backends.
-    model = LLM(**{"model": name, "revision": revision, "generation_config": "vllm", **engine})
+    loaded = {} if loaded is None else loaded
+    if "engine" not in loaded:
+        loaded["engine"] = LLM(**{"model": name, "revision": revision, "generation_config": "vllm", **engine})
+    model = loaded["engine"]
 
     def answer(prompts: Sequence[Prompt], seeds: Sequence[int]) -> Iterator[tuple[int, Answer]]:
         settings = [

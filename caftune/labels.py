@@ -7,6 +7,7 @@ included, and an answer cut off by `max_new_tokens` gets no false end.
 Source: METHOD "head pretraining" of arXiv 2506.07833 (pseudo-labels written by the model itself).
 """
 
+import copy
 import hashlib
 import json
 from collections import Counter
@@ -59,12 +60,22 @@ class AnswerCache:
     """
 
     def __init__(self, path: Path, sampling: Sampling, *, seed: int, fingerprint: str) -> None:
-        self.path, self._sampling = path, sampling
-        drawn = (sampling.temperature, sampling.top_p, sampling.top_k, seed) if sampling.temperature else (0,)
-        self._what = json.dumps([fingerprint, *drawn])
+        self.path, self._fingerprint = path, fingerprint
+        self._draw(sampling, seed)
         self._kept: dict[str, tuple[Answer, int]] = {}
         if path.is_file():
             self._read()
+
+    def drawn(self, sampling: Sampling, *, seed: int) -> "AnswerCache":
+        """The same answers for another way to draw them: the file is not read again."""
+        other = copy.copy(self)  # `_kept` is shared, so each sees what the other adds
+        other._draw(sampling, seed)
+        return other
+
+    def _draw(self, sampling: Sampling, seed: int) -> None:
+        self._sampling = sampling
+        drawn = (sampling.temperature, sampling.top_p, sampling.top_k, seed) if sampling.temperature else (0,)
+        self._what = json.dumps([self._fingerprint, *drawn])
 
     def keys(self, prompts: Sequence[Prompt]) -> list[str]:
         """A key for each prompt. Where one is asked several times, each time is a draw of its own."""

@@ -257,12 +257,26 @@ def free_memory() -> None:
 
 
 def answer_backend(
-    recipe: Recipe, section: AnswersSection, tokenizer: Any, sampling: Sampling, *, name: str | None = None
+    recipe: Recipe,
+    section: AnswersSection,
+    tokenizer: Any,
+    sampling: Sampling,
+    *,
+    name: str | None = None,
+    loaded: dict[str, Any] | None = None,
 ) -> Backend:
-    """What answers prompts with the base (or another model): the section's backend with its settings."""
-    free_memory()
+    """What answers prompts with the base (or another model): the section's backend with its settings.
+
+    Args:
+        loaded: keeps the model for further backends of it; empty it to let the model go.
+    """
+    loaded = {} if loaded is None else loaded
+    if not loaded:
+        free_memory()
     if section.backend == "transformers":
-        model = load_model(recipe, name)
+        if "model" not in loaded:
+            loaded["model"] = load_model(recipe, name)
+        model = loaded["model"]
         return transformers_backend(
             model, tokenizer, sampling, batching=section.batching, batch_size=section.batch_size
         )
@@ -272,7 +286,7 @@ def answer_backend(
         where = _where(recipe, name)
         own = {"trust_remote_code": where["trust_remote_code"], **_engine_dtype(recipe, model_name, section.vllm)}
         engine = {**own, **section.vllm}
-        return vllm_backend(model_name, where["revision"], sampling, eos, engine)
+        return vllm_backend(model_name, where["revision"], sampling, eos, engine, loaded)
     server = Server(**{**section.server.model_dump(), "model": section.server.model or model_name})
     return server_backend(server, tokenizer, sampling, eos)
 
