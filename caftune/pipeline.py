@@ -275,11 +275,13 @@ def finetune(recipe: Recipe) -> Path:
         raise CaftuneError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
     args = stage_two_config(recipe, Path(recipe.output, "train"))
     adapter, rounding = lora_config(recipe), quantization(recipe)
-    if recipe.adapt is not None and recipe.loss.weight > 0:
-        adapt_heads(recipe)
-        args = stage_two_config(recipe, Path(recipe.output, "train"))  # again: accelerate's state is the adaptation's
     sources = {"train": recipe.data.train, "eval": recipe.data.eval}
     files = {**sources, "heads": args.heads and Path(args.heads, "heads.json")}
+    if recipe.adapt is not None and recipe.loss.weight > 0:
+        if is_begun(recipe, "train") and Path(str(args.heads), "heads.json").is_file():
+            refuse_other_stage(recipe, "train", files, may_go_on=True)  # before these heads are trained further
+        adapt_heads(recipe)
+        args = stage_two_config(recipe, Path(recipe.output, "train"))  # again: accelerate's state is the adaptation's
     if is_begun(recipe, "train"):
         refuse_other_stage(recipe, "train", files, may_go_on=True)  # before the data are prepared
     train, evaluation = (task_rows(recipe, name, tokenizer, args) for name in sources)

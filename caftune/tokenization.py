@@ -1,6 +1,7 @@
 """The tokens of a data set as the trainer will make them, before there is a trainer."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset

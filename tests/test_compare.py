@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+from rich.console import Console
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -298,6 +299,22 @@ def test_the_last_of_single_runs_writes_the_comparison(copied, heads):
     assert not (copied / "out" / "compare" / "comparison.json").exists()
     compare(recipe, "caft/42")
     assert (copied / "out" / "compare" / "comparison.json").is_file()
+
+
+def test_single_runs_compute_no_statistics_while_others_are_missing(copied, heads, monkeypatch):
+    recipe = recipe_in(copied, heads)
+    shutil.rmtree(run_folder(recipe, "caft", 43))
+    (copied / "out/compare/comparison.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing, "summarise_comparison", lambda *_, **__: pytest.fail("computed"))
+        found = compare(recipe, "ntp/42")
+        assert found["missing"] == ["caft/43"]
+        assert found["verdict"] == "ntp/42 is done. Runs that are missing: caft/43."
+        comparing.print_comparison(Console(quiet=True), found)
+        assert compare(recipe, "base")["missing"] == ["caft/43"]
+    assert not (copied / "out/compare/comparison.json").exists()
+    assert compare(recipe, "caft/43")["missing"] == []
+    assert (copied / "out/compare/comparison.json").is_file()
 
 
 def test_control_heads_follow_the_heads_that_they_are_made_from(copied, heads, tmp_path):

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from caftune import compare, evaluation
+from caftune import compare, evaluation, stage_options
 from caftune.cli import app
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
@@ -22,6 +22,7 @@ from caftune.evals.proteins import sequence_of
 from caftune.evals.task import means, until_stop
 from caftune.evals.tasks import TASKS
 from caftune.generation import Answer
+from caftune.labels import AnswerCache
 from caftune.recipe import Recipe
 
 
@@ -91,6 +92,41 @@ def test_a_second_evaluation_asks_nothing_and_a_third_run_only_itself(values, mo
     third = evaluated(values, runs=3, temperature=0.8)
     assert cache.read_text().count("\n") == before + 12
     assert third.measures["valid"][:2] == first.measures["valid"]
+
+
+def counted(monkeypatch, place, name, calls):
+    real = getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *given, **more: calls.append(name) or real(*given, **more))
+
+
+@pytest.mark.parametrize("tasks", [["exact_match"], ["molecules", "exact_match"]])
+def test_a_model_is_hashed_and_loaded_and_its_answers_are_read_once_for_all_tasks_and_runs(
+    own_rows, monkeypatch, tasks
+):
+    calls = []
+    for place, name in (
+        (evaluation, "model_fingerprint"),
+        (evaluation, "load_tokenizer"),
+        (stage_options, "load_model"),
+        (AnswerCache, "_read"),
+    ):
+        counted(monkeypatch, place, name, calls)
+    changes = {"tasks": tasks, "runs": 3, "temperature": 0.8, "columns": {"smiles": "completion"}}
+    recipe = Recipe.model_validate({**own_rows, "eval": {**own_rows["eval"], **changes}})
+    first = evaluation.evaluate(recipe)
+    assert sorted(calls) == ["load_model", "load_tokenizer", "model_fingerprint"]
+    calls.clear()
+    assert evaluation.evaluate(recipe) == first
+    assert sorted(calls) == ["_read", "load_tokenizer", "model_fingerprint"]
+
+
+def test_tasks_that_share_a_model_keep_their_own_lengths(own_rows):
+    changes = {"tasks": ["molecules", "exact_match"], "columns": {"smiles": "completion"}, "max_new_tokens": None}
+    both = Recipe.model_validate({**own_rows, "eval": {**own_rows["eval"], **changes, "limit": 2}})
+    together = evaluation.evaluate(both)
+    for result in together:
+        alone = {**own_rows, "output": own_rows["output"] + result.task}
+        assert evaluated(alone, **changes | {"tasks": [result.task], "limit": 2}) == result
 
 
 def test_results_hold_the_measures_of_each_run(values):

@@ -332,3 +332,16 @@ def test_labels_of_an_older_version_are_trained_on(tmp_path):
     (made / "recipe.yaml").write_text(yaml.safe_dump({**kept, "labels": {"prompts": "data.jsonl"}}))
     with pytest.raises(CaftuneError, match=r"labels.max_new_tokens: 256 -> 30"):
         _finished_labels(recipe, made / "labels.jsonl")
+
+
+def test_heads_are_not_adapted_further_where_a_training_on_them_was_begun(folder, heads, monkeypatch):
+    def run(epochs):
+        recipe = run_of(folder, "run", loss={"weight": 0.5}, max_steps=1)
+        section = recipe.heads.model_copy(update={"path": heads, "count": 3})
+        adapt = {**FAST, "max_steps": epochs}
+        return recipe.model_copy(update={"heads": section, "adapt": adapt})
+
+    pipeline.finetune(run(1))
+    monkeypatch.setattr(pipeline, "adapt_heads", lambda _: pytest.fail("adapted"))
+    with pytest.raises(CaftuneError, match=r"of another recipe \(adapt.max_steps: 1 -> 2\)"):
+        pipeline.finetune(run(2))
