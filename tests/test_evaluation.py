@@ -120,15 +120,6 @@ def test_a_model_is_hashed_and_loaded_and_its_answers_are_read_once_for_all_task
     assert sorted(calls) == ["_read", "load_tokenizer", "model_fingerprint"]
 
 
-def test_tasks_that_share_a_model_keep_their_own_lengths(own_rows):
-    changes = {"tasks": ["molecules", "exact_match"], "columns": {"smiles": "completion"}, "max_new_tokens": None}
-    both = Recipe.model_validate({**own_rows, "eval": {**own_rows["eval"], **changes, "limit": 2}})
-    together = evaluation.evaluate(both)
-    for result in together:
-        alone = {**own_rows, "output": own_rows["output"] + result.task}
-        assert evaluated(alone, **changes | {"tasks": [result.task], "limit": 2}) == result
-
-
 def test_results_hold_the_measures_of_each_run(values):
     result = evaluated(values)
     (row,) = [json.loads(line) for line in Path(values["output"], "results.jsonl").read_text().splitlines()]

@@ -371,3 +371,18 @@ def test_a_space_before_the_first_word_of_an_answer_stays(tmp_path):
     found = generate_labels({0: texts, 1: chats}, stripping, cache, lambda: backend, room=9).labels
     # In a conversation an answer begins anew, so that "[/INST] def f():" is no indented code.
     assert [(label.prompt, label.completion) for label in found] == [("def:\n", "    return"), ("def:\n", "   return")]
+
+
+def test_views_of_one_cache_share_its_answers_and_keep_their_own_lengths_and_draws(tmp_path):
+    def sampling(length, temperature=0.0):
+        return Sampling(max_new_tokens=length, temperature=temperature)
+
+    long = AnswerCache(tmp_path / "cache.jsonl", sampling(4), seed=1, fingerprint="x")
+    short, later = long.drawn(sampling(2), seed=1), long.drawn(sampling(4, 0.5), seed=2)
+    prompt = Prompt(ids=[5], text="a")
+    (key,) = long.keys([prompt])
+    long.add(key, Answer([1, 2, 3, 4], "length"))
+    assert (short.find(key).ids, long.find(key).ids) == ([1, 2], [1, 2, 3, 4])
+    alone = AnswerCache(tmp_path / "cache.jsonl", sampling(4, 0.5), seed=2, fingerprint="x")
+    assert later.keys([prompt, prompt]) == alone.keys([prompt, prompt]) != long.keys([prompt, prompt])
+    assert alone.find(key).ids == [1, 2, 3, 4]
