@@ -63,7 +63,7 @@ def set_aside_changes(kept: dict[str, Any], wanted: dict[str, Any], stage: str) 
         before, now = dict(kept.get(section) or {}), dict(wanted.get(section) or {})
         if kept.get(section) is None or wanted.get(section) is None:
             continue
-        harmless = _FREE | (_BATCH.keys() if _is_same_batch(before, now) else set())
+        harmless = _FREE | frozenset(_BATCH) if _is_same_batch(before, now) else _FREE
         changes.harmless.extend(_set_aside(before, now, harmless, section))
         if number == 0:
             changes.length.extend(_set_aside(before, now, _LENGTH, section))
