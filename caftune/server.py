@@ -323,7 +323,7 @@ def _request(link: _Link, dialect: _Dialect, prompt: Prompt, seed: int) -> _Repl
             "repetition_penalty": 1.0,
             "stop_token_ids": list(link.eos),
             "return_token_ids": True,
-            "skip_special_tokens": False,
+            "skip_special_tokens": False,  # where the answer comes as text all the same, they are part of it
         }
         return _completion(_read(link, "POST", "/completions", {**body, **more, "prompt": prompt.ids}))
     if dialect.name == "transformers":

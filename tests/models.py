@@ -1,12 +1,27 @@
-"""Tiny models of many families, built from configurations with a fixed seed: no download."""
+"""Tiny models of many families, built from configurations with a fixed seed: no download.
 
+Some tests also use real models, where they are at hand: a folder for each (`smollm2-135m-instruct`, `gemma3-270m`) in
+CAFTUNE_MODELS, by default `models` beside the repository. `fetched` skips a test where its model is absent.
+"""
+
+import os
 import types
+from pathlib import Path
 
+import pytest
 import torch
 from families import DEPTH, FAMILIES, SPREADS, VOCABULARY, WIDTH, config_of
 from transformers import AutoModelForCausalLM
 
-__all__ = ["DEPTH", "FAMILIES", "VOCABULARY", "WIDTH", "build", "config_of"]
+__all__ = ["DEPTH", "FAMILIES", "VOCABULARY", "WIDTH", "build", "config_of", "fetched"]
+
+
+def fetched(name):
+    """The folder of a real model, or a skipped test."""
+    folder = Path(os.environ.get("CAFTUNE_MODELS") or Path(__file__).parents[2] / "models") / name
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"a real model is not here: {folder} does not exist (set CAFTUNE_MODELS)")
+    return folder
 
 
 def build(family="llama", *, dtype=torch.float64, attention="eager", seed=0, spread=None, **changes):

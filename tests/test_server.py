@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from openai_server import DROP, EMPTY, SLOW, Replies, serve
+from tokenizer_kinds import built, with_calls
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from caftune import pipeline
@@ -112,6 +113,7 @@ def test_sampling_reaches_the_server_and_nothing_of_its_own_is_left(replies, tok
     said = replies.requests[1]  # the first one was a word, to see what the server understands
     assert (said["max_tokens"], said["temperature"], said["top_p"], said["top_k"]) == (9, 0.6, 0.9, 5)
     assert (said["repetition_penalty"], said["min_p"], said["seed"], said["stop_token_ids"]) == (1.0, 0.0, 7, [EOS])
+    assert said["skip_special_tokens"] is False
 
 
 def test_top_k_is_refused_where_the_server_would_overlook_it(replies, tokenizer, prompts):
@@ -427,6 +429,18 @@ def test_what_llama_server_says_of_an_answer(replies, tokenizer, prompts, more, 
         replies.faults = [lambda reply: {**reply, **more}]
         found = dict(backend(prompts[:1], [0]))[0]
     assert found == answer if answer else isinstance(found, Failure)
+
+
+@pytest.mark.parametrize("written", [" <call>sun</call>", "<call></call>", " a <call> b"])
+def test_special_tokens_in_a_text_are_tokens_of_the_answer(written):
+    tokenizer = with_calls(built("byte-level"))
+    item = Conversation(text="Ask:").prompt(0, [], tokenizer)
+    ids = tokenizer(f"Ask:{written}")["input_ids"][len(item.ids) :]
+    replies = Replies(answer=lambda _asked: ids, decode=tokenizer.decode, eos=1, gives_ids=False)
+    with serve(replies):
+        backend = server_backend(Server(url=replies.url, model="m"), tokenizer, GREEDY, [1])
+        found = dict(backend([item], [0]))
+    assert found[0] == Answer(ids, "length", exact=False)
 
 
 @pytest.mark.parametrize("fault", [500, 503, 429, 408, DROP])

@@ -1,0 +1,150 @@
+"""Where a prompt that is plain text ends and its answer begins: one rule for training rows and for generation.
+
+A tokenizer may join the end of a prompt with the beginning of its answer: "Ask: sun" is the tokens `Ask`, `:`, ` sun`, and
+a model trained on them has never seen `Ask`, `:`, ` `, which is "Ask: " alone. So a prompt ends where its tokens stay the
+same whatever follows, and the white space beyond (the `gap`) is the beginning of its answer. What a tokenizer joins
+all the same ("New Yo" and "rk") is tokenized apart in training, as it is in generation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from caftune.errors import CaftuneError
+
+# Ways in which answers begin. A line break is none of them: behind another line break, rows are tokenized apart.
+_ANSWERS = ("a", " a", "1", "    a")
+_TAIL = 64  # characters at the end of a prompt that decide on its last tokens
+_ANCHORS = ("", "\n", "a", ".")
+_ADDED: WeakKeyDictionary[Any, tuple[int, dict[int, str]]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """A prompt as a model gets it (`text` without a BOS that the tokenizer adds), and how its answer begins."""
+
+    text: str
+    gap: str
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class PairTokens:
+    """The tokens of a prompt and its completion, of which the first `prompt` are the prompt's as a model gets it.
+
+    `apart`: the tokenizer would join the two, so each has the tokens that it has alone.
+    """
+
+    ids: list[int]
+    prompt: int
+    apart: bool
+
+
+def split_prompt(prompt: str, tokenizer: Any) -> PromptText:
+    """The prompt up to where its answer begins. An empty one is BOS alone (EOS, where the tokenizer has no BOS)."""
+    text = without_second_bos(prompt, tokenizer)
+    end = _end(text, tokenizer)
+    return PromptText(text[:end], text[end:], encode(text[:end], tokenizer) or [_start(tokenizer)])
+
+
+def tokenize_pair(prompt: str, completion: str, tokenizer: Any) -> PairTokens:
+    """The tokens of a training row, which ends with EOS: those of `split_prompt`, then those of the answer.
+
+    Raises:
+        CaftuneError: the tokenizer has no tokens for this completion behind this prompt.
+    """
+    before = split_prompt(prompt, tokenizer)
+    answer = before.gap + (completion if prompt else without_second_bos(completion, tokenizer))
+    end = tokenizer.eos_token or ""
+    answer += "" if answer.endswith(end) else end
+    whole = encode(before.text + answer, tokenizer)
+    if not before.text and whole[:1] != before.ids:  # the first token of an answer needs one to be predicted from
+        return PairTokens(before.ids + whole, 1, apart=False)
+    if whole[: len(before.ids)] == before.ids:
+        return PairTokens(whole, len(before.ids), apart=False)
+    return PairTokens(before.ids + _follow(before.ids, answer, whole, tokenizer), len(before.ids), apart=True)
+
+
+def encode(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text that may go on: not closed by an EOS that the tokenizer adds, and with no second BOS."""
+    ids = list(tokenizer(without_second_bos(text, tokenizer))["input_ids"])
+    is_closed = bool(ids) and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if is_closed and tokenizer("a")["input_ids"][-1:] == ids[-1:] else ids
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins every text with BOS."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def has_second_bos(text: str, tokenizer: Any) -> bool:
+    """Whether a text begins with the BOS that the tokenizer adds (a rendered conversation, for example)."""
+    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token) and adds_bos(tokenizer)
+
+
+def without_second_bos(text: str, tokenizer: Any) -> str:
+    """The text without the BOS that it begins with, where the tokenizer adds one."""
+    return text.removeprefix(tokenizer.bos_token) if has_second_bos(text, tokenizer) else text
+
+
+def plain_text(ids: Sequence[int], tokenizer: Any) -> str:
+    """The text of tokens, special ones included, with every space that is part of it and no other.
+
+    Some tokenizers (Llama 2's) put a space in front of what follows an added token: "<call>sun" is `<call>`, ` sun`. That
+    space is no part of the text.
+    """
+    exact = {
+        "skip_special_tokens": False,
+        "clean_up_tokenization_spaces": False,
+        "spaces_between_special_tokens": False,
+    }
+    text = str(tokenizer.decode(list(ids), **exact))
+    added = _added_tokens(tokenizer)
+    for token in dict.fromkeys(added[i] for i in ids if i in added):
+        probe = tokenizer.decode(tokenizer(f"{token}a", add_special_tokens=False)["input_ids"], **exact)
+        if probe == f"{token} a":
+            text = text.replace(f"{token} ", token)
+    return text
+
+
+def _added_tokens(tokenizer: Any) -> dict[int, str]:
+    """The tokens that are found in a text before it is split, by their ids. Gemma has 6,000, whose list takes 30 ms to make."""
+    size, found = _ADDED.get(tokenizer, (0, {}))
+    if size != len(tokenizer):
+        found = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
+        _ADDED[tokenizer] = (len(tokenizer), found)
+    return found
+
+
+def _end(text: str, tokenizer: Any) -> int:
+    """Where the prompt ends: the last of these places with the same tokens in front of every kind of answer."""
+    *places, last = dict.fromkeys((len(text), len(text.rstrip(" \t")), len(text.rstrip())))
+    start = max(0, last - _TAIL)
+    for place in places:
+        texts = [text[start:place], *(text[start:] + answer for answer in _ANSWERS)]
+        ids, *wholes = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        if all(whole[: len(ids)] == ids for whole in wholes):
+            return place
+    return last
+
+
+def _follow(ids: list[int], answer: str, whole: list[int], tokenizer: Any) -> list[int]:
+    """Tokens of the answer that behind those of the prompt say what the whole says.
+
+    Many tokenizers put a space in front of a text, but not behind a first character: the answer is tried behind several.
+    """
+    expected = plain_text(whole, tokenizer)
+    for anchor in _ANCHORS:
+        before, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (anchor, anchor + answer))
+        found = list(both[len(before) :])
+        if both[: len(before)] == before and plain_text(ids + found, tokenizer) == expected:
+            return found
+    raise CaftuneError(
+        "The tokenizer joins the end of the prompt with the beginning of its completion, and has no tokens for them apart. "
+        "End the prompt with a whole word."
+    )
+
+
+def _start(tokenizer: Any) -> int:
+    return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
