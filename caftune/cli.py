@@ -223,6 +223,10 @@ def info(
     model: Annotated[str | None, typer.Option(help="The model they draft for; their base by default.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Use the first so many prompts.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Prompts are what a user says. Default: where there is a chat template."),
+    ] = None,
 ) -> None:
     """What heads are: their base, how they were trained, how good they are; with --measure, what their drafts are worth."""
     with _errors_in_one_line():
@@ -249,7 +253,9 @@ def info(
             model = str(beside) if folder.name == "model-heads" and beside.is_dir() else base["name"]
         revision = base["revision"] if model == base["name"] else None
         writer = Writer(model, heads, revision=revision, length=len(description["horizons"]))
-        asked = writer.prompts([], measure, limit)
+        asked = writer.prompts([], measure, limit, chat=chat)
+        is_chat = any(prompt.messages is not None for prompt in asked)
+        typer.echo(f"Prompts are given {'in a conversation' if is_chat else 'as plain text'} (--chat).", err=True)
         print_drafting(console, list(writer.write(asked, Sampling(writer.room(asked, max_new_tokens), 0), alone=True)))
 
 
@@ -316,6 +322,10 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option()] = 42,
     draft: Annotated[int | None, typer.Option(min=1, help="Tokens of a draft; what pays by default.")] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Prompts are what a user says. Default: where there is a chat template."),
+    ] = None,
     alone: Annotated[
         bool, typer.Option("--alone", help="Let the model write without heads, too, and compare.")
     ] = False,
@@ -331,7 +341,9 @@ def generate(
 
         logging.disable_progress_bar()
         writer = Writer(model, heads, revision=revision, length=draft)
-        asked = writer.prompts(texts or [], prompts, limit)
+        asked = writer.prompts(texts or [], prompts, limit, chat=chat)
+        is_chat = any(prompt.messages is not None for prompt in asked)
+        typer.echo(f"Prompts are given {'in a conversation' if is_chat else 'as plain text'} (--chat).", err=True)
         sampling = Sampling(max_new_tokens or writer.room(asked, 256), temperature, top_p, top_k)
         found = []
         for answer in writer.write(
@@ -343,7 +355,7 @@ def generate(
             alone=alone,
         ):
             found.append(answer)
-            print_answer(answer, writer.tokenizer, as_json=as_json)
+            print_answer(answer, writer, as_json=as_json)
         print_drafting(Console(stderr=True), found)
 
 

@@ -31,10 +31,17 @@ from caftune.evals.tasks import TASKS
 from caftune.evals.thought import split_thought
 from caftune.generation import Sampling
 from caftune.labels import AnswerCache, generate_labels
-from caftune.prompts import Conversation, is_chat
+from caftune.prompts import Conversation, is_chat, note_second_bos
 from caftune.recipe import Recipe
 from caftune.run_folder import record, with_commit
-from caftune.stage_options import answer_backend, context_length, free_memory, load_tokenizer, who_answers
+from caftune.stage_options import (
+    answer_backend,
+    context_length,
+    free_memory,
+    load_tokenizer,
+    stop_tokens,
+    who_answers,
+)
 from caftune.stage_rows import read_task_rows
 from caftune.structures import check_structures, compare_structures
 
@@ -234,8 +241,9 @@ def _ask_all(recipe: Recipe, queried: _Queried, task: Task, examples: Sequence[E
     sampling = Sampling(
         section.max_new_tokens or task.max_new_tokens, section.temperature, section.top_p, section.top_k
     )
+    prompts = {number: talk.prompt(0, [], tokenizer) for number, talk in talks.items()}
     room = queried.context - sampling.max_new_tokens - (section.backend == "server")
-    long = [number for number, talk in talks.items() if len(talk.prompt(0, [], tokenizer).ids) > room]
+    long = [number for number, prompt in prompts.items() if len(prompt.ids) > room]
     if long:
         raise CaftuneError(
             f"{len(long)} of {len(talks)} prompts of {task.name} (the first is {examples[long[0]].id}) leave no room for "
@@ -244,13 +252,17 @@ def _ask_all(recipe: Recipe, queried: _Queried, task: Task, examples: Sequence[E
     opened = functools.cache(
         lambda: answer_backend(recipe, section, tokenizer, sampling, name=name, loaded=queried.loaded)
     )
+    ends = stop_tokens(recipe, tokenizer, name)
+    note_second_bos([talk.text for talk in talks.values()], tokenizer, f"eval.data.{task.name}")
     lines: list[dict[str, Any]] = []
     for run, seed in enumerate(range(recipe.seed, recipe.seed + section.runs)):
-        found = generate_labels(talks, tokenizer, queried.answers(sampling, seed), opened, room=room)
+        found = generate_labels(talks, tokenizer, queried.answers(sampling, seed), opened, room=room, ends=ends)
         _refuse_failures(task, examples, found.failures)
         for label in found.labels:
-            example, read = examples[label.row], tokenizer.decode(label.prompt_ids)  # special tokens may open a thought
-            said, in_thought = split_thought(label.completion, read, example.prompt)
+            example, gap = examples[label.row], prompts[label.row].gap
+            read = tokenizer.decode(label.prompt_ids)  # special tokens may open a thought
+            # The gap is part of the example's prompt.
+            said, in_thought = split_thought(label.completion.removeprefix(gap), read, example.prompt)
             completion = until_stop(said, task.stop)
             went_past = completion != said or any(text in said for text in task.past)
             finish = "stop" if went_past else label.finish

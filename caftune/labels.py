@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
+from caftune.boundary import plain_text
 from caftune.errors import CaftuneError
 from caftune.generation import Answer, Backend, Failure, Sampling
 from caftune.objective import IGNORED
 from caftune.progress import AnswersProgress, answers_progress
-from caftune.prompts import Conversation, Prompt, decoded
+from caftune.prompts import Conversation, Prompt, answer_tokens, decoded
 
 
 @dataclass(frozen=True)
@@ -133,12 +134,14 @@ def generate_labels(
     open_backend: Callable[[], Backend],
     *,
     room: int,
+    ends: Sequence[int] = (),
 ) -> Labelling:
     """Let the model answer every turn of every row, one turn of all rows after another.
 
     Args:
         open_backend: called once, where there is something to ask.
         room: tokens that a prompt may have; later turns of a conversation that has outgrown them are dropped.
+        ends: tokens that stop generation, which are no part of an answer's text; beside the tokenizer's EOS.
     """
     labels: dict[tuple[int, int], Label] = {}
     failures: dict[int, str] = {}
@@ -164,7 +167,7 @@ def generate_labels(
         for row, prompt in fitting.items():
             answer = cache.find(keys[row])
             if answer is not None:
-                labels[row, turn] = _label(row, turn, prompt, answer, tokenizer)
+                labels[row, turn] = _label(row, turn, prompt, answer, tokenizer, ends)
         goes_on = {row: c for row, c in alive.items() if len(c.turns) > turn + 1 and row not in failures}
         alive = {row: c for row, c in goes_on.items() if (row, turn) in labels and labels[row, turn].finish == "stop"}
         dropped += sum(len(c.turns) - turn - 1 for row, c in goes_on.items() if row not in alive)
@@ -187,10 +190,10 @@ def _ask(todo: Mapping[str, Prompt], cache: AnswerCache, backend: Backend, progr
     return failed
 
 
-def _label(row: int, turn: int, prompt: Prompt, answer: Answer, tokenizer: Any) -> Label:
-    asked, said = decoded(prompt.ids, answer.ids, tokenizer)
+def _label(row: int, turn: int, prompt: Prompt, answer: Answer, tokenizer: Any, ends: Sequence[int]) -> Label:
+    asked, said = decoded(prompt.ids, answer.ids, tokenizer, ends)
     if prompt.messages is not None:  # an answer begins anew there
-        said = tokenizer.decode(answer.ids, skip_special_tokens=True)
+        said = plain_text(answer_tokens(answer.ids, tokenizer, ends), tokenizer)
     return Label(
         row=row,
         turn=turn,

@@ -50,7 +50,7 @@ from caftune.labels import AnswerCache, Labelling, generate_labels, write_labels
 from caftune.objective import IGNORED, horizon_targets
 from caftune.plan import plan_of_run
 from caftune.progress import run, show_progress
-from caftune.prompts import conversations, refuse_long_prompts
+from caftune.prompts import conversations, is_in_conversation, note_second_bos, refuse_long_prompts
 from caftune.quality import measure_heads
 from caftune.recipe import Recipe
 from caftune.run_folder import (
@@ -80,6 +80,7 @@ from caftune.stage_options import (
     stage_one_config,
     stage_two_config,
     stage_two_heads,
+    stop_tokens,
     trained_tokenizer,
     who_answers,
     with_inherited_options,
@@ -104,9 +105,17 @@ def label(recipe: Recipe) -> Path:
         recipe.labels.prompts,
         recipe.labels.columns,
         limit=recipe.labels.limit,
-        chat=bool(getattr(tokenizer, "chat_template", None)),
+        chat=bool(getattr(tokenizer, "chat_template", None)) and recipe.labels.chat is not False,
     )
-    every = conversations(rows, tokenizer, system=recipe.labels.system, source=recipe.labels.prompts)
+    in_conversation = is_in_conversation(rows, tokenizer, recipe.labels.chat)
+    every = conversations(
+        rows, tokenizer, chat=in_conversation, system=recipe.labels.system, source=recipe.labels.prompts
+    )
+    tqdm.write(
+        f"Prompts are given {'in a conversation' if in_conversation else 'as plain text'} (labels.chat).",
+        file=sys.stderr,
+    )
+    note_second_bos([talk.text for talk in every], tokenizer, "labels.prompts")
     talks = {row: talk for row, talk in enumerate(every) if talk.turns}  # others leave the model nothing to say
     first = {row: talk.prompt(0, [], tokenizer) for row, talk in talks.items()}
     # A server can need one token more: see server.py.
@@ -126,7 +135,12 @@ def label(recipe: Recipe) -> Path:
     file = Path(recipe.labels.cache or folder / "cache.jsonl")
     cache = AnswerCache(file, sampling, seed=recipe.seed, fingerprint=fingerprint)
     found = generate_labels(
-        asked, tokenizer, cache, lambda: answer_backend(recipe, recipe.labels, tokenizer, sampling), room=room
+        asked,
+        tokenizer,
+        cache,
+        lambda: answer_backend(recipe, recipe.labels, tokenizer, sampling),
+        room=room,
+        ends=stop_tokens(recipe, tokenizer),
     )
     _refuse_failures(recipe, found, file)
     write_labels(found.labels, folder / "labels.jsonl")
@@ -142,6 +156,7 @@ def label(recipe: Recipe) -> Path:
         {
             "stage": "label",
             "rows": len(asked),
+            "chat": in_conversation,
             "answers": len(found.labels),
             "asked": found.asked,
             "left_out": len(every) - len(asked),

@@ -2,13 +2,16 @@
 
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
 from datasets import Dataset
+from tqdm.auto import tqdm
 
+from caftune.boundary import adds_bos, has_second_bos, plain_text, split_prompt
 from caftune.errors import CaftuneError
 from caftune.template_errors import BYTE_ORDER_MARK, named_with_its_row
 
@@ -24,9 +27,10 @@ class Prompt:
     """One thing to be continued: its token ids, and what they were made from (for servers that tokenize themselves)."""
 
     ids: list[int]
-    text: str | None = None  # of a plain text
+    text: str | None = None  # of a plain text, without a BOS that the tokenizer adds
     messages: list[dict[str, Any]] | None = None  # of a conversation, up to where the assistant speaks
     options: Mapping[str, Any] = field(default_factory=dict)  # of the chat template: tools, and the row's own arguments
+    gap: str = ""  # white space at the end of the given text, which is the beginning of the answer: see boundary.py
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Conversation:
     def prompt(self, turn: int, answers: Sequence[str], tokenizer: Any) -> Prompt:
         """What stands before the `turn`-th answer (from 0), with the model's own `answers` in the turns before."""
         if self.messages is None:
-            return Prompt(_encode_text(self.text, tokenizer), text=self.text)
+            found = split_prompt(self.text, tokenizer)
+            return Prompt(found.ids, text=found.text, gap=found.gap)
         asked = list(self.messages[: self.turns[turn]])
         for place, answer in zip(self.turns[:turn], answers, strict=True):
             asked[place] = {"role": "assistant", "content": answer}
@@ -80,23 +85,32 @@ def as_written(messages: list[dict[str, Any]], options: Mapping[str, Any], token
 
 
 def conversations(
-    rows: Dataset, tokenizer: Any, *, system: str | None = None, source: str = "The prompts"
+    rows: Dataset,
+    tokenizer: Any,
+    *,
+    chat: bool | None = None,
+    system: str | None = None,
+    source: str = "The prompts",
 ) -> list[Conversation]:
     """The rows as conversations. `text` rows and empty prompts start from BOS alone.
 
     Args:
+        chat: prompts that are text become what the user says; None: see `is_in_conversation`.
         system: a system message for conversations that have none.
         source: the file or hub id that the rows are of, for errors.
 
     Raises:
-        CaftuneError: messages, or a system message, for a tokenizer without a chat template.
+        CaftuneError: messages, or a system message, for a tokenizer without a chat template; a `chat` that rows cannot have.
     """
-    if not is_chat(rows):
+    if is_chat(rows):
+        refuse_messages_without_template(tokenizer)
+    if not is_in_conversation(rows, tokenizer, chat):
         if system is not None:
-            raise CaftuneError("labels.system needs prompts that are messages, and these are text. Remove it.")
+            raise CaftuneError(
+                "labels.system needs prompts that are messages, and these are text. Set labels.chat=true, or remove it."
+            )
         return [Conversation(text=row.get("prompt") or "") for row in rows]
-    refuse_messages_without_template(tokenizer)
-    return [_from_messages(row, system, f"{source}, row {number} (from 0)") for number, row in enumerate(rows)]
+    return [_from_row(row, system, f"{source}, row {number} (from 0)") for number, row in enumerate(rows)]
 
 
 def is_chat(rows: Dataset) -> bool:
@@ -104,13 +118,57 @@ def is_chat(rows: Dataset) -> bool:
     return "messages" in rows.column_names or ("prompt" in rows.column_names and not isinstance(rows[0]["prompt"], str))
 
 
-def decoded(prompt: Sequence[int], answer: Sequence[int], tokenizer: Any) -> tuple[str, str]:
-    """The texts of a prompt and of the answer behind it: read alone, some decoders (Llama 2's) drop its first space."""
-    before = tokenizer.decode(prompt, skip_special_tokens=True)
-    whole = tokenizer.decode([*prompt, *answer], skip_special_tokens=True)
+def is_in_conversation(rows: Dataset, tokenizer: Any, chat: bool | None = None, *, option: str = "labels.chat") -> bool:
+    """Whether a model gets the rows in conversations.
+
+    Messages are; prompts that are text are where `chat` says so, and by default where the tokenizer has a chat template
+    and the prompts were not rendered before, which shows in a special token at their beginning.
+
+    Raises:
+        CaftuneError: a `chat` that the rows or the tokenizer cannot have, or prompts of which only some were rendered.
+    """
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if is_chat(rows):
+        if chat is False:
+            raise CaftuneError(f"{option} must not be false for prompts that are messages. Remove it.")
+        return True
+    if chat and not has_template:
+        raise CaftuneError(
+            f"{option} must not be true for {tokenizer.name_or_path}, which has no chat template. Remove it."
+        )
+    if "prompt" not in rows.column_names or chat is not None or not has_template:
+        return bool(chat) and "prompt" in rows.column_names
+    special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    rendered = [row for row, prompt in enumerate(rows["prompt"]) if prompt.lstrip().startswith(special)]
+    if rendered and len(rendered) < len(rows):
+        raise CaftuneError(
+            f"{option} must be given where some prompts begin with a special token of the tokenizer: {len(rendered)} of "
+            f"{len(rows)} do (the first is row {rendered[0]}, from 0). Add it: true for what a user says, false for text."
+        )
+    return not rendered
+
+
+def decoded(prompt: Sequence[int], answer: Sequence[int], tokenizer: Any, ends: Sequence[int] = ()) -> tuple[str, str]:
+    """The texts of a prompt and of the answer behind it: read alone, some decoders (Llama 2's) drop its first space.
+
+    See `answer_tokens` for what is not part of the answer's text. The BOS that the tokenizer adds is no part of the prompt's.
+    """
+    is_empty = len(prompt) == 1 and prompt[0] in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    begin = int(is_empty or (adds_bos(tokenizer) and list(prompt[:1]) == [tokenizer.bos_token_id]))
+    said = answer_tokens(answer, tokenizer, ends)
+    before, whole = (plain_text(ids, tokenizer) for ids in (prompt[begin:], [*prompt[begin:], *said]))
     if whole.startswith(before):
         return before, whole.removeprefix(before)
-    return before, tokenizer.decode(answer, skip_special_tokens=True)
+    return before, plain_text(said, tokenizer)
+
+
+def answer_tokens(answer: Sequence[int], tokenizer: Any, ends: Sequence[int] = ()) -> list[int]:
+    """The tokens of an answer but for `ends`, which stop generation, and the tokenizer's EOS, padding and BOS.
+
+    Other special tokens are what the model says.
+    """
+    silent = {*ends, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
+    return [token for token in answer if token not in silent]
 
 
 def refuse_messages_without_template(tokenizer: Any) -> None:
@@ -119,6 +177,17 @@ def refuse_messages_without_template(tokenizer: Any) -> None:
         raise CaftuneError(
             f"The data has messages, and {tokenizer.name_or_path} has no chat template to write them with. Use a chat "
             "model, give the tokenizer a chat_template, or use prompt and completion columns."
+        )
+
+
+def note_second_bos(texts: Sequence[str], tokenizer: Any, place: str) -> None:
+    """Say on stderr that texts begin with the BOS that the tokenizer adds, where some do: they are given with one."""
+    twice = [row for row, text in enumerate(texts) if has_second_bos(text, tokenizer)]
+    if twice:
+        tqdm.write(
+            f"{len(twice)} of {len(texts)} prompts of {place} (the first is row {twice[0]}, from 0) begin with "
+            f"{tokenizer.bos_token}, which the tokenizer adds by itself. It is given once, not twice.",
+            file=sys.stderr,
         )
 
 
@@ -133,8 +202,11 @@ def refuse_long_prompts(prompts: Mapping[int, Prompt], room: int) -> None:
         )
 
 
-def _from_messages(row: Mapping[str, Any], system: str | None, place: str) -> Conversation:
-    messages = list(row.get("messages") or row["prompt"])
+def _from_row(row: Mapping[str, Any], system: str | None, place: str) -> Conversation:
+    given = row.get("messages") or row["prompt"]
+    if not given:  # an empty prompt starts from BOS alone
+        return Conversation()
+    messages = [{"role": "user", "content": given}] if isinstance(given, str) else list(given)
     if system is not None and messages[0]["role"] not in ("system", "developer"):
         messages.insert(0, {"role": "system", "content": system})
     options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
@@ -143,13 +215,3 @@ def _from_messages(row: Mapping[str, Any], system: str | None, place: str) -> Co
 
 def _calls_tools(message: Mapping[str, Any]) -> bool:
     return bool(message.get("tool_calls"))
-
-
-def _encode_text(prompt: str, tokenizer: Any) -> list[int]:
-    ids = tokenizer(prompt)["input_ids"]
-    while ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
-        ids = ids[:-1]  # some tokenizers close every text with EOS; a prompt to be continued is not closed
-    if ids:
-        return ids
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return [start]

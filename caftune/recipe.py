@@ -95,6 +95,10 @@ class LabelsSection(AnswersSection):
     prompts: str | None = Field(None, description="A file or hub id with the prompts to answer.")
     columns: dict[str, str] = {}
     limit: int | None = Field(None, gt=0, description="Answer the first so many prompts.")
+    chat: bool | None = Field(
+        None,
+        description="Give prompts that are text in a conversation. None: where the tokenizer has a chat template.",
+    )
     skip_long_prompts: bool = Field(False, description="Leave out prompts that max_new_tokens leaves no room for.")
     max_new_tokens: int = Field(256, gt=0)
     temperature: float = Field(0.7, ge=0, description="0 is greedy.")

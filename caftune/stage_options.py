@@ -281,7 +281,7 @@ def answer_backend(
             model, tokenizer, sampling, batching=section.batching, batch_size=section.batch_size
         )
     model_name = name or recipe.model.name
-    eos = end_tokens(_generation_config(recipe, model_name), tokenizer)
+    eos = stop_tokens(recipe, tokenizer, model_name)
     if section.backend == "vllm":
         where = _where(recipe, name)
         own = {"trust_remote_code": where["trust_remote_code"], **_engine_dtype(recipe, model_name, section.vllm)}
@@ -309,6 +309,11 @@ def _dtype_of_weights(recipe: Recipe, name: str) -> Any:
     """The dtype of a model whose configuration names none: transformers takes that of its weights."""
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="meta", **_where(recipe, name))
     return model.dtype
+
+
+def stop_tokens(recipe: Recipe, tokenizer: Any, name: str | None = None) -> list[int]:
+    """The tokens that end an answer of the base (or another model)."""
+    return end_tokens(_generation_config(recipe, name or recipe.model.name), tokenizer)
 
 
 def who_answers(section: AnswersSection) -> str:

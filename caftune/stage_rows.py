@@ -1,5 +1,6 @@
 """What each stage trains on: the labels or a text for the heads, the task's rows for the model."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from caftune.prompts import is_chat, refuse_messages_without_template
 from caftune.recipe import Recipe, first_difference
 from caftune.run_folder import forget_unknown_commit, kept_identity
 from caftune.stage_options import load_tokenizer
-from caftune.tokenization import tokenized
+from caftune.tokenization import is_pair_of_texts, split_texts, tokenized, with_one_bos
 
 # What answers depend on; where they came from does not matter.
 _MADE_WITH = {
-    *("prompts", "columns", "limit", "system", "skip_long_prompts"),
+    *("prompts", "columns", "limit", "chat", "system", "skip_long_prompts"),
     *("max_new_tokens", "temperature", "top_p", "top_k"),
 }
 
@@ -35,6 +36,7 @@ def describe_head_source(recipe: Recipe, rows: Dataset) -> dict[str, Any]:
         return {"text": file_name(recipe.heads.text), "rows": len(rows)}
     kept = kept_identity(Path(recipe.output, "labels"), "labels")["labels"]
     drawn = {name: kept[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
+    drawn["in_conversation"] = _recorded(recipe, "label").get("chat")
     return {"answers of the base to": file_name(str(kept["prompts"])), "answers": len(rows), **drawn}
 
 
@@ -69,6 +71,7 @@ def _finished_labels(recipe: Recipe, labels: Path) -> Dataset:
     wanted = recipe.labels.model_dump(include=_MADE_WITH)
     forget_unknown_commit(kept, model)
     forget_unknown_commit(kept["labels"], wanted)
+    _fill_in_chat(recipe, kept["labels"], wanted)
     difference = first_difference({name: kept[name] for name in model}, model)
     difference = difference or first_difference({name: kept["labels"][name] for name in wanted}, wanted, "labels")
     if difference:
@@ -79,11 +82,31 @@ def _finished_labels(recipe: Recipe, labels: Path) -> Dataset:
     return label_dataset(read_labels(labels), keep_truncated=recipe.labels.keep_truncated)
 
 
+def _fill_in_chat(recipe: Recipe, kept: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Make `labels.chat` comparable: the default is what it came to, and older labels were asked as plain text."""
+    given = _recorded(recipe, "label").get("chat")
+    if kept.get("chat") is not None:
+        return
+    if given is None:
+        has_template = bool(getattr(load_tokenizer(recipe), "chat_template", None))
+        kept["chat"] = False if has_template else wanted["chat"]
+    elif wanted["chat"] is not None:
+        kept["chat"] = given
+
+
+def _recorded(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The result of a stage, empty without one."""
+    path = Path(recipe.output, "results.jsonl")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return next((result for result in map(json.loads, lines) if result["stage"] == stage), {})
+
+
 def _text_rows(recipe: Recipe, args: CAFTConfig) -> Dataset:
     """The rows of heads.text as tokens. They are cut at the training length: nothing is lost but text to read on."""
     tokenizer = load_tokenizer(recipe)
     chat = bool(getattr(tokenizer, "chat_template", None))
     rows = load_rows(str(recipe.heads.text), recipe.labels.columns, limit=recipe.labels.limit, chat=chat)
+    rows = with_one_bos(rows, tokenizer, "heads.text")
     return tokenized(rows, tokenizer, args, name="heads.text", source=str(recipe.heads.text))
 
 
@@ -113,7 +136,12 @@ def task_rows(
         )
     if recipe.data.separator and "prompt" in rows.column_names and not is_chat(rows):
         rows = rows.map(lambda row: {"prompt": row["prompt"] + recipe.data.separator})
+    rows = with_one_bos(rows, tokenizer, name)
     prepared = tokenized(rows, tokenizer, args, name=name, source=source)
+    if is_pair_of_texts(rows):
+        # SFTTrainer takes the EOS of another tokenizer together with its template, and has to add it itself.
+        takes_eos = not (args.chat_template_path or ".jinja").endswith((".jinja", ".j2"))
+        return split_texts(rows, tokenizer, name) if takes_eos else prepared
     # Where SFTTrainer would do more than this, it gets the rows as they are.
     more = args.shuffle_dataset or args.packing_strategy == "bfd_split" or args.eos_token or args.chat_template_path
     return rows if more else prepared

@@ -18,7 +18,7 @@ from caftune.data import load_rows
 from caftune.errors import CaftuneError
 from caftune.generation import Sampling, end_tokens, only_these_settings, padding_token, until_end
 from caftune.opening import opening
-from caftune.prompts import Prompt, conversations, decoded
+from caftune.prompts import Prompt, conversations, decoded, is_in_conversation, note_second_bos
 from caftune.speculative import Drafting, SpeculativeDecoding
 
 
@@ -55,14 +55,29 @@ class Writer:
             )
         self.decoding = SpeculativeDecoding(backbone, found, length=length)
 
-    def prompts(self, texts: Sequence[str], file: str | None, limit: int | None = None) -> list[Prompt]:
-        """Texts (to a chat model: what the user says), and the first rows of a file, up to where the model speaks first."""
-        is_chat = bool(getattr(self.tokenizer, "chat_template", None))
-        own = [{"messages": [{"role": "user", "content": text}]} if is_chat else {"prompt": text} for text in texts]
-        sources = [("The prompts", Dataset.from_list(own))] if own else []
+    def prompts(
+        self, texts: Sequence[str], file: str | None, limit: int | None = None, *, chat: bool | None = None
+    ) -> list[Prompt]:
+        """Texts, and the first rows of a file, up to where the model speaks first.
+
+        Args:
+            chat: whether texts are what a user says. None: to a model with a chat template; of a file see `is_in_conversation`.
+        """
+        has_template = bool(getattr(self.tokenizer, "chat_template", None))
+        sources = []
+        if texts:
+            sources.append(
+                ("The prompts", Dataset.from_dict({"prompt": list(texts)}), has_template if chat is None else chat)
+            )
         if file is not None:
-            sources.append((file, load_rows(file, limit=limit, chat=is_chat)))
-        talks = [talk for name, rows in sources for talk in conversations(rows, self.tokenizer, source=name)]
+            rows = load_rows(file, limit=limit, chat=has_template and chat is not False)
+            sources.append((file, rows, is_in_conversation(rows, self.tokenizer, chat, option="--chat")))
+        talks = [
+            talk
+            for name, rows, is_chat in sources
+            for talk in conversations(rows, self.tokenizer, chat=is_chat, source=name)
+        ]
+        note_second_bos([talk.text for talk in talks], self.tokenizer, "the command")
         found = [talk.prompt(0, [], self.tokenizer) for talk in talks if talk.turns]
         if not found:
             raise CaftuneError("A prompt must be given, got none. Name one, or a file with --prompts.")
@@ -99,7 +114,7 @@ class Writer:
                 f"--max-new-tokens must be at most {self.room(prompts, sampling.max_new_tokens)}, which the longest prompt "
                 f"leaves of the model's context, got {sampling.max_new_tokens}. Lower it."
             )
-        eos = end_tokens(self.model.generation_config, self.tokenizer)
+        eos = self.ends
         config = sampling.generation_config(eos, padding_token(self.tokenizer))
         config.repetition_penalty = repetition_penalty
         config.stop_strings = list(stop) or None
@@ -123,6 +138,11 @@ class Writer:
                 written = Written(prompt, found, self.decoding.total, seconds, seconds_alone, same)
             yield written
 
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end an answer."""
+        return end_tokens(self.model.generation_config, self.tokenizer)
+
     def room(self, prompts: Sequence[Prompt], wanted: int) -> int:
         """How many new tokens, of those wanted, fit the model's context behind the longest prompt.
 
@@ -136,9 +156,9 @@ class Writer:
         return wanted if context is None else min(wanted, context - longest)
 
 
-def print_answer(answer: Written, tokenizer: Any, *, as_json: bool) -> None:
+def print_answer(answer: Written, writer: Writer, *, as_json: bool) -> None:
     """An answer for a person, or as a line of JSON."""
-    prompt, text = decoded(answer.prompt.ids, answer.ids, tokenizer)
+    prompt, text = decoded(answer.prompt.ids, answer.ids, writer.tokenizer, writer.ends)
     if as_json:
         facts = {
             "prompt": prompt,
