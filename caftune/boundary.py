@@ -84,8 +84,10 @@ def has_second_bos(text: str, tokenizer: Any) -> bool:
 
 
 def without_second_bos(text: str, tokenizer: Any) -> str:
-    """The text without the BOS that it begins with, where the tokenizer adds one."""
-    return text.removeprefix(tokenizer.bos_token) if has_second_bos(text, tokenizer) else text
+    """The text without any BOS that it begins with, where the tokenizer adds one."""
+    while has_second_bos(text, tokenizer):
+        text = text.removeprefix(tokenizer.bos_token)
+    return text
 
 
 def plain_text(ids: Sequence[int], tokenizer: Any) -> str:
