@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from caftune.adapters import original_state
 from caftune.backbone import Backbone, whole
 from caftune.errors import CaftuneError
 from caftune.heads import FORK_POINTS, AuxiliaryHeads, HeadsConfig
@@ -129,7 +130,7 @@ def load_heads(
     description = describe_heads(folder)
     _refuse_other_base(folder, description, backbone, tokenizer, force=force)
     weights = read_heads(folder)
-    heads = AuxiliaryHeads.build(backbone, HeadsConfig(len(description["horizons"]), description["kind"]))
+    heads = AuxiliaryHeads.copied(backbone, HeadsConfig(len(description["horizons"]), description["kind"]))
     expected = {name: tensor.shape for name, tensor in heads.state_dict().items()}
     found = {name: tensor.shape for name, tensor in weights.items()}
     if expected != found:
@@ -249,14 +250,12 @@ def base_fingerprint(backbone: Backbone) -> dict[str, Any]:
     last layer of a quantised base has none (None).
     """
     config = backbone.model.config
-    weights = backbone.layer.state_dict()
-    # PEFT's own weights carry the name of their adapter.
-    layer = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".default" not in name}
+    layer, unembedding = original_state(backbone.layer), original_state(backbone.model.get_output_embeddings())
     is_plain = all(parameter.dtype in _PLAIN for parameter in backbone.layer.parameters())
     return {
         "model_type": config.model_type,
         "architecture": json.loads(json.dumps(_without_volatile(config.to_dict()), default=str)),
-        "unembedding": _sampled_sha256({"weight": backbone.model.get_output_embeddings().weight}),
+        "unembedding": _sampled_sha256({"weight": unembedding["weight"]}),
         "last_layer": _sampled_sha256(layer) if is_plain else None,
     }
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule
 
+from caftune.adapters import strip_adapters
 from caftune.at_once import weighted_sum
 from caftune.backbone import Backbone, LayerCall, UnsupportedModelError, evaluating
 from caftune.cross_entropy import Unembedding, log_likelihood, summed_loss
@@ -102,6 +103,11 @@ class AuxiliaryHeads(nn.Module):
                 "The model already carries LoRA weights, which its heads would copy. Build the heads on the plain model, "
                 "or give CAFTTrainer the plain model and a peft_config."
             )
+        return cls.copied(backbone, config)
+
+    @classmethod
+    def copied(cls, backbone: Backbone, config: HeadsConfig) -> "AuxiliaryHeads":
+        """As `build`, on a model that PEFT may have wrapped: its adapters are left out. For weights to be loaded into."""
         if config.kind == "decoder":
             if backbone.copy_refusal is not None:
                 raise UnsupportedModelError(
@@ -244,12 +250,13 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
     `AuxiliaryHeads.forward` returns; `auxiliary="only"` runs the trunk without a graph and returns the heads' part alone,
     `auxiliary="soft"` the same with the model's own distributions (or their `soft_top_k` likeliest tokens) as targets; without
     the argument the forward is as it was. `auxiliary_weights` and `auxiliary_sample` are the `weights` and `sample` of
-    `AuxiliaryHeads.forward`. Only this instance changes. `model.save_pretrained` leaves the heads out.
+    `AuxiliaryHeads.forward`; `auxiliary_labels` are labels for the heads alone, where the model is called without `labels`.
+    Only this instance changes. `model.save_pretrained` leaves the heads out.
     """
     model = backbone.model
     if hasattr(model, ATTRIBUTE):
         raise CaftuneError("The model already carries auxiliary heads. Call detach_heads(model) first.")
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    signature = inspect.signature(type(model).forward)
 
     @functools.wraps(type(model).forward)
     def forward(
@@ -259,15 +266,17 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
         soft_top_k: int | None = None,
         auxiliary_weights: Tensor | None = None,
         auxiliary_sample: Sample | None = None,
+        auxiliary_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         # `self` and not `model`: a deep copy of the model runs its own parts.
-        kwargs |= dict(zip(names, args, strict=False))
         if auxiliary is None:
-            return self._caftune_inner_forward(**kwargs)
+            return self._caftune_inner_forward(*args, **kwargs)
+        kwargs = _by_name(signature, self, args, kwargs)
+        labels = kwargs.get("labels") if auxiliary_labels is None else auxiliary_labels
         if auxiliary not in ("add", "only", "soft"):
             raise CaftuneError(f"auxiliary must be 'add', 'only', 'soft' or None, got {auxiliary!r}.")
-        if kwargs.get("labels") is None:
+        if labels is None:
             raise CaftuneError("labels must be given for the auxiliary losses, got none.")
         # No loss reads a cache; with one, transformers does not tell packed documents apart, and some layers write in place.
         kwargs |= {"return_dict": True, "use_cache": False}
@@ -284,7 +293,7 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
         scores = getattr(self, ATTRIBUTE)(
             own,
             call,
-            kwargs["labels"],
+            labels,
             soft=auxiliary == "soft",
             soft_top_k=soft_top_k,
             weights=auxiliary_weights,
@@ -301,6 +310,16 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
     model._caftune_inner_forward = inner
     model.forward = types.MethodType(forward, model)
     model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *_keys(heads)}
+
+
+def _by_name(signature: inspect.Signature, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names. TypeError, as from the model's own forward, for too many and for doubles."""
+    given = signature.bind_partial(model, *args).arguments
+    named = dict(list(given.items())[1:])
+    twice = next((name for name in named if name in kwargs), None)
+    if twice is not None:
+        raise TypeError(f"{type(model).__name__}.forward got multiple values for argument {twice!r}.")
+    return {**named, **kwargs}
 
 
 def detach_heads(model: Any) -> AuxiliaryHeads:
@@ -367,17 +386,20 @@ def _copy_of(layer: nn.Module) -> nn.Module:
         if module.__dict__.pop("_hf_hook", None) is not None:  # accelerate's placement wraps forward on the instance
             module.__dict__.pop("forward", None)
             module.__dict__.pop("_old_forward", None)
+    twin = strip_adapters(twin)
     _dequantise(twin)
     return twin.requires_grad_(True)
 
 
 def _dequantise(layer: nn.Module) -> None:
     """Put plain linear layers, in the dtype of the layer's norms, in the place of bitsandbytes' 4-bit and 8-bit ones."""
-    plain = next((p.dtype for p in layer.parameters() if p.dtype in _PLAIN), torch.get_default_dtype())
-    for name, module in list(layer.named_modules()):
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter) or weight.dtype in _PLAIN:
-            continue
+    quantised = {name: module for name, module in layer.named_modules() if _is_quantised(module)}
+    # Not the quantised layers' biases: bitsandbytes casts them to its own compute dtype in a forward pass.
+    others = (module for module in layer.modules() if not _is_quantised(module))
+    dtypes = (p.dtype for module in others for p in module.parameters(recurse=False))
+    plain = next(dtypes, torch.get_default_dtype())
+    for name, module in quantised.items():
+        weight: Any = module.weight
         if not isinstance(module, nn.Linear) or type(weight).__name__ not in ("Params4bit", "Int8Params"):
             raise UnsupportedModelError(
                 f"A decoder head is a copy of the last layer, whose weights are {weight.dtype} here, a quantisation that "
@@ -394,6 +416,11 @@ def _dequantise(layer: nn.Module) -> None:
             if module.bias is not None:
                 linear.bias.copy_(module.bias)
         layer.set_submodule(name, linear)
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dtype not in _PLAIN
 
 
 def autocast_like(hidden: Tensor) -> AbstractContextManager[Any]:

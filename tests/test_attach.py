@@ -146,3 +146,46 @@ def test_no_hook_stays_after_a_scored_forward_or_a_failed_one():
     with pytest.raises(IndexError):
         model(input_ids=IDS + 1000, labels=IDS, auxiliary="add")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("mode", [None, "add", "only"])
+def test_more_positional_arguments_than_the_model_takes_are_refused_as_it_refuses_them(mode):
+    model = build("llama")
+    surplus = (IDS, None, None, None, None, IDS, *[None] * 20)
+    with pytest.raises(TypeError):
+        model(*surplus)
+    attached(model)
+    with pytest.raises(TypeError):
+        model(*surplus, **({} if mode is None else {"auxiliary": mode}))
+
+
+def test_an_argument_given_by_place_and_by_name_is_refused():
+    model = build("llama")
+    attached(model)
+    for mode in ({}, {"auxiliary": "add"}):
+        with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+            model(IDS, input_ids=IDS, labels=IDS, **mode)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positional_arguments_mean_what_they_mean_to_the_model(family):
+    model = build(family)
+    names = list(inspect.signature(model.forward).parameters)
+    given = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    places = [given.get(name) for name in names[: names.index("labels") + 1]]
+    expected = model(**given)
+    attached(model)
+    assert torch.equal(model(*places).loss, expected.loss)
+    by_place, by_name = model(*places, auxiliary="add"), model(**given, auxiliary="add")
+    assert torch.equal(by_place.loss, expected.loss)
+    assert torch.equal(by_place["auxiliary"]["nll"], by_name["auxiliary"]["nll"])
+
+
+def test_labels_for_the_heads_alone_give_the_models_own_outputs():
+    model = build("llama")
+    expected = model(input_ids=IDS)
+    attached(model)
+    found, whole = model(input_ids=IDS, auxiliary="add", auxiliary_labels=IDS), model(IDS, labels=IDS, auxiliary="add")
+    assert found.loss is None
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found["auxiliary"]["nll"], whole["auxiliary"]["nll"])

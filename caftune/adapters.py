@@ -1,0 +1,45 @@
+"""What a module is without the adapters that PEFT has put around its layers."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+# FSDP's activation checkpointing puts it into the names of modules, but not into the keys of state_dict.
+_CHECKPOINTED = "_checkpoint_wrapped_module."
+
+
+def original(module: nn.Module) -> nn.Module:
+    """`module`, or what it was before PEFT wrapped it (in a LoRA, or as a trained copy)."""
+    name = _inner_name(module)
+    return module if name is None else original(module.get_submodule(name))
+
+
+def strip_adapters(module: nn.Module) -> nn.Module:
+    """Put the original layers back in the place of PEFT's, and return the module."""
+    module = original(module)
+    for name, part in list(module.named_modules()):
+        if _inner_name(part) is not None:
+            module.set_submodule(name, original(part))
+    return module
+
+
+def original_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state dict with the keys and weights it had before PEFT wrapped any of its layers."""
+    state: dict[str, Any] = module.state_dict()
+    for name, part in module.named_modules():
+        inner = _inner_name(part)
+        if inner is None:
+            continue
+        place = f"{name}.".replace(_CHECKPOINTED, "") if name else ""
+        for key in [key for key in state if key.startswith(place)]:
+            value = state.pop(key)
+            if key.startswith(f"{place}{inner}."):
+                state[place + key.removeprefix(f"{place}{inner}.")] = value
+    return state
+
+
+def _inner_name(module: nn.Module) -> str | None:
+    """The name of the child that a layer of PEFT stands in front of; None for other modules."""
+    if not type(module).__module__.startswith("peft."):
+        return None
+    return next((name for name in ("base_layer", "original_module") if name in module._modules), None)
