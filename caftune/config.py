@@ -1,9 +1,12 @@
 """`CAFTConfig`: TRL's `SFTConfig` and what concept-aware fine-tuning adds to it."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
+from trl.trainer.utils import get_config_model_id
 
 from caftune.errors import CaftuneError
 from caftune.heads import HeadsConfig
@@ -16,6 +19,7 @@ class CAFTConfig(SFTConfig):
 
     Args:
         heads: folder of pretrained heads. Needed in stage 2 unless `aux_weight` is 0; in stage 1, heads to train further.
+            Without `heads` and with `aux_weight=0`, CAFTTrainer is SFTTrainer.
         pretrain_heads: stage 1: train the heads, leave the model as it is.
         num_heads: stage 1: number of new heads; head i predicts horizon i + 2.
         head_kind: stage 1: "decoder" (a copy of the last layer) or "mlp".
@@ -80,11 +84,12 @@ class CAFTConfig(SFTConfig):
                 "heads must name a folder of pretrained heads, got None. Pretrain some with pretrain_heads=True (or "
                 "`caftune pretrain-heads`), or set aux_weight=0 for plain fine-tuning."
             )
-        self._check_packing()
-        if self.label_smoothing_factor > 0 and self.aux_weight > 0:
+        if self.has_heads:
+            self._check_packing()
+        if self.label_smoothing_factor > 0 and self.pretrain_heads:
             raise CaftuneError(
-                f"label_smoothing_factor must be 0 with auxiliary losses, got {self.label_smoothing_factor}: "
-                "its forward pass does not reach the heads."
+                f"label_smoothing_factor must be 0 in stage 1 (pretrain_heads=True), got {self.label_smoothing_factor}: it "
+                "smooths the model's own loss, which stage 1 has not. Set it in stage 2."
             )
 
     def _check_soft_targets(self) -> None:
@@ -107,13 +112,13 @@ class CAFTConfig(SFTConfig):
     def _check_packing(self) -> None:
         if self.packing and self.packing_strategy == "wrapped":
             raise CaftuneError(
-                "packing_strategy must be 'bfd' or 'bfd_split', got 'wrapped', which cuts documents without marking where, "
-                "so heads would be trained to predict into the next document."
+                "packing_strategy must be 'bfd' or 'bfd_split' with heads, got 'wrapped', which cuts documents without marking "
+                "where, so heads would be trained to predict into the next document. Leave out `heads` to train without them."
             )
         if self.eval_packing and not self.packing:
             raise CaftuneError(
-                "eval_packing must not be True without packing: TRL (1.16) would then not mark where documents begin, and they "
-                "would see each other."
+                "eval_packing must not be True without packing where there are heads: TRL (1.16) would then not mark where "
+                "documents begin, and heads would be evaluated across them. Set packing=True too, or leave eval_packing out."
             )
 
     def _check_training_of_heads(self) -> None:
@@ -134,6 +139,34 @@ class CAFTConfig(SFTConfig):
                 raise CaftuneError(f"{name} must be above 0, got {value}.")
 
     @property
+    def has_heads(self) -> bool:
+        """Whether the run has heads. Without them CAFTTrainer is SFTTrainer."""
+        return self.pretrain_heads or self.heads is not None
+
+    @property
     def auxiliary_weights(self) -> AuxiliaryWeights:
         """alpha, beta and gamma."""
         return AuxiliaryWeights(float(self.aux_weight or 0), self.aux_decay, str(self.aux_schedule))
+
+
+def as_caft_config(args: TrainingArguments | None, model: Any) -> CAFTConfig:
+    """`args` as a CAFTConfig. None, an SFTConfig and TrainingArguments mean what they mean to SFTTrainer: no heads.
+
+    Args:
+        model: the model, or its name, which names the output folder where `args` is None.
+    """
+    if isinstance(args, CAFTConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return CAFTConfig(f"{name.split('/')[-1]}-SFT", aux_weight=0.0)
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(
+            f"args must be a CAFTConfig, an SFTConfig or TrainingArguments, got {type(args).__name__}. Use CAFTConfig."
+        )
+    if not isinstance(args, SFTConfig):
+        args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # to_dict hides the token
+    config = CAFTConfig.__new__(CAFTConfig)  # __init__ would check and derive again what SFTConfig has derived
+    config.__dict__ = vars(args)  # shared: what is set in `args` later counts, as with SFTTrainer
+    config.aux_weight, config.aux_schedule = 0.0, "constant"
+    return config

@@ -1,14 +1,18 @@
 """What a run of the trainer starts from: the base, and its heads."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from peft import PeftConfig, PeftModel
+from transformers import AutoProcessor, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl.trainer.utils import create_model_from_path
 
 from caftune.backbone import Backbone
 from caftune.checkpoint import base_fingerprint, describe_heads, find_heads, load_heads
 from caftune.config import CAFTConfig
+from caftune.errors import CaftuneError
 from caftune.heads import AuxiliaryHeads, HeadsConfig
 
 
@@ -22,12 +26,11 @@ class Start:
     fingerprint: dict[str, Any] | None = None  # stage 1: the base's, before SFTTrainer adds tokens
 
 
-def load_tokenizer(model: PreTrainedModel, args: CAFTConfig) -> Any:
-    """The model's own tokenizer."""
+def load_processing_class(name: str, args: CAFTConfig) -> Any:
+    """The tokenizer or processor that lies with a model, as SFTTrainer would load it."""
     options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     trust = options.get("trust_remote_code", args.trust_remote_code)
-    name, revision = model.config._name_or_path, options.get("revision")
-    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust)
+    return AutoProcessor.from_pretrained(name, revision=options.get("revision"), trust_remote_code=trust)
 
 
 def text_tokenizer(processing_class: Any) -> Any:
@@ -35,11 +38,11 @@ def text_tokenizer(processing_class: Any) -> Any:
     return processing_class if hasattr(processing_class, "get_vocab") else processing_class.tokenizer
 
 
-def load_or_build_heads(model: PreTrainedModel, args: CAFTConfig, tokenizer: Any) -> Start:
+def load_or_build_heads(model: PreTrainedModel | PeftModel, args: CAFTConfig, tokenizer: Any) -> Start:
     """The heads of `args.heads`, or in stage 1 without these new ones."""
-    if args.heads is None and not args.pretrain_heads:
+    if not args.has_heads:
         return Start()
-    backbone = Backbone.of(model)
+    backbone = Backbone.of(model.get_base_model() if isinstance(model, PeftModel) else model)
     fingerprint = base_fingerprint(backbone) if args.pretrain_heads else None
     if args.heads is None:
         built = AuxiliaryHeads.build(backbone, HeadsConfig(args.num_heads, args.head_kind))
@@ -49,15 +52,34 @@ def load_or_build_heads(model: PreTrainedModel, args: CAFTConfig, tokenizer: Any
     return Start(heads, backbone, describe_heads(folder), fingerprint)
 
 
-def load_base(name: str, args: CAFTConfig, quantization_config: Any) -> PreTrainedModel:
-    """The base as SFTTrainer would load it."""
+def load_base(name: str, args: CAFTConfig, quantization_config: Any) -> PreTrainedModel | PeftModel:
+    """The base as SFTTrainer would load it. Of a folder that holds an adapter: its base, and the adapter to train further."""
     options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     if quantization_config is not None:
+        if "quantization_config" in options:
+            raise CaftuneError("quantization_config must be given once, got it in model_init_kwargs too. Remove one.")
         options["quantization_config"] = quantization_config
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
     options.setdefault("trust_remote_code", args.trust_remote_code)
-    return create_model_from_path(name, **options)
+    if not holds_adapter(name):
+        return create_model_from_path(name, **options)
+    base = PeftConfig.from_pretrained(name)
+    options.setdefault("revision", base.revision)
+    model = create_model_from_path(str(base.base_model_name_or_path), **options)
+    return PeftModel.from_pretrained(model, name, is_trainable=True)
+
+
+def holds_adapter(name: str) -> bool:
+    """Whether `name` is a folder with an adapter of PEFT and no whole model."""
+    folder = Path(name)
+    has_weights = any((folder / file).is_file() for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    return (folder / "adapter_config.json").is_file() and not has_weights
+
+
+def holds_tokenizer(name: str) -> bool:
+    """Whether a tokenizer lies in the folder `name`."""
+    return Path(name, "tokenizer_config.json").is_file()
 
 
 def keep_trainable_on_cpu(model: Any) -> None:

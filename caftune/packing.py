@@ -1,5 +1,6 @@
 """Whether a model keeps packed documents apart: asked of the model itself, before the first step."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 from caftune.backbone import evaluating, has_flash_attention
 from caftune.errors import CaftuneError
 
+_logger = logging.getLogger(__name__)
 _TOKENS = 8
 # As a share of the largest logit. Documents that are kept apart differ by rounding only, if at all (experts see other
 # batches); those that are not, by far more.
@@ -23,10 +25,14 @@ class RefuseLeaks(TrainerCallback):
 
     If what the model says within the second document moves, it sees across documents, with this attention
     implementation, and the run is refused.
+
+    Args:
+        refuse: False: a warning in the place of the refusal, since SFTTrainer would train.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, *, refuse: bool = True) -> None:
         self._trainer = trainer
+        self._refuse = refuse
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         model = self._trainer.model
@@ -35,11 +41,14 @@ class RefuseLeaks(TrainerCallback):
         moved, tolerance = _movement(self._trainer)
         if moved > tolerance:
             attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
-            raise CaftuneError(
+            problem = (
                 f"packing and padding_free must be False for this model with attention {attention!r}: what it says within a "
                 f"document changes with the document before it in the row (by {moved:.1%} of its largest logit), so it would "
                 "be trained on text it should not see. Try attn_implementation='flash_attention_2' on a GPU."
             )
+            if self._refuse:
+                raise CaftuneError(problem)
+            _logger.warning(problem)
 
 
 def _movement(trainer: Any) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_enabled
 
@@ -18,31 +19,45 @@ _logger = logging.getLogger(__name__)
 _HALF = (torch.bfloat16, torch.float16)
 _NAMED_ROWS = 5
 _ROWS_AT_ONCE = 1000
+_QUANTISED = (
+    "model must not be quantised without a peft_config, nor in stage 1. Give a LoraConfig; pretrain heads on the unquantised "
+    "base, they fit the quantised one."
+)
 
 
-def refuse_arguments(args: Any, peft_config: Any, sft_arguments: dict[str, Any]) -> None:
-    """Arguments of the trainer that cannot work together."""
-    if not isinstance(args, CAFTConfig):
-        raise TypeError(f"args must be a CAFTConfig, got {type(args).__name__}.")
-    if args.pretrain_heads and peft_config is not None:
-        raise CaftuneError("peft_config must be None in stage 1: heads are pretrained on the plain base.")
-    if sft_arguments.get("compute_loss_func") is not None:
-        raise CaftuneError("compute_loss_func must be None: CAFTTrainer computes the loss.")
-    if sft_arguments.get("optimizers", (None, None))[0] is not None and (args.pretrain_heads or args.train_heads):
+def refuse_arguments(
+    args: CAFTConfig, peft_config: Any, compute_loss_func: Any, compute_metrics: Any, optimizers: tuple[Any, Any]
+) -> None:
+    """Arguments of the trainer that heads cannot work with."""
+    if optimizers[0] is not None and args.has_heads and (args.pretrain_heads or args.train_heads):
         raise CaftuneError(
             "optimizers must not hold an optimizer where heads are trained: it was made before they exist. "
             "Use optimizer_cls_and_kwargs."
         )
-    if args.pretrain_heads and args.push_to_hub:
-        raise CaftuneError(
-            "push_to_hub must be False in stage 1: what Trainer pushes on the way holds no heads. Use `caftune heads push`."
-        )
-    if getattr(peft_config, "layer_replication", None) and args.heads is not None:
+    if getattr(peft_config, "layer_replication", None) and args.has_heads:
         raise CaftuneError(
             "peft_config.layer_replication must be None: it puts other layers where the heads leave the model."
         )
-    if sft_arguments.get("compute_metrics") is not None and args.pretrain_heads:
+    if not args.pretrain_heads:
+        return
+    if peft_config is not None:
+        raise CaftuneError("peft_config must be None in stage 1: heads are pretrained on the plain base.")
+    if compute_loss_func is not None:
+        raise CaftuneError(
+            "compute_loss_func must be None in stage 1, which trains on the heads' losses alone. Give it in stage 2."
+        )
+    if args.push_to_hub:
+        raise CaftuneError(
+            "push_to_hub must be False in stage 1: what Trainer pushes on the way holds no heads. Use `caftune heads push`."
+        )
+    if compute_metrics is not None:
         raise CaftuneError("compute_metrics must be None in stage 1: there are no logits of the model to measure.")
+
+
+def refuse_quantised(quantization_config: Any, *, has_adapter: bool) -> None:
+    """bitsandbytes' layers, whose weights nothing can train, without an adapter."""
+    if getattr(quantization_config, "quant_method", None) == "bitsandbytes" and not has_adapter:
+        raise CaftuneError(_QUANTISED)
 
 
 def refuse_processes(args: CAFTConfig) -> None:
@@ -53,7 +68,7 @@ def refuse_processes(args: CAFTConfig) -> None:
             f"{launched} processes were launched, and each would train alone, in the same folder. Without GPUs set "
             "use_cpu=True; else launch with a configuration like those in recipes/accelerate."
         )
-    if not (args.pretrain_heads or args.heads is not None):
+    if not args.has_heads:
         return
     if args.n_gpu > 1:
         raise CaftuneError(
@@ -122,42 +137,58 @@ def refuse_unfit_heads(trainer: Any) -> None:
         )
 
 
-def refuse_unfit(model: PreTrainedModel, peft_config: Any, args: CAFTConfig) -> None:
-    """Models that cannot be trained as they are."""
-    if hasattr(model, "peft_config"):
-        raise CaftuneError("model must be the plain base, got one wrapped by PEFT. Give the base and a peft_config.")
-    if getattr(peft_config, "is_prompt_learning", False) and args.aux_weight:
-        raise CaftuneError(f"peft_config must adapt weights (LoRA and its kin), got {type(peft_config).__name__}.")
-    if getattr(model, "is_quantized", False) and peft_config is None:
+def refuse_unfit(model: PreTrainedModel | PeftModel, peft_config: Any, args: CAFTConfig) -> None:
+    """Models that cannot be trained with heads as they are."""
+    configs = _adapters(model, peft_config)
+    if args.pretrain_heads and configs:
         raise CaftuneError(
-            "model must not be quantised without a peft_config, nor in stage 1. Give a LoraConfig; pretrain heads on the "
-            "unquantised base, they fit the quantised one."
+            "model must be the plain base, got one wrapped by PEFT: stage 1 trains heads of the base. Load the base alone."
         )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise CaftuneError(
+            "model must be a PeftModel where it carries adapters, got ones of transformers' load_adapter, which would not be "
+            "exported. Use PeftModel.from_pretrained(base, adapter, is_trainable=True)."
+        )
+    learning = next((kind for kind in configs if getattr(kind, "is_prompt_learning", False)), None)
+    if learning is not None:
+        raise CaftuneError(
+            f"peft_config must adapt weights (LoRA and its kin) with heads, got {type(learning).__name__}: its virtual tokens "
+            "come before the row, and heads would count them among the tokens they predict. Use LoRA, or leave out `heads`."
+        )
+    if getattr(model, "is_quantized", False) and not configs:
+        raise CaftuneError(_QUANTISED)
     if not (peft_config or args.pretrain_heads or any(parameter.requires_grad for parameter in model.parameters())):
         raise CaftuneError(
             "model must have weights to train, and all are frozen (stage 1 freezes the model it is given). Load it again, or "
-            "call model.requires_grad_(True)."
+            "call model.requires_grad_(True); load an adapter with is_trainable=True."
         )
-    _refuse_untying(model, peft_config)
+    for kind in configs:
+        _refuse_untying(model, kind)
     half = next((p.dtype for p in model.parameters() if p.requires_grad and p.dtype in _HALF), None)
-    if half is not None and peft_config is None and not args.pretrain_heads:
+    if half is not None and not configs and not args.pretrain_heads:
         raise CaftuneError(
             f"model must hold float32 weights for full fine-tuning, got {half}: updates below about 1/256 of a weight would "
-            "be lost. Load it with dtype='float32'; bf16=True still computes in bfloat16."
+            "be lost. Load it with dtype='float32' (bf16=True still computes in bfloat16), or give a LoraConfig."
         )
 
 
-def _refuse_untying(model: PreTrainedModel, peft_config: Any) -> None:
+def _adapters(model: Any, peft_config: Any) -> list[Any]:
+    """The configurations of the adapters that the model carries or is to be given."""
+    carried = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    return [*carried, *([] if peft_config is None else [peft_config])]
+
+
+def _refuse_untying(model: PreTrainedModel | PeftModel, peft_config: Any) -> None:
     """A trained copy of one of two tied matrices cannot be written with the base's keys."""
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return
     embeddings = {model.get_input_embeddings(), model.get_output_embeddings()}
     tied = {name.rpartition(".")[2] for name, module in model.named_modules() if module in embeddings}
     saved = tied & set(getattr(peft_config, "modules_to_save", None) or ())
-    if saved:
+    if saved and not getattr(peft_config, "ensure_weight_tying", False):
         raise CaftuneError(
             f"modules_to_save must not hold {', '.join(sorted(saved))}: this base ties its embeddings, and training one of "
-            "two copies would untie them. Leave it out, or use full fine-tuning."
+            "two copies would untie them. Set ensure_weight_tying=True in the peft_config, or leave it out."
         )
 
 
@@ -171,10 +202,13 @@ def refuse_missing_parts(dataset: Dataset, args: CAFTConfig, *, name: str) -> No
             "Name the answers completion (of preference pairs, the chosen ones)."
         )
     if args.completion_only_loss and "completion" not in dataset.column_names:
-        raise CaftuneError(
+        problem = (
             f"completion_only_loss must not be set where rows have no completion, as in the {name} data: every token would be "
             "trained on. Use assistant_only_loss for messages, or leave it out."
         )
+        if args.has_heads:
+            raise CaftuneError(problem)
+        _logger.warning(problem)
     if args.assistant_only_loss and "messages" in dataset.column_names:
         talks = enumerate(dataset["messages"])
         silent = [row for row, talk in talks if not any(message["role"] == "assistant" for message in talk)]
@@ -189,7 +223,9 @@ def _named(rows: list[int]) -> str:
     return ", ".join(map(str, rows[:_NAMED_ROWS])) + (", ..." if len(rows) > _NAMED_ROWS else "")
 
 
-def refuse_cut_answers(dataset: Dataset, max_length: int, truncation_mode: str, *, name: str) -> int:
+def refuse_cut_answers(
+    dataset: Dataset, max_length: int, truncation_mode: str, *, name: str, has_heads: bool = True
+) -> int:
     """Rows that truncation to `max_length` leaves without a trained token; rows it shortens are told and counted."""
     kept = slice(-max_length, None) if truncation_mode == "keep_end" else slice(max_length)
     lost, shortened = [], 0
@@ -200,7 +236,12 @@ def refuse_cut_answers(dataset: Dataset, max_length: int, truncation_mode: str, 
         if (labels[kept] == IGNORED).all():
             lost.append(row)
         shortened += len(labels) > max_length
-    if lost:
+    if lost and not has_heads:
+        _logger.warning(
+            f"{len(lost)} of {len(dataset)} rows of the {name} data (counted from 0: {_named(lost)}) have no token to train on "
+            f"within max_length={max_length}, and are left out."
+        )
+    elif lost:
         raise CaftuneError(
             f"{len(lost)} of {len(dataset)} rows of the {name} data (counted from 0: {_named(lost)}) have no token to train on "
             f"within max_length={max_length}. Raise max_length, shorten their prompts, or remove these rows."

@@ -16,16 +16,27 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import IterableDataset
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
+from trl.trainer.utils import get_config_model_id
 
 from caftune.cards import write_model_card
 from caftune.checkpoint import read_heads, save_heads
-from caftune.config import CAFTConfig
+from caftune.config import CAFTConfig, as_caft_config
 from caftune.export import clear_export, export_model, load_trained
 from caftune.heads import ATTRIBUTE, attach_heads
-from caftune.loading import keep_trainable_on_cpu, load_base, load_or_build_heads, load_tokenizer, text_tokenizer
+from caftune.loading import (
+    Start,
+    holds_adapter,
+    holds_tokenizer,
+    keep_trainable_on_cpu,
+    load_base,
+    load_or_build_heads,
+    load_processing_class,
+    text_tokenizer,
+)
 from caftune.objective import count_targets, weights_of_sums
 from caftune.packing import RefuseLeaks
 from caftune.refusals import (
@@ -34,6 +45,7 @@ from caftune.refusals import (
     refuse_lost_adapters,
     refuse_missing_parts,
     refuse_processes,
+    refuse_quantised,
     refuse_unfit,
     refuse_unfit_heads,
 )
@@ -53,12 +65,15 @@ from caftune.training_heads import (
 class CAFTTrainer(SFTTrainer):
     """TRL's SFTTrainer with auxiliary heads.
 
-    Takes the arguments of SFTTrainer. Checkpoints and `save_model` are ordinary ones without heads (stage 1: only the
-    heads); `export` writes the finished model with the base's keys.
+    Takes the arguments of SFTTrainer, in its order. `args` says whether there are heads: a CAFTConfig with `heads` or
+    `pretrain_heads`. Without `args`, with an SFTConfig or TrainingArguments, and with a CAFTConfig of `aux_weight=0` and no
+    `heads`, there are none, and it is SFTTrainer: the same data, losses and weights, and no refusals of its own. `model` may
+    also be a folder with an adapter, which is trained further. Checkpoints and `save_model` are ordinary ones without heads
+    (stage 1: only the heads); `export` writes the finished model with the base's keys.
 
     Raises:
         CaftuneError: the heads do not belong to the model.
-        CaftuneError: options that cannot work together, rows without a trained token, half-precision master weights.
+        CaftuneError: options that cannot work together with heads, rows without a trained token.
     """
 
     args: CAFTConfig
@@ -70,49 +85,78 @@ class CAFTTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
-        args: CAFTConfig,
-        *,
+        model: str | PreTrainedModel | PeftModel,
+        args: CAFTConfig | TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         processing_class: Any = None,
-        peft_config: Any = None,
+        compute_loss_func: Any = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: Any = None,
+        preprocess_logits_for_metrics: Any = None,
         quantization_config: Any = None,
-        **sft_arguments: Any,
+        peft_config: Any = None,
+        formatting_func: Any = None,
     ) -> None:
-        refuse_arguments(args, peft_config, sft_arguments)
+        is_stock = not isinstance(args, CAFTConfig)
+        args = as_caft_config(args, model)
         refuse_processes(args)
-        if isinstance(model, str):
-            model = load_base(model, args, quantization_config)
-            quantization_config = None
+        refuse_arguments(args, peft_config, compute_loss_func, compute_metrics, optimizers)
         revision = dict(args.model_init_kwargs or {}).get("revision")  # type: ignore[arg-type]
-        if processing_class is None:
-            processing_class = load_tokenizer(model, args)
-        refuse_unfit(model, peft_config, args)
-        keep_trainable_on_cpu(model)
-        self._given_tokenizer = copy.deepcopy(text_tokenizer(processing_class))  # SFTTrainer may add tokens to it
-        self._start = load_or_build_heads(model, args, self._given_tokenizer)
+        has_adapter = isinstance(model, str) and holds_adapter(model)
+        is_loaded = isinstance(model, str) and (args.has_heads or has_adapter)  # else by SFTTrainer
+        if isinstance(model, str):
+            refuse_quantised(quantization_config, has_adapter=has_adapter or peft_config is not None)
+        if isinstance(model, str) and is_loaded:
+            name, model = model, load_base(model, args, quantization_config)
+            quantization_config = None
+            if processing_class is None and has_adapter and holds_tokenizer(name):
+                processing_class = load_processing_class(name, args)
+        self._start = Start()
+        if args.has_heads and not isinstance(model, str):
+            processing_class = processing_class or load_processing_class(get_config_model_id(model.config), args)
+            refuse_unfit(model, peft_config, args)
+            keep_trainable_on_cpu(model)
+            self._given_tokenizer = copy.deepcopy(text_tokenizer(processing_class))  # SFTTrainer may add tokens to it
+            self._start = load_or_build_heads(model, args, self._given_tokenizer)
         self.heads, self.backbone = self._start.heads, self._start.backbone
-        name = str(model.config._name_or_path)
-        # Absolute, because a run may change its folder before it exports.
-        self._base = (str(Path(name).resolve()) if Path(name).is_dir() else name, revision)
-        # The model is built: SFTTrainer would warn that these are not used.
-        model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
+        # SFTTrainer would warn that these are not used, where the model is built.
+        model_init_kwargs = args.model_init_kwargs
+        args.model_init_kwargs = None if is_loaded else model_init_kwargs
         template, template_path = template_in(args.chat_template_path), args.chat_template_path
-        if template is not None:  # SFTTrainer (TRL 1.16) would take a byte order mark for a part of it
-            processing_class.chat_template, args.chat_template_path = template, None
-        remove_byte_order_mark(processing_class)
+        if processing_class is not None:  # SFTTrainer (TRL 1.16) would take a byte order mark for a part of it
+            if template is not None:
+                processing_class.chat_template, args.chat_template_path = template, None
+            remove_byte_order_mark(processing_class)
         try:
             super().__init__(
                 model=model,
                 args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
                 processing_class=processing_class,
-                peft_config=peft_config,
+                compute_loss_func=compute_loss_func,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 quantization_config=quantization_config,
-                **sft_arguments,
+                peft_config=peft_config,
+                formatting_func=formatting_func,
             )
         finally:
             args.model_init_kwargs, args.chat_template_path = model_init_kwargs, template_path
+        name = get_config_model_id(self.model.config)
+        # Absolute, because a run may change its folder before it exports.
+        self._base = (str(Path(name).resolve()) if Path(name).is_dir() else name, revision)
+        keep_trainable_on_cpu(self.model)
         refuse_lost_adapters(self.accelerator, self.model)
-        self.add_callback(RefuseLeaks(self))
+        self.add_callback(RefuseLeaks(self, refuse=not is_stock))
         self.add_callback(ForgetSums(self))
         self._horizon_counts: Tensor | None = None
         self._micro_batch, self._batches = 0, 1  # within the optimizer step, and what Trainer divides their losses by
@@ -223,11 +267,13 @@ class CAFTTrainer(SFTTrainer):
         scores: dict[str, Any] = {}
 
         def forward(**arguments: Any) -> Any:
-            if not arguments.get("fused_lm_head"):
-                return model(**arguments)
-            outputs = model(**arguments, auxiliary="add", **scoring)
-            main = (-outputs.log_probs.detach().sum(), outputs.label_mask.sum(), outputs.is_top1.sum())
-            scores.update(outputs["auxiliary"], main=main)
+            # The first pass is the one that L_1 comes from: with a loss of the user's, or smoothed labels, not the fused one.
+            heads = {} if scores else {"auxiliary": "add", "auxiliary_labels": inputs["labels"], **scoring}
+            outputs = model(**arguments, **heads)
+            if heads:
+                scores.update(outputs["auxiliary"])
+            if arguments.get("fused_lm_head"):
+                scores["main"] = (-outputs.log_probs.detach().sum(), outputs.label_mask.sum(), outputs.is_top1.sum())
             return outputs
 
         result = super().compute_loss(model if is_plain else forward, inputs, return_outputs, num_items_in_batch)
@@ -355,9 +401,10 @@ class CAFTTrainer(SFTTrainer):
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
-        if args.max_length is not None and not (packing and args.packing_strategy == "bfd_split"):
+        is_cut = not packing or args.packing_strategy == "bfd"
+        if args.max_length is not None and is_cut:
             mode = "keep_start" if packing else args.truncation_mode  # SFTTrainer packs the start in either case
-            cut = refuse_cut_answers(dataset, args.max_length, mode, name=dataset_name)
+            cut = refuse_cut_answers(dataset, args.max_length, mode, name=dataset_name, has_heads=args.has_heads)
             if not (cut or packing):  # SFTTrainer would go through all rows twice to cut none
                 whole.shuffle_dataset, args = args.shuffle_dataset, whole
         return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
@@ -371,7 +418,8 @@ class CAFTTrainer(SFTTrainer):
             self._save_heads(folder if self.args.pretrain_heads else folder / "heads")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict is None and hasattr(self.model, "peft_config"):  # PEFT's bias="all" takes every bias it sees
+        # PEFT's bias="all" takes every bias it sees, those of the heads too.
+        if state_dict is None and self.heads is not None and hasattr(self.model, "peft_config"):
             state_dict = self.model.state_dict()
         if state_dict is not None:
             state_dict = {key: value for key, value in state_dict.items() if f"{ATTRIBUTE}." not in key}

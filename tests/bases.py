@@ -1,7 +1,7 @@
-"""Two bases with the demo's tokenizer, one with rotary positions and one without, and heads that differ from each other."""
+"""Bases with the demo's tokenizer, with rotary positions, without, and with biases; and heads that differ from each other."""
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from caftune import AuxiliaryHeads, Backbone, HeadsConfig, save_heads
 from caftune.demo.run import BASE
@@ -32,4 +32,18 @@ def write_heads(name, folder):
         for parameter in heads.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     save_heads(folder, heads, backbone, AutoTokenizer.from_pretrained(BASE))
+    return str(folder)
+
+
+def write_biased(folder):
+    """Write a Qwen2, whose attention has biases, of two layers with the demo's tokenizer; return its name."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=158, num_key_value_heads=1, **shape))
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
     return str(folder)

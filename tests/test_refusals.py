@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from training import config
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -48,7 +48,7 @@ def heads_of(model, folder):
             {"heads": "x", "packing": True, "packing_strategy": "wrapped"},
             "packing_strategy must be 'bfd' or 'bfd_split'",
         ),
-        ({"heads": "x", "label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0 with auxiliary losses"),
+        ({"pretrain_heads": True, "label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0 in stage 1"),
     ],
 )
 def test_bad_options_are_refused_where_the_config_is_built(options, message, tmp_path):
@@ -134,11 +134,32 @@ def test_a_model_already_wrapped_by_peft_is_refused(tmp_path):
         trainer(tmp_path, model=model, pretrain_heads=True)
 
 
-def test_prompt_learning_is_refused(tmp_path):
-    folder = heads_of(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "heads")
+@pytest.mark.parametrize("made_by", ["peft_config", "PeftModel"])
+def test_prompt_learning_is_refused_with_heads(made_by, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    folder = heads_of(model, tmp_path / "heads")
     peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(ValueError, match="peft_config must adapt weights"):
-        trainer(tmp_path / "out", heads=folder, peft_config=peft_config)
+    if made_by == "PeftModel":
+        model, peft_config = get_peft_model(model, peft_config), None
+    with pytest.raises(CaftuneError, match="peft_config must adapt weights .* with heads, got PromptTuningConfig"):
+        trainer(tmp_path / "out", model=model, heads=folder, peft_config=peft_config)
+
+
+def test_a_frozen_adapter_is_refused_with_heads(tmp_path):
+    plain = AutoModelForCausalLM.from_pretrained(BASE)
+    folder = heads_of(plain, tmp_path / "heads")
+    get_peft_model(plain, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "adapter")
+    with pytest.raises(CaftuneError, match="all are frozen .* load an adapter with is_trainable=True"):
+        trainer(tmp_path / "out", model=model, heads=folder)
+
+
+def test_an_adapter_that_is_no_peft_model_is_refused_with_heads(tmp_path):
+    plain = AutoModelForCausalLM.from_pretrained(BASE)
+    folder = heads_of(plain, tmp_path / "heads")
+    plain.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(CaftuneError, match=r"model must be a PeftModel .* Use PeftModel\.from_pretrained"):
+        trainer(tmp_path / "out", model=plain, heads=folder)
 
 
 def test_untying_the_embeddings_is_refused(tmp_path):
@@ -158,17 +179,10 @@ def test_pushing_the_model_of_stage_one_is_refused(tmp_path):
         trainer(tmp_path, pretrain_heads=True, push_to_hub=True)
 
 
-def test_a_loss_function_of_the_users_own_is_refused(tmp_path):
+def test_a_loss_function_of_the_users_own_is_refused_in_stage_one(tmp_path):
     args = CAFTConfig(str(tmp_path), **OPTIONS, pretrain_heads=True)
     with pytest.raises(ValueError, match="compute_loss_func must be None"):
         CAFTTrainer(str(BASE), args, train_dataset=ROWS, compute_loss_func=print)
-
-
-def test_stock_arguments_are_refused(tmp_path):
-    from trl import SFTConfig
-
-    with pytest.raises(TypeError, match="args must be a CAFTConfig, got SFTConfig"):
-        CAFTTrainer(str(BASE), SFTConfig(str(tmp_path), **OPTIONS), train_dataset=ROWS)
 
 
 def test_heads_trained_with_another_tokenizer_are_refused(tmp_path):

@@ -41,6 +41,12 @@ def numbers(trainer):
     return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
+def logged(trainer):
+    """Everything a run logs but how long it took."""
+    clocks = ("runtime", "per_second")
+    return [{k: v for k, v in line.items() if not k.endswith(clocks)} for line in trainer.state.log_history]
+
+
 def weights(trainer):
     return {k: v for k, v in trainer.model.state_dict().items() if "auxiliary_heads" not in k}
 
