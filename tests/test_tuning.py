@@ -151,6 +151,37 @@ def test_an_adapter_alone_and_merged_give_the_logits_of_training(rows, tmp_path,
     assert not any("auxiliary_heads" in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
 
 
+@pytest.mark.parametrize("options", [{"aux_weight": 1.0}, {"aux_weight": 0.0}])
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tied_embeddings_are_trained_where_peft_keeps_them_tied(rows, heads, tmp_path, saved, options):
+    options = {**options, **({"heads": heads} if options["aux_weight"] else {})}
+    peft_config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=True)
+    args = config(tmp_path / "run", learning_rate=1e-2, max_steps=2, **options)
+    trainer = trained(CAFTTrainer(str(BASE), args, train_dataset=rows, peft_config=peft_config))
+    trainer.export(tmp_path / "merged")
+    trainer.export(tmp_path / "adapter", merged=False)
+    expected = logits_of(trainer.model, rows)
+    merged, before = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "merged", BASE))
+    torch.testing.assert_close(logits_of(merged, rows), expected, rtol=0, atol=2e-4)  # as above
+    assert not torch.equal(merged.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert found.keys() == load_file(BASE / "model.safetensors").keys()
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "adapter")
+    assert torch.equal(logits_of(adapter, rows), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning", "ignore:.*no longer tied:UserWarning")
+def test_without_heads_an_untied_copy_is_exported_as_the_model_it_is(rows, tmp_path):
+    peft_config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    args = config(tmp_path / "run", learning_rate=1e-2, aux_weight=0.0)
+    trainer = trained(CAFTTrainer(str(BASE), args, train_dataset=rows, peft_config=peft_config))
+    trainer.export(tmp_path / "model")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(logits_of(found, rows), logits_of(trainer.model, rows), rtol=0, atol=2e-4)  # as above
+    assert found.config.tie_word_embeddings is False
+
+
 def test_a_trained_copy_of_the_unembedding_hears_the_heads(rows, tmp_path):
     base = untied(tmp_path / "base")
     args = config(tmp_path / "two", heads=pretrained_heads(base, rows, tmp_path))
