@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from caftune.attempts import attempt
 from caftune.calls import LayerCall
 from caftune.cross_entropy import Unembedding
 from caftune.errors import CaftuneError
@@ -284,11 +285,7 @@ def _as_flash_attention_needs(model: Any) -> Iterator[None]:
 
 
 def _runs(model: Any) -> bool:
-    try:
-        model(input_ids=probe(model), use_cache=False)
-    except (RuntimeError, ValueError, TypeError, ImportError):  # kernels raise what they like
-        return False
-    return True
+    return attempt(lambda: model(input_ids=probe(model), use_cache=False)) is not None
 
 
 def _refuse_rescaling(model: Any) -> None:
@@ -309,11 +306,8 @@ def probe(model: Any) -> Tensor:
 
 def _repeats(compute: Callable[[], Tensor], expected: Tensor, is_same: Callable[[Tensor, Tensor], bool]) -> bool:
     """Whether `compute` runs at all (the parts of an unknown model may ask for more arguments) and gives `expected`."""
-    try:
-        found = compute()
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        return False
-    return found.shape == expected.shape and is_same(found, expected)
+    found = attempt(compute)
+    return found is not None and found.shape == expected.shape and is_same(found, expected)
 
 
 def is_close(found: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:

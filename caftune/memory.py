@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from caftune.attempts import is_of_machine
 from caftune.backbone import Backbone, LayerCall
 from caftune.cross_entropy import CHUNK_VALUES
 from caftune.heads import AuxiliaryHeads
@@ -123,8 +124,8 @@ def _kept_by(layer: nn.Module, call: LayerCall, batch: Batch, *, rows: float = 1
                 call.replay(layer)
             else:
                 run_at(layer, mixer, call, torch.zeros(round(rows * batch.rows * batch.length), dtype=torch.long))
-    except (RuntimeError, ValueError):
-        if rows == 1:
+    except (RuntimeError, ValueError) as error:
+        if rows == 1 or is_of_machine(error):
             raise
         return _kept_by(layer, call, batch)  # a layer that only looks like the common ones is trained whole
     return ledger.total

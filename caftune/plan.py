@@ -13,6 +13,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
+from caftune.attempts import is_of_machine
 from caftune.backbone import UnsupportedModelError
 from caftune.checkpoint import describe_heads
 from caftune.config import CAFTConfig
@@ -127,6 +128,8 @@ def _estimate(recipe: Recipe, config: Any, setup: Setup) -> Estimate:
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever a model's own code or PEFT brings up
+        if is_of_machine(error):
+            raise
         why = " ".join(str(error).split())
         raise CaftuneError(
             "model.name must be a model that runs with the recipe's options and without its numbers, got "

@@ -27,6 +27,7 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from caftune.attempts import attempt
 from caftune.backbone import Backbone, UnsupportedModelError, evaluating, is_close, probe
 from caftune.calls import LayerCall
 from caftune.cross_entropy import in_full
@@ -330,15 +331,16 @@ def _takes_tokens_back(model: Any) -> bool:
     if any(hasattr(layer, "indexer_keys") for layer in cache.layers):
         return False  # transformers 5.23: sparse attention picks other tokens when several are read at once
     cache.activate_past_recording()
-    try:
-        with torch.no_grad(), evaluating(model):
-            expected = model(input_ids=ids, use_cache=False).logits[:, -2:]
-            for part, refused in ((ids[:, :3], 0), (ids[:, 3:7], 2), (ids[:, 5:], 0)):
-                found = model(input_ids=part, past_key_values=cache, use_cache=True).logits[:, -2:]
-                cache.crop(-refused)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        return False
-    return is_close(found, expected)
+
+    def in_parts() -> bool:
+        expected = model(input_ids=ids, use_cache=False).logits[:, -2:]
+        for part, refused in ((ids[:, :3], 0), (ids[:, 3:7], 2), (ids[:, 5:], 0)):
+            found = model(input_ids=part, past_key_values=cache, use_cache=True).logits[:, -2:]
+            cache.crop(-refused)
+        return is_close(found, expected)
+
+    with torch.no_grad(), evaluating(model):
+        return bool(attempt(in_parts))
 
 
 def _drawn(logits: Float[Tensor, "1 vocabulary"]) -> Int[Tensor, "1 1"]:
