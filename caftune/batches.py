@@ -20,6 +20,8 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from caftune.finite import nan_logits
+
 _REFILLED_SHARE = 4  # of a batch must be free before new rows are read: reading a few at a time is slow
 
 # Logits of rows, and the numbers of their prompts -> the next token of each.
@@ -139,11 +141,13 @@ def _set_length(layer: Any, columns: int) -> None:
 def _logits(
     model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
 ) -> Float[Tensor, "rows tokens"]:
-    """The logits behind the last column, in float32 as `generate` has them."""
+    """The logits behind the last column, in float32 as `generate` has them. Raises CaftuneError where one is NaN."""
     known = inspect.signature(model.forward).parameters
     more = {name: value for name, value in (("position_ids", positions), ("logits_to_keep", 1)) if name in known}
     outputs = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
     logits: Tensor = outputs.logits[:, -1].float()
+    if bool(logits.isnan().any()):
+        raise nan_logits(model)
     return logits
 
 

@@ -41,6 +41,8 @@ from caftune.comparison import summarise_comparison
 from caftune.concept_study import study_concepts
 from caftune.concepts import read_terms
 from caftune.control_heads import write_control_heads, write_untrained_heads
+from caftune.costs import device_name
+from caftune.divergence import DivergedError
 from caftune.errors import CaftuneError
 from caftune.evals.statistics import load_scipy
 from caftune.evaluation import evaluate, in_words, read_tasks, with_form
@@ -261,8 +263,12 @@ def _run(recipe: Recipe, arm: Arm, seed: int) -> None:
         if not is_whole:
             save_recipe(folder / "recipe.yaml", run.model_dump())
             _write_heads(recipe, run, arm, seed)
-            _train(run)
-            _finish(run, arm, str(folder / "model"))
+            try:
+                _train(run)
+            except DivergedError as error:
+                _record_diverged(run, arm, error)
+            else:
+                _finish(run, arm, str(folder / "model"))
         if not recipe.compare.keep_models:
             _remove_models(folder)
 
@@ -295,6 +301,15 @@ def _finish(run: Recipe, arm: str, model: str) -> None:
     studied = _study(run, model)
     tasks = [result.task for result in results]
     record(run, {"stage": "compare", "arm": arm, "seed": run.seed, "tasks": tasks, "concepts": studied})
+
+
+def _record_diverged(run: Recipe, arm: str, error: DivergedError) -> None:
+    """The run is done and has no model: it counts as one whose measures are no numbers, and the others go on."""
+    tqdm.write(f"{arm}, seed {run.seed}: {error}", file=sys.stderr)
+    costs = {**dict.fromkeys(("tokens", "flops", "seconds", "peak_memory_bytes")), "device": device_name()}
+    result = {"metrics": {}, "costs": costs, "log": [], **error.result, "diverged": error.step}
+    record(run, {"stage": "train", **result})
+    record(run, {"stage": "compare", "arm": arm, "seed": run.seed, "tasks": [], "concepts": 0, "diverged": error.step})
 
 
 def _train(run: Recipe) -> None:

@@ -15,15 +15,22 @@ _SHOWN = 8
 
 
 def compared_examples(recipe: Recipe, runs: Mapping[str, Sequence[ComparedRun]]) -> list[dict[str, Any]]:
-    """Some examples of the first task with the first seed's answers: where CAFT is better, where it is worse, the rest."""
+    """Some examples of the first task with the first seed's answers: where CAFT is better, where it is worse, the rest.
+
+    The first seed is the first of which no run diverged; nothing where there is none.
+    """
     name = recipe.eval.tasks[0]
+    seeds = [dict(zip(runs, of_seed, strict=True)) for of_seed in zip(*runs.values(), strict=True)]
+    whole = [of_seed for of_seed in seeds if all(name in run.answers for run in of_seed.values())]
+    if not whole:
+        return []
     task, tokenizer = TASKS[name], load_tokenizer(recipe)
-    first = {arm: {line["id"]: line for line in reversed(found[0].answers[name])} for arm, found in runs.items()}
+    first = {arm: {line["id"]: line for line in reversed(run.answers[name])} for arm, run in whole[0].items()}
     shown = TREATMENT if TREATMENT in runs else next(arm for arm in runs if arm != BASELINE)
     sign = -1 if task.primary in task.lower_is_better else 1
     gains = {
         example: sign * (_primary(task, first[shown][example]) - _primary(task, first[BASELINE][example]))
-        for example in ids_of(runs[BASELINE][0].answers[name])
+        for example in ids_of(whole[0][BASELINE].answers[name])
     }
     kinds = [
         [example for example, gain in gains.items() if gain > 0],

@@ -39,6 +39,11 @@ class ComparedRun:
         return cls(trained, answers, lines_of(folder / "concepts.jsonl"))
 
     @property
+    def diverged(self) -> int | None:
+        """From which step on its training was without a finite loss, where it has no model for that; else None."""
+        return self.trained.get("diverged")
+
+    @property
     def log(self) -> list[dict[str, Any]]:
         """The entries of its training."""
         return self.trained["log"]

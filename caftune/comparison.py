@@ -105,7 +105,7 @@ def _unused_seeds(recipe: Recipe, seeds: Sequence[int]) -> list[int]:
 
 def _task(name: str, runs: Mapping[str, Sequence[ComparedRun]]) -> dict[str, Any]:
     task = TASKS[name]
-    examples = len({line["id"] for line in runs[BASELINE][0].answers[name]})
+    examples = len(ids_of(_answered([run.answers.get(name) for found in runs.values() for run in found])))
     return {
         "name": name,
         "primary": task.primary,
@@ -114,41 +114,70 @@ def _task(name: str, runs: Mapping[str, Sequence[ComparedRun]]) -> dict[str, Any
     }
 
 
+def _answered(answers: Sequence[list[dict[str, Any]] | None]) -> list[dict[str, Any]]:
+    """The answers of the first run that has some: one that diverged has none."""
+    return next((lines for lines in answers if lines), [])
+
+
 def _measures(recipe: Recipe, runs: Mapping[str, Sequence[ComparedRun]]) -> Table:
     """Every measure of every arm, the primary one of each task first."""
     table: Table = {}
     for name in recipe.eval.tasks:
         base = lines_of(base_folder(recipe) / "eval" / BASE / f"{name}.jsonl") if base_is_done(recipe) else []
-        by_arm = {BASE: [base]} if base else {}
-        by_arm |= {arm: [run.answers[name] for run in found] for arm, found in runs.items()}
-        dense = _dense_examples(recipe, next(iter(by_arm.values()))[0])
+        by_arm: dict[str, list[list[dict[str, Any]] | None]] = {BASE: [base]} if base else {}
+        by_arm |= {arm: [run.answers.get(name) for run in found] for arm, found in runs.items()}
+        dense = _dense_examples(recipe, _answered([lines for found in by_arm.values() for lines in found]))
         for arm, answers in by_arm.items():
             table |= {(name, measure, arm): found for measure, found in _of_task(name, answers, dense).items()}
-    losses = {arm: [run.trained["metrics"].get("loss") for run in found] for arm, found in runs.items()}
-    if all(value is not None for values in losses.values() for value in values):
-        table |= {(HELD_OUT, "loss", arm): _Measured(_main_losses(runs[arm])) for arm in runs}
+    losses = {arm: _main_losses(found) for arm, found in runs.items()}
+    if recipe.data.eval is not None and all(value is not None for values in losses.values() for value in values):
+        table |= {
+            (HELD_OUT, "loss", arm): _Measured([v for v in values if v is not None]) for arm, values in losses.items()
+        }
     studied = _studied(recipe, runs)
     for measure in ("probability", "exact"):
         for arm, every in studied.items():
-            scores = np.stack([_by_row(concepts, measure) for concepts in every])
-            table[CONCEPTS, measure, arm] = _Measured(scores.mean(axis=1).tolist(), scores)
+            whole = [_by_row(concepts, measure) for concepts in every if concepts]
+            values = [float(scores.mean()) for scores in whole]
+            scores = np.stack(whole) if len(whole) == len(every) else None
+            table[CONCEPTS, measure, arm] = _Measured(_in_place(values, every), scores)
     return table
 
 
 def _studied(recipe: Recipe, runs: Mapping[str, Sequence[ComparedRun]]) -> dict[str, list[list[dict[str, Any]]]]:
-    """The concepts of each arm's runs, and of the base; empty where there are none."""
-    if not all(run.concepts for found in runs.values() for run in found):
+    """The concepts of each arm's runs (none of one that diverged), and of the base; empty where there are none."""
+    every = [run for found in runs.values() for run in found]
+    if not (any(run.concepts for run in every) and all(run.concepts or run.diverged for run in every)):
         return {}
     base = lines_of(base_folder(recipe) / "concepts.jsonl") if base_is_done(recipe) else []
     return ({BASE: [base]} if base else {}) | {arm: [run.concepts for run in found] for arm, found in runs.items()}
 
 
-def _main_losses(runs: Sequence[ComparedRun]) -> list[float]:
-    """L_1 on data.eval, which is what `loss` of an evaluation is in every arm of stage 2."""
-    return [float(run.trained["metrics"]["loss"]) for run in runs]
+def _main_losses(runs: Sequence[ComparedRun]) -> list[float | None]:
+    """L_1 on data.eval, which is what `loss` of an evaluation is in every arm of stage 2; NaN of a run that diverged."""
+    return [run.trained["metrics"].get("loss", math.nan if run.diverged else None) for run in runs]
 
 
-def _of_task(name: str, answers: Sequence[list[dict[str, Any]]], dense: Mapping[str, bool]) -> dict[str, _Measured]:
+def _in_place(values: Sequence[float], every: Sequence[Any]) -> list[float]:
+    """A value for each run: NaN where there is nothing in `every`, as of a run that diverged, else the next of `values`."""
+    left = iter(values)
+    return [next(left) if found else math.nan for found in every]
+
+
+def _of_task(
+    name: str, answers: Sequence[list[dict[str, Any]] | None], dense: Mapping[str, bool]
+) -> dict[str, _Measured]:
+    """The measures of one arm; where a run diverged, NaN in its place and no scores."""
+    whole = [lines for lines in answers if lines]
+    if not whole:
+        return {TASKS[name].primary: _Measured(_in_place([], answers))}
+    found = _of_answers(name, whole, dense)
+    if len(whole) == len(answers):
+        return found
+    return {measure: _Measured(_in_place(measured.values, answers)) for measure, measured in found.items()}
+
+
+def _of_answers(name: str, answers: Sequence[list[dict[str, Any]]], dense: Mapping[str, bool]) -> dict[str, _Measured]:
     """The measures of one arm; those that are means over examples with their scores, averaged over an evaluation's runs."""
     task = TASKS[name]
     combined = [task.combine([line["scores"] for line in lines]) for lines in answers]
@@ -187,7 +216,7 @@ def _dense_examples(recipe: Recipe, lines: Sequence[Mapping[str, Any]]) -> dict[
     section = recipe.compare.concepts
     tokenizer = load_tokenizer(recipe)
     texts = {line["id"]: line["answer"] for line in lines if line.get("answer")}
-    if len(texts) < len(ids_of(lines)):
+    if not texts or len(texts) < len(ids_of(lines)):
         return {}
     densities = {name: density(text, section.kind, tokenizer, terms_of(recipe)) for name, text in texts.items()}
     middle = median(densities.values())
@@ -306,7 +335,7 @@ def _checks(runs: Mapping[str, Sequence[ComparedRun]]) -> dict[str, Any]:
         pairs = [
             (ours["completion"], theirs["completion"])
             for one, other in zip(runs["beta0"], runs[BASELINE], strict=True)
-            for task in one.answers
+            for task in one.answers.keys() & other.answers.keys()  # a run that diverged has none
             for ours, theirs in zip(one.answers[task], other.answers[task], strict=True)
         ]
         if pairs:
@@ -323,7 +352,11 @@ def _concepts(recipe: Recipe, runs: Mapping[str, Sequence[ComparedRun]]) -> dict
     studied = _studied(recipe, runs)
     if not studied:
         return None
-    arms = {arm: _joined([summarise_concepts(concepts) for concepts in every]) for arm, every in studied.items()}
+    # Without the arms of which a run diverged.
+    whole = {arm: every for arm, every in studied.items() if all(every)}
+    arms = {arm: _joined([summarise_concepts(concepts) for concepts in every]) for arm, every in whole.items()}
+    if not arms:
+        return None
     return {"kind": recipe.compare.concepts.kind, "arms": arms}
 
 

@@ -113,9 +113,14 @@ class Costs(TrainerCallback):
 
     def total(self) -> dict[str, Any]:
         """`seconds`, `tokens`, `flops` and `peak_memory_bytes` of the whole training, and the `device` at its end."""
-        counted = {**self._counted, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+        counted = {**self._counted, "device": device_name()}
         per_token = counted.pop("flops_per_token")
         return {**counted, "flops": per_token * counted["tokens"] if per_token and counted["tokens"] else None}
+
+
+def device_name() -> str:
+    """The GPU that trainings run on, or `cpu`."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def memory_bytes() -> int | None:

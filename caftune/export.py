@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from caftune.checkpoint import write_json
 from caftune.errors import CaftuneError
+from caftune.finite import refuse_not_finite
 from caftune.heads import ATTRIBUTE
 
 _logger = logging.getLogger(__name__)
@@ -30,6 +32,9 @@ _PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_prepr
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's
 _EXPORTED = (*("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"), *_ADAPTER)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_NOTHING_WRITTEN = (
+    "Nothing was written: training diverged, or they are too large for that dtype. Export an earlier checkpoint."
+)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -60,6 +65,7 @@ def export_model(
     Raises:
         RuntimeError: the merged weights are not those of a plain model of this class.
         CaftuneError: adapters that cannot be merged (see `refuse_tied_adapters`).
+        CaftuneError: weights that are not finite, or are not in the dtype the base was published in.
     """
     plain = _merged_copy(model) if hasattr(model, "peft_config") else model
     name = base_name or str(getattr(plain.config, "_name_or_path", ""))
@@ -69,10 +75,13 @@ def export_model(
     native = _native_modules(plain, files, published)
     state = {key: tensor for key, tensor in plain.state_dict().items() if not key.startswith(f"{ATTRIBUTE}.")}
     _refuse_strange_state(plain, state)
+    cast = _cast(state, dtype, _dtypes(files))
+    weights = {name: cast[name] for name, _ in plain.named_parameters() if name in cast}
+    refuse_not_finite(weights, "The weights to export", _NOTHING_WRITTEN)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target, prefix=".export-") as aside:
-        plain.save_pretrained(aside, state_dict=_cast(state, dtype, _dtypes(files)) | native)
+        plain.save_pretrained(aside, state_dict=cast | native)
         # save_pretrained describes the model in memory, whose dtype and cache are those of training.
         path = Path(aside, "config.json")
         described = json.loads(path.read_text())
@@ -126,6 +135,8 @@ def _copy_processors(base_name: str, revision: str | None, folder: Path) -> None
 
 def copy_adapter(checkpoint: str | os.PathLike[str], folder: Path, tokenizer: Any, *, base_name: str) -> None:
     """Export the adapter of a checkpoint as it is."""
+    for weights in Path(checkpoint).glob("adapter_model.safetensors"):
+        refuse_not_finite(load_file(weights), f"The weights of {checkpoint}", _NOTHING_WRITTEN)
     folder.mkdir(parents=True, exist_ok=True)
     clear_export(folder, base_name)
     for name in _ADAPTER:

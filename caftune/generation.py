@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from caftune.batches import can_refill, refilled_batches
 from caftune.errors import CaftuneError
+from caftune.finite import nan_logits
 from caftune.prompts import Prompt
 
 _PAGE = 256  # tokens of one page of transformers' paged cache
@@ -172,6 +174,9 @@ def answer_in_batches(
 
     Tokens may be followed by padding: see `until_end`. Of the model's own generation settings none is left. `seeds`: of each
     prompt, where the configuration samples.
+
+    Raises:
+        CaftuneError: the model's logits are NaN.
     """
     if can_refill(model):
         yield from refilled_batches(model, prompts, config, batch_size=batch_size, seeds=seeds or ())
@@ -183,11 +188,34 @@ def answer_in_batches(
         width = max(len(prompts[i]) for i in batch)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        watch = _RefuseNaN(model)
         with torch.inference_mode(), only_these_settings(model, config):
             output = model.generate(
-                ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([watch]),
             )
+        watch.check()
         yield from zip(batch, output[:, width:].tolist(), strict=True)
+
+
+class _RefuseNaN(LogitsProcessor):
+    """Raises CaftuneError for logits that are NaN: at once for the first token, for later ones at the end, without waits."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._seen = model, torch.zeros(())
+
+    def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
+        is_first = not self._seen.dim()
+        self._seen = scores.isnan().any()[None] | (False if is_first else self._seen)
+        if is_first:
+            self.check()
+        return scores
+
+    def check(self) -> None:
+        if bool(self._seen.any()):
+            raise nan_logits(self._model)
 
 
 def until_end(tokens: list[int], eos: set[int]) -> Answer:

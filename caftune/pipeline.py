@@ -42,8 +42,10 @@ from caftune.checkpoint import (
 from caftune.config import CAFTConfig
 from caftune.costs import Costs, memory_bytes
 from caftune.data import load_rows
+from caftune.divergence import DivergedError
 from caftune.errors import CaftuneError
 from caftune.export import copy_adapter, export_model, load_trained, refuse_tied_adapters
+from caftune.finite import refuse_not_finite
 from caftune.generation import Sampling, end_tokens
 from caftune.heads import AuxiliaryHeads, HeadsConfig
 from caftune.labels import AnswerCache, Labelling, generate_labels, write_labels
@@ -316,7 +318,11 @@ def finetune(recipe: Recipe) -> Path:
         refuse_tied_adapters(trainer.model)
     show_progress(trainer, "train")
     with Costs(trainer) as costs:
-        run(trainer, checkpoint=last_checkpoint(folder))
+        try:
+            run(trainer, checkpoint=last_checkpoint(folder))
+        except DivergedError as error:
+            error.result = {"rows": len(train or ()), "costs": costs.total(), "log": trainer.state.log_history}
+            raise
     model = Path(recipe.output, "model")
     native = trainer.export(model, merged=recipe.model.lora.merge)
     if recipe.heads.keep and trainer.heads is not None:
@@ -337,6 +343,9 @@ def finetune(recipe: Recipe) -> Path:
 def _keep_heads(recipe: Recipe, config: HeadsConfig, state: Mapping[str, Tensor], args: CAFTConfig, steps: int) -> None:
     """Write heads as those of the exported model, for which they can draft."""
     if is_main_process():
+        refuse_not_finite(
+            state, "The heads to keep", "Train them with a lower heads.learning_rate, or set heads.keep=false."
+        )
         model, trust = str(Path(recipe.output, "model")), args.trust_remote_code
         backbone = Backbone.of(load_trained(model, model, trust_remote_code=trust))
         heads = AuxiliaryHeads.build(backbone, config)

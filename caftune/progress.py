@@ -13,6 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from caftune.divergence import StopOnDivergence
 from caftune.errors import CaftuneError
 
 
@@ -187,6 +188,7 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
     Raises:
         CaftuneError: the checkpoint has no optimizer's state (`save_only_model`), and steps are left; or the training is to end
             before it.
+        DivergedError: weights or losses are not finite any more; CaftuneError where they are not from the start.
         SystemExit: SIGTERM came; the checkpoint is written.
     """
     if checkpoint is not None:
@@ -195,6 +197,7 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
         tqdm.write(f"Going on from {checkpoint}.", file=sys.stderr)
     stop = StopOnSigterm(trainer)
     trainer.add_callback(stop)
+    trainer.add_callback(StopOnDivergence(trainer))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:

@@ -301,6 +301,7 @@ def trainer_config(recipe: Recipe, section: Literal["pretrain", "adapt", "traine
     has_gpu = torch.accelerator.is_available()
     defaults = {"report_to": [], "seed": recipe.seed, "use_cpu": not has_gpu, "dataloader_pin_memory": has_gpu}
     defaults["include_num_input_tokens_seen"] = "non_padding"
+    defaults["logging_nan_inf_filter"] = False  # it logs 0 or an earlier loss in the place of NaN
     known = {field.name: field.default for field in dataclasses.fields(CAFTConfig) if field.init}
     options = dict(getattr(recipe, section) or {})
     for name in ("save_strategy", "eval_strategy", "logging_strategy"):

@@ -12,6 +12,7 @@ from transformers.utils import is_bitsandbytes_available
 from caftune.checkpoint import describe_heads, find_heads
 from caftune.config import CAFTConfig
 from caftune.errors import CaftuneError
+from caftune.finite import refuse_not_finite
 from caftune.generation import Backend, Sampling, end_tokens, transformers_backend, vllm_backend
 from caftune.opening import opening
 from caftune.recipe import AnswersSection, Recipe, trainer_config
@@ -242,6 +243,10 @@ def load_model(recipe: Recipe, name: str | None = None) -> Any:
         model: Any = AutoModelForCausalLM.from_pretrained(
             name or recipe.model.name, dtype="auto", **_where(recipe, name)
         )
+    place = f"model.name ({recipe.model.name})" if name is None else f"The model in {name}"
+    refuse_not_finite(
+        dict(model.named_parameters()), place, "Its answers would be noise: use another model or checkpoint."
+    )
     return model.to(device).eval()
 
 

@@ -26,6 +26,7 @@ from caftune.cards import write_model_card
 from caftune.checkpoint import read_heads, save_heads
 from caftune.config import CAFTConfig, as_caft_config
 from caftune.export import clear_export, export_model, load_trained
+from caftune.finite import LossWatch, refuse_not_finite
 from caftune.heads import ATTRIBUTE, attach_heads
 from caftune.loading import (
     Start,
@@ -60,6 +61,8 @@ from caftune.training_heads import (
     save_adapter,
     training_record,
 )
+
+_DIVERGED = "The training diverged: train again with a lower learning_rate, or export an earlier checkpoint."
 
 
 class CAFTTrainer(SFTTrainer):
@@ -158,6 +161,7 @@ class CAFTTrainer(SFTTrainer):
         refuse_lost_adapters(self.accelerator, self.model)
         self.add_callback(RefuseLeaks(self, refuse=not is_stock))
         self.add_callback(ForgetSums(self))
+        self.loss_watch = LossWatch()
         self._horizon_counts: Tensor | None = None
         self._micro_batch, self._batches = 0, 1  # within the optimizer step, and what Trainer divides their losses by
         self.forget_sums()
@@ -191,8 +195,14 @@ class CAFTTrainer(SFTTrainer):
 
         Returns:
             The names of the base's own multi-token tensors, which were copied unchanged (see `export_model`).
+
+        Raises:
+            CaftuneError: weights that are not finite; nothing is written. (Training goes on with them, as SFTTrainer's does,
+                unless a `StopOnDivergence` is among the callbacks.)
         """
         native: list[str] = []
+        trained = self.heads if self.args.pretrain_heads else self.model
+        refuse_not_finite(dict(trained.named_parameters()), "The weights to export", _DIVERGED)
         if self.args.pretrain_heads:
             self._save_heads(Path(folder), about)
         else:
@@ -286,6 +296,12 @@ class CAFTTrainer(SFTTrainer):
             return result
         loss = main + scores["loss"]
         return (loss, result[1]) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As SFTTrainer; whether the loss is finite is remembered for `StopOnDivergence`."""
+        loss = super().training_step(*args, **kwargs)
+        self.loss_watch.add(loss, self.state.global_step + 1)
+        return loss
 
     def forget_sums(self) -> None:
         """Begin the sums for the next log anew."""

@@ -80,16 +80,19 @@ def probed_alone(hook):
 @pytest.mark.parametrize("error", [*MACHINE, *MODEL], ids=named)
 def test_an_error_of_the_machine_is_found_behind_the_error_that_it_caused(error):
     expected = any(error is one for one in MACHINE)
-    for how in ("from", "while"):
+
+    def raised(how):
         try:
-            try:
-                raise error
-            except Exception as cause:
-                if how == "from":
-                    raise ValueError("the layer failed") from cause
-                raise TypeError("no such argument")  # noqa: B904
-        except (ValueError, TypeError) as behind:
-            assert is_of_machine(behind) is expected
+            raise error
+        except Exception as cause:
+            if how == "from":
+                raise ValueError("the layer failed") from cause
+            raise TypeError("no such argument")  # noqa: B904
+
+    for how in ("from", "while"):
+        with pytest.raises((ValueError, TypeError), match="layer failed|no such argument") as behind:
+            raised(how)
+        assert is_of_machine(behind.value) is expected
 
 
 def test_an_attempt_gives_what_it_computes_or_none():

@@ -11,10 +11,11 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 from scipy import stats
+from test_divergence import NaNAt
 from typer.testing import CliRunner
 
+from caftune import CAFTTrainer, pipeline
 from caftune import compare as comparing
-from caftune import pipeline
 from caftune.checkpoint import describe_heads
 from caftune.cli import app
 from caftune.compare import arm_recipe, compare
@@ -194,6 +195,40 @@ def test_what_is_no_number_in_one_run_is_left_out_and_the_rest_is_written(copied
             assert set(lost) - {row["measure"] for row in rows if row["arm"] == arm} == missing
     assert again["checks"]["start"] is None
     write_report([copied / "out"])
+
+
+@pytest.mark.parametrize(
+    ("broken", "step"),
+    [(["caft/43"], 3), (["ntp/42", "caft/42", "caft/43"], 1)],
+)
+def test_a_run_that_diverges_counts_as_one_without_numbers_and_the_others_go_on(
+    copied, heads, monkeypatch, broken, step
+):
+    for run in broken:
+        shutil.rmtree(copied / "out" / "compare" / run)
+    init = CAFTTrainer.__init__
+
+    def with_nan(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.add_callback(NaNAt(step))
+
+    monkeypatch.setattr(CAFTTrainer, "__init__", with_nan)
+    again = compare(recipe_in(copied, heads))
+    assert again["missing"] == []
+    lost = {(row["run"], row["task"], row["measure"]) for row in again["left_out"]}
+    assert {(run, "held-out text", "loss") for run in broken} <= lost
+    assert {(run, "exact_match", "exact_match") for run in broken} <= lost
+    assert {run for run, _, _ in lost} == set(broken)
+    arms = {run.partition("/")[0] for run in broken}
+    for rows in (again["measures"], again["comparisons"]):
+        assert not arms & {row["arm"] for row in rows if row["task"] != "concepts"}
+    kept = {row["arm"] for row in again["measures"] if row["measure"] == "loss"}
+    assert kept == set(ARMS) - arms
+    assert f"is no finite number in {', '.join(broken)}." in again["verdict"]
+    assert all(page.is_file() for page in write_report([copied / "out"]))
+    made = count_trainings(monkeypatch)
+    assert compare(recipe_in(copied, heads))["left_out"] == again["left_out"]
+    assert made == []  # it would diverge again
 
 
 def test_what_each_arm_cost_is_there(found):

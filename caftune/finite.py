@@ -1,0 +1,70 @@
+"""Weights and losses that are numbers: neither NaN nor infinite."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from caftune.errors import CaftuneError
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the floating-point tensors that hold NaN or an infinity. One wait for each device, no copies.
+
+    Of a tensor that is sharded over processes the part of this one is read. Quantised weights are left out.
+    """
+    read: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        local = getattr(tensor, "ds_tensor", tensor)  # DeepSpeed's part of it
+        local = (local.to_local() if hasattr(local, "to_local") else local).detach()
+        if local.is_floating_point() and local.element_size() > 1 and local.numel() > 0 and not local.is_meta:
+            read.setdefault(local.device, {})[name] = local
+    return [name for on_device in read.values() for name in _not_finite(on_device)]
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    ends = [torch.stack(torch.aminmax(tensor)).double() for tensor in tensors.values()]  # NaN is its own end
+    return [name for name, odd in zip(tensors, (~torch.stack(ends).isfinite()).any(-1).tolist(), strict=True) if odd]
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], what: str, remedy: str) -> None:
+    """Raise CaftuneError that names `what` and the first tensor where one is not finite."""
+    odd = not_finite(tensors)
+    if odd:
+        raise CaftuneError(f"{what} must hold finite numbers, got NaN or inf in {in_short(odd)}. {remedy}")
+
+
+def nan_logits(model: Any) -> CaftuneError:
+    """The error for a model whose logits are NaN."""
+    return CaftuneError(
+        f"The logits of {model.name_or_path} must be numbers, got NaN: its answers would be noise. Use another checkpoint, or a "
+        "dtype with a wider range (bfloat16 or float32 in place of float16)."
+    )
+
+
+def in_short(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+class LossWatch:
+    """From which optimizer step on losses are not finite. Nothing waits for the device until `since` is read."""
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._odd: Tensor | None = None  # the first and the last of the latest steps in a row without a finite loss
+
+    def add(self, loss: Tensor, step: int) -> None:
+        """Take the loss of a micro-batch of `step`, counted from 1; a step is finite where all its micro-batches are."""
+        self._step = step
+        odd = torch.zeros(2, dtype=torch.long, device=loss.device) if self._odd is None else self._odd
+        first, last = odd
+        again = torch.stack([torch.where(last >= step - 1, first, step).clamp(min=1), torch.full_like(last, step)])
+        self._odd = torch.where(loss.detach().isfinite().all(), odd, again)
+
+    @property
+    def since(self) -> int:
+        """The first of the steps without a finite loss up to the last one; 0 where that one's is finite."""
+        first, last = (0, 0) if self._odd is None else self._odd.tolist()
+        return first if last == self._step else 0
