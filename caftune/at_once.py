@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from caftune.cross_entropy import keep_gradients, scaled_gradients
+
 # Sum of the losses of head i, given stand-ins for the inputs, and what else is to be known of it.
 Score = Callable[[int, list[Tensor]], tuple[Float[Tensor, ""], Tensor]]
 
@@ -60,7 +62,7 @@ class _AtOnce(torch.autograd.Function):
             del loss, weighed
             for place, gradient in zip([*range(count), *(places[id(tensor)] for tensor in own)], found, strict=True):
                 gradients[place] = _added(gradients[place], gradient, in_place=place >= count)
-        ctx.gradients = gradients
+        keep_gradients(ctx, gradients)
         found_losses = torch.stack(losses)
         found_others = torch.stack(others)
         ctx.mark_non_differentiable(found_losses, found_others)
@@ -69,10 +71,7 @@ class _AtOnce(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        for place, gradient in enumerate(gradients):  # one after another, so that they never lie there twice
-            gradients[place] = None if gradient is None else gradient * upstream.to(gradient.dtype)
-        return (None, None, None, None, *gradients)
+        return (None, None, None, None, *scaled_gradients(ctx, upstream, in_place=False))  # some may be one tensor
 
 
 def _added(total: Tensor | None, more: Tensor | None, *, in_place: bool) -> Tensor | None:

@@ -184,7 +184,7 @@ class _SummedLoss(torch.autograd.Function):
                     of_bias += slope.sum(0)
                 start += len(rows)
                 del slope  # before the next chunk's logits
-        ctx.gradients = (of_hidden, of_weight, of_bias)
+        keep_gradients(ctx, [of_hidden, of_weight, of_bias])
         found = torch.stack(hits).sum()
         ctx.mark_non_differentiable(found)
         return torch.stack(losses).sum(), found
@@ -192,8 +192,34 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _hits: Any) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        return None, None, None, *(None if x is None else x.mul_(upstream.to(x.dtype)) for x in gradients)
+        return None, None, None, *scaled_gradients(ctx, upstream, in_place=True)
+
+
+def keep_gradients(ctx: Any, gradients: list[Tensor | None]) -> None:
+    """Keep gradients that a forward pass has computed already, for `scaled_gradients` in the backward pass."""
+    ctx.gradients = gradients
+    ctx.save_for_backward(torch.empty(0))  # freed with the graph, so that torch itself refuses a second backward pass
+
+
+def scaled_gradients(ctx: Any, upstream: Tensor, *, in_place: bool) -> list[Tensor | None]:
+    """The kept gradients times `upstream`; they stay kept where the graph is retained for another backward pass.
+
+    Args:
+        in_place: use their own memory where they do not stay.
+
+    Raises:
+        RuntimeError: torch's own, where the graph was not retained by an earlier backward pass.
+    """
+    ctx.saved_tensors  # noqa: B018  (raises once they are freed)
+    gradients: list[Tensor | None] = ctx.gradients
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        gradients, in_place = [*gradients], False
+    else:
+        ctx.gradients = None
+    for place, x in enumerate(gradients):  # one after another, so that they are never there twice
+        if x is not None:
+            gradients[place] = x.mul_(upstream.to(x.dtype)) if in_place else x * upstream.to(x.dtype)
+    return gradients
 
 
 def _loss_and_slope(

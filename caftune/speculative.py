@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import (
     CandidateGenerator,
+    GenerationMode,
     LogitsProcessorList,
     StoppingCriteriaList,
     SynthIDTextWatermarkLogitsProcessor,
@@ -40,6 +41,11 @@ _FOLLOW, _DRIFT = 0.1, 0.01
 _WAITING = 32  # passes of the model after which a head reads them though it is not asked
 # Processors that remember calls or run the model: asked about drafts too, they would say something else than without.
 _REFUSED_PROCESSORS = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
+
+_OTHER_WAY = (
+    "Speculative decoding must be greedy or plain sampling, and these arguments ask for another way of generating (beams, say)"
+    ". Use model.generate."
+)
 
 
 @dataclass
@@ -122,10 +128,7 @@ class SpeculativeDecoding:
         with self.backbone.capture() as call, evaluating(self.heads), self._asked_for_drafts(call, drafts):
             output = self.model.generate(*args, **kwargs)
         if not drafts:
-            raise CaftuneError(
-                "Speculative decoding must be greedy or plain sampling, and these arguments ask for another way of generating "
-                "(beams, say). Use model.generate."
-            )
+            raise CaftuneError(_OTHER_WAY)
         self.total.add(drafts[0].found)
         return output
 
@@ -136,6 +139,7 @@ class SpeculativeDecoding:
         own_criteria, criteria = model._get_stopping_criteria, StoppingCriteriaList()
 
         def stopping_criteria(**given: Any) -> StoppingCriteriaList:
+            _refuse_other_ways(given["generation_config"])  # here, because no pass of the model has been made
             criteria.extend(own_criteria(**given))
             return criteria
 
@@ -158,6 +162,12 @@ class SpeculativeDecoding:
             yield
         finally:
             del model._get_stopping_criteria, model._get_candidate_generator
+
+
+def _refuse_other_ways(config: GenerationConfig) -> None:
+    """Raise CaftuneError for beams and other ways of generating that take no drafts."""
+    if config.get_generation_mode() != GenerationMode.ASSISTED_GENERATION:
+        raise CaftuneError(_OTHER_WAY)
 
 
 def _refuse(

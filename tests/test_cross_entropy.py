@@ -327,3 +327,26 @@ def test_the_sum_gives_its_gradients_once():
     loss.backward(retain_graph=True)
     with pytest.raises(TypeError):
         loss.backward()
+
+
+def summed(name="all"):
+    hidden, weight, targets, settings, leaves = both(name)
+    return summed_loss(hidden, Unembedding(weight, **settings), targets)[0], leaves
+
+
+def test_a_second_backward_pass_of_the_summed_loss_alone_is_as_for_any_function():
+    loss, leaves = summed()
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(3 * loss, leaves)
+    for one, three in zip(once, again, strict=True):
+        torch.testing.assert_close(three, 3 * one, rtol=1e-9, atol=1e-12)
+    with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+        torch.autograd.grad(loss, leaves)
+
+
+def test_hooks_of_tensors_see_the_gradients_of_the_summed_loss():
+    loss, leaves = summed("plain")
+    seen = []
+    leaves[0].register_hook(lambda gradient: seen.append(gradient.clone()) or 2 * gradient)
+    loss.backward()
+    torch.testing.assert_close(leaves[0].grad, 2 * seen[0])

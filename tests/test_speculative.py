@@ -12,6 +12,7 @@ from caftune import speculative
 from caftune.backbone import Backbone, UnsupportedModelError
 from caftune.checkpoint import load_heads
 from caftune.demo.run import BASE
+from caftune.errors import CaftuneError
 from caftune.heads import AuxiliaryHeads, HeadsConfig
 from caftune.speculative import Drafting, SpeculativeDecoding
 
@@ -368,3 +369,21 @@ def test_counts_of_several_texts_add_up():
         total.add(more)
     assert total == Drafting(7, 5, 11, [5, 4, 1], [3, 2, 0])
     assert total.accepted_length == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 2}, {"num_beams": 2, "do_sample": True}, {"generation_config": GenerationConfig(num_beams=4)}],
+    ids=str,
+)
+def test_other_ways_of_generating_are_refused_before_any_pass_of_the_model(llama, options):
+    decoding, passes = decoding_of(llama), []
+    handle = llama.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        with pytest.raises(CaftuneError, match=r"must be greedy or plain sampling.*Use model\.generate"):
+            decoding.generate(ids_of(4), max_new_tokens=20, **options)
+        assert passes == []
+        decoding.generate(ids_of(4), max_new_tokens=4, **GREEDY)
+        assert passes
+    finally:
+        handle.remove()
