@@ -58,7 +58,6 @@ from caftune.stage_options import (
     stage_two_heads,
 )
 from caftune.stage_rows import head_source, task_rows
-from caftune.tokenization import tokenized
 from caftune.verdict import BASE
 
 _WITHOUT_HEADS = ("ntp", "no_pretraining")
@@ -342,8 +341,7 @@ def _study(run: Recipe, model: str) -> int:
     args = stage_two_config(run, Path(run.output, "train"))
     limits = [limit for limit in (section.limit, run.data.limit) if limit is not None]
     rows: Any = task_rows(run, "eval", tokenizer, args, limit=min(limits, default=None))
-    prepared = rows if "input_ids" in rows.column_names else tokenized(rows, tokenizer, args, name="eval")
-    found = study_concepts(load_model(run, model), tokenizer, prepared, section.kind, terms)
+    found = study_concepts(load_model(run, model), tokenizer, rows, section.kind, terms)
     folder = Path(run.output)
     partial = folder / ".concepts.jsonl.partial"
     partial.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in found), encoding="utf-8")

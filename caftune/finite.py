@@ -38,8 +38,8 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], what: str, remedy: str) -> 
 def nan_logits(model: Any) -> CaftuneError:
     """The error for a model whose logits are NaN."""
     return CaftuneError(
-        f"The logits of {model.name_or_path} must be numbers, got NaN: its answers would be noise. Use another checkpoint, or a "
-        "dtype with a wider range (bfloat16 or float32 in place of float16)."
+        f"The logits of {model.name_or_path} must be numbers, got NaN: its answers would be noise. Use another checkpoint, or "
+        "a dtype with a wider range (bfloat16 or float32 in place of float16)."
     )
 
 

@@ -72,6 +72,15 @@ def end_tokens(generation_config: GenerationConfig, tokenizer: Any) -> list[int]
     return [eos] if isinstance(eos, int) else list(eos or ())
 
 
+def unknown_token(number: int, tokenizer: Any, embedded: int, *, place: str) -> CaftuneError:
+    """The error for a token that a model has no row of embeddings for."""
+    return CaftuneError(
+        f"{place} must hold tokens with ids below {embedded}, the rows of the model's embeddings, got "
+        f"{tokenizer.convert_ids_to_tokens(number)!r} with id {number}. Use the tokenizer of the base, or save a base with "
+        "more rows (model.resize_token_embeddings(len(tokenizer)))."
+    )
+
+
 def padding_token(tokenizer: Any) -> int:
     """The token that fills rows up: the tokenizer's own, else any, for it is masked."""
     return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
@@ -88,15 +97,21 @@ def transformers_backend(
     """transformers' continuous batching, or padded batches of `batch_size`: see docs/decisions/0003.
 
     In padded batches each prompt has random numbers of its own where `can_refill`; otherwise all share them, beginning with
-    the first prompt's seed.
+    the first prompt's seed. A prompt with a
+    token that the model has no embedding of raises CaftuneError.
     """
     eos = end_tokens(model.generation_config, tokenizer)
+    embedded = model.get_input_embeddings().weight.shape[0]
     pad = padding_token(tokenizer)
+    pad = pad if pad < embedded else 0
     config = sampling.generation_config(eos, pad)
     is_continuous = batching == "continuous" or (batching == "auto" and _gains_from_continuous(model))
 
     def answer(prompts: Sequence[Prompt], seeds: Sequence[int]) -> Iterator[tuple[int, Answer]]:
         ids = [prompt.ids for prompt in prompts]
+        for number, tokens in enumerate(ids):
+            if tokens and max(tokens) >= embedded:
+                raise unknown_token(max(tokens), tokenizer, embedded, place=f"Prompt {number}")
         torch.manual_seed(seeds[0])
         if is_continuous:
             drawn = _answer_continuously(model, ids, config, seed=seeds[0], batch_size=batch_size)

@@ -71,6 +71,7 @@ from caftune.stage_options import (
     adapted_heads,
     answer_backend,
     context_length,
+    for_cut_rows,
     free_memory,
     load_model,
     load_tokenizer,
@@ -87,8 +88,8 @@ from caftune.stage_options import (
     who_answers,
     with_inherited_options,
 )
-from caftune.stage_rows import describe_head_source, head_rows, head_source, task_rows
-from caftune.tokenization import tokenized
+from caftune.stage_rows import describe_head_source, head_rows, head_source, prepared_task_rows
+from caftune.stage_rows import task_rows as task_rows
 from caftune.trainer import CAFTTrainer
 from caftune.training_heads import merged_state, training_record
 
@@ -194,13 +195,13 @@ def pretrain_heads(recipe: Recipe) -> Path:
         )
     recipe = with_commit(recipe)
     args = stage_one_config(recipe, Path(recipe.output, "pretrain"))
-    rows, held_out = head_rows(recipe, args)
+    rows, held_out, dropped = head_rows(recipe, args)
     folder = open_stage(recipe, "pretrain", {"labels": head_source(recipe)})
     heads = Path(recipe.output, "heads")
     tokenizer = load_tokenizer(recipe)
     with opening_model(recipe):
         trainer = CAFTTrainer(
-            recipe.model.name, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
+            recipe.model.name, for_cut_rows(args), train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
         )
     show_progress(trainer, "pretrain-heads")
     run(trainer, checkpoint=last_checkpoint(folder))
@@ -209,7 +210,7 @@ def pretrain_heads(recipe: Recipe) -> Path:
             (heads / file).unlink(missing_ok=True)
     trainer.export(heads, about={"command": _command(), "data": describe_head_source(recipe, rows)})
     metrics = evaluated(trainer)
-    result = {"stage": "pretrain-heads", "rows": len(rows), "metrics": metrics}
+    result = {"stage": "pretrain-heads", "rows": len(rows), "metrics": metrics, **_left_out(dropped)}
     record(recipe, result)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         del trainer  # the base is loaded anew, as users of the heads will have it
@@ -226,7 +227,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     recipe = with_commit(recipe)
     heads = pretrained_heads(recipe)
     args = stage_one_config(recipe, Path(recipe.output, "pretrain"))
-    _, held_out = head_rows(recipe, args)
+    held_out = head_rows(recipe, args).held_out
     if recipe.heads.path is None:  # what is held out must be what was
         refuse_other_stage(recipe, "pretrain", {"labels": head_source(recipe)})
     model, tokenizer = load_model(recipe), load_tokenizer(recipe)
@@ -267,10 +268,14 @@ def adapt_heads(recipe: Recipe) -> Path:
             "adapt cannot run under DeepSpeed. Run `caftune adapt-heads` first, without it or with FSDP2."
         )
     tokenizer = load_tokenizer(recipe)  # of its own: TRL writes into it
-    rows, evaluation = (task_rows(recipe, name, tokenizer, args) for name in sources)
+    rows, evaluation, dropped = _task_sets(recipe, tokenizer, args)
     with opening_model(recipe):
         trainer = CAFTTrainer(
-            recipe.model.name, args, train_dataset=rows, eval_dataset=evaluation, processing_class=tokenizer
+            recipe.model.name,
+            for_cut_rows(args),
+            train_dataset=rows,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
         )
     show_progress(trainer, "adapt")
     run(trainer, checkpoint=last_checkpoint(folder))
@@ -278,7 +283,7 @@ def adapt_heads(recipe: Recipe) -> Path:
     about["adapted_from"] = describe_heads(source)["weights_sha256"]
     trainer.export(target, about={"command": _command(), **about})
     metrics = evaluated(trainer) if evaluation is not None else {}
-    record(recipe, {"stage": "adapt", "rows": len(rows or ()), "metrics": metrics})
+    record(recipe, {"stage": "adapt", "rows": len(rows or ()), "metrics": metrics, **_left_out(dropped)})
     del trainer
     free_memory()  # a trainer is part of cycles, and would keep its base beside stage 2's
     return target
@@ -301,13 +306,13 @@ def finetune(recipe: Recipe) -> Path:
         args = stage_two_config(recipe, Path(recipe.output, "train"))  # again: accelerate's state is the adaptation's
     if is_begun(recipe, "train"):
         refuse_other_stage(recipe, "train", files, may_go_on=True)  # before the data are prepared
-    train, evaluation = (task_rows(recipe, name, tokenizer, args) for name in sources)
+    train, evaluation, dropped = _task_sets(recipe, tokenizer, args)
     folder = open_stage(recipe, "train", files)
     held = memory_bytes()
     with opening_model(recipe):
         trainer = CAFTTrainer(
             recipe.model.name,
-            args,
+            for_cut_rows(args),
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=tokenizer,
@@ -333,11 +338,23 @@ def finetune(recipe: Recipe) -> Path:
     copied = {"native_multi_token_modules": f"{len(native)} tensors, copied from the base unchanged"} if native else {}
     record(
         recipe,
-        {"stage": "train", "rows": len(train or ()), "metrics": metrics, **copied}
-        | {"costs": {**costs.total(), "memory_before_bytes": held}, "plan": _plan(recipe, args, train, tokenizer)}
+        {"stage": "train", "rows": len(train or ()), "metrics": metrics, **copied, **_left_out(dropped)}
+        | {"costs": {**costs.total(), "memory_before_bytes": held}, "plan": _plan(recipe, args, train)}
         | {"log": trainer.state.log_history},
     )
     return model
+
+
+def _task_sets(recipe: Recipe, tokenizer: Any, args: CAFTConfig) -> tuple[Any, Any, dict[str, Any]]:
+    """The rows of data.train and data.eval (None where none are named), and what is recorded of rows left out of them."""
+    found = {name: prepared_task_rows(recipe, name, tokenizer, args) for name in ("train", "eval")}
+    train, evaluation = (part and part.rows for part in found.values())
+    return train, evaluation, {name: part.facts for name, part in found.items() if part and part.dropped}
+
+
+def _left_out(dropped: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows without a trained token within max_length, as results.jsonl holds them: by data set, if there are any."""
+    return {"dropped": dropped} if dropped else {}
 
 
 def _keep_heads(recipe: Recipe, config: HeadsConfig, state: Mapping[str, Tensor], args: CAFTConfig, steps: int) -> None:
@@ -356,12 +373,12 @@ def _keep_heads(recipe: Recipe, config: HeadsConfig, state: Mapping[str, Tensor]
         tqdm.write(f"Heads that draft for it: {folder} (caftune generate {model} {folder} PROMPT)", file=sys.stderr)
 
 
-def _plan(recipe: Recipe, args: CAFTConfig, rows: Any, tokenizer: Any) -> dict[str, float] | None:
+def _plan(recipe: Recipe, args: CAFTConfig, rows: Any) -> dict[str, float] | None:
     """What the plan says of this run, to be shown beside what it was. Made at its end, so that nothing waits for it."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return None  # neither the plan nor the count of operations is of several processes
     try:
-        return plan_of_run(recipe, args, rows, tokenizer)
+        return plan_of_run(recipe, args, rows)
     except Exception as error:  # whatever a model not planned for brings up, the run is done and must be recorded
         tqdm.write(f"This run has no plan beside its costs: {error}", file=sys.stderr)
         return None
@@ -410,13 +427,12 @@ def preview(recipe: Recipe, count: int = 3) -> Iterator[tuple[list[str], list[bo
     """For the first rows of data.train: the tokens, which of them are trained on, and each horizon's target per position."""
     tokenizer = load_tokenizer(recipe)
     args = stage_two_config(recipe, Path(recipe.output, "train"), heads=None, aux_weight=0.0)
-    rows = task_rows(recipe, "train", tokenizer, args, limit=count)
-    if rows is None:
+    found = prepared_task_rows(recipe, "train", tokenizer, args, limit=count, is_whole=False)
+    if found is None:
         raise CaftuneError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
     count = len(describe_heads(recipe.heads.path)["horizons"]) if recipe.heads.path else recipe.heads.count
     horizons = range(1, count + 2)
-    prepared = rows if "input_ids" in rows.column_names else tokenized(rows, tokenizer, args, name="train")
-    for row in prepared.with_format("torch"):
+    for row in found.rows.with_format("torch"):
         labels = row["labels"][None]
         targets = {h: horizon_targets(labels, h)[0].tolist() for h in horizons}
         yield (

@@ -23,11 +23,10 @@ from caftune.objective import IGNORED
 from caftune.recipe import Recipe
 from caftune.stage_options import load_config, load_tokenizer, lora_config, stage_one_config, stage_two_config
 from caftune.stage_rows import head_rows, head_source, task_rows
-from caftune.tokenization import tokenized
 
 # Rows that are read to learn their length and labelled share.
 _ROWS_READ = 1000
-_ASSUMED_LABELLED = 0.5
+_ASSUMED_LABELLED, _ASSUMED_LENGTH = 0.5, 1024
 _SHORTEST = 128  # tokens, below which no remedy cuts rows
 
 
@@ -102,10 +101,11 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
     return Plan(recipe.model.name, setup, rows, found, device, available, remedies)
 
 
-def plan_of_run(recipe: Recipe, args: CAFTConfig, rows: Dataset, tokenizer: Any) -> dict[str, float]:
+def plan_of_run(recipe: Recipe, args: CAFTConfig, rows: Dataset) -> dict[str, float]:
     """What `plan` says of stage 2 and a run can measure, from the options and the `task_rows` that the run has."""
     config = _config(recipe, args)
-    setup = _setup(recipe, "train", args, _measured(rows, tokenizer, args), config)
+    measured = measure_rows(rows, args.max_length, args.per_device_train_batch_size)
+    setup = _setup(recipe, "train", args, measured, config)
     found = _estimate(recipe, config, setup)
     return {
         "flops_per_token": found.flops.total,
@@ -139,24 +139,21 @@ def _estimate(recipe: Recipe, config: Any, setup: Setup) -> Estimate:
 
 def _rows(recipe: Recipe, stage: str, args: CAFTConfig) -> Rows:
     """Length and labelled share of the rows; assumed where the recipe names none, or the labels are still to be made."""
-    longest = args.max_length or recipe.data.max_length or 1024  # of rows that are assumed
+    longest = args.max_length or _length_of(recipe) or _ASSUMED_LENGTH
     if stage == "heads":
         if not recipe.heads.text and not Path(head_source(recipe)).is_file():
             return _assumed(longest, f"{head_source(recipe)} is still to be made")
-        return measure_rows(head_rows(recipe, args)[0], args.max_length, args.per_device_train_batch_size)
+        return measure_rows(head_rows(recipe, args).train, args.max_length, args.per_device_train_batch_size)
     if recipe.data.train is None:
         return _assumed(longest, "data.train names no data")
     tokenizer = load_tokenizer(recipe)
     rows = task_rows(recipe, "train", tokenizer, args, limit=min(recipe.data.limit or _ROWS_READ, _ROWS_READ))
     assert rows is not None
-    return _measured(rows, tokenizer, args)
-
-
-def _measured(rows: Dataset, tokenizer: Any, args: CAFTConfig) -> Rows:
-    """The same of the rows of a task, which `task_rows` has not tokenized where the trainer is to do more than that."""
-    if "labels" not in rows.column_names:
-        rows = tokenized(rows.select(range(min(len(rows), _ROWS_READ))), tokenizer, args, name="train")
     return measure_rows(rows, args.max_length, args.per_device_train_batch_size)
+
+
+def _length_of(recipe: Recipe) -> int | None:
+    return recipe.data.max_length if isinstance(recipe.data.max_length, int) else None
 
 
 def _assumed(length: int, why: str) -> Rows:

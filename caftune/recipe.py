@@ -162,8 +162,18 @@ class DataSection(_Section):
         None,
         description="Prompts and completions that are text as conversations. None: alpaca rows alone, for a chat model.",
     )
-    max_length: int | None = Field(None, gt=1, description="In tokens. None: the model's context, at most 1024.")
+    max_length: int | Literal["auto"] | None = Field(
+        "auto", description="In tokens. auto: the model's context, at most 1024; null: rows are not cut."
+    )
     limit: int | None = Field(None, gt=0, description="Use the first so many rows.")
+
+    @field_validator("max_length", mode="before")
+    @classmethod
+    def _is_a_length(cls, value: Any) -> Any:
+        is_number = isinstance(value, int | float) and value == int(value) > 1
+        if not (value in (None, "auto") or is_number):
+            raise CaftuneError("a whole number above 1, auto or null")
+        return value
 
 
 class EvalSection(AnswersSection):

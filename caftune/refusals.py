@@ -13,6 +13,7 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 
 from caftune.config import CAFTConfig
 from caftune.errors import CaftuneError
+from caftune.generation import unknown_token
 from caftune.objective import IGNORED
 
 _logger = logging.getLogger(__name__)
@@ -23,6 +24,8 @@ _QUANTISED = (
     "model must not be quantised without a peft_config, nor in stage 1. Give a LoraConfig; pretrain heads on the unquantised "
     "base, they fit the quantised one."
 )
+_MOST_DROPPED = 0.1  # of a data set
+_LENGTHEN = "Raise max_length, shorten their prompts, or remove these rows."
 
 
 def refuse_arguments(
@@ -119,6 +122,13 @@ def refuse_short_context(model: Any, args: CAFTConfig, *, furthest: int) -> None
             f"num_heads must leave horizons below the context of {context} tokens, got horizon {furthest}. "
             "Use fewer heads or a larger max_length."
         )
+
+
+def refuse_unknown_tokens_of(trainer: Any) -> None:
+    """`refuse_unknown_tokens` of the rows that a trainer was given, where these can be read at once."""
+    embedded = trainer.model.get_input_embeddings().weight.shape[0]
+    if isinstance(trainer.train_dataset, Dataset) and "input_ids" in trainer.train_dataset.column_names and embedded:
+        refuse_unknown_tokens(trainer.train_dataset, trainer._tokenizer, embedded, name="train")
 
 
 def refuse_unfit_heads(trainer: Any) -> None:
@@ -223,10 +233,19 @@ def _named(rows: list[int]) -> str:
     return ", ".join(map(str, rows[:_NAMED_ROWS])) + (", ..." if len(rows) > _NAMED_ROWS else "")
 
 
-def refuse_cut_answers(
-    dataset: Dataset, max_length: int, truncation_mode: str, *, name: str, has_heads: bool = True
-) -> int:
-    """Rows that truncation to `max_length` leaves without a trained token; rows it shortens are told and counted."""
+def cut_length(args: CAFTConfig, *, packing: bool) -> int | None:
+    """The tokens that rows are cut to; None where they are not: long documents are then packed piece by piece."""
+    return None if packing and args.packing_strategy in ("bfd_split", "wrapped") else args.max_length
+
+
+def find_cut_answers(
+    dataset: Dataset, max_length: int, truncation_mode: str, *, name: str, may_be_all: bool = False
+) -> tuple[list[int], int]:
+    """The rows that truncation to `max_length` leaves without a trained token, and how many it shortens. Both are logged.
+
+    Raises:
+        CaftuneError: no row has a token to train on, unless `may_be_all`.
+    """
     kept = slice(-max_length, None) if truncation_mode == "keep_end" else slice(max_length)
     lost, shortened = [], 0
     batches = (
@@ -236,19 +255,53 @@ def refuse_cut_answers(
         if (labels[kept] == IGNORED).all():
             lost.append(row)
         shortened += len(labels) > max_length
-    if lost and not has_heads:
-        _logger.warning(
-            f"{len(lost)} of {len(dataset)} rows of the {name} data (counted from 0: {_named(lost)}) have no token to train on "
-            f"within max_length={max_length}, and are left out."
-        )
-    elif lost:
-        raise CaftuneError(
-            f"{len(lost)} of {len(dataset)} rows of the {name} data (counted from 0: {_named(lost)}) have no token to train on "
-            f"within max_length={max_length}. Raise max_length, shorten their prompts, or remove these rows."
-        )
+    if len(lost) == len(dataset) and not may_be_all:
+        raise CaftuneError(f"{_cut(lost, len(dataset), max_length, name)}: none is left. {_LENGTHEN}")
+    if lost:
+        _logger.warning(f"{_cut(lost, len(dataset), max_length, name)}. They are left out. {_LENGTHEN}")
     if shortened:
         end = "beginning" if truncation_mode == "keep_end" else "end"
         _logger.warning(
             f"{shortened} of {len(dataset)} {name} rows are longer than max_length={max_length} and lose their {end}."
         )
-    return shortened
+    return lost, shortened
+
+
+def _cut(lost: list[int], total: int, max_length: int | None, name: str) -> str:
+    rows = f"{len(lost)} of {total} rows of the {name} data (counted from 0: {_named(lost)})"
+    return f"{rows} have no token to train on within max_length={max_length}"
+
+
+def refuse_many_dropped(dropped: list[int], total: int, max_length: int | None, *, name: str) -> None:
+    """Raise CaftuneError where more than a tenth of the rows would be left out for want of a token to train on."""
+    if len(dropped) > _MOST_DROPPED * total:
+        raise CaftuneError(f"{_cut(dropped, total, max_length, name)}, and up to a tenth may be left out. {_LENGTHEN}")
+
+
+def refuse_long_rows(dataset: Dataset, context: int | None, *, name: str) -> None:
+    """Raise CaftuneError where rows that are not cut are longer than the model's context."""
+    batches = dataset.select_columns("input_ids").with_format("numpy").iter(_ROWS_AT_ONCE)
+    lengths = [len(ids) for batch in batches for ids in batch["input_ids"]]
+    long = [row for row, length in enumerate(lengths) if length > (context or math.inf)]
+    if long:
+        raise CaftuneError(
+            f"Rows of {name} must have at most the {context} tokens of the model's context, got {max(lengths)} in row "
+            f"{lengths.index(max(lengths))}; {len(long)} of {len(lengths)} rows are longer (counted from 0: {_named(long)}). "
+            "Set data.max_length, or shorten them."
+        )
+
+
+def refuse_unknown_tokens(dataset: Dataset, tokenizer: Any, embedded: int, *, name: str) -> None:
+    """Raise CaftuneError where a row holds a token without a row of the embeddings, of which there are `embedded`."""
+    batches = dataset.select_columns("input_ids").with_format("numpy").iter(_ROWS_AT_ONCE)
+    for row, ids in enumerate(ids for batch in batches for ids in batch["input_ids"]):
+        if len(ids) and ids.max() >= embedded:
+            raise unknown_token(int(ids.max()), tokenizer, embedded, place=f"Row {row} of the {name} data")
+
+
+def refuse_unknown_padding(args: CAFTConfig, tokenizer: Any, embedded: int) -> None:
+    """The same of the token that fills rows up, where rows are filled up: it is read, though it is not seen."""
+    pad = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    number = tokenizer.convert_tokens_to_ids(pad) if pad is not None else None
+    if number is not None and number >= embedded and not (args.padding_free or args.packing):
+        raise unknown_token(number, tokenizer, embedded, place="The padding of rows (pad_token)")

@@ -1,6 +1,7 @@
 """From a recipe to what the trainer is given: the options of each stage, the adapter, the quantisation, the tokenizer."""
 
 import gc
+import sys
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -28,6 +29,7 @@ _ROW_OPTIONS = (
 
 def stage_one_config(recipe: Recipe, folder: Path) -> CAFTConfig:
     """CAFTConfig of stage 1."""
+    _refuse_packing_without_length(recipe, "pretrain")
     return trainer_config(
         recipe,
         "pretrain",
@@ -46,6 +48,7 @@ def stage_one_config(recipe: Recipe, folder: Path) -> CAFTConfig:
 def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
     """CAFTConfig of stage 2."""
     loss = recipe.loss
+    _refuse_packing_without_length(recipe, "trainer")
     heads = None if "heads" in ours else stage_two_heads(recipe)
     for key in ("lora_rank", "learning_rate", "max_grad_norm"):
         if getattr(recipe.heads, key) is not None and not recipe.heads.train:
@@ -122,6 +125,7 @@ def with_inherited_options(recipe: Recipe) -> Recipe:
 
 def adapt_config(recipe: Recipe, folder: Path, heads: Path) -> CAFTConfig:
     """CAFTConfig of the heads' epoch on the task's data."""
+    _refuse_packing_without_length(recipe, "adapt")
     return trainer_config(
         recipe,
         "adapt",
@@ -136,12 +140,32 @@ def adapt_config(recipe: Recipe, folder: Path, heads: Path) -> CAFTConfig:
     )
 
 
-def _training_length(recipe: Recipe) -> int:
+def _training_length(recipe: Recipe) -> int | None:
+    """The tokens that rows are cut to, None where they are not."""
+    length = recipe.data.max_length
+    if length is None:
+        return None
     context = context_length(recipe)
-    length = recipe.data.max_length or min(_DEFAULT_LENGTH, context or _DEFAULT_LENGTH)
+    if length == "auto":
+        return min(_DEFAULT_LENGTH, context or _DEFAULT_LENGTH)
     if context is not None and length > context:
         raise CaftuneError(f"data.max_length must be at most the model's context of {context} tokens, got {length}.")
     return length
+
+
+def _refuse_packing_without_length(recipe: Recipe, section: Literal["pretrain", "adapt", "trainer"]) -> None:
+    packing = {"packing", "eval_packing"} & {name for name, value in (getattr(recipe, section) or {}).items() if value}
+    if packing and recipe.data.max_length is None:
+        raise CaftuneError(
+            f"data.max_length must be a number with {section}.{packing.pop()}, which fills rows up to it, got null. Set it."
+        )
+
+
+def for_cut_rows(args: CAFTConfig) -> CAFTConfig:
+    """The options for a trainer whose rows are cut already: TRL takes padding_free only without a max_length."""
+    if args.padding_free and not args.packing:
+        args.max_length = None
+    return args
 
 
 def _model_options(recipe: Recipe, section: Literal["pretrain", "adapt", "trainer"]) -> dict[str, Any]:
@@ -210,6 +234,13 @@ def quantization(recipe: Recipe) -> Any:
 def context_length(recipe: Recipe, name: str | None = None) -> int | None:
     """The context of the base (or another model) in tokens, None where its configuration names none."""
     return getattr(load_config(recipe, name).get_text_config(), "max_position_embeddings", None)
+
+
+def embedding_rows(recipe: Recipe, args: CAFTConfig) -> int:
+    """The tokens that the base has embeddings for, or will have; sys.maxsize where its configuration says nothing of it."""
+    if args.chat_template_path is not None and not Path(args.chat_template_path).is_file():
+        return sys.maxsize  # TRL makes one for each token of a tokenizer that it takes the template from
+    return getattr(load_config(recipe).get_text_config(), "vocab_size", None) or sys.maxsize
 
 
 def load_tokenizer(recipe: Recipe, name: str | None = None) -> Any:

@@ -3,7 +3,7 @@
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 
@@ -14,9 +14,10 @@ from caftune.errors import CaftuneError
 from caftune.labels import label_dataset, read_labels
 from caftune.prompts import is_chat, refuse_messages_without_template
 from caftune.recipe import Recipe, first_difference
+from caftune.refusals import refuse_long_rows, refuse_many_dropped, refuse_unknown_padding, refuse_unknown_tokens
 from caftune.run_folder import forget_unknown_commit, kept_identity
-from caftune.stage_options import load_tokenizer
-from caftune.tokenization import is_pair_of_texts, split_texts, tokenized, with_one_bos
+from caftune.stage_options import context_length, embedding_rows, load_tokenizer
+from caftune.tokenization import Prepared, prepared, with_one_bos
 
 # What answers depend on; where they came from does not matter.
 _MADE_WITH = {
@@ -40,15 +41,27 @@ def describe_head_source(recipe: Recipe, rows: Dataset) -> dict[str, Any]:
     return {"answers of the base to": file_name(str(kept["prompts"])), "answers": len(rows), **drawn}
 
 
-def head_rows(recipe: Recipe, args: CAFTConfig) -> tuple[Dataset, Dataset]:
-    """The rows that stage 1 trains on, and those kept for evaluating the heads. A conversation is on one side as a whole.
+class HeadRows(NamedTuple):
+    """The rows that stage 1 trains on, those kept for evaluating the heads, and what is recorded of rows left out."""
+
+    train: Dataset
+    held_out: Dataset
+    dropped: dict[str, Any]
+
+
+def head_rows(recipe: Recipe, args: CAFTConfig) -> HeadRows:
+    """The rows of stage 1. A conversation is on one side as a whole.
 
     Raises:
         CaftuneError: there are no labels yet.
         CaftuneError: too few rows to divide, or none that was finished.
+        CaftuneError: more than a tenth of the rows have no token to train on within the training length.
     """
-    is_text = recipe.heads.text is not None
-    rows = _text_rows(recipe, args) if is_text else _finished_labels(recipe, Path(head_source(recipe)))
+    found = _all_head_rows(recipe, args)
+    rows = found.rows
+    tokenizer, embedded = load_tokenizer(recipe), embedding_rows(recipe, args)
+    refuse_unknown_tokens(rows, tokenizer, embedded, name="heads.text" if recipe.heads.text else "labels")
+    refuse_unknown_padding(args, tokenizer, embedded)
     conversation = rows["row"] if "row" in rows.column_names else list(range(len(rows)))
     names = sorted(set(conversation))
     count = max(1, round(len(names) * recipe.heads.held_out))
@@ -59,7 +72,18 @@ def head_rows(recipe: Recipe, args: CAFTConfig) -> tuple[Dataset, Dataset]:
     held_out = set(random.Random(recipe.seed).sample(names, count))
     kept = rows.remove_columns("row") if "row" in rows.column_names else rows
     parts = [[i for i, name in enumerate(conversation) if (name in held_out) is side] for side in (False, True)]
-    return kept.select(parts[0]), kept.select(parts[1])
+    return HeadRows(kept.select(parts[0]), kept.select(parts[1]), {"labels": found.facts} if found.dropped else {})
+
+
+def _all_head_rows(recipe: Recipe, args: CAFTConfig) -> Prepared:
+    if recipe.heads.text is not None:
+        return _text_rows(recipe, args)
+    labels = _finished_labels(recipe, Path(head_source(recipe)))
+    if args.max_length is None:  # labels have the length they have, unless they are packed
+        return Prepared(labels, len(labels))
+    found = prepared(labels, load_tokenizer(recipe), args, name="labels")
+    refuse_many_dropped(found.dropped, found.total, args.max_length, name="labels")
+    return found
 
 
 def _finished_labels(recipe: Recipe, labels: Path) -> Dataset:
@@ -101,13 +125,15 @@ def _recorded(recipe: Recipe, stage: str) -> dict[str, Any]:
     return next((result for result in map(json.loads, lines) if result["stage"] == stage), {})
 
 
-def _text_rows(recipe: Recipe, args: CAFTConfig) -> Dataset:
+def _text_rows(recipe: Recipe, args: CAFTConfig) -> Prepared:
     """The rows of heads.text as tokens. They are cut at the training length: nothing is lost but text to read on."""
     tokenizer = load_tokenizer(recipe)
     chat = bool(getattr(tokenizer, "chat_template", None))
     rows = load_rows(str(recipe.heads.text), recipe.labels.columns, limit=recipe.labels.limit, chat=chat)
     rows = with_one_bos(rows, tokenizer, "heads.text")
-    return tokenized(rows, tokenizer, args, name="heads.text", source=str(recipe.heads.text))
+    found = prepared(rows, tokenizer, args, name="heads.text", source=str(recipe.heads.text))
+    refuse_many_dropped(found.dropped, found.total, args.max_length, name="heads.text")
+    return found
 
 
 def read_task_rows(recipe: Recipe, source: str, *, limit: int | None, chat: bool) -> Dataset:
@@ -120,7 +146,20 @@ def read_task_rows(recipe: Recipe, source: str, *, limit: int | None, chat: bool
 def task_rows(
     recipe: Recipe, name: str, tokenizer: Any, args: CAFTConfig, *, limit: int | None = None
 ) -> Dataset | None:
-    """The rows of data.train or data.eval, after a trial of what the trainer will do with them; None where none is named."""
+    """The rows of data.train or data.eval as `prepared_task_rows` gives them."""
+    found = prepared_task_rows(recipe, name, tokenizer, args, limit=limit)
+    return None if found is None else found.rows
+
+
+def prepared_task_rows(
+    recipe: Recipe, name: str, tokenizer: Any, args: CAFTConfig, *, limit: int | None = None, is_whole: bool = True
+) -> Prepared | None:
+    """The rows of data.train or data.eval as the trainer takes them, tokenized and cut; None where none is named.
+
+    Args:
+        limit: read the first so many rows instead of data.limit.
+        is_whole: refuse a data set of which more than a tenth has no token to train on within max_length.
+    """
     source = getattr(recipe.data, name)
     if source is None:
         return None
@@ -137,11 +176,12 @@ def task_rows(
     if recipe.data.separator and "prompt" in rows.column_names and not is_chat(rows):
         rows = rows.map(lambda row: {"prompt": row["prompt"] + recipe.data.separator})
     rows = with_one_bos(rows, tokenizer, name)
-    prepared = tokenized(rows, tokenizer, args, name=name, source=source)
-    if is_pair_of_texts(rows):
-        # SFTTrainer takes the EOS of another tokenizer together with its template, and has to add it itself.
-        takes_eos = not (args.chat_template_path or ".jinja").endswith((".jinja", ".j2"))
-        return split_texts(rows, tokenizer, name) if takes_eos else prepared
-    # Where SFTTrainer would do more than this, it gets the rows as they are.
-    more = args.shuffle_dataset or args.packing_strategy == "bfd_split" or args.eos_token or args.chat_template_path
-    return rows if more else prepared
+    found = prepared(rows, tokenizer, args, name=name, source=source)
+    if is_whole:
+        refuse_many_dropped(found.dropped, found.total, args.max_length, name=name)
+    embedded = embedding_rows(recipe, args)
+    refuse_unknown_tokens(found.rows, tokenizer, embedded, name=name)
+    refuse_unknown_padding(args, tokenizer, embedded)
+    if args.max_length is None:
+        refuse_long_rows(found.rows, context_length(recipe), name=f"data.{name}")
+    return found

@@ -5,56 +5,87 @@ Rows whose prompt and completion are text are tokenized here (`pair_tokens`), as
 
 import copy
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import generate_random_fingerprint
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from caftune.boundary import has_second_bos, split_prompt, tokenize_pair, without_second_bos
+from caftune.boundary import has_second_bos, tokenize_pair, without_second_bos
 from caftune.config import CAFTConfig
 from caftune.errors import CaftuneError
 from caftune.prompts import is_chat
+from caftune.refusals import cut_length, refuse_many_dropped
 from caftune.template_errors import refuse_refused_row, remove_byte_order_mark, template_in
 from caftune.trainer import CAFTTrainer
 
 _logger = logging.getLogger(__name__)
+_RECORDED = 100  # numbers of rows
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The rows of a data set as tokens, and the numbers (from 0) of those that are left out: see `prepared`."""
+
+    rows: Dataset
+    total: int  # rows of the data set
+    dropped: list[int] = field(default_factory=list)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run records of the rows that were left out."""
+        return {"count": len(self.dropped), "of": self.total, "rows": self.dropped[:_RECORDED]}
 
 
 def tokenized(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, source: str | None = None) -> Dataset:
+    """The rows of `prepared`."""
+    return prepared(dataset, tokenizer, args, name=name, source=source).rows
+
+
+def prepared(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, source: str | None = None) -> Prepared:
     """`input_ids` and `labels` as the trainer will make them, without a model, before shuffling and packing.
+
+    The trainer takes them as they are. Rows that `max_length` leaves without a token to train on are left out, and logged.
 
     Args:
         source: the file or hub id that the rows are of, for errors.
 
     Raises:
-        CaftuneError: rows whose answer lies wholly beyond `max_length`, counted and named; a row that the chat template
-            refuses; a row whose prompt and completion cannot be tokenized apart.
+        CaftuneError: such rows alone, options of the tokenizer that do not go with it, a row that the chat template refuses, or
+            one whose prompt and completion cannot be tokenized apart.
     """
-    # SFTTrainer prepares data in a method; it reads these three attributes and nothing else of the trainer (TRL 1.16).
+    # SFTTrainer prepares data in a method; it reads these attributes and nothing else of the trainer (TRL 1.16).
     trainer = CAFTTrainer.__new__(CAFTTrainer)
+    trainer.dropped_rows = {}
     trainer._tokenizer, trainer.chat_template = copy.deepcopy(tokenizer), None
     _apply_tokenizer_options(trainer._tokenizer, args)
     paired = {"prompt", "completion"} <= set(dataset.column_names)
     trainer.completion_only_loss = paired if args.completion_only_loss is None else args.completion_only_loss
-    if args.assistant_only_loss and not has_generation_markers(trainer._tokenizer.chat_template):
-        trainer.chat_template = get_training_chat_template(trainer._tokenizer)
+    if args.assistant_only_loss:
+        trainer.chat_template = _marked_template(trainer._tokenizer)
+    packing = args.packing if args.eval_packing is None or name != "eval" else args.eval_packing
     plain = copy.copy(args)
-    plain.shuffle_dataset = False
-    if args.packing and args.packing_strategy == "bfd_split":
-        plain.max_length = None  # what is beyond max_length becomes a document of its own
+    plain.shuffle_dataset, plain.max_length = False, cut_length(args, packing=packing)
+    if packing:
+        plain.truncation_mode = "keep_start"  # of rows that are packed SFTTrainer keeps the start
+    total, given = len(dataset), dataset
     if is_pair_of_texts(dataset):
-        dataset = pair_tokens(dataset, trainer._tokenizer, name)
+        given = pair_tokens(dataset, trainer._tokenizer, name)
     try:
-        prepared = trainer._prepare_dataset(dataset, trainer._tokenizer, plain, False, None, name)
+        rows = trainer._prepare_dataset(given, trainer._tokenizer, plain, False, None, name)
     except CaftuneError:
         raise
     except Exception:  # it names no row; where none is refused by the template, it is of something else
         refuse_refused_row(dataset, trainer._tokenizer, trainer.chat_template, source or f"the {name} data")
         raise
-    return prepared.remove_columns([column for column in prepared.column_names if column == "completion_mask"])
+    dropped = trainer.dropped_rows.get(name, [])
+    if len(dropped) == total:
+        refuse_many_dropped(dropped, total, plain.max_length, name=name)
+    rows = rows.remove_columns([column for column in rows.column_names if column == "completion_mask"])
+    return Prepared(rows, total, dropped)
 
 
 def is_pair_of_texts(dataset: Dataset) -> bool:
@@ -97,25 +128,6 @@ def pair_tokens(dataset: Dataset, tokenizer: Any, name: str) -> Dataset:
     return made.remove_columns("apart")
 
 
-def split_texts(dataset: Dataset, tokenizer: Any, name: str) -> Dataset:
-    """The rows with the white space between prompt and completion where a model writes it, for a trainer that tokenizes them.
-
-    Raises:
-        CaftuneError: a row whose prompt and completion have to be tokenized apart.
-    """
-
-    def split(row: dict[str, Any], number: int) -> dict[str, str]:
-        if tokenize_pair(row["prompt"], row["completion"], tokenizer).apart:
-            raise CaftuneError(
-                f"Row {number} (from 0) of the {name} data has a prompt whose end the tokenizer joins with the completion, "
-                "which chat_template_path cannot keep apart. End the prompt with a whole word, or name a .jinja file."
-            )
-        found = split_prompt(row["prompt"], tokenizer)
-        return {"prompt": found.text, "completion": found.gap + row["completion"]}
-
-    return dataset.map(split, with_indices=True)
-
-
 def with_one_bos(dataset: Dataset, tokenizer: Any, name: str) -> Dataset:
     """Texts that begin with the BOS that the tokenizer adds (rendered conversations, say), without it: it would come twice."""
     column = next((each for each in ("prompt", "text") if each in dataset.column_names), None)
@@ -134,6 +146,8 @@ def with_one_bos(dataset: Dataset, tokenizer: Any, name: str) -> Dataset:
 def _apply_tokenizer_options(tokenizer: Any, args: CAFTConfig) -> None:
     """What SFTTrainer's own __init__ does to the tokenizer before it prepares the data."""
     if args.eos_token is not None:
+        if args.eos_token not in tokenizer.get_vocab():
+            raise CaftuneError(f"eos_token must be a token of the tokenizer, got {args.eos_token!r}. Name another.")
         tokenizer.eos_token = args.eos_token
     if args.chat_template_path is not None:
         path = Path(args.chat_template_path)
@@ -142,5 +156,44 @@ def _apply_tokenizer_options(tokenizer: Any, args: CAFTConfig) -> None:
                 f"chat_template_path must be a template file, a folder or a hub id, and {path} is not there. Check the name."
             )
         given = template_in(args.chat_template_path)
-        tokenizer.chat_template = given or AutoTokenizer.from_pretrained(args.chat_template_path).chat_template
+        if given is not None:
+            tokenizer.chat_template = given
+        elif path.is_file():
+            tokenizer.chat_template = path.read_text(encoding="utf-8-sig")
+        else:
+            _clone_chat_template(tokenizer, AutoTokenizer.from_pretrained(args.chat_template_path))
     remove_byte_order_mark(tokenizer)
+
+
+def _clone_chat_template(tokenizer: Any, source: Any) -> None:
+    """As TRL's `clone_chat_template`, which needs a model: the template, its tokens, its end, and rows filled up to 64."""
+    tokenizer.chat_template = source.get_chat_template()
+    tokenizer.add_tokens(
+        [token for token in source.added_tokens_decoder.values() if token.content not in tokenizer.vocab]
+    )
+    tokenizer.eos_token = source.eos_token
+    number = 0
+    while len(tokenizer.vocab) % 64:
+        tokenizer.add_tokens(AddedToken(f"<extra_id_{number}>"))
+        number += 1
+
+
+def _marked_template(tokenizer: Any) -> str | None:
+    """The template that marks what the assistant writes; None where the tokenizer's own does."""
+    if not tokenizer.chat_template:
+        raise CaftuneError(
+            "assistant_only_loss needs conversations and a chat template, and the tokenizer has none. Leave it out, or name a "
+            "template in chat_template_path."
+        )
+    if has_generation_markers(tokenizer.chat_template):
+        return None
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError as error:
+        if "patching is not supported" not in str(error):
+            raise
+        raise CaftuneError(
+            "assistant_only_loss must be used with a chat template that marks the assistant's turns, and this tokenizer's has "
+            "no {% generation %} ... {% endgeneration %} around them. Write a copy of it with these marks and name the file "
+            "in chat_template_path, or leave assistant_only_loss out."
+        ) from error

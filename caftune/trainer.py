@@ -41,14 +41,16 @@ from caftune.loading import (
 from caftune.objective import count_targets, weights_of_sums
 from caftune.packing import RefuseLeaks
 from caftune.refusals import (
+    cut_length,
+    find_cut_answers,
     refuse_arguments,
-    refuse_cut_answers,
     refuse_lost_adapters,
     refuse_missing_parts,
     refuse_processes,
     refuse_quantised,
     refuse_unfit,
     refuse_unfit_heads,
+    refuse_unknown_tokens_of,
 )
 from caftune.targets import Sample
 from caftune.template_errors import remove_byte_order_mark, template_in
@@ -126,6 +128,8 @@ class CAFTTrainer(SFTTrainer):
             self._given_tokenizer = copy.deepcopy(text_tokenizer(processing_class))  # SFTTrainer may add tokens to it
             self._start = load_or_build_heads(model, args, self._given_tokenizer)
         self.heads, self.backbone = self._start.heads, self._start.backbone
+        # By data set: the rows that max_length leaves without a trained token.
+        self.dropped_rows: dict[str, list[int]] = {}
         # SFTTrainer would warn that these are not used, where the model is built.
         model_init_kwargs = args.model_init_kwargs
         args.model_init_kwargs = None if is_loaded else model_init_kwargs
@@ -171,6 +175,7 @@ class CAFTTrainer(SFTTrainer):
     def _attach(self) -> None:
         """Put the heads into the model, after PEFT has wrapped it (so that it leaves them alone)."""
         refuse_unfit_heads(self)
+        refuse_unknown_tokens_of(self)
         if self.args.pretrain_heads:
             self.model.requires_grad_(False)
         self.heads.requires_grad_(False)
@@ -297,6 +302,12 @@ class CAFTTrainer(SFTTrainer):
         loss = main + scores["loss"]
         return (loss, result[1]) if return_outputs else loss
 
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """As SFTTrainer; stage 1 has no logits of the model to predict with, so there it is the loss alone."""
+        return super().prediction_step(model, inputs, prediction_loss_only or self.args.pretrain_heads, ignore_keys)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As SFTTrainer; whether the loss is finite is remembered for `StopOnDivergence`."""
         loss = super().training_step(*args, **kwargs)
@@ -409,20 +420,31 @@ class CAFTTrainer(SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        """As SFTTrainer, but rows whose answer max_length would cut away are refused instead of dropped in silence."""
+        """As SFTTrainer, which drops rows whose answer max_length cuts away in silence; here they are counted and named.
+
+        With packing SFTTrainer keeps them, without a token to train on.
+
+        Raises:
+            CaftuneError: all rows are of that kind, or rows lack a part that is to be trained on.
+        """
         if isinstance(dataset, IterableDataset):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if formatting_func is None:
             refuse_missing_parts(dataset, args, name=dataset_name)
+        length = cut_length(args, packing=packing)
+        if length is None:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
-        is_cut = not packing or args.packing_strategy == "bfd"
-        if args.max_length is not None and is_cut:
-            mode = "keep_start" if packing else args.truncation_mode  # SFTTrainer packs the start in either case
-            cut = refuse_cut_answers(dataset, args.max_length, mode, name=dataset_name, has_heads=args.has_heads)
-            if not (cut or packing):  # SFTTrainer would go through all rows twice to cut none
-                whole.shuffle_dataset, args = args.shuffle_dataset, whole
+        mode = "keep_start" if packing else args.truncation_mode  # SFTTrainer packs the start in either case
+        lost, shortened = find_cut_answers(dataset, length, mode, name=dataset_name, may_be_all=not args.has_heads)
+        if lost and not packing:
+            self.dropped_rows[dataset_name] = lost
+            gone = set(lost)
+            dataset = dataset.select([row for row in range(len(dataset)) if row not in gone])
+        if not (shortened or packing):  # SFTTrainer would go through all rows twice to cut none
+            whole.shuffle_dataset, args = args.shuffle_dataset, whole
         return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

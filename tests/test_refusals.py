@@ -56,11 +56,12 @@ def test_bad_options_are_refused_where_the_config_is_built(options, message, tmp
         CAFTConfig(str(tmp_path), **{**OPTIONS, **options})
 
 
-def test_rows_whose_answer_is_cut_away_are_counted_and_named(tmp_path):
+def test_rows_whose_answer_is_cut_away_are_counted_and_named(tmp_path, caplog):
     long = {"prompt": "Name: " + "methyl" * 40 + "\nSMILES:", "completion": " C"}
     rows = Dataset.from_list([ROWS[0], long, ROWS[0], long])
-    with pytest.raises(ValueError, match=r"2 of 4 rows of the train data \(counted from 0: 1, 3\).*max_length=32"):
-        trainer(tmp_path, rows=rows, pretrain_heads=True)
+    assert len(trainer(tmp_path, rows=rows, pretrain_heads=True).train_dataset) == 2
+    found = "2 of 4 rows of the train data (counted from 0: 1, 3) have no token to train on within max_length=32. They are left"
+    assert found in caplog.text
 
 
 def test_rows_that_only_lose_their_end_are_told(tmp_path, caplog):

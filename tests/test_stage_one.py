@@ -153,3 +153,17 @@ def test_stage_one_keeps_as_many_likeliest_tokens_as_it_is_told(rows, tmp_path):
         losses[kept] = trainer.state.log_history[0]["h2_loss"]
     assert losses[158] == pytest.approx(losses[None], rel=1e-5)  # float32, another order of sums
     assert losses[1] != pytest.approx(losses[None], rel=1e-3)
+
+
+def test_stage_one_predicts_and_evaluates_losses_alone(rows, tmp_path):
+    args = config(tmp_path, pretrain_heads=True, max_steps=1)
+    trainer = trained(CAFTTrainer(str(BASE), args, train_dataset=rows, eval_dataset=rows))
+    expected = trainer.evaluate()["eval_loss"]
+    found = trainer.predict(trainer.eval_dataset)
+    assert (found.predictions, found.label_ids) == (None, None)
+    # A prediction is the mean of its batches' means; an evaluation is over all tokens.
+    assert found.metrics["test_loss"] == pytest.approx(expected, rel=0.05)
+    assert trainer.evaluate()["eval_loss"] == expected
+    loss, logits, labels = trainer.prediction_step(trainer.model, next(iter(trainer.get_eval_dataloader())), False)
+    assert (logits, labels) == (None, None)
+    assert torch.isfinite(loss)
