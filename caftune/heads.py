@@ -138,6 +138,9 @@ class AuxiliaryHeads(nn.Module):
             hidden = run_at(head, backbone.mixer, call, rows)
         return backbone.close(hidden)[0]
 
+    # torch.compile would guard on the closures below, which are new in every call, and on every count of targets. The model
+    # around the heads is compiled.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         backbone: Backbone,
