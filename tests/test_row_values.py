@@ -300,6 +300,8 @@ def test_a_limit_of_no_rows_is_refused_rather_than_taken_for_none(limit, tmp_pat
     for read_some in (load_rows, read_rows):
         with pytest.raises(CaftuneError, match=f"limit must be at least 1, got {limit}"):
             read_some(path, limit=limit)
-    recipe = Recipe.model_validate({"output": str(tmp_path / "run"), "model": {"name": str(BASE)}, "data": {"train": path}})
+    recipe = Recipe.model_validate(
+        {"output": str(tmp_path / "run"), "model": {"name": str(BASE)}, "data": {"train": path}}
+    )
     with pytest.raises(CaftuneError, match=f"limit must be at least 1, got {limit}"):
         next(pipeline.preview(recipe, limit))
