@@ -90,13 +90,20 @@ def test_a_control_character_is_refused(tmp_path):
         ({"learning_rate": "fast"}, "trainer.learning_rate must be a number, got 'fast'"),
         ({"packing": "yes"}, "trainer.packing must be true or false, got 'yes'"),
         ({"aux_weight": 1}, "trainer.aux_weight is set by loss.weight in a recipe"),
-        ({"packing": True, "packing_strategy": "wrapped"}, "trainer: packing_strategy must be 'bfd'"),
     ],
 )
 def test_trainer_options_are_checked(options, message):
     built = Recipe.model_validate({**yaml.safe_load(MINIMAL), "trainer": options})
     with pytest.raises(CaftuneError, match=message):
         trainer_config(built, "trainer", output_dir="x", aux_weight=0.0)
+
+
+def test_what_heads_refuse_is_named_with_its_section():
+    options = {"packing": True, "packing_strategy": "wrapped"}
+    built = Recipe.model_validate({**yaml.safe_load(MINIMAL), "trainer": options})
+    trainer_config(built, "trainer", output_dir="x", aux_weight=0.0)  # as SFTTrainer has it
+    with pytest.raises(CaftuneError, match="trainer: packing_strategy must be 'bfd'"):
+        trainer_config(built, "trainer", output_dir="x", aux_weight=0.01, heads="heads")
 
 
 def test_the_first_difference_is_named():
