@@ -1,5 +1,9 @@
-"""What goes wrong with chat templates: an error within one, named with its row, and byte order marks of their files."""
+"""What goes wrong with chat templates: errors, named with their rows; byte order marks; prompts that are written otherwise than
+in training.
+"""
 
+import json
+import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +15,9 @@ from jinja2 import TemplateError
 
 from caftune.errors import CaftuneError
 
+_logger = logging.getLogger(__name__)
+_COMPARED = 200  # rows, spread evenly
+_SHOWN = 8  # tokens of what differs
 BYTE_ORDER_MARK = "\ufeff"
 _TEMPLATE = "<template>"  # the file that jinja2 names in the traceback of an error within a template
 
@@ -64,6 +71,55 @@ def refuse_refused_row(rows: Dataset, tokenizer: Any, template: str | None, plac
         with named_with_its_row(f"{place}, row {number} (from 0)"):
             for messages, is_open in _written(row):
                 tokenizer.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False, **options)
+
+
+def note_other_prompts(rows: Dataset, tokenizer: Any, template: str | None, place: str) -> None:
+    """Warn where the last answers of rows do not follow, in training, the prompt behind which a model generates them.
+
+    Some chat templates open a thought in the generation prompt alone (DeepSeek-R1's distillates'): a model is then trained on
+    one text and gets another. Two hundred rows are compared, by their tokens.
+
+    Args:
+        template: that of training, in place of the tokenizer's own, with which models are asked; None: that.
+        place: what the rows are of: a file, for example.
+    """
+    compared = range(0, len(rows), -(-len(rows) // _COMPARED) or 1)
+    pairs = ((number, _prompt_and_whole(rows[number], tokenizer, template)) for number in compared)
+    apart = [(number, *pair) for number, pair in pairs if pair and pair[1][: len(pair[0])] != pair[0]]
+    if not apart:
+        return
+    number, prompt, whole = apart[0]
+    start = next((i for i, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), len(whole))
+    before, asked, trained = (
+        tokenizer.decode(ids) for ids in (prompt[max(0, start - _SHOWN) : start], prompt[start:], whole[start:][:_SHOWN])
+    )
+    _logger.warning(
+        f"{len(apart)} of {len(compared)} rows of {place} that were compared (the first is row {number}, from 0) are trained on "
+        f"with other tokens before the answer than a model gets when it is evaluated or used: behind {before!r} its prompt ends "
+        f"with {asked!r}, and training goes on with {trained!r}. Name a chat template that writes both alike in "
+        "trainer.chat_template_path; it is exported with the model."
+    )
+
+
+def _prompt_and_whole(row: dict[str, Any], tokenizer: Any, template: str | None) -> tuple[list[int], list[int]] | None:
+    """The tokens of a row up to its last answer, and with it; None for a row without, or one that the template refuses."""
+    messages = row.get("messages") or []
+    if messages and messages[-1]["role"] == "assistant":
+        asked, whole = messages[:-1], messages
+    elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        asked, whole = row["prompt"], row["prompt"] + row["completion"]
+    else:
+        return None
+    tools = row.get("tools")
+    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+    how = {"return_dict": True, **options}
+    try:
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **how)["input_ids"] if asked else []
+        return prompt, tokenizer.apply_chat_template(whole, **{"chat_template": template, **how})["input_ids"]
+    except Exception as error:  # a template that refuses the row in training has been refused with it
+        if not _is_of_a_template(error):
+            raise
+        return None
 
 
 def _written(row: dict[str, Any]) -> list[tuple[list[Any], bool]]:

@@ -19,7 +19,7 @@ from caftune.config import CAFTConfig
 from caftune.errors import CaftuneError
 from caftune.prompts import is_chat
 from caftune.refusals import cut_length, refuse_many_dropped
-from caftune.template_errors import refuse_refused_row, remove_byte_order_mark, template_in
+from caftune.template_errors import note_other_prompts, refuse_refused_row, remove_byte_order_mark, template_in
 from caftune.trainer import CAFTTrainer
 
 _logger = logging.getLogger(__name__)
@@ -81,6 +81,8 @@ def prepared(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, s
     except Exception:  # it names no row; where none is refused by the template, it is of something else
         refuse_refused_row(dataset, trainer._tokenizer, trainer.chat_template, source or f"the {name} data")
         raise
+    if name == "train":
+        note_other_prompts(dataset, trainer._tokenizer, trainer.chat_template, source or "the train data")
     dropped = trainer.dropped_rows.get(name, [])
     if len(dropped) == total:
         refuse_many_dropped(dropped, total, plain.max_length, name=name)
