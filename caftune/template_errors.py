@@ -1,6 +1,4 @@
-"""What goes wrong with chat templates: errors, named with their rows; byte order marks; prompts that are written otherwise than
-in training.
-"""
+"""What goes wrong with chat templates: errors, byte order marks, prompts that are written otherwise than in training."""
 
 import json
 import logging
@@ -94,9 +92,9 @@ def note_other_prompts(rows: Dataset, tokenizer: Any, template: str | None, plac
         tokenizer.decode(ids) for ids in (prompt[max(0, start - _SHOWN) : start], prompt[start:], whole[start:][:_SHOWN])
     )
     _logger.warning(
-        f"{len(apart)} of {len(compared)} rows of {place} that were compared (the first is row {number}, from 0) are trained on "
-        f"with other tokens before the answer than a model gets when it is evaluated or used: behind {before!r} its prompt ends "
-        f"with {asked!r}, and training goes on with {trained!r}. Name a chat template that writes both alike in "
+        f"{len(apart)} of {len(compared)} rows of {place} that were compared (the first is row {number}, from 0) are trained "
+        "on with other tokens before the answer than a model gets when it is evaluated or used: behind "
+        f"{before!r} its prompt ends with {asked!r}, and training goes on with {trained!r}. Name a chat template that writes both alike in "
         "trainer.chat_template_path; it is exported with the model."
     )
 

@@ -12,6 +12,16 @@ from caftune.evals.task import Example, until_stop
 
 # (reference, what a model wrote)
 GSM8K_RIGHT = [
+    ("72", "The answer is 72\n\nQ: What is 2 + 2?\nA: The answer is 4"),
+    ("72", "The answer is 72.\n\nHuman: What is 2 + 2?\n\nAssistant: The answer is 4."),
+    ("72", "1. 6 * 12 = 72\n2. So the result is 72.\n3. Done"),
+    ("72", "Step 1. 6 * 12 = 72.\nStep 2. Done."),
+    ("72", r"Answer: $\$72$"),
+    ("72", "所以答案是72。"),
+    ("72", "<answer>$72</answer> It was 6 boxes of 12."),
+    ("72", "I think the answer is 72."),
+    ("72", "The answer is twice 36, which is 72."),
+    ("72", "The answer is half of 144, or 72."),
     ("72", "The answer, therefore, is 72 because 3 were lost."),
     ("72", 'The answer to "How many clips?" is 72, and 3 were lost.'),
     ("72", "The answer is 6*12, which is 72."),
@@ -223,6 +233,19 @@ GSM8K_WRONG = [
     ("72", "The answer is 73, i.e. one more than 72."),
     ("72", "The answer is 73 = 72 + 1."),
     ("72", "The answer is 72 + 1 = 73."),
+    ("72", "If the answer is 72, then 2 are left, which cannot be. So 74."),
+    ("72", "Suppose that the answer is 72. That fails. So she has 74."),
+    ("72", "You might think the answer is 72, but it's 74."),
+    ("72", "Many say the answer is 72. In fact she has 74."),
+    ("72", "A common wrong answer is 72.\n\nThe right result is 74."),
+    ("72", "The previous answer is 72, so now we have 74."),
+    ("72", "The answer is 72... no, 74."),
+    ("72", "The answer is 72. Hmm, no: 74."),
+    ("72", "The answer is 72, or maybe 74."),
+    ("72", "The answer is 72, perhaps 74."),
+    ("72", "The answer is half of 72."),
+    ("72", "The answer is twice 72."),
+    ("72", "The answer is up to 72."),
     ("72", "The answer is 73. The answer is not 72."),
     ("72", "The answer is 72 minutes and 30 seconds."),
     ("72", "The answer is 72 minutes 30 seconds."),
@@ -295,6 +318,10 @@ GSM8K_WRONG = [
 ]
 
 MATH_RIGHT = [
+    (r"\frac{9}{5}", "<answer>9/5</answer>"),
+    (r"\frac{9}{5}", r"<think>9, 5</think> <answer> $\frac{9}{5}$ </answer>"),
+    (r"\frac{\pi}{2}", r"\boxed{pi/2}"),
+    (r"\emptyset", r"\boxed{\varnothing}"),
     (r"\frac{1}{2}", r"The answer is $\frac{1}{2}$, since $x=3$ gives $y=2$."),
     (r"\frac{1}{2}", r"The answer is \frac{1}{2}."),
     (r"\frac{1}{2}", r"The answer is \frac{1}{2}, because 3 of 6 are red."),
@@ -409,6 +436,10 @@ MATH_RIGHT = [
 ]
 
 MATH_WRONG = [
+    ("23", r"\boxed{2 3}"),
+    ("5", "The answer is not $5$."),
+    ("5", "The answer isn't $5$, and never $5$."),
+    (r"\frac{9}{5}", "<answer>5/9</answer>"),
     (r"\frac{1}{2}", r"The answer is $\frac{1}{3}$, not $\frac{1}{2}$."),
     (r"\frac{1}{2}", r"\boxed{\frac{1}{2}} Wait, that's wrong. \boxed{\frac13}"),
     (r"\frac{1}{2}", r"\boxed{\frac{1}{2}} or \boxed{\frac{1}{3}}"),

@@ -5,7 +5,7 @@ The final answer is the first of these that a completion has and that can be an 
 1. what the last \boxed{...} holds (of boxes within boxes, the innermost; boxes joined by "and", "or", a comma are one answer);
 2. the number on the first line after ####, as GSM8K's own solutions end; before the box, where it comes after it. Numbered
    headings (#### 1 ..., #### 2 ..., #### 3. Add) are none;
-3. what "answer is", or "final answer:", is followed by, the last such place first; then a line that begins with "Answer:";
+3. what stands within <answer>, or what "answer is", or "final answer:", is followed by, the last such place first; then a line that begins with "Answer:";
 4. the last formula or number; where the last line with numbers has one in bold type, that.
 
 Where the model takes back what it said ("I made a mistake", "that is wrong"), only what follows counts, if it has a number. A
@@ -50,18 +50,22 @@ _DOUBT = re.compile(
 )
 _GIVEN = re.compile(
     r"\\boxed\s*\{|####\s*\S|\banswer\**\s*(?:is|should be|:)[^\n]{0,20}\d|"
-    r"\b(?:it|that|this|total|result)(?:'s| is| should be| must be| would be)\s+(?:actually\s+)?[$*]*-?\d",
+    r"\b(?:it|that|this|total|result)(?:'s| is| should be| must be| would be)\s+(?:actually\s+)?[$*]*-?\d|"
+    r"(?<=\bno[,:] )[$*]*-?\d",
     re.IGNORECASE,
 )
 _UNBELIEVED = re.compile(
-    r"(?:not|n't|cannot|never)\s+(?:think|believe|say|mean|see how)?\s*(?:that\s+)?(?:the|this|that|an|my)?\s*\Z",
+    r"(?:(?:not|n't|cannot|never)\s+(?:think|believe|say|mean|see how)?|"
+    r"\b(?:if|suppose|assum(?:e|ing)|doubt|(?:might|may|could) (?:think|say|guess|expect)|"
+    r"(?:many|some|people|students|others) (?:may |might |would )?(?:think|say|believe)))"
+    r"\s*(?:that\s+)?(?:the|this|that|an|my)?\s*\Z|\b(?:wrong|incorrect|naive|previous)\s+\Z",
     re.IGNORECASE,
 )
 _GIVES_UP = re.compile(
     r"\b(?:not enough|insufficient|missing) information\b|\b(?:cannot|can't|can not) be (?:determined|answered|known)\b",
     re.IGNORECASE,
 )
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$((?:\\.|[^$\n\\])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _JOINT = re.compile(r"\s*(?:,\s*)?(?:(?:and|or)\s+)?(?=\$|\\\(|\\\[|-?\d)")
 _BEFORE_FORMULA = re.compile(
     r"(?:[\s:*]|(?:is|are|just|simply|therefore|thus|hence|then|equal|to|given|by|about|approximately)\b)*"
@@ -87,6 +91,8 @@ _NOT_MEANT = re.compile(
     r"(?:(?:be|equal|think|believe|that|the answer|it|is|a|an)\s+)*\Z",
     re.IGNORECASE,
 )
+_MARKER = re.compile(r"^[ \t>*_-]*(?:step\s+)?(\d{1,2})[.):](?=[*_\s]*[A-Za-z])", re.IGNORECASE | re.MULTILINE)  # of a list
+_TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
 _NEAR = 2 * LONGEST_ANSWER  # characters in which a formula is looked for
 _PLACES = 20  # places where an answer is announced: the last ones
@@ -152,6 +158,7 @@ def _candidates(text: str, box: str, begin: int) -> Iterator[tuple[str, str]]:
     yield from ((line[1][:_NEAR], "hash") for line in hashes[:_PLACES] if box and line.start() > begin)
     yield box, "box"
     yield from ((line[1][:_NEAR], "hash") for line in hashes[:_PLACES])
+    yield from ((tag[1].strip(), "announced") for tag in reversed(list(_TAGGED.finditer(text))[-_PLACES:]))
     for announced in reversed(list(_ANNOUNCED.finditer(text))[-_PLACES:]):
         if not _UNBELIEVED.search(text, max(0, announced.start() - 60), announced.start()):
             yield text[announced.end() : announced.end() + _NEAR], "announced"
@@ -254,6 +261,8 @@ def _as_anything(text: str, kind: str) -> str:
         return stated(text, is_loose=False) or _formulas(text)
     if kind == "label":
         text = text.strip().partition("\n")[0]
+    if kind != "box" and re.match(r"\s*not\b", text):
+        return ""
     answer = text if kind == "box" else _formulas(text) or _sentence(text)
     return "" if _SAYS_NOTHING.match(answer.lstrip()) else tidy(answer)
 
@@ -298,8 +307,7 @@ def _last_number(text: str, units: Collection[str]) -> str:
     text = _without_headings(text)[-2 * _NEAR :]
     if _GIVES_UP.search(text, max(0, len(text) - 200)):
         return ""
-    begin = max(0, len(text) - _NEAR)
-    formulas = [formula for formula in _FORMULA.finditer(text, begin) if _is_formula(_content(formula))]
+    formulas = _last_formulas(text)
     every = _meant(text, units)
     if formulas and (not every or formulas[-1].end() >= every[-1].end):
         return _number_in_formula(_content(formulas[-1]), units)
@@ -315,8 +323,19 @@ def _last_number(text: str, units: Collection[str]) -> str:
 
 def _meant(text: str, units: Collection[str]) -> list[Quantity]:
     """The numbers of a text without those that it rules out ("not 72")."""
-    every = quantities(text, units)
-    return [found for found in every if not _NOT_MEANT.search(text, max(0, found.start - 60), found.start)]
+    markers = {marker.start(1) for marker in _MARKER.finditer(text)}
+    every = [found for found in quantities(text, units) if found.start not in markers]
+    return [found for found in every if not _is_ruled_out(text, found.start)]
+
+
+def _last_formulas(text: str) -> list[re.Match[str]]:
+    """The formulas near the end of a text without those that it rules out."""
+    found = _FORMULA.finditer(text, max(0, len(text) - _NEAR))
+    return [each for each in found if _is_formula(_content(each)) and not _is_ruled_out(text, each.start())]
+
+
+def _is_ruled_out(text: str, place: int) -> bool:
+    return _NOT_MEANT.search(text, max(0, place - 60), place) is not None
 
 
 def _without_headings(text: str) -> str:
@@ -326,9 +345,8 @@ def _without_headings(text: str) -> str:
 
 def _last_of_all(text: str) -> str:
     """The last formula, where nothing but words follows it, or else the last number."""
-    numbers = list(_PLAIN.finditer(text))
-    begin = max(0, len(text) - _NEAR)
-    formulas = [formula for formula in _FORMULA.finditer(text, begin) if _is_formula(_content(formula))]
+    numbers = [found for found in _PLAIN.finditer(text) if not _is_ruled_out(text, found.start())]
+    formulas = _last_formulas(text)
     if formulas and (not numbers or formulas[-1].end() >= numbers[-1].end()):
         return tidy(_content(formulas[-1]).rpartition("=")[2])
     return tidy(numbers[-1].group()) if numbers else ""

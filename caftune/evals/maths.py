@@ -58,19 +58,22 @@ _SIGNS = {
     },
     **{"¾": "\\frac{3}{4}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "–": "-"},
 }
+_NEXT = ("\nQ:", "\nHuman:", "\nUser:")  # how models without an end of their own go on
 _BASE = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")
 _SCALE_ASKED = re.compile(rf"\b(?:how many(?: more)?|in) ({'|'.join(SCALES)})s?\b", re.IGNORECASE)
 
 
 def _as_latex(answer: str) -> str:
     """Signs of mathematics that LaTeX writes as commands, as these."""
+    answer = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", answer)
     answer = re.sub(r"√\s*(?:\(([^()]*)\)|(\d+|[a-z]))", lambda root: rf"\sqrt{{{root[1] or root[2]}}}", answer)
     return "".join(_SIGNS.get(sign, sign) for sign in answer)
 
 
 def _letters(answer: str) -> str:
     """The answer as bare text, to see whether two are the same."""
-    return re.sub(r"\s+", "", TEXT.sub(r"\1", answer).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac"))
+    bare = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", TEXT.sub(r"\1", answer))  # 2 3 is not 23
+    return bare.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").replace(r"\varnothing", r"\emptyset")
 
 
 def is_equal(reference: str, answer: str) -> bool | None:
@@ -224,7 +227,7 @@ GSM8K = Task(
     score=_score,
     combine=means,
     max_new_tokens=512,
-    stop=("\nQuestion:", "\nProblem:"),
+    stop=("\nQuestion:", "\nProblem:", *_NEXT),
     lower_is_better=frozenset({"unjudged"}),
     rows=(
         {
@@ -254,7 +257,7 @@ MATH500 = Task(
     score=_score,
     combine=means,
     max_new_tokens=2048,
-    stop=("\nProblem:", "\nQuestion:"),
+    stop=("\nProblem:", "\nQuestion:", *_NEXT),
     lower_is_better=frozenset({"unjudged"}),
     rows=(
         {

@@ -41,7 +41,7 @@ _MEASURE = (
     r"(?:hours?|hrs?|minutes?|mins?|seconds?|days?|weeks?|months?|years?|feet|foot|ft|dollars?|pounds?|lbs?|kg|km|m)"
 )
 _LISTED = re.compile(
-    rf"\s*(?:[A-Za-z%$°]+\s+){{0,2}}(?:or|and)\s+(?:about\s+)?{_MONEY}|\s*,\s*(?:or\s+)?{_MONEY}|:\d|"
+    rf"\s*(?:[A-Za-z%$°]+\s+){{0,2}}(?:or|and)\s+(?:(?:about|maybe|perhaps|possibly)\s+)?{_MONEY}|\s*,\s*(?:or\s+)?(?:(?:maybe|perhaps|possibly)\s+)?{_MONEY}|:\d|"
     rf"\s*(?:[;:]|,\s*and\b)\s*{_MONEY}[\d.,]*\s*(?:[.;]|\Z)|\s+{_MEASURE}\s+\d|"
     rf"\s*(?:(?!due|up|compared|added|close|equal|next|thanks|according)[A-Za-z%$]+\s+)?(?:to|through|versus|vs\.?)\s+{_MONEY}|"
     rf"[–-]{_MONEY}|\s–\s?{_MONEY}[\d.,]*\s*\Z|"
@@ -63,9 +63,10 @@ _NEUTRAL = re.compile(
 )
 _DENIED = re.compile(r"\b(?:not|never)\b|n't\b", re.IGNORECASE)
 _COMPARED = re.compile(
-    rf"\b(?:between|from|(?:more|less|fewer|greater|higher|lower) than|over|under|below|above|nearly|almost)\s+{_MONEY}",
+    rf"\b(?:between|from|(?:more|less|fewer|greater|higher|lower) than|up to|over|under|below|above|nearly|almost)\s+{_MONEY}",
     re.IGNORECASE,
 )
+_MULTIPLIED = re.compile(rf"\b(?:half of|twice|double|triple)\s+{_MONEY}", re.IGNORECASE)
 _MEANWHILE = re.compile(rf"\b(?:in|over|during|within|after|per|every|for)\s+\d+\s+{_MEASURE}\b")
 _FURTHER = re.compile(r",?\s+(?:which|or|because|since|as)\b|,\s(?=[A-Za-z])")
 _CLAUSE = re.compile(r".*?(?=[.!?](?:\s|\Z)|[\n;]|\Z)", re.DOTALL)
@@ -185,6 +186,8 @@ def _among_words(clause: str, units: Collection[str]) -> str | None:
         return side
     every = quantities(_MEANWHILE.sub("", clause), units) or quantities(clause, units)
     if len({each.text for each in every}) == 1:
+        if _MULTIPLIED.search(clause):
+            return UNCLEAR
         return every[-1].text if not _EXPRESSION.match(clause, every[-1].end) else None
     return None if every else in_words(clause, is_first=True)
 
@@ -201,7 +204,7 @@ def quantities(text: str, units: Collection[str] = ()) -> list[Quantity]:
 
 
 _BEGINS = re.compile(
-    rf"(?<![\w.,:/^])(?:[-–](?=[\d.$])|(?:negative|minus)\s(?=\d))?{_CURRENCY}?\s?-?(?:\.?\d|[{_VULGAR}])[\d]*"
+    rf"(?<![A-Za-z0-9_.,:/^])(?:[-–](?=[\d.$])|(?:negative|minus)\s(?=\d))?{_CURRENCY}?\s?-?(?:\.?\d|[{_VULGAR}])[\d]*"
 )
 
 _ONES = (
