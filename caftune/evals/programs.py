@@ -42,6 +42,7 @@ _FENCE_LINE = re.compile(r"[ \t>]*(?:`{3,}|~{3,})[ \t]*$")
 _CODE_START = re.compile(
     r"(?:def|async|class|if|for|while|try|with|from|import)\b|@|\"\"\"|'''|[\w.\[\]]+ *(?:=|:.*=|\()"
 )
+_HEAD = re.compile(r"(?:async def|def|class) +(\w+)")
 _LEAVES = re.compile(r"assert\b|print\b|if __name__|\"\"\"|'''")
 _CORRECTS = re.compile(
     r"\b(?:corrected|correction|fixed|to fix|oops|wait|revised|(?:my|a) mistake (?:in|above|there)|made a mistake|"
@@ -116,7 +117,7 @@ def body_of(answer: str, head: str, name: str) -> str | None:
     answer = plain(answer)
     for text in (answer, apart(answer)):
         blocks = [section.text for section in _python_sections(text) if section.is_code]
-        for block in blocks or [answer, *_indented(answer)]:
+        for block in blocks or [answer, *_indented(answer, frozenset({name}))]:
             for body in (block, textwrap.indent(textwrap.dedent(block), "    "), f"    {block.strip()}"):
                 program = _continued(head, body)
                 if program is not None and _returns(program, name):
@@ -216,12 +217,16 @@ def _with_pieces(found: Sequence[Section]) -> list[tuple[Section, list[_Piece]]]
     return [(section, list(_pieces(section, number))) for number, section in enumerate(found)]
 
 
-def _indented(answer: str) -> list[str]:
-    """The runs of lines that are indented, moved to the left margin."""
-    is_in = [not line.strip() or line[0] in " \t" for line in answer.split("\n")]
-    numbered = zip(is_in, answer.split("\n"), strict=True)
-    runs = ["\n".join(line for _, line in run) for inside, run in itertools.groupby(numbered, lambda n: n[0]) if inside]
-    return [textwrap.dedent(run) for run in runs if run.strip()]
+def _indented(answer: str, names: frozenset[str] = frozenset()) -> list[str]:
+    """The runs of lines that are indented, moved to the left margin, but for bodies of functions and classes of other names."""
+    lines = answer.split("\n")
+    runs = [list(run) for _, run in itertools.groupby(lines, lambda line: not line.strip() or line[0] in " \t")]
+    texts = [
+        "\n".join(run)
+        for before, run in zip([[""], *runs], runs, strict=False)
+        if run[0][:1] in ("", " ", "\t") and not ((head := _HEAD.match(before[-1])) and head[1] not in names)
+    ]
+    return [textwrap.dedent(text) for text in texts if text.strip()]
 
 
 def _python_sections(answer: str, depth: int = 0) -> list[Section]:
