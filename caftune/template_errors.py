@@ -89,13 +89,14 @@ def note_other_prompts(rows: Dataset, tokenizer: Any, template: str | None, plac
     number, prompt, whole = apart[0]
     start = next((i for i, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), len(whole))
     before, asked, trained = (
-        tokenizer.decode(ids) for ids in (prompt[max(0, start - _SHOWN) : start], prompt[start:], whole[start:][:_SHOWN])
+        tokenizer.decode(ids)
+        for ids in (prompt[max(0, start - _SHOWN) : start], prompt[start:], whole[start:][:_SHOWN])
     )
     _logger.warning(
         f"{len(apart)} of {len(compared)} rows of {place} that were compared (the first is row {number}, from 0) are trained "
         "on with other tokens before the answer than a model gets when it is evaluated or used: behind "
-        f"{before!r} its prompt ends with {asked!r}, and training goes on with {trained!r}. Name a chat template that writes both alike in "
-        "trainer.chat_template_path; it is exported with the model."
+        f"{before!r} its prompt ends with {asked!r}, and training goes on with {trained!r}. Name a chat template that writes "
+        "both alike in trainer.chat_template_path; it is exported with the model."
     )
 
 
@@ -109,7 +110,10 @@ def _prompt_and_whole(row: dict[str, Any], tokenizer: Any, template: str | None)
     else:
         return None
     tools = row.get("tools")
-    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+    options = {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(row.get("chat_template_kwargs") or {}),
+    }
     how = {"return_dict": True, **options}
     try:
         prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **how)["input_ids"] if asked else []

@@ -36,7 +36,7 @@ SMILES_FORMS = {
     "*CCO": "*CCO", "SMILES: *CCO": "*CCO", "*CCO*": "*CCO*", "CC*": "CC*", "[13CH4]": "[13CH4]", "C%12CCCCC%12": "C%12CCCCC%12", "SMILES: [Fe+2]": "[Fe+2]",
     "I": "I", "C": "C", "CO": "CO", "CN": "CN", " CN.": "CN", "`I`": "I", "BIOS": "BIOS", "NO": "NO", "SMILES: C": "C", "The SMILES is CN.": "CN", "O=C=O": "O=C=O", "[H][H]": "[H][H]", "N": "N",
     "CN\nThis is methylamine.": "CN", '{"smiles": "CCO"}': "CCO", '```json\n{"smiles": "CCO"}\n```': "CCO", "| SMILES | CCO |": "CCO", "\\boxed{CCO}": "CCO", "$\\boxed{\\text{CCO}}$": "CCO", "SMILES: CCO</s>": "CCO", "CCO<|im_end|>": "CCO",
-    "<answer>CCO</answer>": "CCO", "SMILES：CCO": "CCO", "We get C1=CC=CC=C1 as the SMILES.": "C1=CC=CC=C1", "```python\nsmiles = 'CCO'\n```": "CCO", "SMILES: CCO\u200b": "CCO", "### SMILES\n\nCCO\n\n### Name\nethanol": "CCO",
+    "<answer>CCO</answer>": "CCO", "The SMILES of methanol is CO; with a carbon more it is CCO.\n\nFinal SMILES: CCO": "CCO", "SMILES so far: CO\n**Final canonical SMILES:** CCO": "CCO", "The SMILES is CCO…": "CCO", "SMILES：CCO": "CCO", "We get C1=CC=CC=C1 as the SMILES.": "C1=CC=CC=C1", "```python\nsmiles = 'CCO'\n```": "CCO", "SMILES: CCO\u200b": "CCO", "### SMILES\n\nCCO\n\n### Name\nethanol": "CCO",
 }  # fmt: skip
 
 SMILES_ATTEMPTS = {
@@ -140,6 +140,7 @@ PROTEIN_FORMS = {
     "numbers behind": f"{in_tens(ONE)}    32", "a ruler": f"        10         20         30\n{in_tens(ONE)}", "letters apart": " ".join(ONE), "wrapped": f"{ONE[:30]}\n{ONE[30:]}", "prose first": f"Here is a protein with these functions.\n\n{ONE}\n\nA PROTEIN SUCH AS THIS BINDS DNA.",
     "a FASTA file in prose": f"A FASTA file:\n{ONE}", "prose in capitals first": f"PLEASE FIND THE DESIGN BELOW\n{ONE}", "tildes": f"~~~\n{ONE}\n~~~", "a list": f"1. It:\n   ```\n   {ONE}\n   ```\n", "not closed": f"```\n{ONE[:16]}\n{ONE[16:]}", "CRLF": f"Sure:\r\n\r\n{ONE[:20]}\r\n{ONE[20:]}\r\n",
     "JSON": f'{{"sequence": "{ONE}"}}', "tags": f"<protein>{ONE}</protein>", "an end mark": f"{ONE}</s>", "Galactica's marks": f"[START_AMINO]{ONE}[END_AMINO]", "a short label": f"seq: {ONE}", "capitals": f"THE SEQUENCE IS {ONE}", "a heading": f"FASTA:\n>x\n{ONE}",
+    "another label behind": f"Sequence: {ONE}\nLinker sequence: GGGGSGGGGSGGGGS", "a label of each part behind": f"Sequence: {ONE[:16]}\n{ONE[16:]}\nPeptide: GGGGSGGGGSGG", "an ellipsis": f"Sequence: {ONE}…",
     "a byte order mark": f"\ufeff{ONE}", "code block of another kind first": f"```\nno sequence here\n```\n```\n{ONE}\n```", "a prose block": f"```\nHere it is:\n{ONE}\n```",
 }  # fmt: skip
 

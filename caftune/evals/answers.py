@@ -5,7 +5,8 @@ The final answer is the first of these that a completion has and that can be an 
 1. what the last \boxed{...} holds (of boxes within boxes, the innermost; boxes joined by "and", "or", a comma are one answer);
 2. the number on the first line after ####, as GSM8K's own solutions end; before the box, where it comes after it. Numbered
    headings (#### 1 ..., #### 2 ..., #### 3. Add) are none;
-3. what stands within <answer>, or what "answer is", or "final answer:", is followed by, the last such place first; then a line that begins with "Answer:";
+3. what stands within <answer>; what "answer is", or "final answer:", is followed by, the last such place first; then a line
+   that begins with "Answer:";
 4. the last formula or number; where the last line with numbers has one in bold type, that.
 
 Where the model takes back what it said ("I made a mistake", "that is wrong"), only what follows counts, if it has a number. A
@@ -91,7 +92,9 @@ _NOT_MEANT = re.compile(
     r"(?:(?:be|equal|think|believe|that|the answer|it|is|a|an)\s+)*\Z",
     re.IGNORECASE,
 )
-_MARKER = re.compile(r"^[ \t>*_-]*(?:step\s+)?(\d{1,2})[.):](?=[*_\s]*[A-Za-z])", re.IGNORECASE | re.MULTILINE)  # of a list
+_MARKER = re.compile(
+    r"^[ \t>*_-]*(?:step\s+)?(\d{1,2})[.):](?=[*_\s]*[A-Za-z])", re.IGNORECASE | re.MULTILINE
+)  # of a list
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
 _NEAR = 2 * LONGEST_ANSWER  # characters in which a formula is looked for

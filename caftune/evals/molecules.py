@@ -88,7 +88,7 @@ def _bare(word: str, before: str = "") -> str:
         word = (
             word.strip("`\"'“”‘’{}|\u200b").removeprefix("**").removesuffix("**").removeprefix("__").removesuffix("__")
         )
-        word = word.rstrip(".,;:!?")
+        word = word.rstrip(".,;:!?…")
         word = word.strip("$") if word[:1] == "$" else word
         if word.endswith(")") and word.count(")") > word.count("(") and before.count("(") > before.count(")"):
             word = word[:-1]
@@ -136,8 +136,9 @@ def _word_at(text: str, place: int) -> tuple[str, str]:
 
 def _labelled(text: str) -> Iterator[str]:
     """What follows the word SMILES."""
-    for label in re.finditer(r"\bSMILES\b", text, re.IGNORECASE):
-        for end in _ends(text, label.start()):
+    labels = re.finditer(r"(\bfinal\W{1,5}(?:canonical )?)?\bSMILES\b", text, re.IGNORECASE)
+    for label in sorted(labels, key=lambda label: label[1] is None):  # the final one first
+        for end in _ends(text, label.end() - len("SMILES")):
             smiles, after = _word_at(text, end)
             if _is_answer(smiles, after):
                 yield smiles

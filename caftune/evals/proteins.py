@@ -72,7 +72,7 @@ def _first_sequence(text: str, *, is_marked: bool) -> str:
         is_header = line.lstrip().startswith(">")
         is_marked |= is_header
         residues = "" if is_header else _residues(line, is_marked=is_marked, is_begun=bool(sequence))
-        is_last = sequence.endswith("*") or len(set(sizes)) > 1
+        is_last = sequence.endswith("*") or len(set(sizes)) > 1 or _label(line) is not None
         if sequence and (not residues or is_last or len(residues) > max(sizes, default=len(residues))):
             break
         sequence += residues
@@ -104,7 +104,7 @@ def _label(line: str) -> re.Match[str] | None:
 
 def _bare(text: str) -> str:
     """The text without Markdown, quotation marks and the end of a sentence, and with one stop mark at most."""
-    text = re.sub(r"\*\*|__", "", text).strip("`\"'“”‘’(){}| \t").rstrip(".,;:`\"'”’){}| \t")
+    text = re.sub(r"\*\*|__", "", text).strip("`\"'“”‘’(){}| \t").rstrip(".,;:…`\"'”’){}| \t")
     return re.sub(r"\s*\*+$", "*", text)
 
 
