@@ -80,8 +80,12 @@ def as_written(messages: list[dict[str, Any]], options: Mapping[str, Any], token
     """
     template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
     marked = template.removeprefix(BYTE_ORDER_MARK)
-    dated = _ASKS_THE_DAY.sub(lambda call: json.dumps(_TODAY.strftime(call[2])), marked)
-    return tokenizer.apply_chat_template(messages, **{**options, "chat_template": dated}, **how)
+    return tokenizer.apply_chat_template(messages, **{**options, "chat_template": on_one_day(marked)}, **how)
+
+
+def on_one_day(template: str) -> str:
+    """A chat template that writes the same date on every day, in training and in generation: its calls of `strftime_now`."""
+    return _ASKS_THE_DAY.sub(lambda call: json.dumps(_TODAY.strftime(call[2])), template)
 
 
 def conversations(

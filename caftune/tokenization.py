@@ -17,7 +17,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from caftune.boundary import has_second_bos, tokenize_pair, without_second_bos
 from caftune.config import CAFTConfig
 from caftune.errors import CaftuneError
-from caftune.prompts import is_chat
+from caftune.prompts import is_chat, on_one_day
 from caftune.refusals import cut_length, refuse_many_dropped
 from caftune.template_errors import note_other_prompts, refuse_refused_row, remove_byte_order_mark, template_in
 from caftune.trainer import CAFTTrainer
@@ -66,6 +66,7 @@ def prepared(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, s
     trainer.completion_only_loss = paired if args.completion_only_loss is None else args.completion_only_loss
     if args.assistant_only_loss:
         trainer.chat_template = _marked_template(trainer._tokenizer)
+    _fix_the_day(trainer)
     packing = args.packing if args.eval_packing is None or name != "eval" else args.eval_packing
     plain = copy.copy(args)
     plain.shuffle_dataset, plain.max_length = False, cut_length(args, packing=packing)
@@ -88,6 +89,17 @@ def prepared(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, s
         refuse_many_dropped(dropped, total, plain.max_length, name=name)
     rows = rows.remove_columns([column for column in rows.column_names if column == "completion_mask"])
     return Prepared(rows, total, dropped)
+
+
+def _fix_the_day(trainer: Any) -> None:
+    """Let templates that write today's date (Llama 3's) write the one that prompts have in generation."""
+    own = trainer._tokenizer.chat_template
+    if isinstance(own, dict):
+        trainer._tokenizer.chat_template = {name: on_one_day(template) for name, template in own.items()}
+    elif own is not None:
+        trainer._tokenizer.chat_template = on_one_day(own)
+    if trainer.chat_template is not None:
+        trainer.chat_template = on_one_day(trainer.chat_template)
 
 
 def is_pair_of_texts(dataset: Dataset) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from datetime import date
 
 import pytest
 from datasets import Dataset
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from caftune import pipeline
 from caftune.demo.run import BASE
+from caftune.prompts import conversations
 from caftune.recipe import Recipe
 from caftune.tokenization import tokenized
 
@@ -98,3 +100,16 @@ def test_a_recipe_says_it_once_and_a_template_of_its_own_ends_it(tmp_path, caplo
             pipeline.finetune(Recipe.model_validate(recipe))
         said = [record.message for record in caplog.records if record.name == "caftune.template_errors"]
         assert len(said) == count
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+@pytest.mark.parametrize("format_", ["%d %b %Y", "%H:%M:%S.%f"])
+def test_templates_that_write_the_date_are_trained_on_with_the_date_of_prompts(format_, is_named):
+    template = f'{{{{ strftime_now("{format_}") }}}}' + AGREE["the same"]
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.chat_template = {"default": template, "tool_use": template} if is_named else template
+    rows = Dataset.from_list([{"messages": row} for row in ROWS])
+    trained = tokenized(rows, tokenizer, config("unused", aux_weight=0.0, max_steps=1), name="train")["input_ids"]
+    prompts = [talk.prompt(0, [], tokenizer).ids for talk in conversations(rows, tokenizer)]
+    assert [ids[: len(prompt)] for ids, prompt in zip(trained, prompts, strict=True)] == prompts
+    assert tokenizer.decode(prompts[0]).startswith(date(2024, 7, 26).strftime(format_).replace(" ", "")[:2])
