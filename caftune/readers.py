@@ -27,6 +27,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
 
 from caftune.errors import CaftuneError
+from caftune.table import keep_json_exact
 
 _HUB_ID = re.compile(
     r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<configuration>[\w.-]+))?(:(?P<split>[\w.:\[\]%+-]+))?"
@@ -263,6 +264,7 @@ def _refuse_other_commit(source: HubSource, table: Any) -> None:
 
 def _from_arrow(table: Dataset) -> list[dict[str, Any]]:
     """The rows of a Dataset. Arrow gives a nested value every key that any row has; those without a value are left out."""
+    keep_json_exact()
     return [
         {name: _with_own_keys(value, table.features[name]) for name, value in row.items()} for row in table.to_list()
     ]

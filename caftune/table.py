@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -16,8 +17,9 @@ _BATCH = 1000  # rows
 _IN_MEMORY = 64 * 2**20  # bytes of Arrow
 
 
-def _make_json_exact() -> None:
-    """Let `datasets` keep the numbers of a Json column as they are.
+@cache
+def keep_json_exact() -> None:
+    """Let `datasets` keep the numbers of Json columns as they are, from now on in this process. Importing caftune does not.
 
     datasets 5.2 writes and reads them with pandas' ujson: ten digits after the point are written (1e-12 becomes 0.0), 0.951088
     is read as 0.9510879999999999, and an integer beyond 64 bits turns its whole value into a text. Values that the standard
@@ -35,9 +37,6 @@ def _make_json_exact() -> None:
         module.ujson_dumps, module.ujson_loads = dumps, json.loads  # type: ignore[attr-defined]
 
 
-_make_json_exact()
-
-
 def dataset(rows: Iterator[dict[str, Any]], features: Features, optional: Mapping[str, Any]) -> Dataset:
     """The rows, a batch at a time: of a large file neither the text nor its Python objects are ever whole in memory.
 
@@ -45,6 +44,7 @@ def dataset(rows: Iterator[dict[str, Any]], features: Features, optional: Mappin
         features: of the columns that every row has, each Value("string") or Json().
         optional: more Json columns, and what stands for each in rows without it. One that no row has is left out.
     """
+    keep_json_exact()
     every, found = Features(features | {name: Json() for name in optional}), _Table()
     missing = set(optional)
     while batch := list(islice(rows, _BATCH)):

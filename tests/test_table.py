@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 from datasets import Dataset, Features, Json, Value
@@ -53,7 +55,8 @@ def test_a_large_table_leaves_no_file_behind(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_datasets_keeps_the_numbers_of_json_columns(number):
-    """The change to `datasets` is still needed while its own functions fail this: see `_make_json_exact`."""
+    """The change to `datasets` is still needed while its own functions fail this: see `keep_json_exact`."""
+    table.keep_json_exact()
     found = Dataset.from_list([{"a": [number]}], features=Features({"a": Json()}))
     assert repr(found[0]["a"]) == repr(found.to_list()[0]["a"]) == repr([number])
 
@@ -62,6 +65,17 @@ def test_datasets_own_json_still_changes_numbers():
     from datasets.utils import json as ours
     from pandas.io.json import ujson_dumps, ujson_loads
 
+    table.keep_json_exact()
     assert json.loads(ujson_dumps([1e-12])) == [0.0]
     assert ujson_loads("[0.951088]") != [0.951088]
     assert ours.ujson_loads is json.loads
+
+
+def test_importing_caftune_leaves_datasets_as_it_is():
+    code = (
+        "import caftune, caftune.cli, caftune.data, caftune.pipeline\n"
+        "from datasets import Dataset, Features, Json\n"
+        "print(Dataset.from_list([{'a': [1e-12]}], features=Features({'a': Json()}))[0]['a'])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[0.0]"
