@@ -239,26 +239,30 @@ def cut_length(args: CAFTConfig, *, packing: bool) -> int | None:
 
 
 def find_cut_answers(
-    dataset: Dataset, max_length: int, truncation_mode: str, *, name: str, may_be_all: bool = False
+    dataset: Dataset, max_length: int, truncation_mode: str, *, name: str, may_be_all: bool = False, kept: bool = False
 ) -> tuple[list[int], int]:
     """The rows that truncation to `max_length` leaves without a trained token, and how many it shortens. Both are logged.
+
+    Args:
+        kept: these rows are not left out.
 
     Raises:
         CaftuneError: no row has a token to train on, unless `may_be_all`.
     """
-    kept = slice(-max_length, None) if truncation_mode == "keep_end" else slice(max_length)
+    part = slice(-max_length, None) if truncation_mode == "keep_end" else slice(max_length)
     lost, shortened = [], 0
     batches = (
         dataset.select_columns("labels").with_format("numpy").iter(_ROWS_AT_ONCE)
     )  # row by row takes ten times as long
     for row, labels in enumerate(labels for batch in batches for labels in batch["labels"]):
-        if (labels[kept] == IGNORED).all():
+        if (labels[part] == IGNORED).all():
             lost.append(row)
         shortened += len(labels) > max_length
     if len(lost) == len(dataset) and not may_be_all:
-        raise CaftuneError(f"{_cut(lost, len(dataset), max_length, name)}: none is left. {_LENGTHEN}")
+        refuse_many_dropped(lost, len(dataset), max_length, name=name)
     if lost:
-        _logger.warning(f"{_cut(lost, len(dataset), max_length, name)}. They are left out. {_LENGTHEN}")
+        what = "They are kept, as context of the rows they are packed with" if kept else "They are left out"
+        _logger.warning(f"{_cut(lost, len(dataset), max_length, name)}. {what}. {_LENGTHEN}")
     if shortened:
         end = "beginning" if truncation_mode == "keep_end" else "end"
         _logger.warning(
@@ -275,7 +279,8 @@ def _cut(lost: list[int], total: int, max_length: int | None, name: str) -> str:
 def refuse_many_dropped(dropped: list[int], total: int, max_length: int | None, *, name: str) -> None:
     """Raise CaftuneError where more than a tenth of the rows would be left out for want of a token to train on."""
     if len(dropped) > _MOST_DROPPED * total:
-        raise CaftuneError(f"{_cut(dropped, total, max_length, name)}, and up to a tenth may be left out. {_LENGTHEN}")
+        why = ": none is left" if len(dropped) == total else ", and up to a tenth may be left out"
+        raise CaftuneError(f"{_cut(dropped, total, max_length, name)}{why}. {_LENGTHEN}")
 
 
 def refuse_long_rows(dataset: Dataset, context: int | None, *, name: str) -> None:

@@ -65,6 +65,7 @@ def prepared(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, s
     paired = {"prompt", "completion"} <= set(dataset.column_names)
     trainer.completion_only_loss = paired if args.completion_only_loss is None else args.completion_only_loss
     if args.assistant_only_loss:
+        _refuse_no_conversations(dataset, name)
         trainer.chat_template = _marked_template(trainer._tokenizer)
     _fix_the_day(trainer)
     packing = args.packing if args.eval_packing is None or name != "eval" else args.eval_packing
@@ -190,6 +191,14 @@ def _clone_chat_template(tokenizer: Any, source: Any) -> None:
     while len(tokenizer.vocab) % 64:
         tokenizer.add_tokens(AddedToken(f"<extra_id_{number}>"))
         number += 1
+
+
+def _refuse_no_conversations(dataset: Dataset, name: str) -> None:
+    if not is_chat(dataset):
+        raise CaftuneError(
+            f"assistant_only_loss must be used with conversations, and the {name} data has the columns "
+            f"{', '.join(dataset.column_names)} of text or tokens. Leave it out, or write the rows as messages."
+        )
 
 
 def _marked_template(tokenizer: Any) -> str | None:

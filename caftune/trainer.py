@@ -438,7 +438,9 @@ class CAFTTrainer(SFTTrainer):
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         mode = "keep_start" if packing else args.truncation_mode  # SFTTrainer packs the start in either case
-        lost, shortened = find_cut_answers(dataset, length, mode, name=dataset_name, may_be_all=not args.has_heads)
+        lost, shortened = find_cut_answers(
+            dataset, length, mode, name=dataset_name, may_be_all=not args.has_heads, kept=packing
+        )
         if lost and not packing:
             self.dropped_rows[dataset_name] = lost
             gone = set(lost)

@@ -131,10 +131,24 @@ def test_from_python_they_are_dropped_as_sft_trainer_drops_them(tmp_path, heads,
     assert len([text for text in caplog.messages if "20 of 40 rows" in text]) == 2 * bool(lost)
 
 
-def test_no_row_left_is_an_error_from_python_too(tmp_path):
+def test_no_row_left_is_an_error_from_python_too(tmp_path, caplog):
     rows = Dataset.from_list(rows_with(range(6), count=6))
     with pytest.raises(CaftuneError, match="6 of 6 rows of the train data .*: none is left. Raise"):
-        CAFTTrainer(str(BASE), config(tmp_path, max_length=96, aux_weight=0.0), train_dataset=rows)
+        CAFTTrainer(str(BASE), config(tmp_path, max_length=96, pretrain_heads=True), train_dataset=rows)
+    plain = CAFTTrainer(str(BASE), config(tmp_path, max_length=96, aux_weight=0.0), train_dataset=rows)
+    assert len(plain.train_dataset) == 0  # as SFTTrainer
+    assert "6 of 6 rows of the train data" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
+@pytest.mark.parametrize(("packing", "what"), [(True, "They are kept, as context"), (False, "They are left out.")])
+def test_from_python_the_log_says_whether_rows_are_kept(tmp_path, caplog, packing, what):
+    rows = Dataset.from_list(rows_with())
+    args = config(tmp_path, max_length=96, aux_weight=0.0, packing=packing)
+    trainer = CAFTTrainer(str(BASE), args, train_dataset=rows)
+    (text,) = (text for text in caplog.messages if "2 of 40 rows" in text)
+    assert what in text
+    assert trainer.dropped_rows == ({} if packing else {"train": [4, 17]})
 
 
 OF_TOKENS = {"eos_token": "<unk>"}
@@ -269,3 +283,19 @@ def test_a_template_without_marks_names_where_to_put_one(tmp_path):
         "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
     assert sum(label != -100 for label in tokenized(rows, tokenizer, args, name="train")[0]["labels"]) > 0
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(
+    "row", [{"prompt": "a", "completion": "b"}, {"text": "a"}, {"input_ids": [1, 2], "labels": [-100, 2]}], ids=str
+)
+def test_losses_of_the_assistant_alone_need_conversations(tmp_path, row, packing):
+    from caftune.tokenization import tokenized
+
+    args = config(tmp_path, aux_weight=0.0, assistant_only_loss=True, packing=packing)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.chat_template = "{% generation %}{% endgeneration %}"
+    with pytest.raises(
+        CaftuneError, match=f"assistant_only_loss .* conversations, and the train data .*{', '.join(row)}"
+    ):
+        tokenized(Dataset.from_list([row]), tokenizer, args, name="train")
