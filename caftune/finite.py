@@ -24,8 +24,8 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    ends = [torch.stack(torch.aminmax(tensor)).double() for tensor in tensors.values()]  # NaN is its own end
-    return [name for name, odd in zip(tensors, (~torch.stack(ends).isfinite()).any(-1).tolist(), strict=True) if odd]
+    fine = [torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in tensors.values()]  # NaN is its own end
+    return [name for name, is_fine in zip(tensors, torch.stack(fine).tolist(), strict=True) if not is_fine]
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], what: str, remedy: str) -> None:
