@@ -3,6 +3,8 @@
 import logging
 import math
 import os
+from collections.abc import Collection
+from itertools import count
 from typing import Any
 
 import torch
@@ -126,9 +128,11 @@ def refuse_short_context(model: Any, args: CAFTConfig, *, furthest: int) -> None
 
 def refuse_unknown_tokens_of(trainer: Any) -> None:
     """`refuse_unknown_tokens` of the rows that a trainer was given, where these can be read at once."""
-    embedded = trainer.model.get_input_embeddings().weight.shape[0]
-    if isinstance(trainer.train_dataset, Dataset) and "input_ids" in trainer.train_dataset.column_names and embedded:
-        refuse_unknown_tokens(trainer.train_dataset, trainer._tokenizer, embedded, name="train")
+    embedded, evaluation = trainer.model.get_input_embeddings().weight.shape[0], trainer.eval_dataset
+    named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+    for name, rows in {"train": trainer.train_dataset, **named}.items():
+        if isinstance(rows, Dataset) and "input_ids" in rows.column_names and embedded:
+            refuse_unknown_tokens(rows, trainer._tokenizer, embedded, name=name)
 
 
 def refuse_unfit_heads(trainer: Any) -> None:
@@ -296,10 +300,18 @@ def refuse_long_rows(dataset: Dataset, context: int | None, *, name: str) -> Non
         )
 
 
-def refuse_unknown_tokens(dataset: Dataset, tokenizer: Any, embedded: int, *, name: str) -> None:
-    """Raise CaftuneError where a row holds a token without a row of the embeddings, of which there are `embedded`."""
+def refuse_unknown_tokens(
+    dataset: Dataset, tokenizer: Any, embedded: int, *, name: str, dropped: Collection[int] = ()
+) -> None:
+    """Raise CaftuneError where a row holds a token without a row of the embeddings, of which there are `embedded`.
+
+    Args:
+        dropped: the numbers of rows that were left out, so that the others are named by theirs.
+    """
+    gone = set(dropped)
+    numbers = (number for number in count() if number not in gone)
     batches = dataset.select_columns("input_ids").with_format("numpy").iter(_ROWS_AT_ONCE)
-    for row, ids in enumerate(ids for batch in batches for ids in batch["input_ids"]):
+    for row, ids in zip(numbers, (ids for batch in batches for ids in batch["input_ids"]), strict=False):
         if len(ids) and ids.max() >= embedded:
             raise unknown_token(int(ids.max()), tokenizer, embedded, place=f"Row {row} of the {name} data")
 

@@ -60,7 +60,8 @@ def head_rows(recipe: Recipe, args: CAFTConfig) -> HeadRows:
     found = _all_head_rows(recipe, args)
     rows = found.rows
     tokenizer, embedded = load_tokenizer(recipe), embedding_rows(recipe, args)
-    refuse_unknown_tokens(rows, tokenizer, embedded, name="heads.text" if recipe.heads.text else "labels")
+    name = "heads.text" if recipe.heads.text else "labels"
+    refuse_unknown_tokens(rows, tokenizer, embedded, name=name, dropped=found.dropped)
     refuse_unknown_padding(args, tokenizer, embedded)
     conversation = rows["row"] if "row" in rows.column_names else list(range(len(rows)))
     names = sorted(set(conversation))
@@ -180,7 +181,7 @@ def prepared_task_rows(
     if is_whole:
         refuse_many_dropped(found.dropped, found.total, args.max_length, name=name)
     embedded = embedding_rows(recipe, args)
-    refuse_unknown_tokens(found.rows, tokenizer, embedded, name=name)
+    refuse_unknown_tokens(found.rows, tokenizer, embedded, name=name, dropped=found.dropped)
     refuse_unknown_padding(args, tokenizer, embedded)
     if args.max_length is None:
         refuse_long_rows(found.rows, context_length(recipe), name=f"data.{name}")

@@ -90,10 +90,31 @@ def test_answers_are_padded_with_any_token_where_the_tokenizers_own_has_no_embed
     assert answers() == expected
 
 
-def test_from_python_with_heads_too(base, heads, tmp_path):
+@pytest.mark.parametrize("name", ["train", "eval"])
+@pytest.mark.parametrize("several", [False, True])
+def test_from_python_with_heads_too(base, tmp_path, name, several):
     rows = rows_with([])
+    fine = Dataset.from_list(rows)
     rows[5]["completion"] = " C<more>C"
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    args = config(tmp_path, heads=heads, force_heads=True)
-    with pytest.raises(CaftuneError, match=f"Row 5 of the train data {SAYS}|tokenizer"):
-        CAFTTrainer(str(BASE), args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    given = {"train": fine, "eval": fine, name: Dataset.from_list(rows)}
+    evaluation = {"one": given["eval"]} if several else given["eval"]
+    name = "one" if several and name == "eval" else name
+    with pytest.raises(CaftuneError, match=f"Row 5 of the {name} data {SAYS}"):
+        CAFTTrainer(
+            str(BASE),
+            config(tmp_path, pretrain_heads=True),
+            train_dataset=given["train"],
+            eval_dataset=evaluation,
+            processing_class=AutoTokenizer.from_pretrained(base),
+        )
+
+
+@pytest.mark.parametrize("stage", ["train", "heads.text"])
+def test_rows_keep_their_numbers_where_others_are_left_out(base, tmp_path, stage):
+    rows = rows_with([2, 3])
+    rows[5]["completion"] = " C<more>C"
+    heads = {"heads": {"text": str(tmp_path / "train.jsonl"), "count": 2}} if stage == "heads.text" else {}
+    recipe = recipe_in(tmp_path, rows, **heads)
+    recipe = Recipe.model_validate({**recipe.model_dump(), "model": {"name": str(base)}})
+    with pytest.raises(CaftuneError, match=f"Row 5 of the {stage} data {SAYS}"):
+        (pipeline.pretrain_heads if heads else pipeline.finetune)(recipe)
