@@ -22,6 +22,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
@@ -215,7 +216,7 @@ def pretrain_heads(recipe: Recipe) -> Path:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         del trainer  # the base is loaded anew, as users of the heads will have it
         free_memory()
-        record(recipe, {**result, "quality": measure(recipe)})
+        record(recipe, {**result, "quality": _measure(recipe, heads, held_out)})
     return heads
 
 
@@ -230,6 +231,11 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     held_out = head_rows(recipe, args).held_out
     if recipe.heads.path is None:  # what is held out must be what was
         refuse_other_stage(recipe, "pretrain", {"labels": head_source(recipe)})
+    return _measure(recipe, heads, held_out)
+
+
+def _measure(recipe: Recipe, heads: Path, held_out: Dataset) -> dict[str, Any]:
+    """Measure heads on rows, and write the report."""
     model, tokenizer = load_model(recipe), load_tokenizer(recipe)
     backbone = Backbone.of(model)
     found = load_heads(heads, backbone, tokenizer, force=recipe.heads.force)

@@ -113,6 +113,25 @@ def test_a_text_for_the_heads_loses_them(tmp_path):
     assert found.dropped == {"labels": {"count": 2, "of": 40, "rows": [4, 17]}}
 
 
+def test_stage_one_prepares_its_rows_and_names_those_left_out_once(tmp_path, caplog, monkeypatch):
+    recipe = recipe_in(tmp_path, rows_with(), heads={"text": str(tmp_path / "train.jsonl"), "count": 2})
+    recipe = recipe.model_copy(update={"pretrain": {**FAST, "max_steps": 1}})
+    done, real = Counter(), datasets.Dataset.map
+
+    def counted(self, *args, **kwargs):
+        done[kwargs.get("desc")] += 1
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(datasets.Dataset, "map", counted)
+    pipeline.pretrain_heads(recipe)
+    assert done["Tokenizing heads.text dataset"] == 1
+    assert len([text for text in caplog.messages if "2 of 40 rows" in text]) == 1
+    found = result(recipe, "pretrain-heads")
+    assert found["dropped"] == {"labels": {"count": 2, "of": 40, "rows": [4, 17]}}
+    quality = {key: value for key, value in pipeline.measure(recipe).items() if "seconds" not in key}
+    assert quality["heads"] == found["quality"]["heads"]
+
+
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("stage", [{"aux_weight": 0.0}, {"pretrain_heads": True}, {"heads": True}])
 def test_from_python_they_are_dropped_as_sft_trainer_drops_them(tmp_path, heads, caplog, stage, mode):
