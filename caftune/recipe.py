@@ -19,6 +19,8 @@ _SET_ELSEWHERE = {
     "output_dir": "output",
     "seed": "seed",
     "trust_remote_code": "model.trust_remote_code",
+    "dataset_text_field": "data.columns",
+    "dataset_kwargs": "data",  # skip_prepare_dataset would leave packing out
     "heads": "heads.path",
     "num_heads": "heads.count",
     "head_kind": "heads.kind",

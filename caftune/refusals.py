@@ -206,8 +206,12 @@ def _refuse_untying(model: PreTrainedModel | PeftModel, peft_config: Any) -> Non
         )
 
 
-def refuse_missing_parts(dataset: Dataset, args: CAFTConfig, *, name: str) -> None:
-    """Rows without the part that is to be trained on."""
+def refuse_missing_parts(dataset: Dataset, args: CAFTConfig, *, name: str, as_stock: bool = False) -> None:
+    """Rows without the part that is to be trained on.
+
+    Args:
+        as_stock: only warn of what SFTTrainer trains on all the same.
+    """
     if "input_ids" in dataset.column_names:
         return
     if "prompt" in dataset.column_names and "completion" not in dataset.column_names:
@@ -220,7 +224,7 @@ def refuse_missing_parts(dataset: Dataset, args: CAFTConfig, *, name: str) -> No
             f"completion_only_loss must not be set where rows have no completion, as in the {name} data: every token would be "
             "trained on. Use assistant_only_loss for messages, or leave it out."
         )
-        if args.has_heads:
+        if not as_stock:
             raise CaftuneError(problem)
         _logger.warning(problem)
     if args.assistant_only_loss and "messages" in dataset.column_names:

@@ -23,7 +23,7 @@ _DEFAULT_LENGTH = 1024
 # Options that say which tokens of a row are trained on, and what the model is.
 _ROW_OPTIONS = (
     *("assistant_only_loss", "completion_only_loss", "chat_template_path", "eos_token", "pad_token", "truncation_mode"),
-    *("dataset_text_field", "dataset_kwargs", "model_init_kwargs"),
+    "model_init_kwargs",
 )
 
 

@@ -17,8 +17,9 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from caftune.boundary import has_second_bos, tokenize_pair, without_second_bos
 from caftune.config import CAFTConfig
 from caftune.errors import CaftuneError
+from caftune.opening import opening
 from caftune.prompts import is_chat, on_one_day
-from caftune.refusals import cut_length, refuse_many_dropped
+from caftune.refusals import cut_length, refuse_many_dropped, refuse_missing_parts
 from caftune.template_errors import note_other_prompts, refuse_refused_row, remove_byte_order_mark, template_in
 from caftune.trainer import CAFTTrainer
 
@@ -60,6 +61,8 @@ def prepared(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, s
     # SFTTrainer prepares data in a method; it reads these attributes and nothing else of the trainer (TRL 1.16).
     trainer = CAFTTrainer.__new__(CAFTTrainer)
     trainer.dropped_rows = {}
+    refuse_missing_parts(dataset, args, name=name)
+    _refuse_other_values(args)
     trainer._tokenizer, trainer.chat_template = copy.deepcopy(tokenizer), None
     _apply_tokenizer_options(trainer._tokenizer, args)
     paired = {"prompt", "completion"} <= set(dataset.column_names)
@@ -158,26 +161,48 @@ def with_one_bos(dataset: Dataset, tokenizer: Any, name: str) -> Dataset:
     return dataset.map(lambda row: {column: without_second_bos(row[column], tokenizer)})
 
 
+def _refuse_other_values(args: CAFTConfig) -> None:
+    """Options with a few values, which SFTTrainer reads when it gets to them."""
+    known = {"truncation_mode": ("keep_start", "keep_end"), "packing_strategy": ("bfd", "bfd_split", "wrapped")}
+    for option, values in known.items():
+        if getattr(args, option) not in values:
+            raise CaftuneError(f"{option} must be one of {', '.join(values)}, got {getattr(args, option)!r}.")
+
+
 def _apply_tokenizer_options(tokenizer: Any, args: CAFTConfig) -> None:
     """What SFTTrainer's own __init__ does to the tokenizer before it prepares the data."""
+    _refuse_no_token(args.eos_token, tokenizer, "eos_token")
     if args.eos_token is not None:
-        if args.eos_token not in tokenizer.get_vocab():
-            raise CaftuneError(f"eos_token must be a token of the tokenizer, got {args.eos_token!r}. Name another.")
         tokenizer.eos_token = args.eos_token
     if args.chat_template_path is not None:
-        path = Path(args.chat_template_path)
-        if not path.exists() and (args.chat_template_path.endswith((".jinja", ".j2")) or path.is_absolute()):
-            raise CaftuneError(
-                f"chat_template_path must be a template file, a folder or a hub id, and {path} is not there. Check the name."
-            )
-        given = template_in(args.chat_template_path)
-        if given is not None:
-            tokenizer.chat_template = given
-        elif path.is_file():
-            tokenizer.chat_template = path.read_text(encoding="utf-8-sig")
-        else:
-            _clone_chat_template(tokenizer, AutoTokenizer.from_pretrained(args.chat_template_path))
+        _take_template(tokenizer, args.chat_template_path)
+    _refuse_no_token(args.pad_token, tokenizer, "pad_token")
     remove_byte_order_mark(tokenizer)
+
+
+def _refuse_no_token(token: str | None, tokenizer: Any, option: str) -> None:
+    if token is not None and token not in tokenizer.get_vocab():
+        raise CaftuneError(f"{option} must be a token of the tokenizer, got {token!r}. Name another.")
+
+
+def _take_template(tokenizer: Any, place: str) -> None:
+    """Give the tokenizer the template of a file, or of another tokenizer."""
+    is_file = place.endswith((".jinja", ".j2"))
+    if Path(place).is_file() and not is_file:
+        raise CaftuneError(f"chat_template_path must end in .jinja or .j2 where it is a file, got {place}. Rename it.")
+    if not Path(place).exists() and (is_file or Path(place).is_absolute()):
+        raise CaftuneError(
+            f"chat_template_path must be a template file, a folder or a hub id, and {place} is not there. Check the name."
+        )
+    given = template_in(place)
+    if given is not None:
+        tokenizer.chat_template = given
+        return
+    with opening(place, "chat_template_path"):
+        source = AutoTokenizer.from_pretrained(place)
+    if not source.chat_template:
+        raise CaftuneError(f"chat_template_path must name a tokenizer with a chat template, and {place} has none.")
+    _clone_chat_template(tokenizer, source)
 
 
 def _clone_chat_template(tokenizer: Any, source: Any) -> None:

@@ -430,7 +430,7 @@ class CAFTTrainer(SFTTrainer):
         if isinstance(dataset, IterableDataset):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if formatting_func is None:
-            refuse_missing_parts(dataset, args, name=dataset_name)
+            refuse_missing_parts(dataset, args, name=dataset_name, as_stock=not args.has_heads)
         length = cut_length(args, packing=packing)
         if length is None:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
@@ -445,7 +445,8 @@ class CAFTTrainer(SFTTrainer):
             self.dropped_rows[dataset_name] = lost
             gone = set(lost)
             dataset = dataset.select([row for row in range(len(dataset)) if row not in gone])
-        if not (shortened or packing):  # SFTTrainer would go through all rows twice to cut none
+        is_known = args.truncation_mode in ("keep_start", "keep_end")  # others SFTTrainer refuses
+        if is_known and not (shortened or packing):  # it would go through all rows twice to cut none
             whole.shuffle_dataset, args = args.shuffle_dataset, whole
         return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
 

@@ -318,3 +318,37 @@ def test_losses_of_the_assistant_alone_need_conversations(tmp_path, row, packing
         CaftuneError, match=f"assistant_only_loss .* conversations, and the train data .*{', '.join(row)}"
     ):
         tokenized(Dataset.from_list([row]), tokenizer, args, name="train")
+
+
+@pytest.mark.parametrize("name", ["pretrain", "trainer"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"truncation_mode": "middle"}, "truncation_mode must be one of keep_start, keep_end, got 'middle'"),
+        ({"packing": True, "packing_strategy": "best"}, "packing_strategy must be one of bfd, bfd_split, wrapped"),
+        ({"pad_token": "<nope>"}, "pad_token must be a token of the tokenizer, got '<nope>'"),
+        ({"eos_token": "<nope>"}, "eos_token must be a token of the tokenizer, got '<nope>'"),
+        ({"completion_only_loss": True}, "completion_only_loss must not be set where rows have no completion"),
+        ({"dataset_text_field": "body"}, "dataset_text_field is set by data.columns"),
+        ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "dataset_kwargs is set by data"),
+        ({"chat_template_path": "template.txt"}, "must end in .jinja or .j2 where it is a file, got template.txt"),
+        ({"chat_template_path": "folder"}, "chat_template_path must be .*folder"),
+        ({"chat_template_path": str(BASE)}, "must name a tokenizer with a chat template"),
+    ],
+    ids=str,
+)
+def test_options_of_rows_that_cannot_be_are_one_sentence_in_every_stage(tmp_path, monkeypatch, name, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "template.txt").write_text("{{ messages[0]['content'] }}")
+    (tmp_path / "folder").mkdir()
+    rows = [{"text": row["prompt"] + row["completion"]} for row in rows_with([])]
+    recipe = recipe_in(tmp_path, rows, heads={"text": str(tmp_path / "train.jsonl"), "count": 2})
+    recipe = recipe.model_copy(update={name: {**FAST, "max_steps": 1, **options}})
+    with pytest.raises(CaftuneError, match=message):
+        (pipeline.finetune if name == "trainer" else pipeline.pretrain_heads)(recipe)
+
+
+def test_an_unknown_way_to_cut_is_refused_by_sft_trainer_where_no_row_is_cut(tmp_path):
+    args = config(tmp_path, aux_weight=0.0, truncation_mode="middle")
+    with pytest.raises(ValueError, match="Unsupported truncation mode: middle"):
+        CAFTTrainer(str(BASE), args, train_dataset=Dataset.from_list(rows_with([], count=4)))
