@@ -198,8 +198,11 @@ def _take_template(tokenizer: Any, place: str) -> None:
     if given is not None:
         tokenizer.chat_template = given
         return
-    with opening(place, "chat_template_path"):
-        source = AutoTokenizer.from_pretrained(place)
+    if Path(place).is_dir() and not any(Path(place).glob("tokenizer*")):
+        raise CaftuneError(
+            f"chat_template_path must be a folder with a tokenizer, and {place} has none. Check the name."
+        )
+    source = AutoTokenizer.from_pretrained(place)
     if not source.chat_template:
         raise CaftuneError(f"chat_template_path must name a tokenizer with a chat template, and {place} has none.")
     _clone_chat_template(tokenizer, source)
