@@ -271,11 +271,9 @@ def test_the_template_of_another_model_leaves_the_white_space_where_it_is_genera
     recipe = recipe_of(tmp_path, tmp_path / "base", [{"prompt": "Ask: ", "completion": "sun"}])
     recipe = recipe.model_copy(update={"trainer": {"chat_template_path": str(tmp_path / "chatty")}})
     rows = task_rows(recipe, "train", load_tokenizer(recipe), stage_two_config(recipe, tmp_path / "train"))
-    assert rows.to_list() == [{"prompt": "Ask:", "completion": " sun"}]
-    joined = recipe_of(tmp_path, tmp_path / "base", [{"prompt": "New Yo", "completion": "rk"}])
-    joined = joined.model_copy(update={"trainer": recipe.trainer})
-    with pytest.raises(CaftuneError, match=r"Row 0 \(from 0\) of the train data .* chat_template_path"):
-        task_rows(joined, "train", load_tokenizer(joined), stage_two_config(joined, tmp_path / "train"))
+    tokenizer = load_tokenizer(recipe)
+    assert tokenizer.convert_ids_to_tokens(rows[0]["input_ids"])[:3] == tokenizer.tokenize("Ask: sun")
+    assert rows[0]["labels"] == [-100, -100, *rows[0]["input_ids"][2:]]
 
 
 # One BOS
