@@ -9,7 +9,6 @@ from transformers import LlamaForCausalLM
 
 from caftune import evaluation, pipeline
 from caftune.boundary import encode, plain_text, split_prompt, tokenize_pair
-from caftune.errors import CaftuneError
 from caftune.evals import code
 from caftune.evals.tasks import TASKS
 from caftune.generation import Answer
