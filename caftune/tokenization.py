@@ -17,7 +17,6 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from caftune.boundary import has_second_bos, tokenize_pair, without_second_bos
 from caftune.config import CAFTConfig
 from caftune.errors import CaftuneError
-from caftune.opening import opening
 from caftune.prompts import is_chat, on_one_day
 from caftune.refusals import cut_length, refuse_many_dropped, refuse_missing_parts
 from caftune.template_errors import note_other_prompts, refuse_refused_row, remove_byte_order_mark, template_in
