@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Cadence, output and speed: the weights are the same without them.
+# Cadence, output and speed: no step depends on them, but for random draws (an evaluation takes some) and rounding.
 _FREE = frozenset(
     (
         *(
@@ -38,6 +38,10 @@ _FREE = frozenset(
         *("torch_empty_cache_steps", "ddp_timeout"),
     )
 )
+# Where evaluations decide (on the learning rate, on the checkpoint that is exported) their cadence is part of the result.
+_WHEN_EVALUATED = frozenset(
+    ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps")
+)
 _LENGTH = frozenset(("num_train_epochs", "max_steps"))
 _BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # and their defaults
 _SECTIONS = {"pretrain": ("pretrain",), "adapt": ("adapt",), "train": ("trainer", "adapt")}  # each stage's own first
@@ -64,6 +68,7 @@ def set_aside_changes(kept: dict[str, Any], wanted: dict[str, Any], stage: str) 
         if kept.get(section) is None or wanted.get(section) is None:
             continue
         harmless = _FREE | frozenset(_BATCH) if _is_same_batch(before, now) else _FREE
+        harmless -= _WHEN_EVALUATED if _is_decided_by_evaluations(before) else frozenset()
         changes.harmless.extend(_set_aside(before, now, harmless, section))
         if number == 0:
             changes.length.extend(_set_aside(before, now, _LENGTH, section))
@@ -96,6 +101,11 @@ def _set_aside(before: dict[str, Any], now: dict[str, Any], names: Any, section:
 
 def _shown(value: Any) -> str:
     return "default" if value is _NONE else repr(value)
+
+
+def _is_decided_by_evaluations(options: Mapping[str, Any]) -> bool:
+    kind = options.get("lr_scheduler_type")
+    return bool(options.get("load_best_model_at_end")) or kind in ("reduce_lr_on_plateau", "greedy")
 
 
 def _is_same_batch(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -24,6 +24,8 @@ from caftune.recipe_text import read_yaml
 from caftune.resumption import Changes, set_aside_changes
 
 _RESULTS = {"pretrain": "pretrain-heads"}  # names of results, where they are not those of the folders
+# `data.max_length: null` in a kept recipe. Where older versions wrote null, they meant what is `auto` today.
+_NOT_CUT = "not cut"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # The sections of the recipe that each stage's result depends on.
 _DEPENDS_ON: dict[str, Sequence[str]] = {
@@ -128,7 +130,7 @@ def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None
         elif is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
             _replace_result(recipe, _RESULTS.get(stage, stage), [])  # of a folder that was removed
-            save_recipe(folder / "recipe.yaml", _identity(recipe, stage, files))  # first: it makes the folder ours
+            _keep_identity(folder, _identity(recipe, stage, files))  # first: it makes the folder ours
             (folder / "provenance.json").unlink(missing_ok=True)  # of the recipe before, if there was one
         if is_main_process() and not (folder / "provenance.json").is_file():
             made = provenance(_present(files)) | _heads_used(files.get("heads"))
@@ -182,7 +184,7 @@ def _take_on(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None],
     tqdm.write(f"Changed since {folder} was begun: {', '.join(changes)}.", file=sys.stderr)
     if changes.length:
         _replace_result(recipe, _RESULTS.get(stage, stage), [])  # it is not done any more
-    save_recipe(folder / "recipe.yaml", _identity(recipe, stage, files))
+    _keep_identity(folder, _identity(recipe, stage, files))
     path = folder / "provenance.json"
     made = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else provenance(_present(files))
     now = provenance()
@@ -235,6 +237,7 @@ def kept_identity(folder: Path, stage: str) -> dict[str, Any]:
         *sections, key = place.split(".")
         if place != "files":
             _section(nested, sections)[key] = value
+    _replace_length(nested.get("data"), {None: "auto", _NOT_CUT: None})
     try:
         recipe = parse_recipe(nested)
     except CaftuneError as error:
@@ -246,6 +249,19 @@ def kept_identity(folder: Path, stage: str) -> dict[str, Any]:
     if "data.max_length" not in kept:
         found.pop("data.max_length", None)
     return found
+
+
+def _keep_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """Write what a stage folder is made from, as `kept_identity` reads it."""
+    kept = {key: dict(value) if key == "data" else value for key, value in identity.items()}
+    _replace_length(kept.get("data"), {None: _NOT_CUT})
+    _replace_length(kept, {None: _NOT_CUT}, "data.max_length")
+    save_recipe(folder / "recipe.yaml", kept)
+
+
+def _replace_length(section: Any, values: Mapping[Any, Any], key: str = "max_length") -> None:
+    if isinstance(section, dict) and section.get(key, "") in [*values]:
+        section[key] = values[section[key]]
 
 
 def _section(values: dict[str, Any], place: Sequence[str]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from caftune import pipeline
 from caftune.errors import CaftuneError
 from caftune.progress import depends_on_length
 from caftune.resumption import set_aside_changes
-from caftune.run_folder import is_done, refuse_other_stage
+from caftune.recipe import Recipe
+from caftune.run_folder import is_done, open_stage, refuse_other_stage
 
 CONSTANT = {"lr_scheduler_type": "constant", "learning_rate": 1e-3, "max_steps": -1, "save_steps": None}
 DATA = {"train": "data.jsonl"}
@@ -159,6 +160,9 @@ def test_an_export_needs_no_run_of_the_new_cadence_but_one_of_the_new_length(fol
     assert is_done(run_of(folder, "short"), "train")
 
 
+BEST = {"load_best_model_at_end": True}
+
+
 def identity(**trainer):
     return {"trainer": trainer, "heads": {"keep": False}, "model": {"lora": {"merge": True}}}
 
@@ -185,6 +189,16 @@ def identity(**trainer):
         ({}, {"data_seed": 1}, True),
         ({}, {"bf16": True}, True),
         ({"max_steps": 3}, {"num_train_epochs": 2}, False),
+        ({"eval_steps": 2, **BEST}, {"eval_steps": 4, **BEST}, True),
+        ({"save_steps": 2, **BEST}, {"save_steps": 4, **BEST}, True),
+        ({"logging_steps": 2, **BEST}, {"logging_steps": 4, "per_device_eval_batch_size": 1, **BEST}, False),
+        (
+            {"eval_steps": 2, "lr_scheduler_type": "reduce_lr_on_plateau"},
+            {"lr_scheduler_type": "reduce_lr_on_plateau"},
+            True,
+        ),
+        ({"eval_delay": 2, "lr_scheduler_type": "greedy"}, {"eval_delay": 3, "lr_scheduler_type": "greedy"}, True),
+        ({"eval_steps": 2, "lr_scheduler_type": "cosine"}, {"lr_scheduler_type": "cosine"}, False),
     ],
 )
 def test_what_leaves_alone_what_was_learnt_may_change_and_nothing_else(before, now, left):
@@ -345,3 +359,38 @@ def test_heads_are_not_adapted_further_where_a_training_on_them_was_begun(folder
     monkeypatch.setattr(pipeline, "adapt_heads", lambda _: pytest.fail("adapted"))
     with pytest.raises(CaftuneError, match=r"of another recipe \(adapt.max_steps: 1 -> 2\)"):
         pipeline.finetune(run(2))
+
+
+def stage(folder, name, length, **sections):
+    """A recipe, and its stage, begun with a length."""
+    values = {"output": str(folder), "model": {"name": "x"}, "data": {"max_length": length}, **sections}
+    return Recipe.model_validate(values), name
+
+
+def begun(folder, name, length, **sections):
+    recipe, name = stage(folder, name, length, **sections)
+    (open_stage(recipe, name, {}) / "checkpoint-1").mkdir()
+
+
+STAGES = [("train", {}), ("adapt", {"adapt": {}}), ("pretrain", {"heads": {"text": "x.txt"}})]
+
+
+@pytest.mark.parametrize(("name", "sections"), STAGES)
+def test_a_null_length_of_an_older_version_is_the_default_of_today(tmp_path, name, sections):
+    begun(tmp_path, name, "auto", **sections)
+    file = tmp_path / name / "recipe.yaml"
+    assert "max_length: auto" in file.read_text()
+    older = file.read_text().replace("max_length: auto", "max_length: null")
+    file.write_text(older)
+    assert not list(refuse_other_stage(stage(tmp_path, name, "auto", **sections)[0], name, {}))
+    for length in (None, 1024):
+        with pytest.raises(CaftuneError, match=rf"data\.max_length: 'auto' -> {length}"):
+            refuse_other_stage(stage(tmp_path, name, length, **sections)[0], name, {})
+
+
+@pytest.mark.parametrize(("name", "sections"), STAGES)
+def test_rows_that_are_not_cut_stay_so(tmp_path, name, sections):
+    begun(tmp_path, name, None, **sections)
+    assert not list(refuse_other_stage(stage(tmp_path, name, None, **sections)[0], name, {}))
+    with pytest.raises(CaftuneError, match=r"data\.max_length: None -> 'auto'"):
+        refuse_other_stage(stage(tmp_path, name, "auto", **sections)[0], name, {})
