@@ -56,14 +56,35 @@ def opening(
         raise CaftuneError(reason) from error
 
 
+@contextmanager
+def opening_tokenizer(name: str, place: str) -> Iterator[None]:
+    """As `opening`, for a tokenizer alone: its folder needs no model."""
+    folder = Path(name)
+    if _is_path(name) and not _any(folder, _TOKENIZERS):
+        what = "has no tokenizer" if folder.is_dir() else "is no such folder"
+        raise CaftuneError(
+            f"{place} must be a folder with a tokenizer (tokenizer.json) or a hub id, and {name} {what}. Check the name."
+        )
+    try:
+        yield
+    except Exception as error:
+        reason = _damaged(folder, place) if folder.is_dir() else _refused_by_hub(error, name, place, None)
+        if reason is None:
+            raise
+        raise CaftuneError(reason) from error
+
+
 def refuse_missing_model(name: str, place: str = "model.name") -> None:
     """Raise CaftuneError for the path of a folder that is none or holds no model; hub ids are left to the hub."""
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
-    if is_path and not Path(name, "config.json").is_file():
+    if _is_path(name) and not Path(name, "config.json").is_file():
         what = "has no config.json" if Path(name).is_dir() else "is no such folder"
         raise CaftuneError(
             f"{place} must be a folder with a config.json or a hub id, and {name} {what}. Check the name."
         )
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
 def _reason(error: Exception, name: str, place: str, revision: str | None, *, trust: bool) -> str | None:

@@ -172,7 +172,7 @@ class DataSection(_Section):
     @field_validator("max_length", mode="before")
     @classmethod
     def _is_a_length(cls, value: Any) -> Any:
-        is_number = isinstance(value, int | float) and value == int(value) > 1
+        is_number = isinstance(value, int | float) and value > 1 and float(value).is_integer()
         if not (value in (None, "auto") or is_number):
             raise CaftuneError("a whole number above 1, auto or null")
         return value

@@ -17,6 +17,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from caftune.boundary import has_second_bos, tokenize_pair, without_second_bos
 from caftune.config import CAFTConfig
 from caftune.errors import CaftuneError
+from caftune.opening import opening_tokenizer
 from caftune.prompts import is_chat, on_one_day
 from caftune.refusals import cut_length, refuse_many_dropped, refuse_missing_parts
 from caftune.template_errors import note_other_prompts, refuse_refused_row, remove_byte_order_mark, template_in
@@ -197,11 +198,8 @@ def _take_template(tokenizer: Any, place: str) -> None:
     if given is not None:
         tokenizer.chat_template = given
         return
-    if Path(place).is_dir() and not any(Path(place).glob("tokenizer*")):
-        raise CaftuneError(
-            f"chat_template_path must be a folder with a tokenizer, and {place} has none. Check the name."
-        )
-    source = AutoTokenizer.from_pretrained(place)
+    with opening_tokenizer(place, "chat_template_path"):
+        source = AutoTokenizer.from_pretrained(place)
     if not source.chat_template:
         raise CaftuneError(f"chat_template_path must name a tokenizer with a chat template, and {place} has none.")
     _clone_chat_template(tokenizer, source)

@@ -245,6 +245,22 @@ def test_from_python_an_error_is_what_transformers_raises(tmp_path, rows):
             "rows.jsonl.* cannot be used .(Not a directory|File exists)",
         ),
         (["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=none.jinja"], "none.jinja is not there"),
+        (
+            ["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=folder"],
+            "chat_template_path .* folder has no tokenizer",
+        ),
+        (
+            ["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=no/such"],
+            "chat_template_path: no/such is no folder and not on this machine yet",
+        ),
+        (
+            ["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=./no"],
+            "chat_template_path .* is no such folder",
+        ),
+        (
+            ["plan", "RECIPE", "data.max_length=.inf"],
+            "data.max_length must be a whole number above 1, auto or null, got inf",
+        ),
         (["train", "RECIPE", "loss.weight=0", "trainer.optim_args=foo"], "trainer.optim_args must be key=value"),
         (["label", "RECIPE", "labels.prompts=folder"], "folder is a folder. Name a file in it"),
         (["eval", "RECIPE", "eval.model=./nowhere"], "eval.model must be a folder with a config.json or a hub id"),
