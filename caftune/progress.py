@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
@@ -199,9 +200,11 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
     trainer.add_callback(stop)
     trainer.add_callback(StopOnDivergence(trainer))
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with _evaluations_draw_nothing(trainer):
+            trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         stop.restore()
+        _close_bars(trainer)
     if stop.stopped:
         goes_on = "" if trainer.args.save_only_model else " The same command goes on from there."
         tqdm.write(
@@ -210,6 +213,34 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
             file=sys.stderr,
         )
         raise SystemExit(128 + signal.SIGTERM)
+
+
+@contextmanager
+def _evaluations_draw_nothing(trainer: Trainer) -> Iterator[None]:
+    """Within the block an evaluation leaves the random numbers of training alone.
+
+    Its data loader draws one, so dropout and the sample of targets would depend on when a run is evaluated, and transformers
+    (5.23) evaluates after the last step, too, wherever that is.
+    """
+    evaluate = trainer.evaluate
+
+    def evaluate_apart(*args: Any, **options: Any) -> dict[str, float]:
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            return evaluate(*args, **options)
+
+    trainer.evaluate = evaluate_apart  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del trainer.evaluate  # the class's own again
+
+
+def _close_bars(trainer: Trainer) -> None:
+    """An error leaves bars open, and would stand behind them in their line."""
+    for callback in trainer.callback_handler.callbacks:
+        for bar in (getattr(callback, "prediction_bar", None), getattr(callback, "training_bar", None)):
+            if bar is not None:
+                bar.close()
 
 
 def log_line(logs: dict[str, float]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Cadence, output and speed: no step depends on them, but for random draws (an evaluation takes some) and rounding.
+# Cadence, output and speed: no step depends on them, up to rounding.
 _FREE = frozenset(
     (
         *(

@@ -13,8 +13,8 @@ from test_run_folder import FAST, recipe_in, write
 from caftune import pipeline
 from caftune.errors import CaftuneError
 from caftune.progress import depends_on_length
-from caftune.resumption import set_aside_changes
 from caftune.recipe import Recipe
+from caftune.resumption import set_aside_changes
 from caftune.run_folder import is_done, open_stage, refuse_other_stage
 
 CONSTANT = {"lr_scheduler_type": "constant", "learning_rate": 1e-3, "max_steps": -1, "save_steps": None}
@@ -91,6 +91,24 @@ def test_with_heads_and_a_constant_gamma_a_finished_run_goes_on_to_the_weights_o
         pipeline.finetune(run(name, 4))
     assert not equal(before, weights(run("short", 4)))
     assert equal(weights(run("short", 4)), weights(run("whole", 4)))
+
+
+def test_when_a_run_is_evaluated_changes_no_random_draw_and_so_no_weight(folder):
+    def run(name, **trainer):
+        cadence = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 4, "num_train_epochs": None, **trainer}
+        recipe = run_of(folder, name, **cadence)
+        lora = recipe.model.lora.model_copy(update={"dropout": 0.5})
+        changes = {"data": recipe.data.model_copy(update={"eval": "data.jsonl"})}
+        return recipe.model_copy(
+            update={"model": recipe.model.model_copy(update={"tuning": "lora", "lora": lora}), **changes}
+        )
+
+    pipeline.finetune(run("longer", max_steps=2))  # transformers evaluates after the last step, too
+    for recipe in (run("longer"), run("whole"), run("often", eval_steps=1), run("never", eval_strategy="no")):
+        pipeline.finetune(recipe)
+    assert not equal(weights(run("whole")), load_file(Path(run("whole").model.name, "model.safetensors")))
+    for name in ("longer", "often", "never"):
+        assert equal(weights(run(name)), weights(run("whole"))), name
 
 
 def test_a_schedule_that_depends_on_the_length_is_named(folder, capsys):
