@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from caftune.divergence import StopOnDivergence
-from caftune.errors import CaftuneError
+from caftune.resumption import ends_before, refuse_model_alone
 
 
 class StopOnSigterm(TrainerCallback):
@@ -74,20 +74,11 @@ class GoesOn(TrainerCallback):
 
     def _refuse_end_before(self, state: Any) -> None:
         if state.global_step > state.max_steps:
-            raise CaftuneError(
-                f"The training must not end before step {state.global_step}, which {self._checkpoint} has reached, got step "
-                f"{state.max_steps} (num_train_epochs, max_steps). Raise it, see `caftune export --checkpoint` for earlier "
-                f"checkpoints, or remove {self._checkpoint.parent} to train from the start."
-            )
+            raise ends_before(self._checkpoint, state.global_step, state.max_steps)
 
     def _refuse_model_alone(self, state: Any) -> None:
-        kept = ("optimizer*", "global_step*")  # the second is DeepSpeed's
-        if state.global_step < state.max_steps and not any(any(self._checkpoint.glob(name)) for name in kept):
-            raise CaftuneError(
-                f"{self._checkpoint} must hold an optimizer's state to go on from, and holds the model alone "
-                f"(save_only_model). Remove {self._checkpoint.parent} to train from the start, or see `caftune export "
-                "--checkpoint`."
-            )
+        if state.global_step < state.max_steps:
+            refuse_model_alone(self._checkpoint)
 
 
 def _remark(args: Any) -> str:

@@ -1,8 +1,13 @@
 """Which options may change while a run goes on: those that leave alone what it has learnt so far, and which rows come next."""
 
+import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from caftune.errors import CaftuneError
 
 # Cadence, output and speed: no step depends on them, up to rounding.
 _FREE = frozenset(
@@ -77,6 +82,38 @@ def set_aside_changes(kept: dict[str, Any], wanted: dict[str, Any], stage: str) 
         before, now = ((_section(identity, section)) for identity in (kept, wanted))
         changes.harmless.extend(_set_aside(before, now, {"keep", "merge"}, section))
     return changes
+
+
+def refuse_checkpoint(checkpoint: Path, options: Mapping[str, Any]) -> None:
+    """Raise CaftuneError where a checkpoint cannot go on to another length: before anything of its run is changed."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    step, epoch = state["global_step"], state.get("epoch")
+    end: float = options.get("max_steps", -1)
+    if end <= 0 and epoch:
+        end = math.ceil(options.get("num_train_epochs", 3.0) * step / epoch - 1e-6)  # 3: transformers' default
+    if 0 < end < step:
+        raise ends_before(checkpoint, step, int(end))
+    if not 0 < end <= step:
+        refuse_model_alone(checkpoint)
+
+
+def ends_before(checkpoint: Path, step: int, end: int) -> CaftuneError:
+    """The error of a training that is to end before its checkpoint."""
+    return CaftuneError(
+        f"The training must not end before step {step}, which {checkpoint} has reached, got step {end} (num_train_epochs, "
+        f"max_steps). Raise it, see `caftune export --checkpoint` for earlier checkpoints, or remove {checkpoint.parent} to "
+        "train from the start."
+    )
+
+
+def refuse_model_alone(checkpoint: Path) -> None:
+    """Raise CaftuneError where a checkpoint has no optimizer's state to go on from."""
+    kept = ("optimizer*", "global_step*")  # the second is DeepSpeed's
+    if not any(any(checkpoint.glob(name)) for name in kept):
+        raise CaftuneError(
+            f"{checkpoint} must hold an optimizer's state to go on from, and holds the model alone (save_only_model). Remove "
+            f"{checkpoint.parent} to train from the start, or see `caftune export --checkpoint`."
+        )
 
 
 def _section(identity: dict[str, Any], place: str) -> dict[str, Any]:

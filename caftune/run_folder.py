@@ -21,7 +21,7 @@ from caftune.opening import opening
 from caftune.readers import HubSource, data_commit, hub_source
 from caftune.recipe import Recipe, first_difference, parse_recipe, save_recipe
 from caftune.recipe_text import read_yaml
-from caftune.resumption import Changes, set_aside_changes
+from caftune.resumption import Changes, refuse_checkpoint, set_aside_changes
 
 _RESULTS = {"pretrain": "pretrain-heads"}  # names of results, where they are not those of the folders
 # `data.max_length: null` in a kept recipe. Where older versions wrote null, they meant what is `auto` today.
@@ -179,6 +179,8 @@ def _take_on(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None],
             f"{folder} must hold a checkpoint to go on from ({', '.join(changes.length)}), and holds none. Remove {folder} to "
             "train from the start."
         )
+    if changes.length:
+        refuse_checkpoint(Path(str(last_checkpoint(folder))), _options_of(recipe, stage))
     if not list(changes) or not is_main_process():
         return
     tqdm.write(f"Changed since {folder} was begun: {', '.join(changes)}.", file=sys.stderr)
@@ -190,6 +192,12 @@ def _take_on(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None],
     now = provenance()
     entry = {"changes": list(changes), **{key: now[key] for key in ("command", "time", "versions")}}
     write_json(path, {**made, "went_on": [*made.get("went_on", []), entry]})
+
+
+def _options_of(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The options of a stage that trains, of which heads are adapted for one epoch by default."""
+    options = getattr(recipe, "trainer" if stage == "train" else stage) or {}
+    return {"num_train_epochs": 1, **options} if stage == "adapt" else options
 
 
 def refuse_other_stage(

@@ -154,6 +154,16 @@ def test_a_run_cannot_end_before_where_it_is(folder):
     pipeline.finetune(run_of(folder, "short", num_train_epochs=2))
     with pytest.raises(CaftuneError, match=r"must not end before step 6, which .*checkpoint-6 has reached, got step 3"):
         pipeline.finetune(run_of(folder, "short", num_train_epochs=1))
+    with pytest.raises(CaftuneError, match=r"must not end before step 6, .* got step 5"):
+        pipeline.finetune(run_of(folder, "short", max_steps=5, num_train_epochs=2))
+    assert_as_it_was(run_of(folder, "short", num_train_epochs=2))
+
+
+def assert_as_it_was(recipe):
+    """A refused change has left the run as it was: finished, and of its recipe."""
+    assert is_done(recipe, "train")
+    assert not list(refuse_other_stage(recipe, "train", {"train": "data.jsonl", "eval": None}))
+    assert "went_on" not in json.loads(Path(recipe.output, "train/provenance.json").read_text())
 
 
 @pytest.mark.parametrize("lost", ["optimizer.pt", "*"])
@@ -168,6 +178,7 @@ def test_a_run_whose_optimizer_or_checkpoints_are_gone_cannot_go_on(folder, lost
     with pytest.raises(CaftuneError, match=r"must hold (an optimizer's state|a checkpoint) to go on from"):
         pipeline.finetune(run_of(folder, "short", max_steps=2))
     assert equal(before, weights(run_of(folder, "short")))
+    assert_as_it_was(run_of(folder, "short", max_steps=1))
 
 
 def test_an_export_needs_no_run_of_the_new_cadence_but_one_of_the_new_length(folder):
