@@ -95,6 +95,8 @@ def export_model(
         if "text_config" in published:
             _copy_processors(name, base_revision, Path(aside))
         clear_export(target, name)
+        if tokenizer is not None:
+            _clear_template(target, name)
         for file in sorted(Path(aside).iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(target / file.name)
     if native:
@@ -126,6 +128,12 @@ def clear_export(folder: Path, base_name: str) -> None:
         path.unlink()
 
 
+def _clear_template(folder: Path, base_name: str) -> None:
+    """Remove an earlier export's chat template, which a tokenizer that has none would be read with."""
+    if folder.resolve() != Path(base_name).resolve():
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+
+
 def _copy_processors(base_name: str, revision: str | None, folder: Path) -> None:
     """A base of several media has processors beside its tokenizer, without which it cannot be loaded as what it is."""
     for name in _PROCESSORS:
@@ -139,6 +147,7 @@ def copy_adapter(checkpoint: str | os.PathLike[str], folder: Path, tokenizer: An
         refuse_not_finite(load_file(weights), f"The weights of {checkpoint}", _NOTHING_WRITTEN)
     folder.mkdir(parents=True, exist_ok=True)
     clear_export(folder, base_name)
+    _clear_template(folder, base_name)
     for name in _ADAPTER:
         shutil.copy(Path(checkpoint, name), folder)
     tokenizer.save_pretrained(folder)

@@ -8,10 +8,11 @@ from families import config_of
 from models import VOCABULARY, build
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForConditionalGeneration
 
 from caftune.backbone import Backbone
 from caftune.checkpoint import base_fingerprint
+from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
 from caftune.export import clear_export, copy_adapter, export_model
 from caftune.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
@@ -309,3 +310,15 @@ def test_a_folder_with_the_name_of_an_exported_file_is_refused_before_anything_i
     with pytest.raises(CaftuneError, match=f"{name} must be a file of an earlier export or not exist, got a folder"):
         export_model(published(tmp_path), tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(["generation_config.json", name])
+
+
+def test_a_chat_template_of_an_earlier_export_is_gone_and_a_new_one_stays(tmp_path):
+    out, model, tokenizer = tmp_path / "out", published(tmp_path), AutoTokenizer.from_pretrained(BASE)
+    tokenizer.chat_template = "{{ messages }}"
+    export_model(model, out, tokenizer)
+    assert AutoTokenizer.from_pretrained(out).chat_template == "{{ messages }}"
+    tokenizer.chat_template = None
+    export_model(model, out)  # without a tokenizer its files are the user's
+    assert (out / "chat_template.jinja").is_file()
+    export_model(model, out, tokenizer)
+    assert AutoTokenizer.from_pretrained(out).chat_template is None
