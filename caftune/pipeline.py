@@ -90,7 +90,6 @@ from caftune.stage_options import (
     with_inherited_options,
 )
 from caftune.stage_rows import describe_head_source, head_rows, head_source, prepared_task_rows
-from caftune.stage_rows import task_rows as task_rows
 from caftune.trainer import CAFTTrainer
 from caftune.training_heads import merged_state, training_record
 

@@ -260,8 +260,12 @@ def other_heads(folder):
 def test_a_changed_recipe_is_refused_with_what_differs(copied, sections, stage, difference):
     shutil.copytree("heads", "copy-of-heads")
     before = contents(copied / "run")
-    with pytest.raises(CaftuneError, match=rf"run/{stage} holds the {stage} stage of another recipe \({difference}\)"):
-        pipeline.finetune(recipe_in(copied, **sections))
+    changed = recipe_in(copied, **sections)
+    with pytest.raises(CaftuneError, match=rf"run/train holds the train stage of another recipe \({difference}\)"):
+        pipeline.finetune(changed)
+    if stage == "adapt":
+        with pytest.raises(CaftuneError, match=rf"run/adapt holds the adapt stage of another recipe \({difference}\)"):
+            pipeline.adapt_heads(changed)
     assert contents(copied / "run") == before
 
 
@@ -273,8 +277,11 @@ def test_adaptation_of_other_heads_under_the_same_name_is_refused(copied):
 
 def test_adaptation_to_other_rows_under_the_same_name_is_refused(copied):
     write_rows(copied / "data.jsonl", seed=6)
-    with pytest.raises(CaftuneError, match=r"run/adapt holds .* of another recipe \(the contents of train changed\)"):
-        pipeline.finetune(recipe_in(copied))
+    for stage, run in (("train", pipeline.finetune), ("adapt", pipeline.adapt_heads)):
+        with pytest.raises(
+            CaftuneError, match=rf"run/{stage} holds .* of another recipe \(the contents of train changed\)"
+        ):
+            run(recipe_in(copied))
 
 
 def test_export_takes_a_run_with_adapted_heads(copied):

@@ -321,14 +321,6 @@ def test_the_sum_of_no_rows_is_zero_with_zero_gradients():
         assert not gradient.any()
 
 
-def test_the_sum_gives_its_gradients_once():
-    hidden, weight, _, targets = tensors()
-    loss, _ = summed_loss(hidden, Unembedding(weight), targets)
-    loss.backward(retain_graph=True)
-    with pytest.raises(TypeError):
-        loss.backward()
-
-
 def summed(name="all"):
     hidden, weight, targets, settings, leaves = both(name)
     return summed_loss(hidden, Unembedding(weight, **settings), targets)[0], leaves

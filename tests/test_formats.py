@@ -172,7 +172,8 @@ def write(folder, rows):
 
 
 def trainer_for(rows, folder, tokenizer, **options):
-    args = config(folder, aux_weight=0.0, **{"max_steps": 1, "max_length": 256, **options})
+    weight = None if options.get("pretrain_heads") else 0.0
+    args = config(folder, **{"aux_weight": weight, "max_steps": 1, "max_length": 256, **options})
     return CAFTTrainer(str(BASE), args, train_dataset=rows, processing_class=tokenizer)
 
 
@@ -328,7 +329,11 @@ def test_text_and_messages_are_not_mixed(tmp_path):
             {"assistant_only_loss": True},
             r"1 of 2 rows of the train data \(counted from 0: 1\) have no assistant turn",
         ),
-        (GOOD, {"completion_only_loss": True}, "completion_only_loss must not be set where rows have no completion"),
+        (
+            GOOD,
+            {"completion_only_loss": True, "pretrain_heads": True},
+            "completion_only_loss must not be set where rows have no completion",
+        ),
     ],
 )
 def test_conversations_without_the_part_to_train_on_are_refused(row, options, message, tokenizer, tmp_path):
@@ -363,4 +368,11 @@ def test_images_are_refused_by_the_trainer_too(tokenizer, tmp_path):
 
 def test_wrapped_packing_is_refused_with_the_reason(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="got 'wrapped', which cuts documents without marking where"):
-        trainer_for(Dataset.from_list([GOOD]), tmp_path, tokenizer, packing=True, packing_strategy="wrapped")
+        trainer_for(
+            Dataset.from_list([GOOD]),
+            tmp_path,
+            tokenizer,
+            packing=True,
+            packing_strategy="wrapped",
+            pretrain_heads=True,
+        )

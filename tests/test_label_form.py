@@ -130,7 +130,7 @@ def test_heads_are_pretrained_on_labels_in_the_recipes_form(given, made, wanted,
     recipe = given.recipe.model_copy(update={"labels": given.recipe.labels.model_copy(update={"chat": wanted})})
     args = stage_one_config(recipe, tmp_path / "pretrain")
     if is_same:
-        rows, _ = head_rows(recipe, args)
+        rows = head_rows(recipe, args).train
         assert describe_head_source(recipe, rows)["in_conversation"] is (made is not False)
     else:
         with pytest.raises(CaftuneError, match=r"was made with another recipe \(labels.chat"):
@@ -142,6 +142,8 @@ def test_labels_of_before_there_was_the_option_were_given_as_text(given, templat
     given([{"prompt": f"{number}?"} for number in range(12)], template=template, chat=None)
     file = tmp_path / "run" / "labels" / "recipe.yaml"
     file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if "chat:" not in line))
+    results = tmp_path / "run" / "results.jsonl"
+    results.write_text("".join(json.dumps({**json.loads(line), "chat": None}) + "\n" for line in results.open()))
     args = stage_one_config(given.recipe, tmp_path / "pretrain")
     if is_same:
         head_rows(given.recipe, args)

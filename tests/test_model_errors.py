@@ -338,10 +338,10 @@ def test_the_systems_errors_are_told_with_path_and_remedy(tmp_path):
 def test_an_error_of_a_library_keeps_its_traceback_on_the_command_line(folder, heads, monkeypatch):
     from caftune import pipeline
 
-    def fails(*_):
+    def fails(*_, **__):
         raise ValueError("not enough values to unpack")
 
-    monkeypatch.setattr(pipeline, "task_rows", fails)
+    monkeypatch.setattr(pipeline, "prepared_task_rows", fails)
     ran, _ = run(folder, "train", str(BASE), heads)
     assert isinstance(ran.exception, ValueError)
     assert Path(ran.exception.__traceback__.tb_frame.f_code.co_filename).exists()

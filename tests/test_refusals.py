@@ -75,13 +75,15 @@ def test_horizons_beyond_the_context_are_refused(tmp_path):
         trainer(tmp_path, pretrain_heads=True, num_heads=32)
 
 
-def test_the_start_of_rows_counts_with_packing_for_that_is_what_is_packed(tmp_path):
+def test_the_start_of_rows_counts_with_packing_for_that_is_what_is_packed(tmp_path, caplog):
     long = {"prompt": "Name: " + "methyl" * 40 + "\nSMILES:", "completion": " C"}
     rows = Dataset.from_list([ROWS[0], long])
     options = {"truncation_mode": "keep_end", "pretrain_heads": True, "max_length": 64}
+    lost = "1 of 2 rows of the train data (counted from 0: 1) have no token to train on"
     trainer(tmp_path / "padded", rows=rows, **options)
-    with pytest.raises(ValueError, match=r"1 of 2 rows of the train data \(counted from 0: 1\)"):
-        trainer(tmp_path / "packed", rows=rows, packing=True, **options)
+    assert lost not in caplog.text
+    trainer(tmp_path / "packed", rows=rows, packing=True, **options)
+    assert lost in caplog.text
 
 
 def test_the_end_that_rows_lose_is_named(tmp_path, caplog):
