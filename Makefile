@@ -8,7 +8,8 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,report,qlora,test,check]"
 	touch $@
 
-.PHONY: demo test check
+.PHONY: demo test check versions
+VERSIONED := tests/test_trainer.py tests/test_stage_one.py tests/test_recipe.py
 demo: .venv/ready
 	$(BIN)/caftune demo
 
@@ -20,3 +21,14 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The trainer's tests once more, with the oldest and with the newest versions of the libraries around it. Each set has an
+# environment that finds in .venv what it does not name, torch above all.
+versions: .venv/ready
+	for set in oldest newest; do \
+	  $(PYTHON) -m venv --clear build/$$set && \
+	  site=$$(build/$$set/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	  $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$site/venv.pth && \
+	  build/$$set/bin/pip install --quiet --disable-pip-version-check -r constraints/$$set.txt && \
+	  build/$$set/bin/python -m pytest $(VERSIONED) || exit 1; \
+	done
