@@ -6,7 +6,7 @@ same whatever follows, and the white space beyond (the `gap`) is the beginning o
 all the same ("New Yo" and "rk") is tokenized apart in training, as it is in generation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -43,9 +43,16 @@ class PairTokens:
 
 def split_prompt(prompt: str, tokenizer: Any) -> PromptText:
     """The prompt up to where its answer begins. An empty one is BOS alone (EOS, where the tokenizer has no BOS)."""
-    text = without_second_bos(prompt, tokenizer)
-    end = _end(text, tokenizer)
-    return PromptText(text[:end], text[end:], encode(text[:end], tokenizer) or [_start(tokenizer)])
+    return split_prompts([prompt], tokenizer)[0]
+
+
+def split_prompts(prompts: Sequence[str], tokenizer: Any) -> list[PromptText]:
+    """As `split_prompt`, of many at a time: calling a tokenizer takes longer than a short text does."""
+    texts = [without_second_bos(prompt, tokenizer) for prompt in prompts]
+    ends = _ends(texts, tokenizer)
+    tokens = encode_all([text[:end] for text, end in zip(texts, ends, strict=True)], tokenizer)
+    found = zip(texts, ends, tokens, strict=True)
+    return [PromptText(text[:end], text[end:], ids or [_start(tokenizer)]) for text, end, ids in found]
 
 
 def tokenize_pair(prompt: str, completion: str, tokenizer: Any) -> PairTokens:
@@ -54,11 +61,23 @@ def tokenize_pair(prompt: str, completion: str, tokenizer: Any) -> PairTokens:
     Raises:
         CaftuneError: the tokenizer has no tokens for this completion behind this prompt.
     """
-    before = split_prompt(prompt, tokenizer)
-    answer = before.gap + (completion if prompt else without_second_bos(completion, tokenizer))
+    return next(tokenize_pairs([prompt], [completion], tokenizer))
+
+
+def tokenize_pairs(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> Iterator[PairTokens]:
+    """As `tokenize_pair`, of many at a time, in their order."""
+    befores = split_prompts(prompts, tokenizer)
     end = tokenizer.eos_token or ""
-    answer += "" if answer.endswith(end) else end
-    whole = encode(before.text + answer, tokenizer)
+    answers = []
+    for prompt, completion, before in zip(prompts, completions, befores, strict=True):
+        answer = before.gap + (completion if prompt else without_second_bos(completion, tokenizer))
+        answers.append(answer if answer.endswith(end) else answer + end)
+    wholes = encode_all([before.text + answer for before, answer in zip(befores, answers, strict=True)], tokenizer)
+    for before, answer, whole in zip(befores, answers, wholes, strict=True):
+        yield _pair(before, answer, whole, tokenizer)
+
+
+def _pair(before: PromptText, answer: str, whole: list[int], tokenizer: Any) -> PairTokens:
     if not before.text and whole[:1] != before.ids:  # the first token of an answer needs one to be predicted from
         return PairTokens(before.ids + whole, 1, apart=False)
     if whole[: len(before.ids)] == before.ids:
@@ -66,11 +85,15 @@ def tokenize_pair(prompt: str, completion: str, tokenizer: Any) -> PairTokens:
     return PairTokens(before.ids + _follow(before.ids, answer, whole, tokenizer), len(before.ids), apart=True)
 
 
-def encode(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text that may go on: not closed by an EOS that the tokenizer adds, and with no second BOS."""
-    ids = list(tokenizer(without_second_bos(text, tokenizer))["input_ids"])
-    is_closed = bool(ids) and ids[-1] == tokenizer.eos_token_id
-    return ids[:-1] if is_closed and tokenizer("a")["input_ids"][-1:] == ids[-1:] else ids
+def encode_all(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """The tokens of texts that may go on: not closed by an EOS that the tokenizer adds, and with no second BOS."""
+    if not texts:
+        return []
+    found = [list(ids) for ids in tokenizer([without_second_bos(text, tokenizer) for text in texts])["input_ids"]]
+    end = [tokenizer.eos_token_id]
+    if any(ids[-1:] == end for ids in found) and tokenizer("a")["input_ids"][-1:] == end:
+        return [ids[:-1] if ids[-1:] == end else ids for ids in found]
+    return found
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -119,16 +142,32 @@ def _added_tokens(tokenizer: Any) -> dict[int, str]:
     return found
 
 
-def _end(text: str, tokenizer: Any) -> int:
-    """Where the prompt ends: the last of these places with the same tokens in front of every kind of answer."""
-    *places, last = dict.fromkeys((len(text), len(text.rstrip(" \t")), len(text.rstrip())))
-    start = max(0, last - _TAIL)
-    for place in places:
-        texts = [text[start:place], *(text[start:] + answer for answer in _ANSWERS)]
-        ids, *wholes = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        if all(whole[: len(ids)] == ids for whole in wholes):
-            return place
-    return last
+def _ends(texts: Sequence[str], tokenizer: Any) -> list[int]:
+    """Where each prompt ends: the last of its places with the same tokens in front of every kind of answer."""
+    places = [list(dict.fromkeys((len(text), len(text.rstrip(" \t")), len(text.rstrip())))) for text in texts]
+    ends = [last for *_, last in places]
+    open_rows = list(range(len(texts)))
+    for turn in range(2):
+        open_rows = [row for row in open_rows if turn < len(places[row]) - 1]  # the last place needs no look
+        kept = _keep_tokens([(texts[row], places[row][turn]) for row in open_rows], tokenizer)
+        for row, is_kept in zip(open_rows, kept, strict=True):
+            if is_kept:
+                ends[row] = places[row][turn]
+        open_rows = [row for row, is_kept in zip(open_rows, kept, strict=True) if not is_kept]
+    return ends
+
+
+def _keep_tokens(places: Sequence[tuple[str, int]], tokenizer: Any) -> list[bool]:
+    """Whether the tokens of each text up to a place stay the same whatever kind of answer follows the text."""
+    tails = []
+    for text, place in places:
+        start = max(0, len(text.rstrip()) - _TAIL)
+        tails += [text[start:place], *(text[start:] + answer for answer in _ANSWERS)]
+    if not tails:
+        return []
+    every, width = tokenizer(tails, add_special_tokens=False)["input_ids"], 1 + len(_ANSWERS)
+    groups = [every[i : i + width] for i in range(0, len(every), width)]
+    return [all(whole[: len(ids)] == ids for whole in wholes) for ids, *wholes in groups]
 
 
 def _follow(ids: list[int], answer: str, whole: list[int], tokenizer: Any) -> list[int]:

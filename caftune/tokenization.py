@@ -14,7 +14,7 @@ from datasets.fingerprint import generate_random_fingerprint
 from transformers import AddedToken, AutoTokenizer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from caftune.boundary import has_second_bos, tokenize_pair, without_second_bos
+from caftune.boundary import PairTokens, has_second_bos, tokenize_pairs, without_second_bos
 from caftune.config import CAFTConfig
 from caftune.errors import CaftuneError
 from caftune.opening import opening_tokenizer
@@ -118,13 +118,18 @@ def pair_tokens(dataset: Dataset, tokenizer: Any, name: str) -> Dataset:
         CaftuneError: a row whose prompt and completion cannot be tokenized apart.
     """
 
-    def tokens(row: dict[str, Any], number: int) -> dict[str, Any]:
+    def tokens(rows: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+        found: list[PairTokens] = []
         try:
-            found = tokenize_pair(row["prompt"], row["completion"], tokenizer)
+            found.extend(tokenize_pairs(rows["prompt"], rows["completion"], tokenizer))
         except CaftuneError as error:
-            raise CaftuneError(f"Row {number} (from 0) of the {name} data: {error}") from error
-        mask = [int(place >= found.prompt) for place in range(len(found.ids))]
-        return {"input_ids": found.ids, "completion_mask": mask, "apart": found.apart}
+            raise CaftuneError(f"Row {numbers[len(found)]} (from 0) of the {name} data: {error}") from error
+        masks = [[int(place >= pair.prompt) for place in range(len(pair.ids))] for pair in found]
+        return {
+            "input_ids": [pair.ids for pair in found],
+            "completion_mask": masks,
+            "apart": [pair.apart for pair in found],
+        }
 
     features = Features(
         {"input_ids": List(Value("int64")), "completion_mask": List(Value("int64")), "apart": Value("bool")}
@@ -132,6 +137,7 @@ def pair_tokens(dataset: Dataset, tokenizer: Any, name: str) -> Dataset:
     made = dataset.map(
         tokens,
         with_indices=True,
+        batched=True,
         remove_columns=dataset.column_names,
         features=features,
         new_fingerprint=generate_random_fingerprint(),  # hashing a tokenizer takes seconds, and nothing is looked up by it

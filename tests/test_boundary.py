@@ -8,7 +8,7 @@ from tokenizer_kinds import BUILT, REAL, built, save_base, tokenizer_of, with_ca
 from transformers import LlamaForCausalLM
 
 from caftune import evaluation, pipeline
-from caftune.boundary import encode, plain_text, split_prompt, tokenize_pair
+from caftune.boundary import encode_all, plain_text, split_prompt, tokenize_pair
 from caftune.evals import code
 from caftune.evals.tasks import TASKS
 from caftune.generation import Answer
@@ -231,7 +231,7 @@ def test_where_nothing_is_joined_a_row_has_the_tokens_of_its_text(kind, kind_of)
     tokenizer = kind_of(kind)
     row = tokenize_pair("Ask:", "\tsun", tokenizer)
     assert not row.apart
-    assert row.ids == encode("Ask:\tsun</s>", tokenizer)
+    assert row.ids == encode_all(["Ask:\tsun</s>"], tokenizer)[0]
 
 
 def test_line_breaks_stay_with_the_mark_that_a_tokenizer_joins_them_to(kind_of):
