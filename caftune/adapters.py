@@ -8,18 +8,18 @@ from torch import Tensor, nn
 _CHECKPOINTED = "_checkpoint_wrapped_module."
 
 
-def original(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """`module`, or what it was before PEFT wrapped it (in a LoRA, or as a trained copy)."""
     name = _inner_name(module)
-    return module if name is None else original(module.get_submodule(name))
+    return module if name is None else unwrapped(module.get_submodule(name))
 
 
 def strip_adapters(module: nn.Module) -> nn.Module:
     """Put the original layers back in the place of PEFT's, and return the module."""
-    module = original(module)
+    module = unwrapped(module)
     for name, part in list(module.named_modules()):
         if _inner_name(part) is not None:
-            module.set_submodule(name, original(part))
+            module.set_submodule(name, unwrapped(part))
     return module
 
 

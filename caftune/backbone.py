@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from caftune.attempts import attempt
 from caftune.calls import LayerCall
 from caftune.cross_entropy import Unembedding
 from caftune.errors import CaftuneError
+from caftune.probes import try_call
 from caftune.rows import Mixer, choose_mixer
 
 _PROBE_TOKENS = 8
@@ -285,7 +285,7 @@ def _as_flash_attention_needs(model: Any) -> Iterator[None]:
 
 
 def _runs(model: Any) -> bool:
-    return attempt(lambda: model(input_ids=probe(model), use_cache=False)) is not None
+    return try_call(lambda: model(input_ids=probe(model), use_cache=False)) is not None
 
 
 def _refuse_rescaling(model: Any) -> None:
@@ -306,7 +306,7 @@ def probe(model: Any) -> Tensor:
 
 def _repeats(compute: Callable[[], Tensor], expected: Tensor, is_same: Callable[[Tensor, Tensor], bool]) -> bool:
     """Whether `compute` runs at all (the parts of an unknown model may ask for more arguments) and gives `expected`."""
-    found = attempt(compute)
+    found = try_call(compute)
     return found is not None and found.shape == expected.shape and is_same(found, expected)
 
 

@@ -50,25 +50,25 @@ def refilled_batches(
     choose = _choice(config, seeds)
     ends = set(config.eos_token_id or ())
     waiting = deque(sorted(range(len(prompts)), key=lambda index: len(prompts[index])))
-    running: _Rows | None = None
+    running: _RunningBatch | None = None
     while waiting or running:
         free = batch_size - (len(running.indices) if running else 0)
         if waiting and (running is None or free * _REFILLED_SHARE >= batch_size):
             group = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-            read = _Rows.read(model, group, [prompts[index] for index in group], choose)
+            read = _RunningBatch.prefill(model, group, [prompts[index] for index in group], choose)
             running = running.joined(read) if running else read
         elif running:
-            running.write(model, choose)
+            running.decode_step(model, choose)
         assert running is not None
         is_over = [tokens[-1] in ends or len(tokens) >= (config.max_new_tokens or 0) for tokens in running.tokens]
         if any(is_over):
             ended = [(running.indices[row], running.tokens[row]) for row, over in enumerate(is_over) if over]
-            running = running.kept([row for row, over in enumerate(is_over) if not over])
+            running = running.select([row for row, over in enumerate(is_over) if not over])
             yield from ended
 
 
 @dataclass
-class _Rows:
+class _RunningBatch:
     """Answers under way: their prompts' numbers, what each has written, and what the model remembers of them."""
 
     indices: list[int]
@@ -77,7 +77,7 @@ class _Rows:
     cache: Any  # a DynamicCache
 
     @classmethod
-    def read(cls, model: Any, indices: list[int], prompts: list[list[int]], choose: Choice) -> "_Rows":
+    def prefill(cls, model: Any, indices: list[int], prompts: list[list[int]], choose: Choice) -> "_RunningBatch":
         """Read prompts, and write the first token behind each."""
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
@@ -88,7 +88,7 @@ class _Rows:
         logits = _logits(model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
         return cls(indices, [[token] for token in choose(logits, indices)], mask, cache)
 
-    def write(self, model: Any, choose: Choice) -> None:
+    def decode_step(self, model: Any, choose: Choice) -> None:
         """Write a token more of every answer."""
         ids = torch.tensor([tokens[-1:] for tokens in self.tokens], device=model.device)
         self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
@@ -96,16 +96,16 @@ class _Rows:
         for tokens, token in zip(self.tokens, choose(logits, self.indices), strict=True):
             tokens.append(token)
 
-    def joined(self, others: "_Rows") -> "_Rows":
+    def joined(self, others: "_RunningBatch") -> "_RunningBatch":
         """These rows and others. The shorter cache gets columns on its left that no row looks at."""
         columns = max(self.mask.shape[1], others.mask.shape[1])
         masks = [padded(rows.mask, (columns - rows.mask.shape[1], 0)) for rows in (self, others)]
         for own, other in zip(self.cache.layers, others.cache.layers, strict=True):
             own.keys, own.values = (_stacked(*pair) for pair in ((own.keys, other.keys), (own.values, other.values)))
             _set_length(own, columns)
-        return _Rows(self.indices + others.indices, self.tokens + others.tokens, torch.cat(masks), self.cache)
+        return _RunningBatch(self.indices + others.indices, self.tokens + others.tokens, torch.cat(masks), self.cache)
 
-    def kept(self, rows: list[int]) -> "_Rows | None":
+    def select(self, rows: list[int]) -> "_RunningBatch | None":
         """Some of these rows, without the columns that none of them looks at; None for none."""
         if not rows:
             return None
@@ -117,7 +117,7 @@ class _Rows:
             held = min(columns, layer.keys.shape[-2])
             layer.keys, layer.values = layer.keys[..., -held:, :], layer.values[..., -held:, :]
             _set_length(layer, columns)
-        return _Rows(
+        return _RunningBatch(
             [self.indices[row] for row in rows], [self.tokens[row] for row in rows], mask[:, -columns:], self.cache
         )
 

@@ -59,7 +59,7 @@ def load_rows(
     rows = _first_rows(source, limit)
     if columns:
         first = next(rows)
-        _refuse_other_columns(columns, first, source)
+        _check_columns(columns, first, source)
         rows = (_named(row, columns) for row in chain([first], rows))
     formed = (
         row if _is_plain(row) else _in_form(row, f"{source}, row {number} (from 0)", chat=chat)
@@ -87,7 +87,7 @@ def _first_rows(source: str, limit: int | None) -> Iterator[dict[str, Any]]:
     return chain([first], rows)
 
 
-def _refuse_other_columns(columns: Mapping[str, str], row: Mapping[str, Any], source: str) -> None:
+def _check_columns(columns: Mapping[str, str], row: Mapping[str, Any], source: str) -> None:
     unknown = next((name for name in columns if name not in _NAMES), None)
     if unknown is not None:
         near = get_close_matches(unknown, _NAMES, n=1)
@@ -161,7 +161,7 @@ def _form(row: Mapping[str, Any]) -> dict[str, bool]:
     return {name: isinstance(value, list) for name, value in row.items() if name not in _EXTRAS}
 
 
-def _is_there(value: Any) -> bool:
+def _is_given(value: Any) -> bool:
     """Whether a value that may be left out is there: 0 and false are."""
     return value is not None and value not in ("", [], {})
 
@@ -192,7 +192,7 @@ def _short(value: Any) -> str:
 
 def _with_system(row: dict[str, Any], system: Any, place: str) -> dict[str, Any]:
     """A row with the system message that stands in a column of its own."""
-    if not _is_there(system):
+    if not _is_given(system):
         return row
     if not isinstance(system, str):
         raise CaftuneError(f"{place}: system must be text, got {_short(system)}. Write it in quotes.")
@@ -236,11 +236,11 @@ def _extras(row: Mapping[str, Any], place: str) -> dict[str, Any]:
         raise CaftuneError(f"{place}: tools must be a list of JSON schemas, got {_short(tools)}. Fix the row.")
     if not isinstance(options, dict):
         raise CaftuneError(f"{place}: chat_template_kwargs must be an object, got {_short(options)}. Fix the row.")
-    _refuse_what_json_lacks(found, place)
+    _refuse_non_json(found, place)
     return found
 
 
-def _refuse_what_json_lacks(value: Any, place: str) -> None:
+def _refuse_non_json(value: Any, place: str) -> None:
     """Refuse NaN, dates and bytes within messages and tools: a template would write Python's words for them."""
     try:
         json.dumps(value, allow_nan=False)
@@ -253,7 +253,7 @@ def _refuse_what_json_lacks(value: Any, place: str) -> None:
 def _refuse_media(row: Mapping[str, Any], place: str) -> None:
     if _MEDIA.isdisjoint(row):
         return
-    media = [name for name in row if name in _MEDIA and _is_there(row[name])]
+    media = [name for name in row if name in _MEDIA and _is_given(row[name])]
     if media:
         raise CaftuneError(f"{place} has {media[0]}, and caftune trains on text alone. Remove the row, or the column.")
 
@@ -263,14 +263,14 @@ def _texts(values: dict[str, Any], place: str) -> dict[str, Any]:
     if all(isinstance(value, str) for value in values.values()):
         return values
     for name, value in values.items():
-        _refuse_no_text(value, name, place, or_messages=name != "text")
+        _refuse_non_text(value, name, place, or_messages=name != "text")
     found = {n: _conversation(v, n, place) if isinstance(v, list) else v for n, v in values.items()}
     if len({type(value) for value in values.values()}) > 1:
         raise CaftuneError(f"{place}: {' and '.join(values)} must both be text or both messages. Mend the row.")
     return found
 
 
-def _refuse_no_text(value: Any, name: str, place: str, *, or_messages: bool = False) -> None:
+def _refuse_non_text(value: Any, name: str, place: str, *, or_messages: bool = False) -> None:
     if value is None:
         raise CaftuneError(f"{place}: {name} is missing. Mend or remove the row.")
     if isinstance(value, str) or (or_messages and isinstance(value, list) and _are_messages(value)):
@@ -294,7 +294,7 @@ def _conversation(turns: Any, name: str, place: str) -> list[dict[str, Any]]:
         raise CaftuneError(f"{place}: {name} must be a list of messages, got {_short(turns)}. Mend or remove the row.")
     found = [_turn(turn, name, place) for turn in turns]
     if not all(isinstance(value, str) for turn in found for value in turn.values()):
-        _refuse_what_json_lacks(found, place)
+        _refuse_non_json(found, place)
     return found
 
 
@@ -308,7 +308,7 @@ def _turn(turn: Any, name: str, place: str) -> dict[str, Any]:
     if isinstance(found.get("function_call"), dict):  # OpenAI's form before there were tool_calls
         found["function_call"] = _with_arguments(found["function_call"], name, place)
     says_more = role == "assistant" and any(
-        _is_there(found[key]) for key in found if key not in ("role", "name", "content")
+        _is_given(found[key]) for key in found if key not in ("role", "name", "content")
     )
     if found.get("content") is None and not says_more:
         raise CaftuneError(
@@ -389,11 +389,11 @@ def _message(turn: Any, place: str) -> Any:
 
 
 def _from_alpaca(row: Mapping[str, Any], place: str, *, chat: bool) -> dict[str, Any]:
-    instruction, answer = row["instruction"], _first_there(row, "output", "response")  # as Dolly calls it
-    if _is_there(row.get("history")):
+    instruction, answer = row["instruction"], _first_given(row, "output", "response")  # as Dolly calls it
+    if _is_given(row.get("history")):
         raise CaftuneError(f"{place} has a history, which would be left out. Write its turns as messages.")
-    _refuse_no_text(instruction, "instruction", place)
-    _refuse_no_text(answer, "output", place)
+    _refuse_non_text(instruction, "instruction", place)
+    _refuse_non_text(answer, "output", place)
     more = _input(row, place)
     prompt = instruction if more is None else f"{instruction}\n\n{more}"
     if chat:
@@ -401,13 +401,13 @@ def _from_alpaca(row: Mapping[str, Any], place: str, *, chat: bool) -> dict[str,
     return {"prompt": f"{prompt}\n\n", "completion": answer}
 
 
-def _first_there(row: Mapping[str, Any], *names: str) -> Any:
+def _first_given(row: Mapping[str, Any], *names: str) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def _input(row: Mapping[str, Any], place: str) -> str | None:
     """What an instruction is about, None for nothing. Numbers and truth values are written as JSON writes them."""
-    given = [(name, row[name]) for name in ("input", "context") if _is_there(row.get(name))]
+    given = [(name, row[name]) for name in ("input", "context") if _is_given(row.get(name))]
     if len(given) > 1:
         raise CaftuneError(
             f"{place} has an input and a context, and one would be left out. Name it in data.columns, as {{input: context}}."
@@ -417,5 +417,5 @@ def _input(row: Mapping[str, Any], place: str) -> str | None:
         return value
     if not isinstance(value, bool | int | float):
         raise CaftuneError(f"{place}: {name} must be text, got {_short(value)}. Write it as one text.")
-    _refuse_what_json_lacks(value, f"{place}: {name}")
+    _refuse_non_json(value, f"{place}: {name}")
     return json.dumps(value)

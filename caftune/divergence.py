@@ -15,9 +15,11 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from caftune.errors import CaftuneError
-from caftune.finite import in_short, not_finite, refuse_not_finite
+from caftune.finite import first_and_count, not_finite, refuse_not_finite
 
-_MANY = 20  # steps without a finite loss after which a training whose weights are finite has diverged, too
+_MAX_NOT_FINITE_STEPS = (
+    20  # steps without a finite loss after which a training whose weights are finite has diverged, too
+)
 
 
 class DivergedError(CaftuneError):
@@ -55,14 +57,14 @@ class StopOnDivergence(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Look before anything is logged, evaluated, saved or ended."""
         if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
-            self._look(state)
+            self._check(state)
 
     on_epoch_end = on_step_end
 
-    def _look(self, state: Any) -> None:
+    def _check(self, state: Any) -> None:
         odd = not_finite(self._weights(trained=True))
         since, broken = self._of_all_processes(self._trainer.loss_watch.since, bool(odd))
-        many = state.global_step - since + 1 >= min(_MANY, state.max_steps)
+        many = state.global_step - since + 1 >= min(_MAX_NOT_FINITE_STEPS, state.max_steps)
         if broken or (since and many):
             raise DivergedError(self._explain(state, since, odd), since or state.global_step)
         if since and since != self._warned and state.is_world_process_zero:
@@ -83,7 +85,7 @@ class StopOnDivergence(TrainerCallback):
     def _explain(self, state: Any, since: int, odd: list[str]) -> str:
         folder = self._trainer.args.output_dir
         where = f"from step {since} on" if since else f"in the weights after step {state.global_step}"
-        named = f" ({in_short(odd)})" if odd else ""
+        named = f" ({first_and_count(odd)})" if odd else ""
         return (
             f"The training diverged: losses and weights must be finite numbers, got NaN or inf {where}, of {state.max_steps}"
             f"{named}. Nothing was exported, and checkpoints of steps before are as they were. Lower learning_rate, lengthen "

@@ -31,7 +31,7 @@ from caftune.evals.tasks import TASKS
 from caftune.evals.thought import split_thought
 from caftune.generation import Sampling
 from caftune.labels import AnswerCache, generate_labels
-from caftune.prompts import Conversation, is_chat, note_second_bos
+from caftune.prompts import Conversation, is_chat, report_second_bos
 from caftune.recipe import Recipe
 from caftune.run_folder import record, with_commit
 from caftune.stage_options import (
@@ -71,15 +71,15 @@ def evaluate(recipe: Recipe) -> list[Result]:
     """
     recipe = with_commit(recipe)
     name, tasks = _model_of(recipe), read_tasks(recipe)
-    queried = _Queried(recipe, name)
-    recipe = with_form(recipe, queried.tokenizer)
+    evaluated = _EvaluatedModel(recipe, name)
+    recipe = with_form(recipe, evaluated.tokenizer)
     try:
-        return [_evaluate(recipe, queried, task, examples) for task, examples in tasks]
+        return [_evaluate(recipe, evaluated, task, examples) for task, examples in tasks]
     finally:
-        queried.let_go()
+        evaluated.free()
 
 
-class _Queried:
+class _EvaluatedModel:
     """The model of an evaluation, for all its tasks: each part is made when it is first needed, and once."""
 
     def __init__(self, recipe: Recipe, name: str) -> None:
@@ -107,7 +107,7 @@ class _Queried:
         """Its answers on disk: the weights are hashed and the file is read once for all tasks and runs."""
         return self._answers.drawn(sampling, seed=seed)
 
-    def let_go(self) -> None:
+    def free(self) -> None:
         """Free the memory that the model takes."""
         self.loaded.clear()
         free_memory()
@@ -222,27 +222,29 @@ def _examples(recipe: Recipe, task: Task) -> list[Example]:
     return examples
 
 
-def _evaluate(recipe: Recipe, queried: _Queried, task: Task, examples: Sequence[Example]) -> Result:
-    lines = _ask_all(recipe, queried, task, examples)
+def _evaluate(recipe: Recipe, evaluated: _EvaluatedModel, task: Task, examples: Sequence[Example]) -> Result:
+    lines = _answer_all(recipe, evaluated, task, examples)
     if task is PROTEINS and recipe.eval.structures is not None:
-        queried.let_go()  # the folding model needs its memory
+        evaluated.free()  # the folding model needs its memory
         lines = with_structures(lines, recipe.eval.structures)
-    label = label_of(recipe, queried.name)
+    label = label_of(recipe, evaluated.name)
     _write(Path(recipe.output, "eval", label, f"{task.name}.jsonl"), lines)
     result = summarise(task, label, lines)
     record(recipe, {"stage": f"eval {label} {task.name}", **asdict(result)})
     return result
 
 
-def _ask_all(recipe: Recipe, queried: _Queried, task: Task, examples: Sequence[Example]) -> list[dict[str, Any]]:
+def _answer_all(
+    recipe: Recipe, evaluated: _EvaluatedModel, task: Task, examples: Sequence[Example]
+) -> list[dict[str, Any]]:
     """The lines of TASK.jsonl: every example asked and scored in every run."""
-    section, tokenizer, name = recipe.eval, queried.tokenizer, queried.name
-    talks = dict(enumerate(_ask(example, chat=bool(section.chat)) for example in examples))
+    section, tokenizer, name = recipe.eval, evaluated.tokenizer, evaluated.name
+    talks = dict(enumerate(_conversation_of(example, chat=bool(section.chat)) for example in examples))
     sampling = Sampling(
         section.max_new_tokens or task.max_new_tokens, section.temperature, section.top_p, section.top_k
     )
     prompts = {number: talk.prompt(0, [], tokenizer) for number, talk in talks.items()}
-    room = queried.context - sampling.max_new_tokens - (section.backend == "server")
+    room = evaluated.context - sampling.max_new_tokens - (section.backend == "server")
     long = [number for number, prompt in prompts.items() if len(prompt.ids) > room]
     if long:
         raise CaftuneError(
@@ -250,13 +252,13 @@ def _ask_all(recipe: Recipe, queried: _Queried, task: Task, examples: Sequence[E
             f"{sampling.max_new_tokens} tokens in the model's context. Lower eval.max_new_tokens, or use a model with more."
         )
     opened = functools.cache(
-        lambda: answer_backend(recipe, section, tokenizer, sampling, name=name, loaded=queried.loaded)
+        lambda: answer_backend(recipe, section, tokenizer, sampling, name=name, loaded=evaluated.loaded)
     )
     ends = stop_tokens(recipe, tokenizer, name)
-    note_second_bos([talk.text for talk in talks.values()], tokenizer, f"eval.data.{task.name}")
+    report_second_bos([talk.text for talk in talks.values()], tokenizer, f"eval.data.{task.name}")
     lines: list[dict[str, Any]] = []
     for run, seed in enumerate(range(recipe.seed, recipe.seed + section.runs)):
-        found = generate_labels(talks, tokenizer, queried.answers(sampling, seed), opened, room=room, ends=ends)
+        found = generate_labels(talks, tokenizer, evaluated.answers(sampling, seed), opened, room=room, ends=ends)
         _refuse_failures(task, examples, found.failures)
         for label in found.labels:
             example, gap = examples[label.row], prompts[label.row].gap
@@ -279,7 +281,7 @@ def with_structures(lines: Sequence[Mapping[str, Any]], folder_or_hub_id: str) -
     return [{**line, "scores": {**line["scores"], **m}} for line, m in zip(lines, measured, strict=True)]
 
 
-def _ask(example: Example, *, chat: bool) -> Conversation:
+def _conversation_of(example: Example, *, chat: bool) -> Conversation:
     if chat:
         return Conversation(messages=[{"role": "user", "content": example.prompt}], place=example.id)
     return Conversation(text=example.prompt)

@@ -32,7 +32,7 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], what: str, remedy: str) -> 
     """Raise CaftuneError that names `what` and the first tensor where one is not finite."""
     odd = not_finite(tensors)
     if odd:
-        raise CaftuneError(f"{what} must hold finite numbers, got NaN or inf in {in_short(odd)}. {remedy}")
+        raise CaftuneError(f"{what} must hold finite numbers, got NaN or inf in {first_and_count(odd)}. {remedy}")
 
 
 def nan_logits(model: Any) -> CaftuneError:
@@ -43,7 +43,7 @@ def nan_logits(model: Any) -> CaftuneError:
     )
 
 
-def in_short(names: list[str]) -> str:
+def first_and_count(names: list[str]) -> str:
     """The first of some names, and how many more there are."""
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 

@@ -162,7 +162,7 @@ def generate_labels(
         name = "labels" if turn == 0 else f"labels, turn {turn + 1}"
         total = len(set(keys.values()))
         with answers_progress(total, total - len(todo), name) as progress:
-            failed = _ask(todo, cache, opened[0], progress) if todo else {}
+            failed = _generate(todo, cache, opened[0], progress) if todo else {}
         failures |= {row: failed[key] for row, key in keys.items() if key in failed}
         for row, prompt in fitting.items():
             answer = cache.find(keys[row])
@@ -175,7 +175,9 @@ def generate_labels(
     return Labelling([labels[place] for place in sorted(labels)], failures, asked, dropped)
 
 
-def _ask(todo: Mapping[str, Prompt], cache: AnswerCache, backend: Backend, progress: AnswersProgress) -> dict[str, str]:
+def _generate(
+    todo: Mapping[str, Prompt], cache: AnswerCache, backend: Backend, progress: AnswersProgress
+) -> dict[str, str]:
     """Ask, keeping answers as they come. Returns the keys without one, and why."""
     failed = {}
     keys = list(todo)

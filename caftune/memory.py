@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from caftune.attempts import is_of_machine
 from caftune.backbone import Backbone, LayerCall
 from caftune.cross_entropy import CHUNK_VALUES
 from caftune.heads import AuxiliaryHeads
+from caftune.probes import is_machine_error
 from caftune.rows import Mixer, run_at
 
 # Bytes of the optimizer's state per trained weight, as a multiple of the weight itself, or absolute where it is quantised.
@@ -125,7 +125,7 @@ def _kept_by(layer: nn.Module, call: LayerCall, batch: Batch, *, rows: float = 1
             else:
                 run_at(layer, mixer, call, torch.zeros(round(rows * batch.rows * batch.length), dtype=torch.long))
     except (RuntimeError, ValueError) as error:
-        if rows == 1 or is_of_machine(error):
+        if rows == 1 or is_machine_error(error):
             raise
         return _kept_by(layer, call, batch)  # a layer that only looks like the common ones is trained whole
     return ledger.total

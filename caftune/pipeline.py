@@ -53,7 +53,7 @@ from caftune.labels import AnswerCache, Labelling, generate_labels, write_labels
 from caftune.objective import IGNORED, horizon_targets
 from caftune.plan import plan_of_run
 from caftune.progress import run, show_progress
-from caftune.prompts import conversations, is_in_conversation, note_second_bos, refuse_long_prompts
+from caftune.prompts import conversations, is_in_conversation, refuse_long_prompts, report_second_bos
 from caftune.quality import measure_heads
 from caftune.recipe import Recipe
 from caftune.run_folder import (
@@ -72,7 +72,7 @@ from caftune.stage_options import (
     adapted_heads,
     answer_backend,
     context_length,
-    for_cut_rows,
+    for_prepared_rows,
     free_memory,
     load_model,
     load_tokenizer,
@@ -118,7 +118,7 @@ def label(recipe: Recipe) -> Path:
         f"Prompts are given {'in a conversation' if in_conversation else 'as plain text'} (labels.chat).",
         file=sys.stderr,
     )
-    note_second_bos([talk.text for talk in every], tokenizer, "labels.prompts")
+    report_second_bos([talk.text for talk in every], tokenizer, "labels.prompts")
     talks = {row: talk for row, talk in enumerate(every) if talk.turns}  # others leave the model nothing to say
     first = {row: talk.prompt(0, [], tokenizer) for row, talk in talks.items()}
     # A server can need one token more: see server.py.
@@ -201,7 +201,11 @@ def pretrain_heads(recipe: Recipe) -> Path:
     tokenizer = load_tokenizer(recipe)
     with opening_model(recipe):
         trainer = CAFTTrainer(
-            recipe.model.name, for_cut_rows(args), train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
+            recipe.model.name,
+            for_prepared_rows(args),
+            train_dataset=rows,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
         )
     show_progress(trainer, "pretrain-heads")
     run(trainer, checkpoint=last_checkpoint(folder))
@@ -277,7 +281,7 @@ def adapt_heads(recipe: Recipe) -> Path:
     with opening_model(recipe):
         trainer = CAFTTrainer(
             recipe.model.name,
-            for_cut_rows(args),
+            for_prepared_rows(args),
             train_dataset=rows,
             eval_dataset=evaluation,
             processing_class=tokenizer,
@@ -306,18 +310,18 @@ def finetune(recipe: Recipe) -> Path:
     files = {**sources, "heads": args.heads and Path(args.heads, "heads.json")}
     if recipe.adapt is not None and recipe.loss.weight > 0:
         if is_begun(recipe, "train") and Path(str(args.heads), "heads.json").is_file():
-            refuse_other_stage(recipe, "train", files, may_go_on=True)  # before these heads are trained further
+            refuse_other_stage(recipe, "train", files, may_resume=True)  # before these heads are trained further
         adapt_heads(recipe)
         args = stage_two_config(recipe, Path(recipe.output, "train"))  # again: accelerate's state is the adaptation's
     if is_begun(recipe, "train"):
-        refuse_other_stage(recipe, "train", files, may_go_on=True)  # before the data are prepared
+        refuse_other_stage(recipe, "train", files, may_resume=True)  # before the data are prepared
     train, evaluation, dropped = _task_sets(recipe, tokenizer, args)
     folder = open_stage(recipe, "train", files)
     held = memory_bytes()
     with opening_model(recipe):
         trainer = CAFTTrainer(
             recipe.model.name,
-            for_cut_rows(args),
+            for_prepared_rows(args),
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=tokenizer,

@@ -13,13 +13,13 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from caftune.attempts import is_of_machine
 from caftune.backbone import UnsupportedModelError
 from caftune.checkpoint import describe_heads
 from caftune.config import CAFTConfig
 from caftune.errors import CaftuneError
 from caftune.estimate import Estimate, Setup, estimate
 from caftune.objective import IGNORED
+from caftune.probes import is_machine_error
 from caftune.recipe import Recipe
 from caftune.stage_options import load_config, load_tokenizer, lora_config, stage_one_config, stage_two_config
 from caftune.stage_rows import head_rows, head_source, task_rows
@@ -128,7 +128,7 @@ def _estimate(recipe: Recipe, config: Any, setup: Setup) -> Estimate:
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever a model's own code or PEFT brings up
-        if is_of_machine(error):
+        if is_machine_error(error):
             raise
         why = " ".join(str(error).split())
         raise CaftuneError(

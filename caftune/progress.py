@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from caftune.divergence import StopOnDivergence
-from caftune.resumption import ends_before, refuse_model_alone
+from caftune.resumption import refuse_missing_optimizer_state, too_short_error
 
 
 class StopOnSigterm(TrainerCallback):
@@ -50,7 +50,7 @@ class StopOnSigterm(TrainerCallback):
         self._asked = True
 
 
-class GoesOn(TrainerCallback):
+class ResumeCallback(TrainerCallback):
     """A run that goes on from a checkpoint, with the options that it is given now.
 
     transformers (5.23) goes on with the cadence of the checkpoint, whatever the options say; and without its optimizer's
@@ -65,23 +65,24 @@ class GoesOn(TrainerCallback):
         state.compute_steps(args, state.max_steps)
         state.train_batch_size = args.train_batch_size
         self._refuse_end_before(state)
-        self._refuse_model_alone(state)
+        self._refuse_missing_optimizer_state(state)
         ended = self._before["max_steps"]
         if state.max_steps != ended and state.is_world_process_zero:
             tqdm.write(
-                f"The training ends at step {state.max_steps} instead of {ended}, {_remark(args)}.", file=sys.stderr
+                f"The training ends at step {state.max_steps} instead of {ended}, {_length_note(args)}.",
+                file=sys.stderr,
             )
 
     def _refuse_end_before(self, state: Any) -> None:
         if state.global_step > state.max_steps:
-            raise ends_before(self._checkpoint, state.global_step, state.max_steps)
+            raise too_short_error(self._checkpoint, state.global_step, state.max_steps)
 
-    def _refuse_model_alone(self, state: Any) -> None:
+    def _refuse_missing_optimizer_state(self, state: Any) -> None:
         if state.global_step < state.max_steps:
-            refuse_model_alone(self._checkpoint)
+            refuse_missing_optimizer_state(self._checkpoint)
 
 
-def _remark(args: Any) -> str:
+def _length_note(args: Any) -> str:
     """Whether a run that now ends at another step is one that was to end there from the start."""
     dependent = depends_on_length(args)
     if not dependent:
@@ -184,14 +185,14 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
         SystemExit: SIGTERM came; the checkpoint is written.
     """
     if checkpoint is not None:
-        trainer.add_callback(GoesOn(checkpoint))
+        trainer.add_callback(ResumeCallback(checkpoint))
     if checkpoint is not None and trainer.is_world_process_zero():
         tqdm.write(f"Going on from {checkpoint}.", file=sys.stderr)
     stop = StopOnSigterm(trainer)
     trainer.add_callback(stop)
     trainer.add_callback(StopOnDivergence(trainer))
     try:
-        with _evaluations_draw_nothing(trainer):
+        with _evaluation_leaves_rng(trainer):
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         stop.restore()
@@ -207,7 +208,7 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
 
 
 @contextmanager
-def _evaluations_draw_nothing(trainer: Trainer) -> Iterator[None]:
+def _evaluation_leaves_rng(trainer: Trainer) -> Iterator[None]:
     """Within the block an evaluation leaves the random numbers of training alone.
 
     Its data loader draws one, so dropout and the sample of targets would depend on when a run is evaluated, and transformers

@@ -13,13 +13,13 @@ from tqdm.auto import tqdm
 
 from caftune.boundary import adds_bos, has_second_bos, plain_text, split_prompt
 from caftune.errors import CaftuneError
-from caftune.template_errors import BYTE_ORDER_MARK, named_with_its_row
+from caftune.template_errors import BYTE_ORDER_MARK, name_row_in_errors
 
 _NAMED_ROWS = 5
 # The day on which everything is asked, where a chat template writes today's date: a question must be the same tomorrow. It is
 # the day that Llama 3's own templates fall back on.
-_TODAY = date(2024, 7, 26)
-_ASKS_THE_DAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_FIXED_DATE = date(2024, 7, 26)
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -68,24 +68,26 @@ class Conversation:
         asked = list(self.messages[: self.turns[turn]])
         for place, answer in zip(self.turns[:turn], answers, strict=True):
             asked[place] = {"role": "assistant", "content": answer}
-        with named_with_its_row(self.place):
-            ids = as_written(asked, self.options, tokenizer, add_generation_prompt=True, return_dict=True)["input_ids"]
+        with name_row_in_errors(self.place):
+            ids = apply_template(asked, self.options, tokenizer, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
         return Prompt(ids, messages=asked, options=self.options)
 
 
-def as_written(messages: list[dict[str, Any]], options: Mapping[str, Any], tokenizer: Any, **how: Any) -> Any:
+def apply_template(messages: list[dict[str, Any]], options: Mapping[str, Any], tokenizer: Any, **how: Any) -> Any:
     """What `tokenizer.apply_chat_template` makes of messages, at any time: today is a fixed day, unless `options` give one.
 
     transformers 5.23 hands no function of ours to a template, so its calls of `strftime_now` are replaced by what they write.
     """
     template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
     marked = template.removeprefix(BYTE_ORDER_MARK)
-    return tokenizer.apply_chat_template(messages, **{**options, "chat_template": on_one_day(marked)}, **how)
+    return tokenizer.apply_chat_template(messages, **{**options, "chat_template": with_fixed_date(marked)}, **how)
 
 
-def on_one_day(template: str) -> str:
+def with_fixed_date(template: str) -> str:
     """A chat template that writes the same date on every day, in training and in generation: its calls of `strftime_now`."""
-    return _ASKS_THE_DAY.sub(lambda call: json.dumps(_TODAY.strftime(call[2])), template)
+    return _DATE_CALL.sub(lambda call: json.dumps(_FIXED_DATE.strftime(call[2])), template)
 
 
 def conversations(
@@ -184,7 +186,7 @@ def refuse_messages_without_template(tokenizer: Any) -> None:
         )
 
 
-def note_second_bos(texts: Sequence[str], tokenizer: Any, place: str) -> None:
+def report_second_bos(texts: Sequence[str], tokenizer: Any, place: str) -> None:
     """Say on stderr that texts begin with the BOS that the tokenizer adds, where some do: they are given with one."""
     twice = [row for row, text in enumerate(texts) if has_second_bos(text, tokenizer)]
     if twice:

@@ -27,7 +27,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
 
 from caftune.errors import CaftuneError
-from caftune.table import keep_json_exact
+from caftune.table import patch_datasets_json
 
 _HUB_ID = re.compile(
     r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<configuration>[\w.-]+))?(:(?P<split>[\w.:\[\]%+-]+))?"
@@ -152,10 +152,10 @@ def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
     kind = suffix if suffix == ".parquet.gz" else suffix.removesuffix(".gz")
     if kind not in readers:
         raise CaftuneError(f"{path} must end in {_KINDS}, got {suffix!r}.")
-    return _damage_named(path, readers[kind](path))
+    return _name_file_in_errors(path, readers[kind](path))
 
 
-def _damage_named(path: Path, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _name_file_in_errors(path: Path, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Rows, where what makes a file unreadable is named with the file."""
     try:
         yield from rows
@@ -273,7 +273,7 @@ def _refuse_other_commit(source: HubSource, table: Any) -> None:
 
 def _from_arrow(table: Dataset) -> list[dict[str, Any]]:
     """The rows of a Dataset. Arrow gives a nested value every key that any row has; those without a value are left out."""
-    keep_json_exact()
+    patch_datasets_json()
     return [
         {name: _with_own_keys(value, table.features[name]) for name, value in row.items()} for row in table.to_list()
     ]

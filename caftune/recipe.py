@@ -282,7 +282,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise CaftuneError(f"{path} must hold a mapping of sections (output, model, ...), got {found}. Fix the file.")
-    _refuse_overridden_overrides(overrides)
+    _refuse_repeated_overrides(overrides)
     for override in overrides:
         _override(values, override)
     return parse_recipe(values)
@@ -392,7 +392,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         ) from error
 
 
-def _refuse_overridden_overrides(overrides: Sequence[str]) -> None:
+def _refuse_repeated_overrides(overrides: Sequence[str]) -> None:
     """Raise CaftuneError where an override would be dropped, because a later one sets the same key or a section around it."""
     before: dict[str, str] = {}
     for override in overrides:

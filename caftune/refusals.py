@@ -246,7 +246,7 @@ def cut_length(args: CAFTConfig, *, packing: bool) -> int | None:
     return None if packing and args.packing_strategy in ("bfd_split", "wrapped") else args.max_length
 
 
-def find_cut_answers(
+def find_truncated_rows(
     dataset: Dataset, max_length: int, truncation_mode: str, *, name: str, may_be_all: bool = False, kept: bool = False
 ) -> tuple[list[int], int]:
     """The rows that truncation to `max_length` leaves without a trained token, and how many it shortens. Both are logged.

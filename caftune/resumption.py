@@ -65,7 +65,7 @@ class Changes:
         yield from self.length
 
 
-def set_aside_changes(kept: dict[str, Any], wanted: dict[str, Any], stage: str) -> Changes:
+def remove_allowed_changes(kept: dict[str, Any], wanted: dict[str, Any], stage: str) -> Changes:
     """Remove from two identities of a stage the options that may change, and return what changes among them."""
     changes = Changes()
     for number, section in enumerate(_SECTIONS.get(stage, ())):
@@ -74,13 +74,13 @@ def set_aside_changes(kept: dict[str, Any], wanted: dict[str, Any], stage: str) 
             continue
         harmless = _FREE | frozenset(_BATCH) if _is_same_batch(before, now) else _FREE
         harmless -= _WHEN_EVALUATED if _is_decided_by_evaluations(before) else frozenset()
-        changes.harmless.extend(_set_aside(before, now, harmless, section))
+        changes.harmless.extend(_remove_options(before, now, harmless, section))
         if number == 0:
-            changes.length.extend(_set_aside(before, now, _LENGTH, section))
+            changes.length.extend(_remove_options(before, now, _LENGTH, section))
         kept[section], wanted[section] = before, now
     for section in ("heads", "model.lora"):  # how the result is written, not how it is made
         before, now = ((_section(identity, section)) for identity in (kept, wanted))
-        changes.harmless.extend(_set_aside(before, now, {"keep", "merge"}, section))
+        changes.harmless.extend(_remove_options(before, now, {"keep", "merge"}, section))
     return changes
 
 
@@ -92,12 +92,12 @@ def refuse_checkpoint(checkpoint: Path, options: Mapping[str, Any]) -> None:
     if end <= 0 and epoch:
         end = math.ceil(options.get("num_train_epochs", 3.0) * step / epoch - 1e-6)  # 3: transformers' default
     if 0 < end < step:
-        raise ends_before(checkpoint, step, int(end))
+        raise too_short_error(checkpoint, step, int(end))
     if not 0 < end <= step:
-        refuse_model_alone(checkpoint)
+        refuse_missing_optimizer_state(checkpoint)
 
 
-def ends_before(checkpoint: Path, step: int, end: int) -> CaftuneError:
+def too_short_error(checkpoint: Path, step: int, end: int) -> CaftuneError:
     """The error of a training that is to end before its checkpoint."""
     return CaftuneError(
         f"The training must not end before step {step}, which {checkpoint} has reached, got step {end} (num_train_epochs, "
@@ -106,7 +106,7 @@ def ends_before(checkpoint: Path, step: int, end: int) -> CaftuneError:
     )
 
 
-def refuse_model_alone(checkpoint: Path) -> None:
+def refuse_missing_optimizer_state(checkpoint: Path) -> None:
     """Raise CaftuneError where a checkpoint has no optimizer's state to go on from."""
     kept = ("optimizer*", "global_step*")  # the second is DeepSpeed's
     if not any(any(checkpoint.glob(name)) for name in kept):
@@ -126,7 +126,7 @@ def _section(identity: dict[str, Any], place: str) -> dict[str, Any]:
     return identity
 
 
-def _set_aside(before: dict[str, Any], now: dict[str, Any], names: Any, section: str) -> list[str]:
+def _remove_options(before: dict[str, Any], now: dict[str, Any], names: Any, section: str) -> list[str]:
     """Remove options from both, and return those that differ."""
     found = []
     for name in sorted(names):

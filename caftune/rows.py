@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from caftune.attempts import attempt
 from caftune.calls import LayerCall
+from caftune.probes import try_call
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _mixing_all_rows(layer: nn.Module, mixer: Mixer, whole: Tensor, rows: Tensor
 
 def choose_mixer(layer: nn.Module, call: LayerCall, is_same: Callable[[Tensor, Tensor], bool]) -> Mixer | None:
     """`find_mixer`, but only if the layer at some rows equals the whole layer: what it adds to its input is compared."""
-    found = attempt(lambda: find_mixer(layer, call))  # parts of an unknown layer may ask for other shapes
+    found = try_call(lambda: find_mixer(layer, call))  # parts of an unknown layer may ask for other shapes
     for mixer in (found, found and replace(found, last=None)):
         if mixer is not None and _equals_whole(layer, mixer, call, is_same):
             return mixer
@@ -157,7 +157,7 @@ def _equals_whole(layer: nn.Module, mixer: Mixer, call: LayerCall, is_same: Call
     whole = call.input
     count = whole.shape[0] * whole.shape[1]
     rows = torch.arange(1, count, 3, device=whole.device)
-    found = attempt(lambda: run_at(layer, mixer, call, rows))
+    found = try_call(lambda: run_at(layer, mixer, call, rows))
     if found is None:
         return False
     expected = at_rows(call.replay(layer), rows)

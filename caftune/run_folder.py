@@ -21,7 +21,7 @@ from caftune.opening import opening
 from caftune.readers import HubSource, data_commit, hub_source
 from caftune.recipe import Recipe, first_difference, parse_recipe, save_recipe
 from caftune.recipe_text import read_yaml
-from caftune.resumption import Changes, refuse_checkpoint, set_aside_changes
+from caftune.resumption import Changes, refuse_checkpoint, remove_allowed_changes
 
 _RESULTS = {"pretrain": "pretrain-heads"}  # names of results, where they are not those of the folders
 # `data.max_length: null` in a kept recipe. Where older versions wrote null, they meant what is `auto` today.
@@ -119,8 +119,8 @@ def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None
     with PartialState().main_process_first():
         folder = Path(recipe.output, stage)
         if stage != "labels" and is_begun(recipe, stage):  # labels are kept by what was asked
-            changes = refuse_other_stage(recipe, stage, files, may_go_on=True)
-            _take_on(recipe, stage, files, changes)
+            changes = refuse_other_stage(recipe, stage, files, may_resume=True)
+            _adopt_changes(recipe, stage, files, changes)
         elif (
             not (folder / "recipe.yaml").is_file()
             and folder.exists()
@@ -171,7 +171,7 @@ def is_done(recipe: Recipe, stage: str) -> bool:
     return _RESULTS.get(stage, stage) in done and Path(recipe.output, stage, "recipe.yaml").is_file()
 
 
-def _take_on(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None], changes: Changes) -> None:
+def _adopt_changes(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None], changes: Changes) -> None:
     """Let a stage that was begun go on with changed options: say so, and record it."""
     folder = Path(recipe.output, stage)
     if changes.length and last_checkpoint(folder) is None:
@@ -201,12 +201,12 @@ def _options_of(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 def refuse_other_stage(
-    recipe: Recipe, stage: str, files: Mapping[str, str | Path | None], *, may_go_on: bool = False
+    recipe: Recipe, stage: str, files: Mapping[str, str | Path | None], *, may_resume: bool = False
 ) -> Changes:
     """Raise CaftuneError where the folder of a stage was made from another recipe or other files.
 
     Returns:
-        The changes that do not matter to it; with `may_go_on` also those of when its training ends.
+        The changes that do not matter to it; with `may_resume` also those of when its training ends.
     """
     folder, name = Path(recipe.output, stage), _RESULTS.get(stage, stage)
     if not (folder / "recipe.yaml").is_file():
@@ -215,7 +215,7 @@ def refuse_other_stage(
     forget_unknown_commit(kept, wanted)
     if "data.max_length" not in kept:  # the folder is older than this being kept
         wanted.pop("data.max_length", None)
-    changes = set_aside_changes(kept, wanted, stage)
+    changes = remove_allowed_changes(kept, wanted, stage)
     difference = first_difference(kept, wanted)
     if difference and difference.startswith("files."):
         difference = f"the contents of {difference.partition(':')[0].removeprefix('files.')} changed"
@@ -224,7 +224,7 @@ def refuse_other_stage(
             f"{folder} holds the {stage} stage of another recipe ({difference}). Remove {folder}, or use another output "
             "(heads made here serve there: heads.path)."
         )
-    if changes.length and not may_go_on:
+    if changes.length and not may_resume:
         raise CaftuneError(
             f"{folder} holds the {stage} stage of another recipe ({changes.length[0]}). Run `caftune {name}` to go on to that "
             "length, or set it back."

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from caftune.errors import CaftuneError
 from caftune.generation import Answer, Backend, Failure, Sampling, until_end
-from caftune.prompts import Conversation, Prompt, as_written
-from caftune.spellings import Decoding, spelled
+from caftune.prompts import Conversation, Prompt, apply_template
+from caftune.spellings import Decoding, find_spelling
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -94,9 +94,11 @@ def server_backend(server: Server, tokenizer: Any, sampling: Sampling, eos: Sequ
         nonlocal dialect
         if dialect is None and prompts:
             dialect = _dialect(link, prompts[0])
-        in_it = cast(_Dialect, dialect)
+        chosen = cast(_Dialect, dialect)
         yield from _in_parallel(
-            lambda index: _ask(link, in_it, prompts[index], seeds[index]), range(len(prompts)), server.concurrency
+            lambda index: _answer_prompt(link, chosen, prompts[index], seeds[index]),
+            range(len(prompts)),
+            server.concurrency,
         )
 
     return answer
@@ -170,7 +172,7 @@ def _dialect(link: _Link, prompt: Prompt) -> _Dialect:
     for name in DIALECTS:
         if name == "chat" and not is_chat:
             continue
-        found = _first_words(short, name, asked)
+        found = _try_dialect(short, name, asked)
         if isinstance(found, _Dialect):
             return found
         refusal = found or refusal
@@ -184,7 +186,7 @@ def _dialect(link: _Link, prompt: Prompt) -> _Dialect:
     ) from refusal
 
 
-def _first_words(link: _Link, name: str, asked: Prompt) -> "_Dialect | Exception | None":
+def _try_dialect(link: _Link, name: str, asked: Prompt) -> "_Dialect | Exception | None":
     """The dialect where the server understands it; else why not, None where it was not tried.
 
     Raises:
@@ -266,7 +268,7 @@ def _remedy(error: Any, server: Server) -> str:
     return "Look into the server's log."
 
 
-def _ask(link: _Link, dialect: _Dialect, prompt: Prompt, seed: int) -> Answer | Failure:
+def _answer_prompt(link: _Link, dialect: _Dialect, prompt: Prompt, seed: int) -> Answer | Failure:
     """The server's answer to a prompt, or why there is none."""
     import openai
 
@@ -307,7 +309,7 @@ def _request(link: _Link, dialect: _Dialect, prompt: Prompt, seed: int) -> _Repl
     """
     seed %= 2**31
     if dialect.name == "llama.cpp":
-        return _ask_llama_server(link, prompt, seed)
+        return _request_llama_server(link, prompt, seed)
     allowed = link.sampling.max_new_tokens + (dialect.name == "transformers")
     body: dict[str, Any] = {
         "model": link.server.model,
@@ -334,10 +336,10 @@ def _request(link: _Link, dialect: _Dialect, prompt: Prompt, seed: int) -> _Repl
         raise CaftuneError(
             f"labels.top_k must be 0 with {link.server.url}, which knows only OpenAI's own fields, got {link.sampling.top_k}."
         )
-    return _ask_for_text(link, prompt, body, as_chat=dialect.name == "chat")
+    return _request_text(link, prompt, body, as_chat=dialect.name == "chat")
 
 
-def _ask_for_text(link: _Link, prompt: Prompt, body: dict[str, Any], *, as_chat: bool) -> _Reply:
+def _request_text(link: _Link, prompt: Prompt, body: dict[str, Any], *, as_chat: bool) -> _Reply:
     written = None if as_chat else _as_text(prompt, link.tokenizer)
     if written is not None:
         return _completion(_read(link, "POST", "/completions", {**body, "prompt": written}))
@@ -350,7 +352,7 @@ def _ask_for_text(link: _Link, prompt: Prompt, body: dict[str, Any], *, as_chat:
     return _chat(_read(link, "POST", "/chat/completions", {**body, "messages": prompt.messages}))
 
 
-def _ask_llama_server(link: _Link, prompt: Prompt, seed: int) -> _Reply:
+def _request_llama_server(link: _Link, prompt: Prompt, seed: int) -> _Reply:
     """Ask llama-server's own endpoint, which gives the ids of an answer, its end-of-text token included.
 
     Its samplers are named in the order of transformers', and none of its own defaults is left. Its cache of prompts is not
@@ -492,7 +494,7 @@ def _answer(link: _Link, dialect: _Dialect, prompt: Prompt, reply: _Reply) -> An
     tokenizer, ended = link.tokenizer, reply.finish == "stop"
     # An answer that was cut off within a character ends in a mark for what cannot be decoded, which the model did not write.
     text = reply.text if ended else reply.text.rstrip("\N{REPLACEMENT CHARACTER}")
-    ids = spelled(
+    ids = find_spelling(
         text,
         prompt.ids,
         prompt.text if prompt.text is not None else _rendered(prompt, tokenizer),
@@ -514,13 +516,13 @@ def _ends_of(prompt: Prompt, tokenizer: Any, eos: Sequence[int]) -> Sequence[int
     if prompt.messages is None or len(eos) < 2:
         return eos
     answered = [*prompt.messages, {"role": "assistant", "content": "a"}]
-    ids = as_written(answered, prompt.options, tokenizer, return_dict=True)["input_ids"]
+    ids = apply_template(answered, prompt.options, tokenizer, return_dict=True)["input_ids"]
     first = next((token for token in ids[len(prompt.ids) :] if token in eos), eos[0])
     return [first, *(token for token in eos if token != first)]
 
 
 def _rendered(prompt: Prompt, tokenizer: Any) -> str:
-    return as_written(prompt.messages or [], prompt.options, tokenizer, add_generation_prompt=True, tokenize=False)
+    return apply_template(prompt.messages or [], prompt.options, tokenizer, add_generation_prompt=True, tokenize=False)
 
 
 def _closed(ids: list[int], finish: str, eos: Sequence[int], *, exact: bool) -> Answer:

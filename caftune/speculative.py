@@ -28,12 +28,12 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from caftune.attempts import attempt
 from caftune.backbone import Backbone, UnsupportedModelError, evaluating, is_close, probe
 from caftune.calls import LayerCall
 from caftune.cross_entropy import in_full
 from caftune.errors import CaftuneError
 from caftune.heads import AuxiliaryHeads, autocast_like
+from caftune.probes import try_call
 
 # How fast the shares of accepted drafts follow what happens, and drift back to 1 where nothing is drafted, so that a horizon
 # that was given up is tried again when those before it do well.
@@ -350,7 +350,7 @@ def _takes_tokens_back(model: Any) -> bool:
         return is_close(found, expected)
 
     with torch.no_grad(), evaluating(model):
-        return bool(attempt(in_parts))
+        return bool(try_call(in_parts))
 
 
 def _drawn(logits: Float[Tensor, "1 vocabulary"]) -> Int[Tensor, "1 1"]:

@@ -24,7 +24,7 @@ class _Spelling:
     is_joint: bool  # the tokenizer writes prompt and answer in this way
 
 
-def spelled(
+def find_spelling(
     text: str,
     prompt: Sequence[int],
     before: str,

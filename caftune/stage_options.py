@@ -161,7 +161,7 @@ def _refuse_packing_without_length(recipe: Recipe, section: Literal["pretrain", 
         )
 
 
-def for_cut_rows(args: CAFTConfig) -> CAFTConfig:
+def for_prepared_rows(args: CAFTConfig) -> CAFTConfig:
     """The options for a trainer whose rows are cut already: TRL takes padding_free only without a max_length."""
     if args.padding_free and not args.packing:
         args.max_length = None

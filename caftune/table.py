@@ -18,7 +18,7 @@ _IN_MEMORY = 64 * 2**20  # bytes of Arrow
 
 
 @cache
-def keep_json_exact() -> None:
+def patch_datasets_json() -> None:
     """Let `datasets` keep the numbers of Json columns as they are, from now on in this process. Importing caftune does not.
 
     datasets 5.2 writes and reads them with pandas' ujson: ten digits after the point are written (1e-12 becomes 0.0), 0.951088
@@ -44,7 +44,7 @@ def dataset(rows: Iterator[dict[str, Any]], features: Features, optional: Mappin
         features: of the columns that every row has, each Value("string") or Json().
         optional: more Json columns, and what stands for each in rows without it. One that no row has is left out.
     """
-    keep_json_exact()
+    patch_datasets_json()
     every, found = Features(features | {name: Json() for name in optional}), _Table()
     missing = set(optional)
     while batch := list(islice(rows, _BATCH)):

@@ -44,7 +44,7 @@ def template_in(path: str | None) -> str | None:
 
 
 @contextmanager
-def named_with_its_row(place: str) -> Iterator[None]:
+def name_row_in_errors(place: str) -> Iterator[None]:
     """Raise what a chat template raises within the block as a CaftuneError that names the row; other errors as they are."""
     try:
         yield
@@ -57,7 +57,7 @@ def named_with_its_row(place: str) -> Iterator[None]:
         ) from error
 
 
-def refuse_refused_row(rows: Dataset, tokenizer: Any, template: str | None, place: str) -> None:
+def raise_for_refused_row(rows: Dataset, tokenizer: Any, template: str | None, place: str) -> None:
     """Raise CaftuneError for the first of the rows that the chat template refuses; None where there is none.
 
     Args:
@@ -66,12 +66,12 @@ def refuse_refused_row(rows: Dataset, tokenizer: Any, template: str | None, plac
     """
     for number, row in enumerate(rows):
         options = {"chat_template": template, "tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-        with named_with_its_row(f"{place}, row {number} (from 0)"):
+        with name_row_in_errors(f"{place}, row {number} (from 0)"):
             for messages, is_open in _written(row):
                 tokenizer.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False, **options)
 
 
-def note_other_prompts(rows: Dataset, tokenizer: Any, template: str | None, place: str) -> None:
+def warn_of_prompt_mismatch(rows: Dataset, tokenizer: Any, template: str | None, place: str) -> None:
     """Warn where the last answers of rows do not follow, in training, the prompt behind which a model generates them.
 
     Some chat templates open a thought in the generation prompt alone (DeepSeek-R1's distillates'): a model is then trained on

@@ -18,9 +18,9 @@ from caftune.boundary import PairTokens, has_second_bos, tokenize_pairs, without
 from caftune.config import CAFTConfig
 from caftune.errors import CaftuneError
 from caftune.opening import opening_tokenizer
-from caftune.prompts import is_chat, on_one_day
+from caftune.prompts import is_chat, with_fixed_date
 from caftune.refusals import cut_length, refuse_many_dropped, refuse_missing_parts
-from caftune.template_errors import note_other_prompts, refuse_refused_row, remove_byte_order_mark, template_in
+from caftune.template_errors import raise_for_refused_row, remove_byte_order_mark, template_in, warn_of_prompt_mismatch
 from caftune.trainer import CAFTTrainer
 
 _logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def prepared(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, s
     if args.assistant_only_loss:
         _refuse_no_conversations(dataset, name)
         trainer.chat_template = _marked_template(trainer._tokenizer)
-    _fix_the_day(trainer)
+    _fix_template_dates(trainer)
     packing = args.packing if args.eval_packing is None or name != "eval" else args.eval_packing
     plain = copy.copy(args)
     plain.shuffle_dataset, plain.max_length = False, cut_length(args, packing=packing)
@@ -84,10 +84,10 @@ def prepared(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, s
     except CaftuneError:
         raise
     except Exception:  # it names no row; where none is refused by the template, it is of something else
-        refuse_refused_row(dataset, trainer._tokenizer, trainer.chat_template, source or f"the {name} data")
+        raise_for_refused_row(dataset, trainer._tokenizer, trainer.chat_template, source or f"the {name} data")
         raise
     if name == "train":
-        note_other_prompts(dataset, trainer._tokenizer, trainer.chat_template, source or "the train data")
+        warn_of_prompt_mismatch(dataset, trainer._tokenizer, trainer.chat_template, source or "the train data")
     dropped = trainer.dropped_rows.get(name, [])
     if len(dropped) == total:
         refuse_many_dropped(dropped, total, plain.max_length, name=name)
@@ -95,15 +95,15 @@ def prepared(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, s
     return Prepared(rows, total, dropped)
 
 
-def _fix_the_day(trainer: Any) -> None:
+def _fix_template_dates(trainer: Any) -> None:
     """Let templates that write today's date (Llama 3's) write the one that prompts have in generation."""
     own = trainer._tokenizer.chat_template
     if isinstance(own, dict):
-        trainer._tokenizer.chat_template = {name: on_one_day(template) for name, template in own.items()}
+        trainer._tokenizer.chat_template = {name: with_fixed_date(template) for name, template in own.items()}
     elif own is not None:
-        trainer._tokenizer.chat_template = on_one_day(own)
+        trainer._tokenizer.chat_template = with_fixed_date(own)
     if trainer.chat_template is not None:
-        trainer.chat_template = on_one_day(trainer.chat_template)
+        trainer.chat_template = with_fixed_date(trainer.chat_template)
 
 
 def is_pair_of_texts(dataset: Dataset) -> bool:
@@ -181,7 +181,7 @@ def _apply_tokenizer_options(tokenizer: Any, args: CAFTConfig) -> None:
     if args.eos_token is not None:
         tokenizer.eos_token = args.eos_token
     if args.chat_template_path is not None:
-        _take_template(tokenizer, args.chat_template_path)
+        _set_template(tokenizer, args.chat_template_path)
     _refuse_no_token(args.pad_token, tokenizer, "pad_token")
     remove_byte_order_mark(tokenizer)
 
@@ -191,7 +191,7 @@ def _refuse_no_token(token: str | None, tokenizer: Any, option: str) -> None:
         raise CaftuneError(f"{option} must be a token of the tokenizer, got {token!r}. Name another.")
 
 
-def _take_template(tokenizer: Any, place: str) -> None:
+def _set_template(tokenizer: Any, place: str) -> None:
     """Give the tokenizer the template of a file, or of another tokenizer."""
     is_file = place.endswith((".jinja", ".j2"))
     if Path(place).is_file() and not is_file:

@@ -42,7 +42,7 @@ from caftune.objective import count_targets, weights_of_sums
 from caftune.packing import RefuseLeaks
 from caftune.refusals import (
     cut_length,
-    find_cut_answers,
+    find_truncated_rows,
     refuse_arguments,
     refuse_lost_adapters,
     refuse_missing_parts,
@@ -438,7 +438,7 @@ class CAFTTrainer(SFTTrainer):
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         mode = "keep_start" if packing else args.truncation_mode  # SFTTrainer packs the start in either case
-        lost, shortened = find_cut_answers(
+        lost, shortened = find_truncated_rows(
             dataset, length, mode, name=dataset_name, may_be_all=not args.has_heads, kept=packing
         )
         if lost and not packing:

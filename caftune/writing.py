@@ -18,7 +18,7 @@ from caftune.data import load_rows
 from caftune.errors import CaftuneError
 from caftune.generation import Sampling, end_tokens, only_these_settings, padding_token, until_end
 from caftune.opening import opening
-from caftune.prompts import Prompt, conversations, decoded, is_in_conversation, note_second_bos
+from caftune.prompts import Prompt, conversations, decoded, is_in_conversation, report_second_bos
 from caftune.speculative import Drafting, SpeculativeDecoding
 
 
@@ -77,7 +77,7 @@ class Writer:
             for name, rows, is_chat in sources
             for talk in conversations(rows, self.tokenizer, chat=is_chat, source=name)
         ]
-        note_second_bos([talk.text for talk in talks], self.tokenizer, "the command")
+        report_second_bos([talk.text for talk in talks], self.tokenizer, "the command")
         found = [talk.prompt(0, [], self.tokenizer) for talk in talks if talk.turns]
         if not found:
             raise CaftuneError("A prompt must be given, got none. Name one, or a file with --prompts.")

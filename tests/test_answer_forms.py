@@ -7,7 +7,7 @@ import time
 import pytest
 
 from caftune.evals.maths import GSM8K, MATH500, TIMEOUT_S
-from caftune.evals.quantity import in_words, stated, value_of
+from caftune.evals.quantity import in_words, stated_number, value_of
 from caftune.evals.task import Example, until_stop
 
 # (reference, what a model wrote)
@@ -590,7 +590,7 @@ def test_a_form_is_right_for_its_number_however_written_and_wrong_for_its_neighb
     ],
 )
 def test_a_number_is_read_with_all_that_belongs_to_it(text, numeral):
-    assert stated(text, is_loose=False) == numeral
+    assert stated_number(text, is_loose=False) == numeral
 
 
 @pytest.mark.parametrize(

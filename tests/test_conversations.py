@@ -11,7 +11,7 @@ from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
 from caftune.generation import Answer, Sampling
 from caftune.labels import AnswerCache, generate_labels, label_dataset
-from caftune.prompts import as_written, conversations
+from caftune.prompts import apply_template, conversations
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 TEMPLATE = TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -148,8 +148,8 @@ def test_tools_and_conversational_prompts_are_rendered_as_in_training(tokenizer)
 def test_a_template_that_writes_the_day_asks_the_same_every_day(tokenizer, family, options, day):
     dated = copy.deepcopy(tokenizer)
     dated.chat_template = (resources.files("trl") / "chat_templates" / f"{family}.jinja").read_text()
-    asked = as_written(TALK[:1], options, dated, tokenize=False)
+    asked = apply_template(TALK[:1], options, dated, tokenize=False)
     assert day in asked
     (talk,) = conversations(Dataset.from_list([{"messages": TALK[:1], "chat_template_kwargs": options}]), dated)
     found = talk.prompt(0, [], dated)
-    assert found.ids == as_written(TALK[:1], options, dated, add_generation_prompt=True)["input_ids"]
+    assert found.ids == apply_template(TALK[:1], options, dated, add_generation_prompt=True)["input_ids"]

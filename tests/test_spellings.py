@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from caftune.spellings import spelled
+from caftune.spellings import find_spelling
 
 TEXT = [
     "def area(width, height):\n    return width * height\n",
@@ -90,7 +90,7 @@ def behind(tokenizer, prompt, ids):
 
 def back(tokenizer, before, text, *, prompt=None, **options):
     prompt = tokenizer(before)["input_ids"] if prompt is None else prompt
-    return spelled(text, prompt, before, tokenizer, ends=[tokenizer.eos_token_id], **options)
+    return find_spelling(text, prompt, before, tokenizer, ends=[tokenizer.eos_token_id], **options)
 
 
 PROMPT = 'def area(width, height):\n    """Area."""\n'

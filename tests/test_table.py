@@ -55,8 +55,8 @@ def test_a_large_table_leaves_no_file_behind(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_datasets_keeps_the_numbers_of_json_columns(number):
-    """The change to `datasets` is still needed while its own functions fail this: see `keep_json_exact`."""
-    table.keep_json_exact()
+    """The change to `datasets` is still needed while its own functions fail this: see `patch_datasets_json`."""
+    table.patch_datasets_json()
     found = Dataset.from_list([{"a": [number]}], features=Features({"a": Json()}))
     assert repr(found[0]["a"]) == repr(found.to_list()[0]["a"]) == repr([number])
 
@@ -65,7 +65,7 @@ def test_datasets_own_json_still_changes_numbers():
     from datasets.utils import json as ours
     from pandas.io.json import ujson_dumps, ujson_loads
 
-    table.keep_json_exact()
+    table.patch_datasets_json()
     assert json.loads(ujson_dumps([1e-12])) == [0.0]
     assert ujson_loads("[0.951088]") != [0.951088]
     assert ours.ujson_loads is json.loads

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from caftune import CAFTTrainer, pipeline
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.prompts import as_written, conversations
+from caftune.prompts import apply_template, conversations
 from caftune.recipe import Recipe
 from caftune.stage_options import load_tokenizer, stage_two_config
 from caftune.tokenization import tokenized
@@ -127,7 +127,7 @@ def test_a_byte_order_mark_of_a_template_file_is_not_trained_on(suffix, base, tm
 def test_a_byte_order_mark_of_the_tokenizers_own_template_is_not_written(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.chat_template = MARK + STRICT
-    assert as_written([ASKED], {}, tokenizer, tokenize=False) == "<user>C"
+    assert apply_template([ASKED], {}, tokenizer, tokenize=False) == "<user>C"
     args = config(tmp_path / "run", aux_weight=0.0, max_steps=1, max_length=64)
     rows = Dataset.from_list([{"messages": [ASKED, ANSWERED]}])
     again = tokenized(rows, tokenizer, args, name="train")

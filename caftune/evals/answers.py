@@ -19,7 +19,7 @@ around an answer ("18 dollars", "18 in total") and marks of type and spacing are
 import re
 from collections.abc import Collection, Iterator
 
-from caftune.evals.quantity import UNCLEAR, Quantity, in_words, quantities, quantity_at, stated
+from caftune.evals.quantity import UNCLEAR, Quantity, in_words, quantities, quantity_at, stated_number
 
 LONGEST_ANSWER = 1000
 TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
@@ -220,7 +220,7 @@ def _as_number(text: str, kind: str, units: Collection[str]) -> str:
     if formula and _is_formula(_content(formula)):
         answer = _number_in_formula(_content(formula), units)
         return UNCLEAR if answer and _JOINT.match(text, formula.end()) else answer
-    return stated(text, units, is_loose=kind != "hash") or ""
+    return stated_number(text, units, is_loose=kind != "hash") or ""
 
 
 def _is_short(text: str) -> bool:
@@ -240,7 +240,7 @@ def _number_in_formula(formula: str, units: Collection[str]) -> str:
     if _EQUATION.search(bare):
         return _side_of(bare, units) or formula
     is_prose = TEXT.search(formula) and not re.search(r"[\\^_]", bare)
-    return (stated(bare, units) if is_prose else None) or formula
+    return (stated_number(bare, units) if is_prose else None) or formula
 
 
 def _only_number(bare: str, units: Collection[str]) -> str:
@@ -261,7 +261,7 @@ def _side_of(equation: str, units: Collection[str]) -> str:
 def _as_anything(text: str, kind: str) -> str:
     """The answer that a marked text gives where it need not be a number; empty where it gives none."""
     if kind == "hash":
-        return stated(text, is_loose=False) or _formulas(text)
+        return stated_number(text, is_loose=False) or _formulas(text)
     if kind == "label":
         text = text.strip().partition("\n")[0]
     if kind != "box" and re.match(r"\s*not\b", text):

@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from caftune.errors import CaftuneError
-from caftune.evals.programs import after, body_of, continuation_of, names_in, solution_of
+from caftune.evals.programs import body_of, continuation_of, names_in, solution_of, with_head
 from caftune.evals.sandbox import Limits, check_sandbox, run_python
 from caftune.evals.task import Example, Task, column, means
 
@@ -95,7 +95,7 @@ def _score_humaneval(example: Example, completion: str) -> dict[str, float]:
     program = continuation_of(completion, head, name)
     if program is None:
         found = solution_of(completion, frozenset({name}), names_in(head) - {name})
-        program = body_of(completion, head, name) if found is None else after(head, found)
+        program = body_of(completion, head, name) if found is None else with_head(head, found)
     return _verdict(program, f"{example.reference['test']}\n\ncheck({name})\n")
 
 

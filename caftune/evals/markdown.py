@@ -57,7 +57,7 @@ def sections(answer: str) -> list[Section]:
     return [section for section in found if section.text.strip()]
 
 
-def apart(answer: str) -> str:
+def with_separate_fences(answer: str) -> str:
     """The answer with an empty line before each indented fence, which CommonMark would else count to a paragraph above it."""
     return _INDENTED_FENCE.sub("\n", answer)
 

@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from caftune.evals.markdown import Section, apart, inline_code, sections
+from caftune.evals.markdown import Section, inline_code, sections, with_separate_fences
 
 _MOST_CHUNKS = 200  # of a text that does not parse as a whole, tried one by one
 _MOST_ENDS = 40  # of a body, tried one by one
@@ -115,7 +115,7 @@ def continuation_of(answer: str, head: str, name: str) -> str | None:
 def body_of(answer: str, head: str, name: str) -> str | None:
     """The program that `head` and a body of its function make, where the body is a code block, or the answer was stripped."""
     answer = plain(answer)
-    for text in (answer, apart(answer)):
+    for text in (answer, with_separate_fences(answer)):
         blocks = [section.text for section in _python_sections(text) if section.is_code]
         for block in blocks or [answer, *_indented(answer, frozenset({name}))]:
             for body in (block, textwrap.indent(textwrap.dedent(block), "    "), f"    {block.strip()}"):
@@ -208,7 +208,7 @@ def _readings(answer: str) -> Iterator[list[tuple[Section, list[_Piece]]]]:
     if units_of(answer):
         yield _with_pieces([Section(answer, False)])
     yield _with_pieces(_python_sections(answer))
-    yield _with_pieces(_python_sections(apart(answer)))
+    yield _with_pieces(_python_sections(with_separate_fences(answer)))
     codes = [re.sub(r"^(?:python|py) ", "", code) for code in inline_code(answer)]
     yield _with_pieces([Section(code, True) for code in [*codes, *_indented(answer)]])
 
@@ -337,12 +337,12 @@ def _is_stub(piece: _Piece, wanted: frozenset[str]) -> bool:
     defined = [node for unit in piece.units for node in unit.nodes if wanted & set(_bound_by(node))]
     return all(
         isinstance(node, ast.Import | ast.ImportFrom)
-        or (isinstance(node, ast.FunctionDef) and all(map(_says_nothing, node.body)))
+        or (isinstance(node, ast.FunctionDef) and all(map(_is_placeholder, node.body)))
         for node in defined
     )
 
 
-def _says_nothing(node: ast.stmt) -> bool:
+def _is_placeholder(node: ast.stmt) -> bool:
     if isinstance(node, ast.Raise):
         return any(isinstance(n, ast.Name) and n.id.startswith("NotImplemented") for n in ast.walk(node))
     return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
@@ -394,7 +394,7 @@ def _joined(units: Sequence[_Unit]) -> str:
     return "".join(f"{unit.source}\n" for unit in ordered)
 
 
-def after(head: str, program: str) -> str:
+def with_head(head: str, program: str) -> str:
     """The program behind `head`, a program that it may use; its imports from __future__ before both."""
     lines = program.splitlines(keepends=True)
     futures = list(itertools.takewhile(lambda line: line.startswith(_FUTURE), lines))

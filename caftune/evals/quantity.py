@@ -136,7 +136,7 @@ def _plain(value: Fraction) -> str:
     return str(value)
 
 
-def stated(text: str, units: Collection[str] = (), *, is_loose: bool = True) -> str | None:
+def stated_number(text: str, units: Collection[str] = (), *, is_loose: bool = True) -> str | None:
     """The number that a statement gives ("about 72 clips, since ..."): a numeral, an expression, UNCLEAR, or None for none.
 
     Args:

@@ -5,10 +5,10 @@ import torch
 from models import build
 
 from caftune import plan
-from caftune.attempts import attempt, is_of_machine
 from caftune.backbone import Backbone, UnsupportedModelError
 from caftune.errors import CaftuneError
 from caftune.heads import AuxiliaryHeads, HeadsConfig
+from caftune.probes import is_machine_error, try_call
 from caftune.speculative import SpeculativeDecoding
 
 CPU = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
@@ -92,14 +92,14 @@ def test_an_error_of_the_machine_is_found_behind_the_error_that_it_caused(error)
     for how in ("from", "while"):
         with pytest.raises((ValueError, TypeError), match="layer failed|no such argument") as behind:
             raised(how)
-        assert is_of_machine(behind.value) is expected
+        assert is_machine_error(behind.value) is expected
 
 
 def test_an_attempt_gives_what_it_computes_or_none():
-    assert attempt(lambda: 3) == 3
-    assert attempt(lambda: {}["no"]) is None
+    assert try_call(lambda: 3) == 3
+    assert try_call(lambda: {}["no"]) is None
     with pytest.raises(ZeroDivisionError):  # no model's code says so of a call it does not take
-        attempt(lambda: 1 / 0)
+        try_call(lambda: 1 / 0)
 
 
 def test_a_plan_does_not_call_missing_memory_a_fault_of_the_model(monkeypatch):

@@ -19,20 +19,20 @@ _FAILURES = (
 )
 
 
-def attempt(compute: Callable[[], _Found]) -> _Found | None:
+def try_call(compute: Callable[[], _Found]) -> _Found | None:
     """What `compute` returns, None where the code that it calls does not take the call.
 
-    Errors of the machine (`is_of_machine`) say nothing about that code and are raised.
+    Errors of the machine (`is_machine_error`) say nothing about that code and are raised.
     """
     try:
         return compute()
     except _REFUSALS as error:
-        if is_of_machine(error):
+        if is_machine_error(error):
             raise
         return None
 
 
-def is_of_machine(error: BaseException | None) -> bool:
+def is_machine_error(error: BaseException | None) -> bool:
     """Whether it came of memory or of a device, itself or through what it was raised from.
 
     torch.OutOfMemoryError and torch.AcceleratorError are RuntimeErrors, as is whatever a layer raises for a wrong shape.
