@@ -1,4 +1,4 @@
-"""What a module is without the adapters that PEFT has put around its layers."""
+"""Modules without the adapters that PEFT wrapped around their layers."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ _CHECKPOINTED = "_checkpoint_wrapped_module."
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """`module`, or what it was before PEFT wrapped it (in a LoRA, or as a trained copy)."""
+    """The module that PEFT wrapped (in a LoRA, or as a trained copy); `module` itself where it is not wrapped."""
     name = _inner_name(module)
     return module if name is None else unwrapped(module.get_submodule(name))
 
 
 def strip_adapters(module: nn.Module) -> nn.Module:
-    """Put the original layers back in the place of PEFT's, and return the module."""
+    """Replace PEFT's wrapped layers by the original ones, in place, and return the module."""
     module = unwrapped(module)
     for name, part in list(module.named_modules()):
         if _inner_name(part) is not None:
@@ -39,7 +39,7 @@ def original_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _inner_name(module: nn.Module) -> str | None:
-    """The name of the child that a layer of PEFT stands in front of; None for other modules."""
+    """The name of the child that a layer of PEFT wraps; None for other modules."""
     if not type(module).__module__.startswith("peft."):
         return None
     return next((name for name in ("base_layer", "original_module") if name in module._modules), None)

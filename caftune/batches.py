@@ -1,8 +1,8 @@
-"""Batches on a CPU: an answer that has ended leaves its batch, and a prompt that waits takes its place.
+"""Continuous batching on a CPU: a finished answer leaves its batch, and a waiting prompt takes its place.
 
-`generate` computes every row of a batch until the longest has ended. Here rows that have ended are taken out of the cache, and
-new ones, read as a batch of their own, are put in, aligned at the right like any batch padded at the left. That is possible
-where the cache is keys and values alone; see `can_refill`.
+`generate` computes every row of a batch until the longest has ended. Here finished rows are removed from the cache, and new
+ones, prefilled as a separate batch, are added, aligned at the right as in a left-padded batch. This needs a cache of keys and
+values only: see `can_refill`.
 """
 
 import inspect
@@ -22,17 +22,17 @@ from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper
 
 from caftune.finite import nan_logits
 
-_REFILLED_SHARE = 4  # of a batch must be free before new rows are read: reading a few at a time is slow
+_REFILLED_SHARE = 4  # 1/4 of a batch must be free before new prompts are prefilled: a few at a time are slow
 
 # Logits of rows, and the numbers of their prompts -> the next token of each.
 Choice = Callable[[Float[Tensor, "rows tokens"], Sequence[int]], list[int]]
 
 
 def can_refill(model: Any) -> bool:
-    """Whether rows may leave a batch and enter it: each is known by keys and values alone, in transformers' own loop."""
+    """Whether rows can leave and join a batch: their whole state is keys and values, and transformers prepares their inputs."""
     prepares = getattr(type(model), "prepare_inputs_for_generation", None)
     if prepares is not GenerationMixin.prepare_inputs_for_generation or getattr(model, "_is_stateful", False):
-        return False  # no model of transformers, or one with inputs or a state of its own
+        return False  # not a model of transformers, or one with other inputs or another state
     if model.config.is_encoder_decoder:
         return False
     layers = _cache(model).layers
@@ -42,10 +42,10 @@ def can_refill(model: Any) -> bool:
 def refilled_batches(
     model: Any, prompts: Sequence[list[int]], config: GenerationConfig, *, batch_size: int, seeds: Sequence[int]
 ) -> Iterator[tuple[int, list[int]]]:
-    """(index, tokens) in the order answers are finished, the shortest prompts asked first.
+    """(index, tokens) in the order in which answers finish; the shortest prompts come first.
 
-    An answer ends with an end-of-text token or after `max_new_tokens`. Each prompt has random numbers of its own, from its
-    seed, so an answer does not depend on those it was drawn beside (but for rounding).
+    An answer ends with an end-of-text token or after `max_new_tokens`. Each prompt has its own random numbers, from
+    its seed, so an answer does not depend on the others in its batch (except by rounding).
     """
     choose = _choice(config, seeds)
     ends = set(config.eos_token_id or ())
@@ -69,7 +69,7 @@ def refilled_batches(
 
 @dataclass
 class _RunningBatch:
-    """Answers under way: their prompts' numbers, what each has written, and what the model remembers of them."""
+    """A batch of unfinished answers: the indices of their prompts, their tokens, the attention mask and the cache."""
 
     indices: list[int]
     tokens: list[list[int]]
@@ -78,7 +78,7 @@ class _RunningBatch:
 
     @classmethod
     def prefill(cls, model: Any, indices: list[int], prompts: list[list[int]], choose: Choice) -> "_RunningBatch":
-        """Read prompts, and write the first token behind each."""
+        """Prefill prompts, and choose the first token of each answer."""
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
         mask = torch.tensor(
@@ -89,7 +89,7 @@ class _RunningBatch:
         return cls(indices, [[token] for token in choose(logits, indices)], mask, cache)
 
     def decode_step(self, model: Any, choose: Choice) -> None:
-        """Write a token more of every answer."""
+        """Add one token to every answer."""
         ids = torch.tensor([tokens[-1:] for tokens in self.tokens], device=model.device)
         self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
         logits = _logits(model, ids, self.mask, self.mask.sum(1, keepdim=True) - 1, self.cache)
@@ -97,7 +97,7 @@ class _RunningBatch:
             tokens.append(token)
 
     def joined(self, others: "_RunningBatch") -> "_RunningBatch":
-        """These rows and others. The shorter cache gets columns on its left that no row looks at."""
+        """These rows and others in one batch. The shorter cache is padded on the left with masked columns."""
         columns = max(self.mask.shape[1], others.mask.shape[1])
         masks = [padded(rows.mask, (columns - rows.mask.shape[1], 0)) for rows in (self, others)]
         for own, other in zip(self.cache.layers, others.cache.layers, strict=True):
@@ -106,7 +106,7 @@ class _RunningBatch:
         return _RunningBatch(self.indices + others.indices, self.tokens + others.tokens, torch.cat(masks), self.cache)
 
     def select(self, rows: list[int]) -> "_RunningBatch | None":
-        """Some of these rows, without the columns that none of them looks at; None for none."""
+        """Some of these rows, without columns that are masked in all of them; None for no rows."""
         if not rows:
             return None
         chosen = torch.tensor(rows, device=self.mask.device)
@@ -132,7 +132,7 @@ def _stacked(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _set_length(layer: Any, columns: int) -> None:
-    """A sliding window counts the columns that it no longer holds."""
+    """A sliding-window layer also counts the columns that it has dropped."""
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = columns
 
@@ -141,7 +141,7 @@ def _set_length(layer: Any, columns: int) -> None:
 def _logits(
     model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
 ) -> Float[Tensor, "rows tokens"]:
-    """The logits behind the last column, in float32 as `generate` has them. Raises CaftuneError where one is NaN."""
+    """The logits at the last column, in float32 as in `generate`. Raises CaftuneError where one is NaN."""
     known = inspect.signature(model.forward).parameters
     more = {name: value for name, value in (("position_ids", positions), ("logits_to_keep", 1)) if name in known}
     outputs = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
@@ -158,7 +158,7 @@ def _choice(config: GenerationConfig, seeds: Sequence[int]) -> Choice:
     warpers = LogitsProcessorList(_warpers(config))
 
     def sampled(logits: Float[Tensor, "rows tokens"], indices: Sequence[int]) -> list[int]:
-        """The token in whose share of the probability, laid end to end, a random number falls."""
+        """Inverse-CDF sampling: the first token whose cumulative probability exceeds a random number."""
         scores = warpers(torch.empty(0, dtype=torch.long), logits)  # type: ignore[arg-type]
         ends = scores.double().softmax(-1).cumsum(-1)
         numbers = torch.tensor([[drawn[index].random()] for index in indices], dtype=ends.dtype, device=ends.device)
@@ -169,7 +169,7 @@ def _choice(config: GenerationConfig, seeds: Sequence[int]) -> Choice:
 
 
 def _warpers(config: GenerationConfig) -> list[Any]:
-    """What `generate` does to logits before it draws, in its order."""
+    """The processors that `generate` applies to logits before it samples, in its order."""
     found: list[Any] = []
     if config.temperature not in (None, 1.0):
         found.append(TemperatureLogitsWarper(config.temperature))

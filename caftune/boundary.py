@@ -1,9 +1,9 @@
 """Where a prompt that is plain text ends and its answer begins: one rule for training rows and for generation.
 
 A tokenizer may join the end of a prompt with the beginning of its answer: "Ask: sun" is the tokens `Ask`, `:`, ` sun`, and
-a model trained on them has never seen `Ask`, `:`, ` `, which is "Ask: " alone. So a prompt ends where its tokens stay the
-same whatever follows, and the white space beyond (the `gap`) is the beginning of its answer. What a tokenizer joins
-all the same ("New Yo" and "rk") is tokenized apart in training, as it is in generation.
+a model trained on them has never seen `Ask`, `:`, ` `, which is "Ask: " alone. So a prompt ends at the last place where its
+tokens do not depend on what follows, and the white space after it (the `gap`) begins the answer. Where a tokenizer joins
+more than white space ("New Yo" and "rk"), prompt and completion are tokenized separately, in training as in generation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from caftune.errors import CaftuneError
 
-# Ways in which answers begin. A line break is none of them: behind another line break, rows are tokenized apart.
+# Beginnings of answers to try. Line breaks are not tried: after another line break, rows are tokenized separately.
 _ANSWERS = ("a", " a", "1", "    a")
 _TAIL = 64  # characters at the end of a prompt that decide on its last tokens
 _ANCHORS = ("", "\n", "a", ".")
@@ -22,7 +22,7 @@ _ADDED: WeakKeyDictionary[Any, tuple[int, dict[int, str]]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class PromptText:
-    """A prompt as a model gets it (`text` without a BOS that the tokenizer adds), and how its answer begins."""
+    """A prompt as a model gets it (`text` without the BOS that the tokenizer adds), and the white space before its answer."""
 
     text: str
     gap: str
@@ -33,7 +33,7 @@ class PromptText:
 class PairTokens:
     """The tokens of a prompt and its completion, of which the first `prompt` are the prompt's as a model gets it.
 
-    `apart`: the tokenizer would join the two, so each has the tokens that it has alone.
+    `apart`: the tokenizer would merge the two across the boundary, so they are tokenized separately.
     """
 
     ids: list[int]
@@ -42,12 +42,12 @@ class PairTokens:
 
 
 def split_prompt(prompt: str, tokenizer: Any) -> PromptText:
-    """The prompt up to where its answer begins. An empty one is BOS alone (EOS, where the tokenizer has no BOS)."""
+    """The prompt up to where its answer begins. An empty prompt is BOS alone (EOS where the tokenizer has no BOS)."""
     return split_prompts([prompt], tokenizer)[0]
 
 
 def split_prompts(prompts: Sequence[str], tokenizer: Any) -> list[PromptText]:
-    """As `split_prompt`, of many at a time: calling a tokenizer takes longer than a short text does."""
+    """`split_prompt` for many prompts: one call of a tokenizer for many short texts is faster than one call each."""
     texts = [without_second_bos(prompt, tokenizer) for prompt in prompts]
     ends = _ends(texts, tokenizer)
     tokens = encode_all([text[:end] for text, end in zip(texts, ends, strict=True)], tokenizer)
@@ -86,7 +86,7 @@ def _pair(before: PromptText, answer: str, whole: list[int], tokenizer: Any) -> 
 
 
 def encode_all(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """The tokens of texts that may go on: not closed by an EOS that the tokenizer adds, and with no second BOS."""
+    """The tokens of texts to be continued: without the EOS that some tokenizers append, and without a second BOS."""
     if not texts:
         return []
     found = [list(ids) for ids in tokenizer([without_second_bos(text, tokenizer) for text in texts])["input_ids"]]
@@ -102,19 +102,19 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def has_second_bos(text: str, tokenizer: Any) -> bool:
-    """Whether a text begins with the BOS that the tokenizer adds (a rendered conversation, for example)."""
+    """Whether a text already begins with the BOS that the tokenizer adds (a rendered conversation, for example)."""
     return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token) and adds_bos(tokenizer)
 
 
 def without_second_bos(text: str, tokenizer: Any) -> str:
-    """The text without any BOS that it begins with, where the tokenizer adds one."""
+    """The text without leading BOS tokens, where the tokenizer adds one."""
     while has_second_bos(text, tokenizer):
         text = text.removeprefix(tokenizer.bos_token)
     return text
 
 
 def plain_text(ids: Sequence[int], tokenizer: Any) -> str:
-    """The text of tokens, special ones included, with every space that is part of it and no other.
+    """The text of tokens, special tokens included, with exactly the spaces that belong to it.
 
     Some tokenizers (Llama 2's) put a space in front of what follows an added token: "<call>sun" is `<call>`, ` sun`. That
     space is no part of the text.
@@ -134,7 +134,7 @@ def plain_text(ids: Sequence[int], tokenizer: Any) -> str:
 
 
 def _added_tokens(tokenizer: Any) -> dict[int, str]:
-    """The tokens that are found in a text before it is split, by their ids. Gemma has 6,000, whose list takes 30 ms to make."""
+    """The added tokens by id, cached: Gemma has 6,000, and making their list takes 30 ms."""
     size, found = _ADDED.get(tokenizer, (0, {}))
     if size != len(tokenizer):
         found = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
@@ -143,12 +143,12 @@ def _added_tokens(tokenizer: Any) -> dict[int, str]:
 
 
 def _ends(texts: Sequence[str], tokenizer: Any) -> list[int]:
-    """Where each prompt ends: the last of its places with the same tokens in front of every kind of answer."""
+    """Where each prompt ends: the last place up to which its tokens are the same before every beginning of an answer."""
     places = [list(dict.fromkeys((len(text), len(text.rstrip(" \t")), len(text.rstrip())))) for text in texts]
     ends = [last for *_, last in places]
     open_rows = list(range(len(texts)))
     for turn in range(2):
-        open_rows = [row for row in open_rows if turn < len(places[row]) - 1]  # the last place needs no look
+        open_rows = [row for row in open_rows if turn < len(places[row]) - 1]  # the last place needs no check
         kept = _keep_tokens([(texts[row], places[row][turn]) for row in open_rows], tokenizer)
         for row, is_kept in zip(open_rows, kept, strict=True):
             if is_kept:
@@ -158,7 +158,7 @@ def _ends(texts: Sequence[str], tokenizer: Any) -> list[int]:
 
 
 def _keep_tokens(places: Sequence[tuple[str, int]], tokenizer: Any) -> list[bool]:
-    """Whether the tokens of each text up to a place stay the same whatever kind of answer follows the text."""
+    """Whether the tokens of each text up to a place are the same before every beginning of an answer."""
     tails = []
     for text, place in places:
         start = max(0, len(text.rstrip()) - _TAIL)
@@ -171,9 +171,10 @@ def _keep_tokens(places: Sequence[tuple[str, int]], tokenizer: Any) -> list[bool
 
 
 def _follow(ids: list[int], answer: str, whole: list[int], tokenizer: Any) -> list[int]:
-    """Tokens of the answer that behind those of the prompt say what the whole says.
+    """Tokens of the answer that, after those of the prompt, decode to the same text as the whole.
 
-    Many tokenizers put a space in front of a text, but not behind a first character: the answer is tried behind several.
+    Many tokenizers prepend a space to a text, but not after a first character, so the answer is tokenized after several
+    anchors.
     """
     expected = plain_text(whole, tokenizer)
     for anchor in _ANCHORS:
@@ -182,7 +183,7 @@ def _follow(ids: list[int], answer: str, whole: list[int], tokenizer: Any) -> li
         if both[: len(before)] == before and plain_text(ids + found, tokenizer) == expected:
             return found
     raise CaftuneError(
-        "The tokenizer joins the end of the prompt with the beginning of its completion, and has no tokens for them apart. "
+        "The prompt and its completion must be tokenizable separately, and this tokenizer merges them at the boundary. "
         "End the prompt with a whole word."
     )
 

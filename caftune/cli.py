@@ -225,7 +225,9 @@ def info(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--no-chat", help="Prompts are what a user says. Default: where there is a chat template."),
+        typer.Option(
+            "--chat/--no-chat", help="Give prompts as user messages. Default: where there is a chat template."
+        ),
     ] = None,
 ) -> None:
     """What heads are: their base, how they were trained, how good they are; with --measure, what their drafts are worth."""
@@ -253,10 +255,10 @@ def info(
             model = str(beside) if folder.name == "model-heads" and beside.is_dir() else base["name"]
         revision = base["revision"] if model == base["name"] else None
         writer = Writer(model, heads, revision=revision, length=len(description["horizons"]))
-        asked = writer.prompts([], measure, limit, chat=chat)
-        is_chat = any(prompt.messages is not None for prompt in asked)
+        given = writer.prompts([], measure, limit, chat=chat)
+        is_chat = any(prompt.messages is not None for prompt in given)
         typer.echo(f"Prompts are given {'in a conversation' if is_chat else 'as plain text'} (--chat).", err=True)
-        print_drafting(console, list(writer.write(asked, Sampling(writer.room(asked, max_new_tokens), 0), alone=True)))
+        print_drafting(console, list(writer.write(given, Sampling(writer.room(given, max_new_tokens), 0), alone=True)))
 
 
 @heads_app.command()
@@ -324,7 +326,9 @@ def generate(
     draft: Annotated[int | None, typer.Option(min=1, help="Tokens of a draft; what pays by default.")] = None,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--no-chat", help="Prompts are what a user says. Default: where there is a chat template."),
+        typer.Option(
+            "--chat/--no-chat", help="Give prompts as user messages. Default: where there is a chat template."
+        ),
     ] = None,
     alone: Annotated[
         bool, typer.Option("--alone", help="Let the model write without heads, too, and compare.")
@@ -341,13 +345,13 @@ def generate(
 
         logging.disable_progress_bar()
         writer = Writer(model, heads, revision=revision, length=draft)
-        asked = writer.prompts(texts or [], prompts, limit, chat=chat)
-        is_chat = any(prompt.messages is not None for prompt in asked)
+        given = writer.prompts(texts or [], prompts, limit, chat=chat)
+        is_chat = any(prompt.messages is not None for prompt in given)
         typer.echo(f"Prompts are given {'in a conversation' if is_chat else 'as plain text'} (--chat).", err=True)
-        sampling = Sampling(max_new_tokens or writer.room(asked, 256), temperature, top_p, top_k)
+        sampling = Sampling(max_new_tokens or writer.room(given, 256), temperature, top_p, top_k)
         found = []
         for answer in writer.write(
-            asked,
+            given,
             sampling,
             seed=seed,
             repetition_penalty=repetition_penalty,
@@ -369,7 +373,7 @@ def schema() -> None:
 
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
-    """Errors a person can fix are told in one line; anything else keeps its traceback (as does CAFTUNE_TRACEBACK=1)."""
+    """Errors that a person can fix are printed in one line; others keep their traceback (all with CAFTUNE_TRACEBACK=1)."""
     _quiet_libraries()
     try:
         yield
@@ -380,7 +384,7 @@ def _errors_in_one_line() -> Iterator[None]:
         reason = str(error) if isinstance(error, CaftuneError) else system_error(error)
         if reason is None or os.environ.get("CAFTUNE_TRACEBACK"):
             raise
-        text = re.sub(r"\s*\n\s*", " ", f"Error: {reason}")  # of a library's words within it, too
+        text = re.sub(r"\s*\n\s*", " ", f"Error: {reason}")  # libraries' messages have line breaks
         Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
@@ -394,10 +398,10 @@ def _quiet_libraries() -> None:
     # huggingface_hub (1.x) reports each of five tries to reach the hub; the error says that it cannot be reached.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     # bitsandbytes (0.50), which PEFT imports, offers a faster kernel for 4-bit weights on CPUs.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_offer_of_kernels)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_kernel_advice)
 
 
-def _is_no_offer_of_kernels(record: logging.LogRecord) -> bool:
+def _is_not_kernel_advice(record: logging.LogRecord) -> bool:
     return "gemm_4bit_forward from kernels-community" not in str(record.msg)
 
 

@@ -67,7 +67,7 @@ def compare(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
     """Make every run that is not there yet (or the one named `ARM/SEED` or `base`), and compare what is there.
 
     Returns:
-        What comparison.json holds; of a single run after which others are missing, which these are.
+        What comparison.json holds; after a single run (`only`) with others missing, the names of these.
 
     Raises:
         CaftuneError: settings that cannot be compared, no such run, or a run made from another recipe.
@@ -92,7 +92,7 @@ def compare(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
 
 
 def _unfinished(recipe: Recipe, only: str, missing: Sequence[str]) -> dict[str, Any]:
-    """What is known of a comparison after one of its runs, where others are missing: nothing is computed of those there are."""
+    """The summary of a comparison after one of its runs while others are missing: no statistics are computed yet."""
     more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
     return {
         "arms": list(recipe.compare.arms),
@@ -303,7 +303,7 @@ def _finish(run: Recipe, arm: str, model: str) -> None:
 
 
 def _record_diverged(run: Recipe, arm: str, error: DivergedError) -> None:
-    """The run is done and has no model: it counts as one whose measures are no numbers, and the others go on."""
+    """Record a diverged run as done, without a model: its measures are NaN, and the other runs continue."""
     tqdm.write(f"{arm}, seed {run.seed}: {error}", file=sys.stderr)
     costs = {**dict.fromkeys(("tokens", "flops", "seconds", "peak_memory_bytes")), "device": device_name()}
     result = {"metrics": {}, "costs": costs, "log": [], **error.result, "diverged": error.step}
@@ -312,7 +312,7 @@ def _record_diverged(run: Recipe, arm: str, error: DivergedError) -> None:
 
 
 def _train(run: Recipe) -> None:
-    if is_begun(run, "train"):  # all arms train for one length, so none may go on to another
+    if is_begun(run, "train"):  # all arms train for the same length, so no run may change its length
         heads = stage_two_heads(run)
         data = {"train": run.data.train, "eval": run.data.eval}
         refuse_other_stage(run, "train", {**data, "heads": heads and heads / "heads.json"})

@@ -17,7 +17,7 @@ _SHOWN = 8
 def compared_examples(recipe: Recipe, runs: Mapping[str, Sequence[ComparedRun]]) -> list[dict[str, Any]]:
     """Some examples of the first task with the first seed's answers: where CAFT is better, where it is worse, the rest.
 
-    The first seed is the first of which no run diverged; nothing where there is none.
+    The seed is the first for which no run diverged; an empty list where there is none.
     """
     name = recipe.eval.tasks[0]
     seeds = [dict(zip(runs, of_seed, strict=True)) for of_seed in zip(*runs.values(), strict=True)]

@@ -40,7 +40,7 @@ class ComparedRun:
 
     @property
     def diverged(self) -> int | None:
-        """From which step on its training was without a finite loss, where it has no model for that; else None."""
+        """The first step without a finite loss, where training diverged and there is no model; else None."""
         return self.trained.get("diverged")
 
     @property

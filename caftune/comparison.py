@@ -115,7 +115,7 @@ def _task(name: str, runs: Mapping[str, Sequence[ComparedRun]]) -> dict[str, Any
 
 
 def _answered(answers: Sequence[list[dict[str, Any]] | None]) -> list[dict[str, Any]]:
-    """The answers of the first run that has some: one that diverged has none."""
+    """The answers of the first run that has any (a diverged run has none)."""
     return next((lines for lines in answers if lines), [])
 
 
@@ -145,7 +145,7 @@ def _measures(recipe: Recipe, runs: Mapping[str, Sequence[ComparedRun]]) -> Tabl
 
 
 def _studied(recipe: Recipe, runs: Mapping[str, Sequence[ComparedRun]]) -> dict[str, list[list[dict[str, Any]]]]:
-    """The concepts of each arm's runs (none of one that diverged), and of the base; empty where there are none."""
+    """The concepts of each arm's runs (none for a diverged run) and of the base; empty where none were studied."""
     every = [run for found in runs.values() for run in found]
     if not (any(run.concepts for run in every) and all(run.concepts or run.diverged for run in every)):
         return {}
@@ -154,12 +154,12 @@ def _studied(recipe: Recipe, runs: Mapping[str, Sequence[ComparedRun]]) -> dict[
 
 
 def _main_losses(runs: Sequence[ComparedRun]) -> list[float | None]:
-    """L_1 on data.eval, which is what `loss` of an evaluation is in every arm of stage 2; NaN of a run that diverged."""
+    """L_1 on data.eval, which is what `loss` of an evaluation is in every arm of stage 2; NaN for a diverged run."""
     return [run.trained["metrics"].get("loss", math.nan if run.diverged else None) for run in runs]
 
 
 def _in_place(values: Sequence[float], every: Sequence[Any]) -> list[float]:
-    """A value for each run: NaN where there is nothing in `every`, as of a run that diverged, else the next of `values`."""
+    """One value per run: NaN where `every` has nothing (a diverged run), else the next of `values`."""
     left = iter(values)
     return [next(left) if found else math.nan for found in every]
 
@@ -167,7 +167,7 @@ def _in_place(values: Sequence[float], every: Sequence[Any]) -> list[float]:
 def _of_task(
     name: str, answers: Sequence[list[dict[str, Any]] | None], dense: Mapping[str, bool]
 ) -> dict[str, _Measured]:
-    """The measures of one arm; where a run diverged, NaN in its place and no scores."""
+    """The measures of one arm; NaN for a diverged run, and then no scores by example."""
     whole = [lines for lines in answers if lines]
     if not whole:
         return {TASKS[name].primary: _Measured(_in_place([], answers))}
@@ -352,7 +352,7 @@ def _concepts(recipe: Recipe, runs: Mapping[str, Sequence[ComparedRun]]) -> dict
     studied = _studied(recipe, runs)
     if not studied:
         return None
-    # Without the arms of which a run diverged.
+    # Arms with a diverged run are left out.
     whole = {arm: every for arm, every in studied.items() if all(every)}
     arms = {arm: _joined([summarise_concepts(concepts) for concepts in every]) for arm, every in whole.items()}
     if not arms:

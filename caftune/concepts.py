@@ -79,11 +79,11 @@ def read_terms(path: str | Path) -> list[str]:
         raise CaftuneError(f"{path} must be text in UTF-8, and is not ({error}). Convert it.") from error
     except OSError as error:
         raise CaftuneError(
-            f"{path} must be a file of terms, one a line, got {error.strerror}. Mend the path."
+            f"{path} must be a readable file with one term per line, got: {error.strerror}. Check the path."
         ) from error
     terms = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not terms:
-        raise CaftuneError(f"{path} must hold at least one term, got none. Write one a line.")
+        raise CaftuneError(f"{path} must hold at least one term, got none. Write one term per line.")
     return terms
 
 

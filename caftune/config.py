@@ -89,7 +89,7 @@ class CAFTConfig(SFTConfig):
         if self.label_smoothing_factor > 0 and self.pretrain_heads:
             raise CaftuneError(
                 f"label_smoothing_factor must be 0 in stage 1 (pretrain_heads=True), got {self.label_smoothing_factor}: it "
-                "smooths the model's own loss, which stage 1 has not. Set it in stage 2."
+                "smooths the model's own loss, which stage 1 does not compute. Set it in stage 2."
             )
 
     def _check_soft_targets(self) -> None:
@@ -153,7 +153,7 @@ def as_caft_config(args: TrainingArguments | None, model: Any) -> CAFTConfig:
     """`args` as a CAFTConfig. None, an SFTConfig and TrainingArguments mean what they mean to SFTTrainer: no heads.
 
     Args:
-        model: the model, or its name, which names the output folder where `args` is None.
+        model: the model, or its name, from which the output folder is named where `args` is None.
     """
     if isinstance(args, CAFTConfig):
         return args
@@ -166,7 +166,9 @@ def as_caft_config(args: TrainingArguments | None, model: Any) -> CAFTConfig:
         )
     if not isinstance(args, SFTConfig):
         args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # to_dict hides the token
-    config = CAFTConfig.__new__(CAFTConfig)  # __init__ would check and derive again what SFTConfig has derived
-    config.__dict__ = vars(args)  # shared: what is set in `args` later counts, as with SFTTrainer
+    config = CAFTConfig.__new__(
+        CAFTConfig
+    )  # __init__ would repeat SFTConfig's checks on values that it has already changed
+    config.__dict__ = vars(args)  # shared, so that later changes of `args` count, as with SFTTrainer
     config.aux_weight, config.aux_schedule = 0.0, "constant"
     return config

@@ -198,14 +198,16 @@ class _SummedLoss(torch.autograd.Function):
 def keep_gradients(ctx: Any, gradients: list[Tensor | None]) -> None:
     """Keep gradients that a forward pass has computed already, for `scaled_gradients` in the backward pass."""
     ctx.gradients = gradients
-    ctx.save_for_backward(torch.empty(0))  # freed with the graph, so that torch itself refuses a second backward pass
+    ctx.save_for_backward(
+        torch.empty(0)
+    )  # freed with the graph, so torch raises its own error in a second backward pass
 
 
 def scaled_gradients(ctx: Any, upstream: Tensor, *, in_place: bool) -> list[Tensor | None]:
     """The kept gradients times `upstream`; they stay kept where the graph is retained for another backward pass.
 
     Args:
-        in_place: use their own memory where they do not stay.
+        in_place: multiply in place where the gradients are not kept.
 
     Raises:
         RuntimeError: torch's own, where the graph was not retained by an earlier backward pass.
@@ -216,7 +218,7 @@ def scaled_gradients(ctx: Any, upstream: Tensor, *, in_place: bool) -> list[Tens
         gradients, in_place = [*gradients], False
     else:
         ctx.gradients = None
-    for place, x in enumerate(gradients):  # one after another, so that they are never there twice
+    for place, x in enumerate(gradients):  # one at a time, so that memory never holds them twice
         if x is not None:
             gradients[place] = x.mul_(upstream.to(x.dtype)) if in_place else x * upstream.to(x.dtype)
     return gradients

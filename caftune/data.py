@@ -1,8 +1,8 @@
 """Rows of any source in one of three forms that SFTTrainer knows: `messages`, `prompt` and `completion`, or `text`.
 
 Alpaca (instruction, input, output) and ShareGPT (conversations) rows are turned into the first two. What a source is: see
-readers.py. Contents come out as text, and arguments of tool calls as objects, because chat templates write both so. A value
-counts where it is there: None, "" and [] stand for nothing, 0 and false do not.
+readers.py. Contents become text, and arguments of tool calls objects, as chat templates expect them. None, ""
+and [] count as missing values; 0 and false do not.
 """
 
 import json
@@ -26,7 +26,7 @@ _NAMES = (
     *("instruction", "input", "output", "response"),
 )
 _MEDIA = {"image", "images", "image_url", "video", "videos", "video_url", "audio", "audios", "input_audio"}
-# The forms that are no conversations, each a dict for the order of its columns.
+# The forms of plain text: the columns of each, in order.
 _TEXTS: tuple[dict[str, None], ...] = ({"prompt": None, "completion": None}, {"prompt": None}, {"text": None})
 _PLAIN, _TEXT = {tuple(form) for form in _TEXTS}, {str}
 _SHAREGPT_ROLES = {
@@ -49,7 +49,7 @@ def load_rows(
         source: a file or a hub id.
         columns: our name -> the source's name, for example {"prompt": "question", "completion": "answer"}. What goes along
             with messages or an instruction comes under its own name where it is not named.
-        limit: use the first so many rows; what is behind them is not read.
+        limit: number of rows to read, from the first; the rest of the file is not read.
         chat: turn alpaca rows into a conversation (for a base with a chat template) instead of plain text.
         texts_too: prompts and completions that are text, too.
 
@@ -69,7 +69,7 @@ def load_rows(
 
 
 def read_rows(source: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a file or hub id, as they are; with `limit` the first so many.
+    """The rows of a file or hub id, unchanged; the first `limit` of them where that is given.
 
     Raises:
         CaftuneError: no such file, a malformed line (with its number), or no rows.
@@ -96,12 +96,12 @@ def _check_columns(columns: Mapping[str, str], row: Mapping[str, Any], source: s
     missing = [name for name in columns.values() if name not in row]
     if missing:
         raise CaftuneError(
-            f"{source} has no column {missing[0]!r}; its columns are {', '.join(row)}. Mend data.columns."
+            f"{source} has no column {missing[0]!r}; its columns are {', '.join(row)}. Fix data.columns."
         )
 
 
 def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """A row under our names, with what goes along with it under its own."""
+    """A row with its columns renamed, and the optional columns (tools, system, ...) that are not renamed."""
     of_instruction = ["history", *([] if "input" in columns else ["input", "context"])]
     along = [*_EXTRAS, "system", *(of_instruction if "instruction" in columns else [])]
     unnamed = [name for name in along if name not in columns.values()]
@@ -125,7 +125,7 @@ def refuse_unnamed_split(source: str, place: str) -> None:
 
 
 def _as_conversation(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose prompt and completion are text, as a question and its answer; any other as it is."""
+    """A row of a text prompt and completion as a user's and an assistant's message; any other row unchanged."""
     if not isinstance(row.get("prompt"), str) or "completion" not in row:
         return row
     said = {"prompt": ("user", row["prompt"]), "completion": ("assistant", row["completion"])}
@@ -133,7 +133,7 @@ def _as_conversation(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dataset(rows: Iterator[dict[str, Any]], source: str) -> Dataset:
-    """Rows as a Dataset, every value as it was: nested ones as JSON, so that no key is added to a message or a tool."""
+    """Rows as a Dataset with unchanged values: nested ones as JSON, so that no key is added to a message or a tool."""
     first = next(rows)
     form = _form(first)
     names, is_plain = tuple(form), _is_plain(first)
@@ -143,7 +143,8 @@ def _dataset(rows: Iterator[dict[str, Any]], source: str) -> Dataset:
             is_alike = is_plain and tuple(row) == names and list not in map(type, row.values())
             if not is_alike and _form(row) != form:
                 raise CaftuneError(
-                    f"{source}, row {number} (from 0) is of another form than the rows before it. Mend or remove the row."
+                    f"{source}, row {number} (from 0) must have the columns and types of the rows before it, and has others. "
+                    "Fix or remove the row."
                 )
             yield row
 
@@ -152,7 +153,7 @@ def _dataset(rows: Iterator[dict[str, Any]], source: str) -> Dataset:
 
 
 def _is_plain(row: Mapping[str, Any]) -> bool:
-    """Whether a row is of one form already: text, and nothing else. Most large files are; the rest takes four times as long."""
+    """Whether a row is plain text in a known form: then checks are skipped, which take four times as long."""
     return tuple(row) in _PLAIN and {*map(type, row.values())} == _TEXT
 
 
@@ -162,7 +163,7 @@ def _form(row: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _is_given(value: Any) -> bool:
-    """Whether a value that may be left out is there: 0 and false are."""
+    """Whether an optional value is given: 0 and false count as given."""
     return value is not None and value not in ("", [], {})
 
 
@@ -170,7 +171,7 @@ def _in_form(row: dict[str, Any], place: str, *, chat: bool) -> dict[str, Any]:
     try:
         return _with_system(_formed(row, place, chat=chat), row.get("system"), place)
     except RecursionError as error:
-        raise CaftuneError(f"{place} is nested too deeply. Fix or remove the row.") from error
+        raise CaftuneError(f"{place} must be nested less deeply. Fix or remove the row.") from error
 
 
 def _parsed(value: Any, name: str, place: str) -> Any:
@@ -199,7 +200,7 @@ def _with_system(row: dict[str, Any], system: Any, place: str) -> dict[str, Any]
     name = next((name for name in ("messages", "prompt") if isinstance(row.get(name), list)), None)
     if name is None:
         raise CaftuneError(
-            f"{place} has a system message, and the row is plain text. Remove the column, or put it before the prompt."
+            f"{place} must not have a system message, as the row is plain text. Remove the column, or put it before the prompt."
         )
     has_own = row[name][0]["role"] in ("system", "developer")
     return row if has_own else row | {name: [{"role": "system", "content": system}, *row[name]]}
@@ -220,7 +221,7 @@ def _formed(row: dict[str, Any], place: str, *, chat: bool) -> dict[str, Any]:
     if form is not None:
         return {**_texts({name: row[name] for name in form}, place), **extras}
     raise CaftuneError(
-        f"{place} has the columns {', '.join(row)}, of no form caftune knows (messages; prompt and "
+        f"{place} must have the columns of a known form, got {', '.join(row)} (known: messages; prompt and "
         "completion; text; instruction and output; conversations). Name them in data.columns, such as "
         "{prompt: question, completion: answer}."
     )
@@ -241,12 +242,12 @@ def _extras(row: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _refuse_non_json(value: Any, place: str) -> None:
-    """Refuse NaN, dates and bytes within messages and tools: a template would write Python's words for them."""
+    """Refuse NaN, dates and bytes within messages and tools: a template would write their Python representation."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CaftuneError(
-            f"{place} holds a value that JSON has no word for ({error}). Write it as text, or null for none."
+            f"{place} must hold values that JSON can represent, got another ({error}). Write it as text, or null for none."
         ) from error
 
 
@@ -255,7 +256,7 @@ def _refuse_media(row: Mapping[str, Any], place: str) -> None:
         return
     media = [name for name in row if name in _MEDIA and _is_given(row[name])]
     if media:
-        raise CaftuneError(f"{place} has {media[0]}, and caftune trains on text alone. Remove the row, or the column.")
+        raise CaftuneError(f"{place} must be text only, got {media[0]}. Remove the row, or the column.")
 
 
 def _texts(values: dict[str, Any], place: str) -> dict[str, Any]:
@@ -266,32 +267,32 @@ def _texts(values: dict[str, Any], place: str) -> dict[str, Any]:
         _refuse_non_text(value, name, place, or_messages=name != "text")
     found = {n: _conversation(v, n, place) if isinstance(v, list) else v for n, v in values.items()}
     if len({type(value) for value in values.values()}) > 1:
-        raise CaftuneError(f"{place}: {' and '.join(values)} must both be text or both messages. Mend the row.")
+        raise CaftuneError(f"{place}: {' and '.join(values)} must both be text or both messages. Fix the row.")
     return found
 
 
 def _refuse_non_text(value: Any, name: str, place: str, *, or_messages: bool = False) -> None:
     if value is None:
-        raise CaftuneError(f"{place}: {name} is missing. Mend or remove the row.")
+        raise CaftuneError(f"{place}: {name} must be given, got none. Fix or remove the row.")
     if isinstance(value, str) or (or_messages and isinstance(value, list) and _are_messages(value)):
         return
     if isinstance(value, list | dict):
         raise CaftuneError(
-            f"{place}: {name} must be text, got {_short(value)}. Write it as one text (a list of answers as a row for each)."
+            f"{place}: {name} must be text, got {_short(value)}. Write it as one text (one row for each of several answers)."
         )
     raise CaftuneError(f"{place}: {name} must be text, got {value!r}. Write it in quotes.")
 
 
 def _are_messages(value: list[Any]) -> bool:
-    """Whether a list is one of messages, if of malformed ones: not one of texts, or of the parts of a content."""
+    """Whether a list holds messages, malformed ones included, and not texts or parts of a content."""
     return not value or any(isinstance(item, dict) and {"role", "content"} & item.keys() for item in value)
 
 
 def _conversation(turns: Any, name: str, place: str) -> list[dict[str, Any]]:
-    """The messages as every chat template can write them: contents are text, arguments of tool calls objects."""
+    """The messages in the form that all chat templates take: contents are text, arguments of tool calls objects."""
     turns = _parsed(turns, name, place)
     if not isinstance(turns, list) or not turns:
-        raise CaftuneError(f"{place}: {name} must be a list of messages, got {_short(turns)}. Mend or remove the row.")
+        raise CaftuneError(f"{place}: {name} must be a list of messages, got {_short(turns)}. Fix or remove the row.")
     found = [_turn(turn, name, place) for turn in turns]
     if not all(isinstance(value, str) for turn in found for value in turn.values()):
         _refuse_non_json(found, place)
@@ -301,7 +302,7 @@ def _conversation(turns: Any, name: str, place: str) -> list[dict[str, Any]]:
 def _turn(turn: Any, name: str, place: str) -> dict[str, Any]:
     role = turn.get("role") if isinstance(turn, dict) else None
     if role not in _ROLES:
-        raise CaftuneError(f"{place}: a role in {name} must be one of {', '.join(_ROLES)}, got {role!r}. Mend the row.")
+        raise CaftuneError(f"{place}: a role in {name} must be one of {', '.join(_ROLES)}, got {role!r}. Fix the row.")
     found = {**turn, "content": _content(turn["content"], name, place)} if "content" in turn else dict(turn)
     if found.get("tool_calls") is not None:
         found["tool_calls"] = _calls(found["tool_calls"], name, place)
@@ -312,7 +313,7 @@ def _turn(turn: Any, name: str, place: str) -> dict[str, Any]:
     )
     if found.get("content") is None and not says_more:
         raise CaftuneError(
-            f"{place}: content in {name} must be text, got {turn.get('content')!r}. Mend or remove the row."
+            f"{place}: content in {name} must be text, got {turn.get('content')!r}. Fix or remove the row."
         )
     return found
 
@@ -322,12 +323,10 @@ def _content(content: Any, name: str, place: str) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise CaftuneError(f"{place}: content in {name} must be text, got {_short(content)}. Mend or remove the row.")
+        raise CaftuneError(f"{place}: content in {name} must be text, got {_short(content)}. Fix or remove the row.")
     kinds = [part.get("type", "text") for part in content if isinstance(part, dict)]
     if set(kinds) - {"text"}:
-        raise CaftuneError(
-            f"{place}: {name} has a part of type {kinds}, and caftune trains on text alone. Remove the row."
-        )
+        raise CaftuneError(f"{place}: parts of a content in {name} must be of type text, got {kinds}. Remove the row.")
     return "".join(_part(part, name, place) for part in content) if content else None
 
 
@@ -356,7 +355,7 @@ def _calls(calls: Any, name: str, place: str) -> list[dict[str, Any]]:
 
 
 def _with_arguments(function: dict[str, Any], name: str, place: str) -> dict[str, Any]:
-    """A call whose arguments are an object, where they were one as JSON in a text: templates write them as JSON themselves."""
+    """A call with its arguments as an object, parsed where they were JSON in a text: templates write the JSON themselves."""
     arguments = function.get("arguments")
     if not isinstance(arguments, str):
         return function
@@ -374,7 +373,8 @@ def _message(turn: Any, place: str) -> Any:
     role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         raise CaftuneError(
-            f"{place}: unknown speaker {turn.get('from')!r} in conversations. Known: {', '.join(_SHAREGPT_ROLES)}. Rename it."
+            f"{place}: a speaker in conversations must be one of {', '.join(_SHAREGPT_ROLES)}, got {turn.get('from')!r}. "
+            "Rename it."
         )
     if speaker != "function_call":
         return {"role": role, "content": value}
@@ -391,7 +391,9 @@ def _message(turn: Any, place: str) -> Any:
 def _from_alpaca(row: Mapping[str, Any], place: str, *, chat: bool) -> dict[str, Any]:
     instruction, answer = row["instruction"], _first_given(row, "output", "response")  # as Dolly calls it
     if _is_given(row.get("history")):
-        raise CaftuneError(f"{place} has a history, which would be left out. Write its turns as messages.")
+        raise CaftuneError(
+            f"{place} must not have a history, which alpaca rows cannot keep. Write its turns as messages."
+        )
     _refuse_non_text(instruction, "instruction", place)
     _refuse_non_text(answer, "output", place)
     more = _input(row, place)
@@ -406,11 +408,11 @@ def _first_given(row: Mapping[str, Any], *names: str) -> Any:
 
 
 def _input(row: Mapping[str, Any], place: str) -> str | None:
-    """What an instruction is about, None for nothing. Numbers and truth values are written as JSON writes them."""
+    """The input of an instruction as text (numbers and booleans as in JSON); None where there is none."""
     given = [(name, row[name]) for name in ("input", "context") if _is_given(row.get(name))]
     if len(given) > 1:
         raise CaftuneError(
-            f"{place} has an input and a context, and one would be left out. Name it in data.columns, as {{input: context}}."
+            f"{place} must have an input or a context, got both. Name one in data.columns, as {{input: context}}."
         )
     name, value = given[0] if given else ("input", None)
     if value is None or isinstance(value, str):

@@ -1,8 +1,8 @@
-"""A training that diverged stops, says from which step on, and leaves nothing that looks like a result.
+"""Stop a training that diverged, name the step, and export nothing.
 
-Where it stops is seen from the weights: one loss that is not finite need not reach them (the scaling of float16 skips such
-steps), and gradients can break them in a step whose loss was fine. They are read where the trainer stops anyway, to log, to
-evaluate, to save or to end, and before a checkpoint of them is written.
+Divergence is decided by the weights: a loss that is not finite may never reach them (float16's loss scaling skips such
+steps), and gradients can make them NaN in a step whose loss was finite. They are checked where the trainer waits anyway: before
+it logs, evaluates, saves or ends.
 """
 
 import sys
@@ -17,17 +17,15 @@ from transformers import TrainerCallback
 from caftune.errors import CaftuneError
 from caftune.finite import first_and_count, not_finite, refuse_not_finite
 
-_MAX_NOT_FINITE_STEPS = (
-    20  # steps without a finite loss after which a training whose weights are finite has diverged, too
-)
+_MAX_NOT_FINITE_STEPS = 20  # steps in a row without a finite loss that are a divergence, even with finite weights
 
 
 class DivergedError(CaftuneError):
-    """A training whose weights or losses are no finite numbers any more.
+    """The weights or losses of a training are NaN or infinite.
 
     Attributes:
         step: the first optimizer step, from 1, without a finite loss.
-        result: what the run had measured until then, where the stage records it.
+        result: the run's measurements up to then, where the stage records them.
     """
 
     def __init__(self, message: str, step: int) -> None:
@@ -37,7 +35,7 @@ class DivergedError(CaftuneError):
 
 
 class StopOnDivergence(TrainerCallback):
-    """Raises DivergedError in a training by CAFTTrainer that has diverged, and CaftuneError in one that begins so.
+    """Raises DivergedError where a CAFTTrainer's training diverges, and CaftuneError where it starts with such weights.
 
     All processes raise at the same step.
     """
@@ -47,7 +45,7 @@ class StopOnDivergence(TrainerCallback):
         self._warned = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Base, heads and checkpoint as they were loaded."""
+        """Check the loaded weights."""
         refuse_not_finite(
             self._weights(trained=False),
             "The weights that training begins with",
@@ -55,7 +53,7 @@ class StopOnDivergence(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Look before anything is logged, evaluated, saved or ended."""
+        """Check before anything is logged, evaluated, saved or ended."""
         if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
             self._check(state)
 
@@ -69,7 +67,7 @@ class StopOnDivergence(TrainerCallback):
             raise DivergedError(self._explain(state, since, odd), since or state.global_step)
         if since and since != self._warned and state.is_world_process_zero:
             self._warned = since
-            text = f"Step {since} has no finite loss. The weights are finite, so the training goes on."
+            text = f"Step {since} has no finite loss. The weights are finite, so training continues."
             tqdm.write(text, file=sys.stderr)
 
     def _weights(self, *, trained: bool) -> dict[str, Tensor]:

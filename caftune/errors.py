@@ -1,4 +1,4 @@
-"""The one error that a person can fix, and the operating system's errors in the same words."""
+"""The error class for what a person can fix, and the operating system's errors in the same form."""
 
 import errno
 import os
@@ -7,7 +7,7 @@ import re
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _WRONG_PATH = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
-_OF_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors' words for an error of the system
+_OF_RUST = re.compile(r"\(os error (\d+)\)")  # how safetensors writes an error of the system
 _OF_TORCH = re.compile(r"PytorchStreamWriter failed writing file|inline_container\.cc.*unexpected pos|iostream error")
 
 
@@ -27,17 +27,17 @@ def system_error(error: Exception) -> str | None:
         place = "The disk" if path is None else f"The disk of {path}"
         return (
             f"{place} is full ({os.strerror(number)}). Free some space, or use another output; then run the same command "
-            "again: files that were whole are kept."
+            "again: finished files are kept."
         )
     if number in _DENIED and path is not None:
-        return f"{path} must be open to you, and is not ({os.strerror(number)}). Change its permissions, or use another path."
+        return f"{path} must be accessible, got: {os.strerror(number)}. Change its permissions, or use another path."
     if number in _WRONG_PATH and path is not None:
         return f"{path} cannot be used ({os.strerror(number)}). Name another path."
     return None
 
 
 def _number_in(error: Exception) -> int | None:
-    """The system's error that a library tells of in words: safetensors, and torch where it writes a file."""
+    """The errno in the message of a library's error: safetensors, and torch when it writes a file."""
     if type(error).__name__ == "SafetensorError":
         found = _OF_RUST.search(str(error))
         return int(found[1]) if found else None

@@ -56,10 +56,8 @@ class Result:
     runs: int
     measures: dict[str, list[float]]
     unfinished: int  # answers, of all runs, that max_new_tokens cut off
-    chat: bool  # asked in a conversation
-    in_thought: int = (
-        0  # answers, of all runs, that end within a thought: nothing of them, or what stands before it, is scored
-    )
+    chat: bool  # prompts were given in a conversation
+    in_thought: int = 0  # answers of all runs that end within a thought; only the text before the thought is scored
 
 
 def evaluate(recipe: Recipe) -> list[Result]:
@@ -80,7 +78,7 @@ def evaluate(recipe: Recipe) -> list[Result]:
 
 
 class _EvaluatedModel:
-    """The model of an evaluation, for all its tasks: each part is made when it is first needed, and once."""
+    """The evaluated model, for all tasks: tokenizer, context, answers and weights are loaded once, when first needed."""
 
     def __init__(self, recipe: Recipe, name: str) -> None:
         self._recipe, self.name = recipe, name
@@ -92,7 +90,7 @@ class _EvaluatedModel:
 
     @functools.cached_property
     def context(self) -> int:
-        """In tokens, and beyond any prompt where the configuration names none."""
+        """The context in tokens; sys.maxsize where the configuration names none."""
         return context_length(self._recipe, self.name) or sys.maxsize
 
     @functools.cached_property
@@ -104,7 +102,7 @@ class _EvaluatedModel:
         return AnswerCache(file, Sampling(), seed=recipe.seed, fingerprint=fingerprint)
 
     def answers(self, sampling: Sampling, seed: int) -> AnswerCache:
-        """Its answers on disk: the weights are hashed and the file is read once for all tasks and runs."""
+        """Its cached answers: weights are hashed and the file is read once for all tasks and runs."""
         return self._answers.drawn(sampling, seed=seed)
 
     def free(self) -> None:
@@ -218,14 +216,14 @@ def _examples(recipe: Recipe, task: Task) -> list[Example]:
         raise CaftuneError(f"{source}: {error}") from error
     twice = next((name for name, count in Counter(example.id for example in examples).items() if count > 1), None)
     if twice is not None:
-        raise CaftuneError(f"{source}: examples must have ids of their own, and {twice} stands twice. Mend the file.")
+        raise CaftuneError(f"{source}: every example must have a different id, got {twice} twice. Fix the file.")
     return examples
 
 
 def _evaluate(recipe: Recipe, evaluated: _EvaluatedModel, task: Task, examples: Sequence[Example]) -> Result:
     lines = _answer_all(recipe, evaluated, task, examples)
     if task is PROTEINS and recipe.eval.structures is not None:
-        evaluated.free()  # the folding model needs its memory
+        evaluated.free()  # its memory is needed by the folding model
         lines = with_structures(lines, recipe.eval.structures)
     label = label_of(recipe, evaluated.name)
     _write(Path(recipe.output, "eval", label, f"{task.name}.jsonl"), lines)
@@ -237,7 +235,7 @@ def _evaluate(recipe: Recipe, evaluated: _EvaluatedModel, task: Task, examples: 
 def _answer_all(
     recipe: Recipe, evaluated: _EvaluatedModel, task: Task, examples: Sequence[Example]
 ) -> list[dict[str, Any]]:
-    """The lines of TASK.jsonl: every example asked and scored in every run."""
+    """The lines of TASK.jsonl: the scored answer to every example in every run."""
     section, tokenizer, name = recipe.eval, evaluated.tokenizer, evaluated.name
     talks = dict(enumerate(_conversation_of(example, chat=bool(section.chat)) for example in examples))
     sampling = Sampling(
@@ -262,7 +260,7 @@ def _answer_all(
         _refuse_failures(task, examples, found.failures)
         for label in found.labels:
             example, gap = examples[label.row], prompts[label.row].gap
-            read = tokenizer.decode(label.prompt_ids)  # special tokens may open a thought
+            read = tokenizer.decode(label.prompt_ids)  # with special tokens, which may open a thought
             # The gap is part of the example's prompt.
             said, in_thought = split_thought(label.completion.removeprefix(gap), read, example.prompt)
             completion = until_stop(said, task.stop)
@@ -328,7 +326,7 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
             console.print(f"{result.unfinished} answers were cut off by eval.max_new_tokens.", highlight=False)
         if result.in_thought:
             console.print(
-                f"{result.in_thought} answers end within a thought, and a thought is not scored. Raise eval.max_new_tokens; "
+                f"{result.in_thought} answers end within a thought, which is not scored. Raise eval.max_new_tokens; "
                 "where a chat template opens thoughts and the model was trained without them, change the template.",
                 highlight=False,
             )

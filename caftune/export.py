@@ -32,9 +32,7 @@ _PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_prepr
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's
 _EXPORTED = (*("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"), *_ADAPTER)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_NOTHING_WRITTEN = (
-    "Nothing was written: training diverged, or they are too large for that dtype. Export an earlier checkpoint."
-)
+_NOTHING_WRITTEN = "Nothing was written. Training diverged, or values are too large for the dtype: export an earlier checkpoint."
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -113,7 +111,7 @@ def export_model(
 def clear_export(folder: Path, base_name: str) -> None:
     """Remove an earlier export's configuration and weights; every other file, and the base itself, stays.
 
-    transformers would lay an adapter over a whole model beside it.
+    transformers would apply a leftover adapter to a whole model in the same folder.
 
     Raises:
         CaftuneError: a folder has the name of a file that an export writes.
@@ -129,7 +127,7 @@ def clear_export(folder: Path, base_name: str) -> None:
 
 
 def _clear_template(folder: Path, base_name: str) -> None:
-    """Remove an earlier export's chat template, which a tokenizer that has none would be read with."""
+    """Remove an earlier export's chat template, which would be loaded with a tokenizer that has none."""
     if folder.resolve() != Path(base_name).resolve():
         (folder / "chat_template.jinja").unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Weights and losses that are numbers: neither NaN nor infinite."""
+"""Finding NaN and infinity in weights, losses and logits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +10,13 @@ from caftune.errors import CaftuneError
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the floating-point tensors that hold NaN or an infinity. One wait for each device, no copies.
+    """The names of the floating-point tensors that hold NaN or infinity. It synchronises once per device and copies nothing.
 
-    Of a tensor that is sharded over processes the part of this one is read. Quantised weights are left out.
+    Of a sharded tensor the local shard is checked. Quantised weights are left out.
     """
     read: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        local = getattr(tensor, "ds_tensor", tensor)  # DeepSpeed's part of it
+        local = getattr(tensor, "ds_tensor", tensor)  # DeepSpeed's shard
         local = (local.to_local() if hasattr(local, "to_local") else local).detach()
         if local.is_floating_point() and local.element_size() > 1 and local.numel() > 0 and not local.is_meta:
             read.setdefault(local.device, {})[name] = local
@@ -24,7 +24,9 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    fine = [torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in tensors.values()]  # NaN is its own end
+    fine = [
+        torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in tensors.values()
+    ]  # aminmax returns NaN for a NaN
     return [name for name, is_fine in zip(tensors, torch.stack(fine).tolist(), strict=True) if not is_fine]
 
 
@@ -44,19 +46,19 @@ def nan_logits(model: Any) -> CaftuneError:
 
 
 def first_and_count(names: list[str]) -> str:
-    """The first of some names, and how many more there are."""
+    """The first name, and how many more there are."""
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 class LossWatch:
-    """From which optimizer step on losses are not finite. Nothing waits for the device until `since` is read."""
+    """Tracks the optimizer step since which losses are not finite. Only reading `since` synchronises the device."""
 
     def __init__(self) -> None:
         self._step = 0
         self._odd: Tensor | None = None  # the first and the last of the latest steps in a row without a finite loss
 
     def add(self, loss: Tensor, step: int) -> None:
-        """Take the loss of a micro-batch of `step`, counted from 1; a step is finite where all its micro-batches are."""
+        """Add the loss of a micro-batch of `step` (from 1); a step is finite if all its micro-batches are."""
         self._step = step
         odd = torch.zeros(2, dtype=torch.long, device=loss.device) if self._odd is None else self._odd
         first, last = odd
@@ -65,6 +67,6 @@ class LossWatch:
 
     @property
     def since(self) -> int:
-        """The first of the steps without a finite loss up to the last one; 0 where that one's is finite."""
+        """The first of the latest steps in a row without a finite loss; 0 where the last step's loss is finite."""
         first, last = (0, 0) if self._odd is None else self._odd.tolist()
         return first if last == self._step else 0

@@ -55,7 +55,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """No answer, and why. `is_lost`: a server said nothing of this prompt, for it was gone, busy or broken."""
+    """No answer, and why. `is_lost`: the server is gone, busy or broken, so the failure says nothing about the prompt."""
 
     reason: str
     is_lost: bool = field(default=False, compare=False)
@@ -73,7 +73,7 @@ def end_tokens(generation_config: GenerationConfig, tokenizer: Any) -> list[int]
 
 
 def unknown_token(number: int, tokenizer: Any, embedded: int, *, place: str) -> CaftuneError:
-    """The error for a token that a model has no row of embeddings for."""
+    """The error for a token id beyond the rows of a model's embeddings."""
     return CaftuneError(
         f"{place} must hold tokens with ids below {embedded}, the rows of the model's embeddings, got "
         f"{tokenizer.convert_ids_to_tokens(number)!r} with id {number}. Use the tokenizer of the base, or save a base with "
@@ -96,9 +96,8 @@ def transformers_backend(
 ) -> Backend:
     """transformers' continuous batching, or padded batches of `batch_size`: see docs/decisions/0003.
 
-    In padded batches each prompt has random numbers of its own where `can_refill`; otherwise all share them, beginning with
-    the first prompt's seed. A prompt with a
-    token that the model has no embedding of raises CaftuneError.
+    In padded batches each prompt has its own random numbers where `can_refill`; otherwise all share those of the first
+    prompt's seed. A prompt with a token that the model has no embedding for raises CaftuneError.
     """
     eos = end_tokens(model.generation_config, tokenizer)
     embedded = model.get_input_embeddings().weight.shape[0]
@@ -136,7 +135,7 @@ def vllm_backend(
     Every prompt has a seed of its own, so an answer does not depend on what is drawn beside it.
 
     Args:
-        loaded: keeps the engine for further backends of the same model.
+        loaded: a dict in which the engine is kept for further backends of the same model.
 
     Raises:
         CaftuneError: vLLM is not installed.
@@ -187,7 +186,7 @@ def answer_in_batches(
 ) -> Iterator[tuple[int, list[int]]]:
     """(index, tokens), shortest prompts first, so that the prompts of a batch need little padding.
 
-    Tokens may be followed by padding: see `until_end`. Of the model's own generation settings none is left. `seeds`: of each
+    Tokens may be followed by padding: see `until_end`. None of the model's own generation settings is used. `seeds`: of each
     prompt, where the configuration samples.
 
     Raises:
@@ -216,7 +215,7 @@ def answer_in_batches(
 
 
 class _RefuseNaN(LogitsProcessor):
-    """Raises CaftuneError for logits that are NaN: at once for the first token, for later ones at the end, without waits."""
+    """Raises CaftuneError for NaN logits: at the first token, or in `check` for later ones, so that no step synchronises."""
 
     def __init__(self, model: Any) -> None:
         self._model, self._seen = model, torch.zeros(())

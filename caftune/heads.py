@@ -107,7 +107,7 @@ class AuxiliaryHeads(nn.Module):
 
     @classmethod
     def copied(cls, backbone: Backbone, config: HeadsConfig) -> "AuxiliaryHeads":
-        """As `build`, on a model that PEFT may have wrapped: its adapters are left out. For weights to be loaded into."""
+        """As `build`, on a model that PEFT may have wrapped: adapters are left out. The weights are then loaded."""
         if config.kind == "decoder":
             if backbone.copy_refusal is not None:
                 raise UnsupportedModelError(
@@ -316,7 +316,7 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
 
 
 def _by_name(signature: inspect.Signature, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by their names. TypeError, as from the model's own forward, for too many and for doubles."""
+    """The arguments of a call by name. TypeError, as from the model's forward, for too many or one given twice."""
     given = signature.bind_partial(model, *args).arguments
     named = dict(list(given.items())[1:])
     twice = next((name for name in named if name in kwargs), None)

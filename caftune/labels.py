@@ -68,8 +68,8 @@ class AnswerCache:
             self._read()
 
     def drawn(self, sampling: Sampling, *, seed: int) -> "AnswerCache":
-        """The same answers for another way to draw them: the file is not read again."""
-        other = copy.copy(self)  # `_kept` is shared, so each sees what the other adds
+        """The same cache for other sampling settings, without reading the file again."""
+        other = copy.copy(self)  # `_kept` is shared, so both see new answers
         other._draw(sampling, seed)
         return other
 
@@ -141,7 +141,7 @@ def generate_labels(
     Args:
         open_backend: called once, where there is something to ask.
         room: tokens that a prompt may have; later turns of a conversation that has outgrown them are dropped.
-        ends: tokens that stop generation, which are no part of an answer's text; beside the tokenizer's EOS.
+        ends: tokens that stop generation, besides the tokenizer's EOS; they are not part of an answer's text.
     """
     labels: dict[tuple[int, int], Label] = {}
     failures: dict[int, str] = {}
@@ -193,13 +193,13 @@ def _generate(
 
 
 def _label(row: int, turn: int, prompt: Prompt, answer: Answer, tokenizer: Any, ends: Sequence[int]) -> Label:
-    asked, said = decoded(prompt.ids, answer.ids, tokenizer, ends)
+    prompt_text, said = decoded(prompt.ids, answer.ids, tokenizer, ends)
     if prompt.messages is not None:  # an answer begins anew there
         said = plain_text(answer_tokens(answer.ids, tokenizer, ends), tokenizer)
     return Label(
         row=row,
         turn=turn,
-        prompt=asked,
+        prompt=prompt_text,
         completion=said,
         finish=answer.finish,
         exact=answer.exact,

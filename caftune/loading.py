@@ -27,7 +27,7 @@ class Start:
 
 
 def load_processing_class(name: str, args: CAFTConfig) -> Any:
-    """The tokenizer or processor that lies with a model, as SFTTrainer would load it."""
+    """The tokenizer or processor of a model, as SFTTrainer would load it."""
     options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     trust = options.get("trust_remote_code", args.trust_remote_code)
     return AutoProcessor.from_pretrained(name, revision=options.get("revision"), trust_remote_code=trust)
@@ -53,7 +53,7 @@ def load_or_build_heads(model: PreTrainedModel | PeftModel, args: CAFTConfig, to
 
 
 def load_base(name: str, args: CAFTConfig, quantization_config: Any) -> PreTrainedModel | PeftModel:
-    """The base as SFTTrainer would load it. Of a folder that holds an adapter: its base, and the adapter to train further."""
+    """The base as SFTTrainer would load it. For a folder with an adapter: its base with the adapter, to be trained further."""
     options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     if quantization_config is not None:
         if "quantization_config" in options:
@@ -71,14 +71,14 @@ def load_base(name: str, args: CAFTConfig, quantization_config: Any) -> PreTrain
 
 
 def holds_adapter(name: str) -> bool:
-    """Whether `name` is a folder with an adapter of PEFT and no whole model."""
+    """Whether `name` is a folder with a PEFT adapter and no whole model."""
     folder = Path(name)
     has_weights = any((folder / file).is_file() for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     return (folder / "adapter_config.json").is_file() and not has_weights
 
 
 def holds_tokenizer(name: str) -> bool:
-    """Whether a tokenizer lies in the folder `name`."""
+    """Whether `name` is a folder with a tokenizer."""
     return Path(name, "tokenizer_config.json").is_file()
 
 

@@ -1,4 +1,4 @@
-"""Why a model cannot be opened, in one sentence: what the hub, transformers and safetensors say, checked against its files."""
+"""One-sentence errors for models that cannot be opened: errors of the hub and of libraries, checked against the files."""
 
 import json
 import zipfile
@@ -32,14 +32,14 @@ _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "t
 def opening(
     name: str, place: str = "model.name", *, revision: str | None = None, trust: bool = False
 ) -> Iterator[None]:
-    """Within the block the model `name` is opened: what is wrong with its name, its files or the hub is one sentence.
+    """Turn errors of opening the model `name` within the block into one sentence about its name, its files or the hub.
 
     Other errors pass, among them the operating system's own (a full disk).
 
     Args:
         place: where the name was given.
         revision: of the model on the hub.
-        trust: whether code of the model's own may run.
+        trust: whether the model's own code may run.
 
     Raises:
         CaftuneError: no such model, no access to it, a damaged or missing file of it, or a model of an unknown kind.
@@ -75,7 +75,7 @@ def opening_tokenizer(name: str, place: str) -> Iterator[None]:
 
 
 def refuse_missing_model(name: str, place: str = "model.name") -> None:
-    """Raise CaftuneError for the path of a folder that is none or holds no model; hub ids are left to the hub."""
+    """Raise CaftuneError for a path that is no folder with a model; hub ids are not checked."""
     if _is_path(name) and not Path(name, "config.json").is_file():
         what = "has no config.json" if Path(name).is_dir() else "is no such folder"
         raise CaftuneError(
@@ -88,7 +88,7 @@ def _is_path(name: str) -> bool:
 
 
 def _reason(error: Exception, name: str, place: str, revision: str | None, *, trust: bool) -> str | None:
-    """What is wrong with a model, None where the error says nothing of it."""
+    """What is wrong with a model; None where the error is about something else."""
     if isinstance(error, OSError) and error.errno is not None:
         return None
     if Path(name).is_dir():
@@ -130,14 +130,14 @@ def _check_safetensors(path: Path) -> str | None:
 
 
 def _check_archive(path: Path) -> str | None:
-    """PyTorch's own files are zip archives, whose contents stand at their end."""
+    """PyTorch's files are zip archives, whose table of contents is at the end."""
     with path.open("rb") as file:
         is_archive = file.read(2) == b"PK"
     return "the end of the archive is missing" if is_archive and not zipfile.is_zipfile(path) else None
 
 
 def _lacking(folder: Path, place: str, error: Exception) -> str | None:
-    """What a folder with a configuration lacks: weights, one of their files, or a tokenizer."""
+    """What a model folder lacks: weights, one of their files, or a tokenizer."""
     for index in folder.glob("*.index.json"):
         for name in sorted(set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())):
             if not (folder / name).is_file():
@@ -156,7 +156,7 @@ def _any(folder: Path, patterns: tuple[str, ...]) -> bool:
 
 
 def _refused_by_hub(error: BaseException, name: str, place: str, revision: str | None) -> str | None:
-    """Why the hub gave no model, from what huggingface_hub raised beneath."""
+    """Why the hub gave no model, from huggingface_hub's error in the chain of causes."""
     login = "log in with `hf auth login`"
     reasons: dict[type[BaseException], Callable[[], str]] = {
         GatedRepoError: lambda: (
@@ -170,7 +170,7 @@ def _refused_by_hub(error: BaseException, name: str, place: str, revision: str |
             f"hub for you. Check the name; for a private model {login}."
         ),
         LocalEntryNotFoundError: lambda: (
-            f"{place}: {name} is no folder and not on this machine yet, and {_unreachable()}"
+            f"{place}: {name} must be a folder or a model in the local cache, and is neither; {_unreachable()}"
         ),
     }
     chain = list(_chain(error))
@@ -179,7 +179,7 @@ def _refused_by_hub(error: BaseException, name: str, place: str, revision: str |
 
 def _unreachable() -> str:
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE forbids to fetch it. Check the name, or unset HF_HUB_OFFLINE."
+        return "HF_HUB_OFFLINE is set. Check the name, or unset HF_HUB_OFFLINE."
     return "the hub cannot be reached. Check the name and the connection."
 
 
@@ -190,14 +190,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _unknown_kind(error: ValueError, name: str, place: str, revision: str | None, *, trust: bool) -> str | None:
-    """Whether transformers knows what the configuration describes."""
+    """What is wrong with the model type in the configuration; None where transformers knows it."""
     try:
         described: dict[str, Any] = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
     except OSError:
         return None
     kind, has_code = described.get("model_type"), bool(described.get("auto_map"))
     if has_code and not trust and "trust_remote_code" in str(error):
-        return f"{place}: {name} has code of its own, which runs only with model.trust_remote_code=true. Read it, set that."
+        return f"{place}: {name} has its own code, which runs only with model.trust_remote_code=true. Read it, then set that."
     if kind is None:
         return f"{place}: the config.json of {name} must name a model_type, and names none. Copy the model again."
     if kind not in CONFIG_MAPPING and not has_code:

@@ -27,7 +27,7 @@ class RefuseLeaks(TrainerCallback):
     implementation, and the run is refused.
 
     Args:
-        refuse: False: a warning in the place of the refusal, since SFTTrainer would train.
+        refuse: raise an error; False: only warn, since SFTTrainer would train.
     """
 
     def __init__(self, trainer: Any, *, refuse: bool = True) -> None:

@@ -130,7 +130,7 @@ def label(recipe: Recipe) -> Path:
         )
     if not recipe.labels.skip_long_prompts:
         refuse_long_prompts(first, room)
-    asked = {row: talk for row, talk in talks.items() if len(first[row].ids) <= room}
+    kept = {row: talk for row, talk in talks.items() if len(first[row].ids) <= room}
     folder = open_stage(recipe, "labels", {"prompts": recipe.labels.prompts})
     (folder / "labels.jsonl").unlink(missing_ok=True)  # of another recipe, perhaps
     sampling = Sampling(**recipe.labels.model_dump(include={field.name for field in fields(Sampling)}))
@@ -138,7 +138,7 @@ def label(recipe: Recipe) -> Path:
     file = Path(recipe.labels.cache or folder / "cache.jsonl")
     cache = AnswerCache(file, sampling, seed=recipe.seed, fingerprint=fingerprint)
     found = generate_labels(
-        asked,
+        kept,
         tokenizer,
         cache,
         lambda: answer_backend(recipe, recipe.labels, tokenizer, sampling),
@@ -151,18 +151,18 @@ def label(recipe: Recipe) -> Path:
     tqdm.write(
         f"{len(found.labels)} answers, {found.asked} of them new; {cut} cut off by labels.max_new_tokens, which the training "
         f"{'keeps' if recipe.labels.keep_truncated else 'leaves out unless labels.keep_truncated'}; "
-        f"{found.dropped_turns} later turns dropped, {len(every) - len(asked)} rows left out.",
+        f"{found.dropped_turns} later turns dropped, {len(every) - len(kept)} rows left out.",
         file=sys.stderr,
     )
     record(
         recipe,
         {
             "stage": "label",
-            "rows": len(asked),
+            "rows": len(kept),
             "chat": in_conversation,
             "answers": len(found.labels),
             "asked": found.asked,
-            "left_out": len(every) - len(asked),
+            "left_out": len(every) - len(kept),
             "failed": len(found.failures),
             "dropped_turns": found.dropped_turns,
             "finished_by_the_model": sum(label.finish == "stop" for label in found.labels),
@@ -238,7 +238,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
 
 
 def _measure(recipe: Recipe, heads: Path, held_out: Dataset) -> dict[str, Any]:
-    """Measure heads on rows, and write the report."""
+    """Measure heads on the held-out rows, and write quality.json."""
     model, tokenizer = load_model(recipe), load_tokenizer(recipe)
     backbone = Backbone.of(model)
     found = load_heads(heads, backbone, tokenizer, force=recipe.heads.force)
@@ -269,14 +269,14 @@ def adapt_heads(recipe: Recipe) -> Path:
     sources = {"train": recipe.data.train, "eval": recipe.data.eval}
     open_stage(
         recipe, "adapt", {**sources, "heads": source / "heads.json"}
-    )  # of another length: it is not done any more
+    )  # with another length it counts as unfinished
     if (target / "heads.json").is_file() and is_done(recipe, "adapt"):
         return target
     if args.deepspeed_plugin is not None:
         raise CaftuneError(
             "adapt cannot run under DeepSpeed. Run `caftune adapt-heads` first, without it or with FSDP2."
         )
-    tokenizer = load_tokenizer(recipe)  # of its own: TRL writes into it
+    tokenizer = load_tokenizer(recipe)  # a separate one, as TRL changes it
     rows, evaluation, dropped = _task_sets(recipe, tokenizer, args)
     with opening_model(recipe):
         trainer = CAFTTrainer(
@@ -294,7 +294,7 @@ def adapt_heads(recipe: Recipe) -> Path:
     metrics = evaluated(trainer) if evaluation is not None else {}
     record(recipe, {"stage": "adapt", "rows": len(rows or ()), "metrics": metrics, **_left_out(dropped)})
     del trainer
-    free_memory()  # a trainer is part of cycles, and would keep its base beside stage 2's
+    free_memory()  # a trainer is part of cycles, and would keep its base in memory next to stage 2's
     return target
 
 
@@ -310,9 +310,9 @@ def finetune(recipe: Recipe) -> Path:
     files = {**sources, "heads": args.heads and Path(args.heads, "heads.json")}
     if recipe.adapt is not None and recipe.loss.weight > 0:
         if is_begun(recipe, "train") and Path(str(args.heads), "heads.json").is_file():
-            refuse_other_stage(recipe, "train", files, may_resume=True)  # before these heads are trained further
+            refuse_other_stage(recipe, "train", files, may_resume=True)  # before adapt_heads trains these heads further
         adapt_heads(recipe)
-        args = stage_two_config(recipe, Path(recipe.output, "train"))  # again: accelerate's state is the adaptation's
+        args = stage_two_config(recipe, Path(recipe.output, "train"))  # again: accelerate's state is the last trainer's
     if is_begun(recipe, "train"):
         refuse_other_stage(recipe, "train", files, may_resume=True)  # before the data are prepared
     train, evaluation, dropped = _task_sets(recipe, tokenizer, args)
@@ -355,14 +355,14 @@ def finetune(recipe: Recipe) -> Path:
 
 
 def _task_sets(recipe: Recipe, tokenizer: Any, args: CAFTConfig) -> tuple[Any, Any, dict[str, Any]]:
-    """The rows of data.train and data.eval (None where none are named), and what is recorded of rows left out of them."""
+    """The rows of data.train and data.eval (None where none are named), and what results.jsonl records of the rows left out."""
     found = {name: prepared_task_rows(recipe, name, tokenizer, args) for name in ("train", "eval")}
     train, evaluation = (part and part.rows for part in found.values())
     return train, evaluation, {name: part.facts for name, part in found.items() if part and part.dropped}
 
 
 def _left_out(dropped: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows without a trained token within max_length, as results.jsonl holds them: by data set, if there are any."""
+    """The entry of results.jsonl for rows without a trained token within max_length, by data set; empty if there are none."""
     return {"dropped": dropped} if dropped else {}
 
 

@@ -83,7 +83,7 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
     """What a stage of a recipe will cost on this machine.
 
     Raises:
-        CaftuneError, CaftuneError: as the stage itself would, for the data and options it would refuse; and CaftuneError for a
+        CaftuneError: as the stage itself would, for the data and options it would refuse; and CaftuneError for a
             model that cannot be planned without its weights.
         UnsupportedModelError: the model has no decoder layers that can be found or copied.
     """

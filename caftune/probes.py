@@ -1,4 +1,4 @@
-"""Calls of a model's own code that it may not have been written for, and what their failure says."""
+"""Trying calls that a model's code may not support, without hiding errors of the machine."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -6,10 +6,10 @@ from typing import TypeVar
 import torch
 
 _Found = TypeVar("_Found")
-# Code that is given other arguments or shapes than it was written for raises any of these.
-_REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ImportError, StopIteration)
-# What torch says in a plain RuntimeError: of a CPU's memory, of Apple's GPUs, of CUDA and its libraries.
-_FAILURES = (
+# What code raises for arguments or shapes that it does not support.
+_UNSUPPORTED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ImportError, StopIteration)
+# Parts of messages of plain RuntimeErrors: CPU memory, Apple's GPUs, CUDA and its libraries.
+_MACHINE_MESSAGES = (
     "can't allocate memory",
     "out of memory",
     "CUDA error",
@@ -20,27 +20,27 @@ _FAILURES = (
 
 
 def try_call(compute: Callable[[], _Found]) -> _Found | None:
-    """What `compute` returns, None where the code that it calls does not take the call.
+    """What `compute` returns; None where the code does not support the call.
 
-    Errors of the machine (`is_machine_error`) say nothing about that code and are raised.
+    Errors of the machine (`is_machine_error`) say nothing about the code, and are raised.
     """
     try:
         return compute()
-    except _REFUSALS as error:
+    except _UNSUPPORTED as error:
         if is_machine_error(error):
             raise
         return None
 
 
 def is_machine_error(error: BaseException | None) -> bool:
-    """Whether it came of memory or of a device, itself or through what it was raised from.
+    """Whether an error, or one that it was raised from, is about memory or a device.
 
     torch.OutOfMemoryError and torch.AcceleratorError are RuntimeErrors, as is whatever a layer raises for a wrong shape.
     """
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError | torch.AcceleratorError):
             return True
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in _FAILURES):
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _MACHINE_MESSAGES):
             return True
         error = error.__cause__ or error.__context__
     return False

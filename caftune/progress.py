@@ -51,10 +51,10 @@ class StopOnSigterm(TrainerCallback):
 
 
 class ResumeCallback(TrainerCallback):
-    """A run that goes on from a checkpoint, with the options that it is given now.
+    """Resume from a checkpoint with the current options.
 
-    transformers (5.23) goes on with the cadence of the checkpoint, whatever the options say; and without its optimizer's
-    state it would begin optimizer and learning rates again, without a word.
+    transformers (5.23) takes the cadence of saving and logging from the checkpoint, not from the options; and without the
+    optimizer's state it would silently restart optimizer and learning rate.
     """
 
     def __init__(self, checkpoint: str) -> None:
@@ -83,18 +83,18 @@ class ResumeCallback(TrainerCallback):
 
 
 def _length_note(args: Any) -> str:
-    """Whether a run that now ends at another step is one that was to end there from the start."""
+    """Whether the result equals that of a run that had this length from the start."""
     dependent = depends_on_length(args)
     if not dependent:
         return "with the result of a run of that length from the start"
     return (
-        f"with another result than a run of that length from the start: {' and '.join(dependent)} depend on the length, and so "
-        "far it was the one before"
+        f"with another result than a run of that length from the start: {' and '.join(dependent)} depend on the length, and "
+        "the steps so far used the one before"
     )
 
 
 def depends_on_length(args: Any) -> list[str]:
-    """The options of a run by which a step depends on how many there will be."""
+    """The options that make a step depend on the total number of steps."""
     found = []
     kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     if kind not in ("constant", "constant_with_warmup", "inverse_sqrt"):
@@ -120,10 +120,10 @@ class StageProgress(ProgressCallback):
 
 
 class AnswersProgress:
-    """A bar of answers. The time left is that of the average pace so far, by answers that are finished.
+    """A progress bar of answers. The time left is estimated from the average pace of finished answers.
 
-    Answers come in bursts, a batch at a time, so the bar is drawn every half second (every half minute where no terminal shows
-    it) and not when one comes: drawn at the first of a burst it would show the time of a whole batch as that of one answer.
+    Answers come a batch at a time, so the bar is drawn every half second (every half minute without a terminal), not with
+    each answer: drawn at the first of a batch it would count the time of the whole batch for one answer.
     """
 
     def __init__(self, total: int, done: int, name: str) -> None:
@@ -131,12 +131,12 @@ class AnswersProgress:
         self._began, self._tokens, self._failed = time.monotonic(), 0, 0
 
     def answered(self, tokens: int) -> None:
-        """An answer of so many tokens is finished."""
+        """Count a finished answer of `tokens` tokens."""
         self._tokens += tokens
         self.bar.update()
 
     def failed(self) -> None:
-        """A prompt has no answer, and there is none to wait for."""
+        """Count a prompt that gets no answer."""
         self._failed += 1
         self.bar.total -= 1
 
@@ -149,7 +149,7 @@ class AnswersProgress:
 
 @contextmanager
 def answers_progress(total: int, done: int, name: str, *, every_s: float | None = None) -> Iterator[AnswersProgress]:
-    """A bar within the block, drawn again and again, and at the end."""
+    """A progress bar for the block, drawn periodically and at the end."""
     found, ended = AnswersProgress(total, done, name), threading.Event()
     pause = every_s or (0.5 if sys.stderr.isatty() else 30.0)
 
@@ -179,9 +179,9 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
     """Train, from `checkpoint` on where there is one.
 
     Raises:
-        CaftuneError: the checkpoint has no optimizer's state (`save_only_model`), and steps are left; or the training is to end
-            before it.
-        DivergedError: weights or losses are not finite any more; CaftuneError where they are not from the start.
+        CaftuneError: the checkpoint has no optimizer state (`save_only_model`) and steps remain; or training would
+            end before the checkpoint's step.
+        DivergedError: weights or losses became NaN or infinite; CaftuneError where the initial weights are.
         SystemExit: SIGTERM came; the checkpoint is written.
     """
     if checkpoint is not None:
@@ -209,10 +209,10 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
 
 @contextmanager
 def _evaluation_leaves_rng(trainer: Trainer) -> Iterator[None]:
-    """Within the block an evaluation leaves the random numbers of training alone.
+    """Within the block evaluations leave the random state of training unchanged.
 
-    Its data loader draws one, so dropout and the sample of targets would depend on when a run is evaluated, and transformers
-    (5.23) evaluates after the last step, too, wherever that is.
+    Their data loader draws a number, so dropout and the sample of targets would depend on when a run is evaluated; and
+    transformers (5.23) also evaluates after the last step.
     """
     evaluate = trainer.evaluate
 
@@ -228,7 +228,7 @@ def _evaluation_leaves_rng(trainer: Trainer) -> Iterator[None]:
 
 
 def _close_bars(trainer: Trainer) -> None:
-    """An error leaves bars open, and would stand behind them in their line."""
+    """Close bars that an error left open, so that its message starts on a new line."""
     for callback in trainer.callback_handler.callbacks:
         for bar in (getattr(callback, "prediction_bar", None), getattr(callback, "training_bar", None)):
             if bar is not None:

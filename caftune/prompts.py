@@ -1,4 +1,4 @@
-"""What the base model is asked: texts to continue, and conversations whose assistant turns it writes."""
+"""Prompts for the base model: texts to continue, and conversations whose assistant turns it writes."""
 
 import json
 import re
@@ -16,15 +16,14 @@ from caftune.errors import CaftuneError
 from caftune.template_errors import BYTE_ORDER_MARK, name_row_in_errors
 
 _NAMED_ROWS = 5
-# The day on which everything is asked, where a chat template writes today's date: a question must be the same tomorrow. It is
-# the day that Llama 3's own templates fall back on.
+# The date that chat templates write as today's, so that prompts are the same every day: the default of Llama 3's templates.
 _FIXED_DATE = date(2024, 7, 26)
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to be continued: its token ids, and what they were made from (for servers that tokenize themselves)."""
+    """One prompt: its token ids, and the text or messages that they were made from (for servers that tokenize themselves)."""
 
     ids: list[int]
     text: str | None = None  # of a plain text, without a BOS that the tokenizer adds
@@ -35,7 +34,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row: a text, or messages in which the model writes the assistant's turns anew, one after another.
+    """One row: a text, or messages in which the model rewrites the assistant's turns one after another.
 
     An assistant turn that calls tools stays as it is, for what the tools returned stands behind it; so does one before the
     user has said anything.
@@ -44,18 +43,20 @@ class Conversation:
     text: str = ""
     messages: list[dict[str, Any]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    place: str = "A conversation"  # the row that it is of, for errors
+    place: str = "A conversation"  # where it comes from, for errors
 
     @property
     def turns(self) -> list[int]:
         """Where the model speaks: message indices, ending with the end of the messages where nobody has answered yet."""
         if self.messages is None:
             return [0]
-        asked = next((i for i, message in enumerate(self.messages) if message["role"] == "user"), len(self.messages))
+        first_user = next(
+            (i for i, message in enumerate(self.messages) if message["role"] == "user"), len(self.messages)
+        )
         spoken = [
             i
             for i, message in enumerate(self.messages)
-            if i > asked and message["role"] == "assistant" and not _calls_tools(message)
+            if i > first_user and message["role"] == "assistant" and not _calls_tools(message)
         ]
         is_open = not self.messages or self.messages[-1]["role"] != "assistant"
         return [*spoken, len(self.messages)] if is_open else spoken
@@ -65,20 +66,20 @@ class Conversation:
         if self.messages is None:
             found = split_prompt(self.text, tokenizer)
             return Prompt(found.ids, text=found.text, gap=found.gap)
-        asked = list(self.messages[: self.turns[turn]])
+        messages = list(self.messages[: self.turns[turn]])
         for place, answer in zip(self.turns[:turn], answers, strict=True):
-            asked[place] = {"role": "assistant", "content": answer}
+            messages[place] = {"role": "assistant", "content": answer}
         with name_row_in_errors(self.place):
-            ids = apply_template(asked, self.options, tokenizer, add_generation_prompt=True, return_dict=True)[
+            ids = apply_template(messages, self.options, tokenizer, add_generation_prompt=True, return_dict=True)[
                 "input_ids"
             ]
-        return Prompt(ids, messages=asked, options=self.options)
+        return Prompt(ids, messages=messages, options=self.options)
 
 
 def apply_template(messages: list[dict[str, Any]], options: Mapping[str, Any], tokenizer: Any, **how: Any) -> Any:
-    """What `tokenizer.apply_chat_template` makes of messages, at any time: today is a fixed day, unless `options` give one.
+    """`tokenizer.apply_chat_template` with a fixed date for today, unless `options` name a date.
 
-    transformers 5.23 hands no function of ours to a template, so its calls of `strftime_now` are replaced by what they write.
+    transformers 5.23 does not let us pass a function to a template, so calls of `strftime_now` are replaced by their result.
     """
     template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
     marked = template.removeprefix(BYTE_ORDER_MARK)
@@ -86,7 +87,7 @@ def apply_template(messages: list[dict[str, Any]], options: Mapping[str, Any], t
 
 
 def with_fixed_date(template: str) -> str:
-    """A chat template that writes the same date on every day, in training and in generation: its calls of `strftime_now`."""
+    """The chat template with a fixed date in place of calls of `strftime_now`, in training and in generation."""
     return _DATE_CALL.sub(lambda call: json.dumps(_FIXED_DATE.strftime(call[2])), template)
 
 
@@ -101,9 +102,9 @@ def conversations(
     """The rows as conversations. `text` rows and empty prompts start from BOS alone.
 
     Args:
-        chat: prompts that are text become what the user says; None: see `is_in_conversation`.
+        chat: whether text prompts become user messages; None: see `is_in_conversation`.
         system: a system message for conversations that have none.
-        source: the file or hub id that the rows are of, for errors.
+        source: the file or hub id of the rows, for errors.
 
     Raises:
         CaftuneError: messages, or a system message, for a tokenizer without a chat template; a `chat` that rows cannot have.
@@ -125,10 +126,10 @@ def is_chat(rows: Dataset) -> bool:
 
 
 def is_in_conversation(rows: Dataset, tokenizer: Any, chat: bool | None = None, *, option: str = "labels.chat") -> bool:
-    """Whether a model gets the rows in conversations.
+    """Whether the rows are given to a model as conversations.
 
-    Messages are; prompts that are text are where `chat` says so, and by default where the tokenizer has a chat template
-    and the prompts were not rendered before, which shows in a special token at their beginning.
+    Messages are. Text prompts are if `chat` is true; by default if the tokenizer has a chat template and the prompts are
+    not already rendered (they do not begin with a special token).
 
     Raises:
         CaftuneError: a `chat` that the rows or the tokenizer cannot have, or prompts of which only some were rendered.
@@ -149,15 +150,15 @@ def is_in_conversation(rows: Dataset, tokenizer: Any, chat: bool | None = None, 
     if rendered and len(rendered) < len(rows):
         raise CaftuneError(
             f"{option} must be given where some prompts begin with a special token of the tokenizer: {len(rendered)} of "
-            f"{len(rows)} do (the first is row {rendered[0]}, from 0). Add it: true for what a user says, false for text."
+            f"{len(rows)} do (the first is row {rendered[0]}, from 0). Add it: true for user messages, false for text."
         )
     return not rendered
 
 
 def decoded(prompt: Sequence[int], answer: Sequence[int], tokenizer: Any, ends: Sequence[int] = ()) -> tuple[str, str]:
-    """The texts of a prompt and of the answer behind it: read alone, some decoders (Llama 2's) drop its first space.
+    """The texts of a prompt and of its answer, decoded together: some decoders (Llama 2's) drop an answer's first space.
 
-    See `answer_tokens` for what is not part of the answer's text. The BOS that the tokenizer adds is no part of the prompt's.
+    See `answer_tokens` for what is not part of the answer's text. The prompt's text is without the BOS that the tokenizer adds.
     """
     is_empty = len(prompt) == 1 and prompt[0] in (tokenizer.bos_token_id, tokenizer.eos_token_id)
     begin = int(is_empty or (adds_bos(tokenizer) and list(prompt[:1]) == [tokenizer.bos_token_id]))
@@ -171,7 +172,7 @@ def decoded(prompt: Sequence[int], answer: Sequence[int], tokenizer: Any, ends: 
 def answer_tokens(answer: Sequence[int], tokenizer: Any, ends: Sequence[int] = ()) -> list[int]:
     """The tokens of an answer but for `ends`, which stop generation, and the tokenizer's EOS, padding and BOS.
 
-    Other special tokens are what the model says.
+    Other special tokens stay.
     """
     silent = {*ends, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
     return [token for token in answer if token not in silent]
@@ -187,7 +188,7 @@ def refuse_messages_without_template(tokenizer: Any) -> None:
 
 
 def report_second_bos(texts: Sequence[str], tokenizer: Any, place: str) -> None:
-    """Say on stderr that texts begin with the BOS that the tokenizer adds, where some do: they are given with one."""
+    """Report on stderr texts that already begin with the BOS that the tokenizer adds; they are given with one BOS."""
     twice = [row for row, text in enumerate(texts) if has_second_bos(text, tokenizer)]
     if twice:
         tqdm.write(

@@ -1,8 +1,8 @@
-"""Rows as a file or the hub has them, one after another: nothing is read beyond the last row that is wanted.
+"""Rows of files and hub data sets, read one at a time and only as far as needed.
 
 A source is a local .jsonl, .json or .csv file (also .gz), a .parquet file, or a hub id
 `owner/name[@revision][/config][:split]`. `datasets`' own readers of files are not used: they guess a type for each column of a
-file (a date becomes a timestamp, 1 beside 1.5 becomes 1.0, a key that one message has is given to all), name no line, and
+file (a date becomes a timestamp, 1 next to 1.5 becomes 1.0, a key that one message has is given to all), name no line, and
 write a copy of every file into the user's home.
 """
 
@@ -42,7 +42,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class MalformedJson(Exception):
-    """What is wrong with a JSON text, for a person, and in which of its lines."""
+    """A malformed JSON text: the reason, and its line."""
 
     def __init__(self, reason: str, line: int = 1) -> None:
         super().__init__(reason)
@@ -54,7 +54,7 @@ def parse_json(text: str) -> Any:
 
     Raises:
         MalformedJson: it is not JSON, is nested too deeply for Python, holds an integer too long for it, an object with
-            a key twice (of which all but the last would be lost), or half of a surrogate pair, which is no character.
+            a key twice (all but the last would be lost), or half of a surrogate pair, which is not a character.
     """
     try:
         found = _decoded(text)
@@ -72,7 +72,7 @@ def parse_json(text: str) -> Any:
 
 
 def _decoded(text: str) -> Any:
-    """As `_DECODER.decode`, in half the time: the white space around a value is looked at only where there is some."""
+    """`_DECODER.decode` in half the time: it is called only where there is white space around the value."""
     try:
         found, end = _DECODER.raw_decode(text)
     except json.JSONDecodeError:  # it begins with white space, or is malformed
@@ -85,7 +85,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise MalformedJson(f"the key {twice!r} stands twice in one object")
+        raise MalformedJson(f"the key {twice!r} occurs twice in one object")
     return found
 
 
@@ -107,19 +107,19 @@ class HubSource:
 
     @property
     def commit(self) -> str | None:
-        """The commit, where the revision is one."""
+        """The revision where it is a commit, else None."""
         return self.revision if self.revision and _COMMIT.fullmatch(self.revision) else None
 
 
 def hub_source(source: str) -> HubSource | None:
-    """The data set on the hub that `source` names; None where it is a file, or can be the name of one alone."""
+    """The data set on the hub that `source` names; None where it is a file or can only be a file's name."""
     is_path = source.startswith((".", "/")) or source.endswith((*_SUFFIXES, ".gz"))
     match = None if is_path or Path(source).exists() else _HUB_ID.fullmatch(source)
     return HubSource(**match.groupdict()) if match else None
 
 
 def data_commit(source: HubSource) -> str | None:
-    """The commit that a data set has now, or had when this machine last asked; None where neither is known."""
+    """The current commit of a data set, or the latest in the local cache; None where neither is known."""
     try:
         return dataset_info(source.repository, revision=source.revision).sha
     except (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__):  # reading the rows says why
@@ -137,7 +137,7 @@ def raw_rows(source: str) -> Iterator[dict[str, Any]]:
     """
     path = Path(source)
     if path.is_dir():
-        raise CaftuneError(f"{source} is a folder. Name a file in it: {_KINDS}.")
+        raise CaftuneError(f"{source} must be a file or a hub id, got a folder. Name a file in it: {_KINDS}.")
     if path.is_file():
         return _file_rows(path)
     found = hub_source(source)
@@ -151,12 +151,12 @@ def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
     readers = {".jsonl": _read_lines, ".json": _read_list, ".csv": _read_csv, ".parquet": _read_parquet}
     kind = suffix if suffix == ".parquet.gz" else suffix.removesuffix(".gz")
     if kind not in readers:
-        raise CaftuneError(f"{path} must end in {_KINDS}, got {suffix!r}.")
+        raise CaftuneError(f"{path} must end in {_KINDS}, got {suffix!r}. Convert or rename it.")
     return _name_file_in_errors(path, readers[kind](path))
 
 
 def _name_file_in_errors(path: Path, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows, where what makes a file unreadable is named with the file."""
+    """Yield rows; errors of an unreadable file become CaftuneErrors that name it."""
     try:
         yield from rows
     except UnicodeDecodeError as error:
@@ -188,10 +188,12 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 row = parse_json(line)
             except MalformedJson as error:
                 raise CaftuneError(
-                    f"{path}, line {number}: malformed JSON ({error}). Mend or remove the line."
+                    f"{path}, line {number}: malformed JSON ({error}). Fix or remove the line."
                 ) from error
             if not isinstance(row, dict):
-                raise CaftuneError(f"{path}, line {number}: must be a JSON object, got {type(row).__name__}.")
+                raise CaftuneError(
+                    f"{path}, line {number}: must be a JSON object, got {type(row).__name__}. Fix or remove the line."
+                )
             yield row
 
 
@@ -200,7 +202,7 @@ def _read_list(path: Path) -> Iterator[dict[str, Any]]:
         try:
             rows = parse_json(file.read())
         except MalformedJson as error:
-            raise CaftuneError(f"{path}, line {error.line}: malformed JSON ({error}). Mend the file.") from error
+            raise CaftuneError(f"{path}, line {error.line}: malformed JSON ({error}). Fix the file.") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise CaftuneError(f"{path} must hold a JSON list of objects. One object per line? Name it .jsonl.")
     yield from rows
@@ -209,7 +211,7 @@ def _read_list(path: Path) -> Iterator[dict[str, Any]]:
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
     usual = csv.field_size_limit(_LONGEST_CELL)
     try:
-        with _open(path, newline="") as file:  # the line ends within a cell are part of its text
+        with _open(path, newline="") as file:  # keeps line ends within cells as they are
             reader = csv.DictReader(file, strict=True)
             _refuse_same_names(path, reader.fieldnames or ())
             for number, row in enumerate(reader):
@@ -253,8 +255,8 @@ def _hub_rows(source: HubSource) -> Iterator[dict[str, Any]]:
         table: Any = load_dataset(source.repository, *configuration, split=source.split or "train", **more)
     except (OSError, ValueError, DatasetsError) as error:
         raise CaftuneError(
-            f"{source} is no file, and the hub gave no such data set ({error}). A hub id is owner/name[/config][:split], or "
-            "owner/name@revision with the rest."
+            f"{source} must be a file or a data set on the hub, and is neither ({error}). A hub id is owner/name[/config][:split], "
+            "or owner/name@revision with the rest."
         ) from error
     _refuse_other_commit(source, table)
     for start in range(0, len(table), _BATCH):
@@ -262,12 +264,12 @@ def _hub_rows(source: HubSource) -> Iterator[dict[str, Any]]:
 
 
 def _refuse_other_commit(source: HubSource, table: Any) -> None:
-    """Without the hub, `datasets` takes the newest rows that this machine has, of whatever commit."""
+    """Without the hub, `datasets` loads the newest rows in the cache, of whatever commit."""
     folders = [Path(file["filename"]).parts for file in table.cache_files]
     if source.commit and not all(source.commit in parts for parts in folders):
         raise CaftuneError(
-            f"{replace(source, revision=None)} is needed at its commit {source.commit}, and this machine has it at another "
-            "one only. Run the command where the hub can be reached."
+            f"{replace(source, revision=None)} must be in the local cache at commit {source.commit} when the hub is not "
+            "reachable, and is there at another only. Run the command where the hub can be reached."
         )
 
 
@@ -284,4 +286,4 @@ def _with_own_keys(value: Any, feature: Any) -> Any:
         return {key: _with_own_keys(item, feature[key]) for key, item in value.items() if item is not None}
     if isinstance(feature, List | LargeList) and value is not None:
         return [_with_own_keys(item, feature.feature) for item in value]
-    return value  # Json among them, which has the keys it was written with
+    return value  # also Json, which keeps its own keys

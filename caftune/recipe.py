@@ -99,7 +99,7 @@ class LabelsSection(AnswersSection):
     limit: int | None = Field(None, gt=0, description="Answer the first so many prompts.")
     chat: bool | None = Field(
         None,
-        description="Give prompts that are text in a conversation. None: where the tokenizer has a chat template.",
+        description="Give text prompts as user messages. None: if the tokenizer has a chat template.",
     )
     skip_long_prompts: bool = Field(False, description="Leave out prompts that max_new_tokens leaves no room for.")
     max_new_tokens: int = Field(256, gt=0)
@@ -256,7 +256,7 @@ class Recipe(_Section):
     @field_validator("pretrain", "adapt", "trainer", mode="after")
     @classmethod
     def _quoted_numbers(cls, options: dict[str, Any] | None) -> dict[str, Any] | None:
-        """CAFTConfig takes any type, so a number in quotes is made one here, as pydantic does in the other sections."""
+        """Convert numbers in quotes, as pydantic does in the other sections: CAFTConfig takes any type."""
         return options and {name: _with_number(value) for name, value in options.items()}
 
     @model_validator(mode="before")
@@ -313,7 +313,7 @@ def trainer_config(recipe: Recipe, section: Literal["pretrain", "adapt", "traine
     has_gpu = torch.accelerator.is_available()
     defaults = {"report_to": [], "seed": recipe.seed, "use_cpu": not has_gpu, "dataloader_pin_memory": has_gpu}
     defaults["include_num_input_tokens_seen"] = "non_padding"
-    defaults["logging_nan_inf_filter"] = False  # it logs 0 or an earlier loss in the place of NaN
+    defaults["logging_nan_inf_filter"] = False  # the filter logs 0 or an earlier loss instead of NaN
     known = {field.name: field.default for field in dataclasses.fields(CAFTConfig) if field.init}
     options = dict(getattr(recipe, section) or {})
     for name in ("save_strategy", "eval_strategy", "logging_strategy"):
@@ -338,7 +338,7 @@ def trainer_config(recipe: Recipe, section: Literal["pretrain", "adapt", "traine
 
 
 def _refuse_optimizer_arguments(section: str, value: Any) -> None:
-    """transformers (5.23) fails on others when it makes the optimizer, without the option's name."""
+    """transformers (5.23) fails on other forms when it makes the optimizer, without naming the option."""
     parts = value.split(",") if isinstance(value, str) and value else []
     if value is not None and (not isinstance(value, str) or any(part.count("=") != 1 for part in parts)):
         raise CaftuneError(
@@ -388,12 +388,12 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(error.__cause__, yaml.YAMLError):
             raise
         raise CaftuneError(
-            f"{override!r} holds no valid YAML. Put the value into quotes: '{place}=\"...\"'."
+            f"{override!r} must hold valid YAML. Put the value into quotes: '{place}=\"...\"'."
         ) from error
 
 
 def _refuse_repeated_overrides(overrides: Sequence[str]) -> None:
-    """Raise CaftuneError where an override would be dropped, because a later one sets the same key or a section around it."""
+    """Raise CaftuneError where a later override sets the same key or a section that holds it."""
     before: dict[str, str] = {}
     for override in overrides:
         place = override.partition("=")[0]

@@ -1,7 +1,7 @@
-"""YAML as recipes are written in it: strict where YAML lets a slip pass in silence, and YAML 1.2 for plain numbers and dates.
+"""Reading recipes' YAML: repeated keys are errors, and plain numbers and dates are those of YAML 1.2.
 
-PyYAML is YAML 1.1 and keeps the last of two equal keys. It would read 1e-5 and 1:30 as text and 90, 010 as 8, and 2026-01-01
-as a date.
+PyYAML is YAML 1.1 and keeps the last of two equal keys. It would read 1e-5 as text, 1:30 as 90, 010 as 8, and 2026-01-01 as
+a date.
 """
 
 import re
@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_octal(self, node: yaml.ScalarNode) -> int:
-        """As YAML 1.1, which writes 8 as 010, and YAML 1.2, which writes it 0o10."""
+        """An integer; octal only with YAML 1.2's prefix 0o (010 has been refused)."""
         return int(node.value.replace("_", ""), 8) if "0o" in node.value else self.construct_yaml_int(node)
 
 
@@ -73,17 +73,17 @@ def parse_yaml(text: str, place: str) -> Any:
     except yaml.YAMLError as error:  # a control character
         raise CaftuneError(f"{place} is not valid YAML ({' '.join(str(error).split())}). Fix the file.") from error
     except RecursionError as error:
-        raise CaftuneError(f"{place} must nest less deeply: it cannot be read. Fix the file.") from error
+        raise CaftuneError(f"{place} must be nested less deeply. Fix the file.") from error
 
 
 def _check(node: yaml.Node | None, place: str, above: tuple[yaml.Node, ...] = ()) -> None:
-    """Raise CaftuneError for a key given twice, a number with a leading zero, and a value that holds itself."""
+    """Raise CaftuneError for a key given twice, a number with a leading zero, and a value that contains itself."""
     if node is None:
         return
     line = node.start_mark.line + 1
     if any(node is other for other in above):
         raise CaftuneError(
-            f"{place}, line {line}: a value must not hold itself (an alias of its own anchor). Remove the alias."
+            f"{place}, line {line}: a value must not contain itself, got an alias of the anchor around it. Remove the alias."
         )
     if node.tag == f"{_TAG}int" and _LEADING_ZERO.match(node.value):
         raise CaftuneError(
@@ -97,7 +97,7 @@ def _check(node: yaml.Node | None, place: str, above: tuple[yaml.Node, ...] = ()
 
 
 def _check_keys(node: yaml.MappingNode, place: str) -> None:
-    """Raise CaftuneError for a key given twice. A key beside one that is merged in (<<) takes its place, as YAML has it."""
+    """Raise CaftuneError for a key given twice. A key may override a merged one (<<), as in YAML."""
     lines: dict[Hashable, int] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):

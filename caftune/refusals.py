@@ -33,7 +33,7 @@ _LENGTHEN = "Raise max_length, shorten their prompts, or remove these rows."
 def refuse_arguments(
     args: CAFTConfig, peft_config: Any, compute_loss_func: Any, compute_metrics: Any, optimizers: tuple[Any, Any]
 ) -> None:
-    """Arguments of the trainer that heads cannot work with."""
+    """Refuse arguments of the trainer that do not work with heads."""
     if optimizers[0] is not None and args.has_heads and (args.pretrain_heads or args.train_heads):
         raise CaftuneError(
             "optimizers must not hold an optimizer where heads are trained: it was made before they exist. "
@@ -46,21 +46,23 @@ def refuse_arguments(
     if not args.pretrain_heads:
         return
     if peft_config is not None:
-        raise CaftuneError("peft_config must be None in stage 1: heads are pretrained on the plain base.")
+        raise CaftuneError("peft_config must be None in stage 1: heads are pretrained on the plain base. Leave it out.")
     if compute_loss_func is not None:
         raise CaftuneError(
             "compute_loss_func must be None in stage 1, which trains on the heads' losses alone. Give it in stage 2."
         )
     if args.push_to_hub:
         raise CaftuneError(
-            "push_to_hub must be False in stage 1: what Trainer pushes on the way holds no heads. Use `caftune heads push`."
+            "push_to_hub must be False in stage 1: what Trainer pushes has no heads. Use `caftune heads push`."
         )
     if compute_metrics is not None:
-        raise CaftuneError("compute_metrics must be None in stage 1: there are no logits of the model to measure.")
+        raise CaftuneError(
+            "compute_metrics must be None in stage 1: there are no logits of the model to measure. Leave it out."
+        )
 
 
 def refuse_quantised(quantization_config: Any, *, has_adapter: bool) -> None:
-    """bitsandbytes' layers, whose weights nothing can train, without an adapter."""
+    """Refuse bitsandbytes' quantised weights without an adapter: they cannot be trained."""
     if getattr(quantization_config, "quant_method", None) == "bitsandbytes" and not has_adapter:
         raise CaftuneError(_QUANTISED)
 
@@ -127,7 +129,7 @@ def refuse_short_context(model: Any, args: CAFTConfig, *, furthest: int) -> None
 
 
 def refuse_unknown_tokens_of(trainer: Any) -> None:
-    """`refuse_unknown_tokens` of the rows that a trainer was given, where these can be read at once."""
+    """`refuse_unknown_tokens` for a trainer's data sets, except streams."""
     embedded, evaluation = trainer.model.get_input_embeddings().weight.shape[0], trainer.eval_dataset
     named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
     for name, rows in {"train": trainer.train_dataset, **named}.items():
@@ -152,7 +154,7 @@ def refuse_unfit_heads(trainer: Any) -> None:
 
 
 def refuse_unfit(model: PreTrainedModel | PeftModel, peft_config: Any, args: CAFTConfig) -> None:
-    """Models that cannot be trained with heads as they are."""
+    """Refuse models that cannot be trained with heads."""
     configs = _adapters(model, peft_config)
     if args.pretrain_heads and configs:
         raise CaftuneError(
@@ -160,8 +162,8 @@ def refuse_unfit(model: PreTrainedModel | PeftModel, peft_config: Any, args: CAF
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise CaftuneError(
-            "model must be a PeftModel where it carries adapters, got ones of transformers' load_adapter, which would not be "
-            "exported. Use PeftModel.from_pretrained(base, adapter, is_trainable=True)."
+            "model must be a PeftModel where it carries adapters, got adapters of transformers' load_adapter, which would not "
+            "be exported. Use PeftModel.from_pretrained(base, adapter, is_trainable=True)."
         )
     learning = next((kind for kind in configs if getattr(kind, "is_prompt_learning", False)), None)
     if learning is not None:
@@ -187,7 +189,7 @@ def refuse_unfit(model: PreTrainedModel | PeftModel, peft_config: Any, args: CAF
 
 
 def _adapters(model: Any, peft_config: Any) -> list[Any]:
-    """The configurations of the adapters that the model carries or is to be given."""
+    """The configurations of the model's adapters and of the one to be added."""
     carried = model.peft_config.values() if isinstance(model, PeftModel) else ()
     return [*carried, *([] if peft_config is None else [peft_config])]
 
@@ -207,10 +209,10 @@ def _refuse_untying(model: PreTrainedModel | PeftModel, peft_config: Any) -> Non
 
 
 def refuse_missing_parts(dataset: Dataset, args: CAFTConfig, *, name: str, as_stock: bool = False) -> None:
-    """Rows without the part that is to be trained on.
+    """Refuse rows without the part that is to be trained on.
 
     Args:
-        as_stock: only warn of what SFTTrainer trains on all the same.
+        as_stock: only warn about what SFTTrainer trains on.
     """
     if "input_ids" in dataset.column_names:
         return
@@ -242,7 +244,7 @@ def _named(rows: list[int]) -> str:
 
 
 def cut_length(args: CAFTConfig, *, packing: bool) -> int | None:
-    """The tokens that rows are cut to; None where they are not: long documents are then packed piece by piece."""
+    """The tokens that rows are cut to; None where packing splits long documents instead."""
     return None if packing and args.packing_strategy in ("bfd_split", "wrapped") else args.max_length
 
 
@@ -252,7 +254,7 @@ def find_truncated_rows(
     """The rows that truncation to `max_length` leaves without a trained token, and how many it shortens. Both are logged.
 
     Args:
-        kept: these rows are not left out.
+        kept: whether these rows are kept (only the log differs).
 
     Raises:
         CaftuneError: no row has a token to train on, unless `may_be_all`.
@@ -285,14 +287,14 @@ def _cut(lost: list[int], total: int, max_length: int | None, name: str) -> str:
 
 
 def refuse_many_dropped(dropped: list[int], total: int, max_length: int | None, *, name: str) -> None:
-    """Raise CaftuneError where more than a tenth of the rows would be left out for want of a token to train on."""
+    """Raise CaftuneError where more than a tenth of the rows have no token to train on within max_length."""
     if len(dropped) > _MOST_DROPPED * total:
-        why = ": none is left" if len(dropped) == total else ", and up to a tenth may be left out"
+        why = ": no row is left" if len(dropped) == total else ", and up to a tenth may be left out"
         raise CaftuneError(f"{_cut(dropped, total, max_length, name)}{why}. {_LENGTHEN}")
 
 
 def refuse_long_rows(dataset: Dataset, context: int | None, *, name: str) -> None:
-    """Raise CaftuneError where rows that are not cut are longer than the model's context."""
+    """Raise CaftuneError where rows are longer than the model's context (for data.max_length: null)."""
     batches = dataset.select_columns("input_ids").with_format("numpy").iter(_ROWS_AT_ONCE)
     lengths = [len(ids) for batch in batches for ids in batch["input_ids"]]
     long = [row for row, length in enumerate(lengths) if length > (context or math.inf)]
@@ -307,10 +309,10 @@ def refuse_long_rows(dataset: Dataset, context: int | None, *, name: str) -> Non
 def refuse_unknown_tokens(
     dataset: Dataset, tokenizer: Any, embedded: int, *, name: str, dropped: Collection[int] = ()
 ) -> None:
-    """Raise CaftuneError where a row holds a token without a row of the embeddings, of which there are `embedded`.
+    """Raise CaftuneError where a row has a token id of `embedded` (the rows of the embeddings) or above.
 
     Args:
-        dropped: the numbers of rows that were left out, so that the others are named by theirs.
+        dropped: the numbers of rows left out before, so that errors name rows by their numbers in the file.
     """
     gone = set(dropped)
     numbers = (number for number in count() if number not in gone)
@@ -321,7 +323,7 @@ def refuse_unknown_tokens(
 
 
 def refuse_unknown_padding(args: CAFTConfig, tokenizer: Any, embedded: int) -> None:
-    """The same of the token that fills rows up, where rows are filled up: it is read, though it is not seen."""
+    """`refuse_unknown_tokens` for the padding token, where rows are padded: its embedding is looked up, too."""
     pad = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
     number = tokenizer.convert_tokens_to_ids(pad) if pad is not None else None
     if number is not None and number >= embedded and not (args.padding_free or args.packing):

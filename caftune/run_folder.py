@@ -24,7 +24,7 @@ from caftune.recipe_text import read_yaml
 from caftune.resumption import Changes, refuse_checkpoint, remove_allowed_changes
 
 _RESULTS = {"pretrain": "pretrain-heads"}  # names of results, where they are not those of the folders
-# `data.max_length: null` in a kept recipe. Where older versions wrote null, they meant what is `auto` today.
+# How a kept recipe writes `data.max_length: null`; null in a kept recipe of an older version means today's `auto`.
 _NOT_CUT = "not cut"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # The sections of the recipe that each stage's result depends on.
@@ -46,7 +46,7 @@ _DEPENDS_ON: dict[str, Sequence[str]] = {
 
 
 def with_commit(recipe: Recipe) -> Recipe:
-    """The recipe with the commits of a base and of data on the hub that this output began with: `main` may move.
+    """The recipe with its base and data on the hub pinned to the commits of this output's first command, as `main` may move.
 
     The base's is kept in output/base.json, until the recipe names another base or revision; those of the data are kept in
     output/data.json, by repository and revision, and become part of the sources' names.
@@ -104,14 +104,14 @@ def _with_data_commits(recipe: Recipe) -> Recipe:
 def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> Path:
     """The folder of a stage, made ready: it is new, or it belongs to this very recipe and these very files.
 
-    Options that leave alone what was learnt so far may differ (see resumption.py): they are reported, and recorded.
+    Options that do not affect the steps so far may differ (see resumption.py): they are reported and recorded.
     A folder in which nothing was done yet (its stage was refused, say) takes on the recipe it is given, and so does that of
     the labels, whose answers are kept by what was asked. With several
     processes the main one makes it, and the others find it made.
 
     Raises:
-        CaftuneError: the folder holds a stage made from something else, or files that are not caftune's; or the training is
-            to last longer and its checkpoints are gone.
+        CaftuneError: the folder holds a stage of another recipe, or other files; or the training is to be longer and has no
+            checkpoint.
     """
     from accelerate import PartialState
 
@@ -126,7 +126,9 @@ def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None
             and folder.exists()
             and any(not file.name.startswith(".") for file in folder.iterdir())
         ):
-            raise CaftuneError(f"{folder} holds files of something else than caftune. Use another output.")
+            raise CaftuneError(
+                f"{folder} must be empty or a folder of caftune, and holds other files. Use another output."
+            )
         elif is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
             _replace_result(recipe, _RESULTS.get(stage, stage), [])  # of a folder that was removed
@@ -172,11 +174,11 @@ def is_done(recipe: Recipe, stage: str) -> bool:
 
 
 def _adopt_changes(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None], changes: Changes) -> None:
-    """Let a stage that was begun go on with changed options: say so, and record it."""
+    """Resume a stage with changed options: report them, and record them in provenance.json."""
     folder = Path(recipe.output, stage)
     if changes.length and last_checkpoint(folder) is None:
         raise CaftuneError(
-            f"{folder} must hold a checkpoint to go on from ({', '.join(changes.length)}), and holds none. Remove {folder} to "
+            f"{folder} must hold a checkpoint to resume from ({', '.join(changes.length)}), and holds none. Remove {folder} to "
             "train from the start."
         )
     if changes.length:
@@ -185,7 +187,7 @@ def _adopt_changes(recipe: Recipe, stage: str, files: Mapping[str, str | Path | 
         return
     tqdm.write(f"Changed since {folder} was begun: {', '.join(changes)}.", file=sys.stderr)
     if changes.length:
-        _replace_result(recipe, _RESULTS.get(stage, stage), [])  # it is not done any more
+        _replace_result(recipe, _RESULTS.get(stage, stage), [])  # it counts as unfinished again
     _keep_identity(folder, _identity(recipe, stage, files))
     path = folder / "provenance.json"
     made = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else provenance(_present(files))
@@ -195,7 +197,7 @@ def _adopt_changes(recipe: Recipe, stage: str, files: Mapping[str, str | Path | 
 
 
 def _options_of(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The options of a stage that trains, of which heads are adapted for one epoch by default."""
+    """The trainer options of a stage (`adapt` has one epoch by default)."""
     options = getattr(recipe, "trainer" if stage == "train" else stage) or {}
     return {"num_train_epochs": 1, **options} if stage == "adapt" else options
 
@@ -206,7 +208,7 @@ def refuse_other_stage(
     """Raise CaftuneError where the folder of a stage was made from another recipe or other files.
 
     Returns:
-        The changes that do not matter to it; with `may_resume` also those of when its training ends.
+        The allowed changes; with `may_resume` also changes of the training's length.
     """
     folder, name = Path(recipe.output, stage), _RESULTS.get(stage, stage)
     if not (folder / "recipe.yaml").is_file():
@@ -226,14 +228,14 @@ def refuse_other_stage(
         )
     if changes.length and not may_resume:
         raise CaftuneError(
-            f"{folder} holds the {stage} stage of another recipe ({changes.length[0]}). Run `caftune {name}` to go on to that "
-            "length, or set it back."
+            f"{folder} holds the {stage} stage of another recipe ({changes.length[0]}). Run `caftune {name}` to continue to "
+            "that length, or set it back."
         )
     return changes
 
 
 def kept_identity(folder: Path, stage: str) -> dict[str, Any]:
-    """What a stage folder was made from. Keys that are newer than the folder have their defaults.
+    """The recipe's sections and the files that a stage folder was made from. Keys newer than the folder have their defaults.
 
     Raises:
         CaftuneError: a key or a value that this version does not know.
@@ -250,8 +252,8 @@ def kept_identity(folder: Path, stage: str) -> dict[str, Any]:
         recipe = parse_recipe(nested)
     except CaftuneError as error:
         raise CaftuneError(
-            f"{file} cannot be read by caftune {package_version('caftune')}: {error} Where a newer version wrote it, update "
-            "caftune; or use another output."
+            f"{file} must be a recipe that caftune {package_version('caftune')} can read: {error} If a newer version wrote it, "
+            "update caftune; else use another output."
         ) from error
     found = {**_sections(recipe, stage), "files": kept.get("files") or {}}
     if "data.max_length" not in kept:
@@ -260,7 +262,7 @@ def kept_identity(folder: Path, stage: str) -> dict[str, Any]:
 
 
 def _keep_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """Write what a stage folder is made from, as `kept_identity` reads it."""
+    """Write the identity of a stage folder, to be read by `kept_identity`."""
     kept = {key: dict(value) if key == "data" else value for key, value in identity.items()}
     _replace_length(kept.get("data"), {None: _NOT_CUT})
     _replace_length(kept, {None: _NOT_CUT}, "data.max_length")
@@ -281,7 +283,7 @@ def _section(values: dict[str, Any], place: Sequence[str]) -> dict[str, Any]:
 def forget_unknown_commit(kept: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Folders made before commits were kept have a branch or nothing in their place, which says nothing of the weights.
 
-    A hub id of data without a commit is taken for one with it alike.
+    A hub id without a commit is taken to be the same as one with a commit.
     """
     _forget_unknown_data(kept, wanted)
     for one, other, key in (

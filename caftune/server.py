@@ -1,6 +1,6 @@
 """Sampling answers from a server with an OpenAI-compatible interface: vLLM, SGLang, `transformers serve`, any other.
 
-Servers differ in what they understand; a few words are sent in each *dialect* until one is answered:
+Servers differ in what they understand; a short prompt is sent in each *dialect* until one is answered:
 
     llama.cpp     llama-server's own /completion: prompts and answers as token ids; only for servers with its /props
     tokens        prompts as token ids, answers with token ids where the server gives them (vLLM, SGLang): nothing is lost
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 DIALECTS = ("llama.cpp", "tokens", "transformers", "plain", "chat")
 # What servers answer to a request they do not understand, and to one for an address they do not have.
 _REFUSED, _ABSENT = (400, 415, 422), (404, 405, 501)
-_FIRST_TRIES = 3  # of the first words in a dialect, where the reply is malformed
+_FIRST_TRIES = 3  # of the test prompt in a dialect, where the reply is malformed
 _SHOWN = 80  # characters of a malformed reply
-# What a chat endpoint may set apart from an answer, and what does so.
+# The fields to which a chat endpoint may move parts of an answer, and the parser that does.
 _REASONING = "reasoning parser (vLLM, SGLang: no --reasoning-parser; llama-server: --reasoning-format none)"
 _TOOLS = "tool parser (vLLM, SGLang: no --tool-call-parser)"
 _PARSERS = {
@@ -48,7 +48,7 @@ _PARSERS = {
 
 
 class BadReply(Exception):
-    """A reply that came and holds no answer. `remedy`: a sentence for a person, where every reply will be so."""
+    """A reply without an answer. `remedy`: what to do, where every reply will be like it."""
 
     def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__(reason)
@@ -66,7 +66,7 @@ class Server:
         retries: of one request, after a lost connection, a timeout or an answer 408, 409, 429 or 5xx. The wait doubles from
             half a second to 8 seconds, or is what the server asks for (Retry-After).
         timeout_s: of one request, in seconds.
-        requests_per_minute: at most so many, retries included; None: no limit.
+        requests_per_minute: a limit, retries included; None: no limit.
         key_variable: the environment variable that holds the API key.
     """
 
@@ -82,7 +82,7 @@ class Server:
 def server_backend(server: Server, tokenizer: Any, sampling: Sampling, eos: Sequence[int]) -> Backend:
     """A backend that asks `server`.
 
-    A prompt that is given up after its retries, or whose reply is malformed, is a `Failure`; the others go on.
+    A prompt that is given up after its retries, or whose reply is malformed, is a `Failure`; the others continue.
 
     Raises:
         CaftuneError: the openai package is missing, or (before the first prompt) the server is not there or refuses to answer.
@@ -106,7 +106,7 @@ def server_backend(server: Server, tokenizer: Any, sampling: Sampling, eos: Sequ
 
 @dataclass(frozen=True)
 class _Link:
-    """A server, and what every request to it needs."""
+    """A server's client, and the settings of every request."""
 
     client: "OpenAI"
     server: Server
@@ -117,7 +117,7 @@ class _Link:
 
 @dataclass(frozen=True)
 class _Dialect:
-    """What a server understands, and how it decodes the texts that it gives."""
+    """The kind of requests that a server answers, and how it decodes answers given as text."""
 
     name: str
     decoding: Decoding = "unknown"
@@ -157,22 +157,22 @@ def _pace(requests_per_minute: float | None) -> Callable[[Any], None] | None:
 
 
 def _dialect(link: _Link, prompt: Prompt) -> _Dialect:
-    """The first dialect in which the server answers a few words, asked as `prompt` is: as a text or in a conversation."""
+    """The first dialect in which the server answers a short prompt of `prompt`'s kind (text or conversation)."""
     is_chat = prompt.messages is not None
     words = "Once upon a"
     said = Conversation(messages=[{"role": "user", "content": words}]) if is_chat else Conversation(words)
     server = link.server
     short = replace(
         link,
-        client=link.client.with_options(max_retries=min(server.retries, 2)),  # a wrong address is told soon
+        client=link.client.with_options(max_retries=min(server.retries, 2)),  # so that a wrong address is reported soon
         sampling=replace(link.sampling, max_new_tokens=1, temperature=0.0),
     )
-    asked = said.prompt(0, [], link.tokenizer)
+    tried = said.prompt(0, [], link.tokenizer)
     refusal: Exception | None = None
     for name in DIALECTS:
         if name == "chat" and not is_chat:
             continue
-        found = _try_dialect(short, name, asked)
+        found = _try_dialect(short, name, tried)
         if isinstance(found, _Dialect):
             return found
         refusal = found or refusal
@@ -182,15 +182,15 @@ def _dialect(link: _Link, prompt: Prompt) -> _Dialect:
         "/v1."
     )
     raise CaftuneError(
-        f"{server.url} {what} of ours, the last with: {_reason(refusal)}. {getattr(refusal, 'remedy', '') or remedy}"
+        f"{server.url} {what}, the last with: {_reason(refusal)}. {getattr(refusal, 'remedy', '') or remedy}"
     ) from refusal
 
 
-def _try_dialect(link: _Link, name: str, asked: Prompt) -> "_Dialect | Exception | None":
-    """The dialect where the server understands it; else why not, None where it was not tried.
+def _try_dialect(link: _Link, name: str, tried: Prompt) -> "_Dialect | Exception | None":
+    """The dialect where the server answers in it; else the error, or None where it was not tried.
 
     Raises:
-        CaftuneError: the server is not there, or refuses whatever it is sent.
+        CaftuneError: the server cannot be reached, or refuses every request.
     """
     import openai
 
@@ -200,7 +200,7 @@ def _try_dialect(link: _Link, name: str, asked: Prompt) -> "_Dialect | Exception
             return None
         for _ in range(_FIRST_TRIES):
             try:
-                return _Dialect(name, _decoding(name, _request(link, _Dialect(name), asked, 0), asked))
+                return _Dialect(name, _decoding(name, _request(link, _Dialect(name), tried, 0), tried))
             except BadReply as error:
                 refusal = error
     except openai.APIStatusError as error:
@@ -209,20 +209,20 @@ def _try_dialect(link: _Link, name: str, asked: Prompt) -> "_Dialect | Exception
         raise CaftuneError(f"{server.url} refuses to answer: {_reason(error)}. {_remedy(error, server)}") from error
     except openai.OpenAIError as error:
         raise CaftuneError(
-            f"{server.url} cannot be reached ({_reason(error)}). Start the server, or mend labels.server.url."
+            f"{server.url} cannot be reached ({_reason(error)}). Start the server, or fix labels.server.url."
         ) from error
     return refusal
 
 
 def _is_for(link: _Link, name: str) -> bool:
-    """Whether the server may be one of those that a dialect is for."""
+    """Whether a dialect may fit the server."""
     if name == "llama.cpp":
         return _has_props(link)
     return name != "transformers" or _refuses_unknown_fields(link)
 
 
 def _has_props(link: _Link) -> bool:
-    """Whether the server describes itself as llama-server does."""
+    """Whether the server has llama-server's /props."""
     import openai
 
     once = replace(link, client=link.client.with_options(max_retries=0))
@@ -252,14 +252,14 @@ def _refuses_unknown_fields(link: _Link) -> bool:
     return False
 
 
-def _decoding(name: str, reply: "_Reply", asked: Prompt) -> Decoding:
-    """How the server decodes, as far as its reply to the first words says.
+def _decoding(name: str, reply: "_Reply", tried: Prompt) -> Decoding:
+    """How the server decodes, as far as its reply to the short prompt shows.
 
-    `transformers serve` (5.23) decodes an answer alone. A text that begins with a space was decoded behind its prompt.
+    `transformers serve` (5.23) decodes an answer alone. A text that begins with a space was decoded together with its prompt.
     """
     if name == "transformers":
         return "alone"
-    return "behind" if asked.messages is None and reply.text.startswith(" ") else "unknown"
+    return "behind" if tried.messages is None and reply.text.startswith(" ") else "unknown"
 
 
 def _remedy(error: Any, server: Server) -> str:
@@ -284,14 +284,14 @@ def _answer_prompt(link: _Link, dialect: _Dialect, prompt: Prompt, seed: int) ->
 
 
 def _as_allowed(answer: Answer, reply: "_Reply", allowed: int) -> Answer:
-    """An answer of `transformers serve`, allowed one token more: 5.23 says "length" of one that ends with its last."""
+    """An answer of `transformers serve`, which was allowed one more token: 5.23 reports "length" if the last one is EOS."""
     is_whole = reply.finish == "stop" and len(answer.ids) <= allowed
     return answer if is_whole else replace(answer, ids=answer.ids[:allowed], finish="length")
 
 
 @dataclass(frozen=True)
 class _Reply:
-    """What a server's reply says: the answer's text, its token ids where the server gives them, why it ended, its length."""
+    """A server's reply: the answer's text, why it ended, its token ids and its number of tokens (None where not given)."""
 
     text: str
     finish: str
@@ -303,8 +303,8 @@ def _request(link: _Link, dialect: _Dialect, prompt: Prompt, seed: int) -> _Repl
     """Ask for one answer.
 
     Raises:
-        BadReply: what came holds no answer.
-        openai.OpenAIError: nothing came, or a refusal.
+        BadReply: the reply has no answer.
+        openai.OpenAIError: no reply, or a refusal.
         CaftuneError: the server does not know a setting of the recipe.
     """
     seed %= 2**31
@@ -325,7 +325,7 @@ def _request(link: _Link, dialect: _Dialect, prompt: Prompt, seed: int) -> _Repl
             "repetition_penalty": 1.0,
             "stop_token_ids": list(link.eos),
             "return_token_ids": True,
-            "skip_special_tokens": False,  # where the answer comes as text all the same, they are part of it
+            "skip_special_tokens": False,  # if the answer comes as text after all, it must have them
         }
         return _completion(_read(link, "POST", "/completions", {**body, **more, "prompt": prompt.ids}))
     if dialect.name == "transformers":
@@ -355,8 +355,8 @@ def _request_text(link: _Link, prompt: Prompt, body: dict[str, Any], *, as_chat:
 def _request_llama_server(link: _Link, prompt: Prompt, seed: int) -> _Reply:
     """Ask llama-server's own endpoint, which gives the ids of an answer, its end-of-text token included.
 
-    Its samplers are named in the order of transformers', and none of its own defaults is left. Its cache of prompts is not
-    used, for an answer would depend, by rounding, on what was asked before.
+    Samplers are set in transformers' order, without the server's defaults. Its prompt cache is off, because an answer would
+    depend, by rounding, on earlier prompts.
     """
     sampling = link.sampling
     body = {
@@ -374,14 +374,14 @@ def _request_llama_server(link: _Link, prompt: Prompt, seed: int) -> _Reply:
     found = _read(link, "POST", f"{_root(link.server)}/completion", body)
     if found.get("truncated"):
         raise BadReply(
-            "the server's context is full before the answer is",
+            "the server's context is too small for prompt and answer",
             "Start llama-server with more context for each slot (--ctx-size, --parallel).",
         )
     ids = _token_ids(found.get("tokens"))
     stopped = found.get("stop_type")
     if not ids or stopped not in ("eos", "limit"):
-        raise BadReply(f"the reply holds no token ids of an answer: {_shown(found)}")
-    allowed = sampling.max_new_tokens  # one that ends within a character is given some tokens more
+        raise BadReply(f"the reply must hold token ids of an answer, got {_shown(found)}")
+    allowed = sampling.max_new_tokens  # it adds some tokens to complete a character
     ended = stopped == "eos" and len(ids) <= allowed
     return _Reply("", "stop" if ended else "length", ids[:allowed], min(len(ids), allowed))
 
@@ -396,10 +396,10 @@ def _read(link: _Link, method: Literal["GET", "POST"], path: str, body: Any = No
     reply = client.get(path, cast_to=bytes) if method == "GET" else client.post(path, cast_to=bytes, body=body)
     try:
         found = json.loads(reply)
-    except (ValueError, RecursionError) as error:  # cut off, no UTF-8, a page of HTML, nested without end
-        raise BadReply(f"the reply is not JSON ({_reason(error)}): {_shown(reply)}") from error
+    except (ValueError, RecursionError) as error:  # cut off, not UTF-8, HTML, nested too deeply
+        raise BadReply(f"the reply must be JSON ({_reason(error)}), got {_shown(reply)}") from error
     if not isinstance(found, dict):
-        raise BadReply(f"the reply is no JSON object: {_shown(found)}")
+        raise BadReply(f"the reply must be a JSON object, got {_shown(found)}")
     return found
 
 
@@ -413,7 +413,7 @@ def _chat(reply: dict[str, Any]) -> _Reply:
     choice = _only(reply)
     message = choice.get("message")
     if not isinstance(message, dict):
-        raise BadReply(f"the reply holds no message: {_shown(choice)}")
+        raise BadReply(f"the reply must hold a message, got {_shown(choice)}")
     _refuse_parsed(message)
     return _Reply(_text(message.get("content")), str(choice.get("finish_reason")), None, _count(reply))
 
@@ -423,19 +423,19 @@ def _only(reply: dict[str, Any]) -> dict[str, Any]:
     choices = reply.get("choices")
     if isinstance(choices, list) and choices and isinstance(choices[0], dict):
         return choices[0]
-    raise BadReply(f"the reply holds no answer: {_shown(reply)}")
+    raise BadReply(f"the reply must hold an answer, got {_shown(reply)}")
 
 
 def _text(content: Any) -> str:
-    """The text of an answer, which may come in parts that are all text. An empty one is an answer; none is not."""
+    """The text of an answer, also given as text parts. An empty text is an answer; a missing one is not."""
     if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise BadReply(f"the answer must be a text, and is {_shown(content)}")
+        raise BadReply(f"the answer must be text, got {_shown(content)}")
     try:
         content.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadReply(f"the answer is no text: it holds half a character ({_shown(content)})") from error
+        raise BadReply(f"the answer must be text, got half a surrogate pair ({_shown(content)})") from error
     return content
 
 
@@ -449,20 +449,20 @@ def _token_ids(given: Any) -> list[int] | None:
         return None
     if isinstance(given, list) and all(type(token) is int and token >= 0 for token in given):
         return given
-    raise BadReply(f"the answer's token ids must be whole numbers from 0 on, and are {_shown(given)}")
+    raise BadReply(f"the answer's token ids must be whole numbers >= 0, got {_shown(given)}")
 
 
 def _count(reply: dict[str, Any]) -> int | None:
-    """How many tokens the server counted, its end-of-text token included. None where it does not say."""
+    """The server's count of tokens, usually with the end-of-text token; None where it gives none."""
     usage = reply.get("usage")
     count = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return count if type(count) is int else None
 
 
 def _refuse_parsed(message: dict[str, Any]) -> None:
-    """A chat endpoint that has taken an answer apart no longer has what the model wrote."""
+    """Refuse refusals, and answers that the server's parsers have split: the model's text is then lost."""
     if message.get("refusal"):
-        raise BadReply(f"the server gave a refusal in place of an answer: {_shown(message['refusal'])}")
+        raise BadReply(f"the server gave a refusal instead of an answer: {_shown(message['refusal'])}")
     parts = [part for part in _PARSERS if message.get(part)]
     if parts:
         raise BadReply(
@@ -472,7 +472,7 @@ def _refuse_parsed(message: dict[str, Any]) -> None:
 
 
 def _as_text(prompt: Prompt, tokenizer: Any) -> str | None:
-    """A text that a server's tokenizer makes these very tokens of (it adds BOS itself); None where there is none."""
+    """A text that a server's tokenizer (which adds BOS) turns into exactly the prompt's tokens; None where there is none."""
     if prompt.text is not None:
         return prompt.text
     rendered = _rendered(prompt, tokenizer)
@@ -481,7 +481,7 @@ def _as_text(prompt: Prompt, tokenizer: Any) -> str | None:
 
 
 def _answer(link: _Link, dialect: _Dialect, prompt: Prompt, reply: _Reply) -> Answer:
-    """The answer of a reply, as token ids: the server's own, else those that write its text behind the prompt.
+    """The answer of a reply as token ids: the server's, else those that spell its text after the prompt.
 
     Raises:
         BadReply: it ended in another way than by its end or its length (a content filter, say): not as the model would have it;
@@ -492,7 +492,7 @@ def _answer(link: _Link, dialect: _Dialect, prompt: Prompt, reply: _Reply) -> An
         # Servers also end at end-of-text tokens that the model's configuration does not name.
         return replace(found, ids=reply.ids) if found.ids[:-1] == reply.ids and reply.count == len(reply.ids) else found
     tokenizer, ended = link.tokenizer, reply.finish == "stop"
-    # An answer that was cut off within a character ends in a mark for what cannot be decoded, which the model did not write.
+    # An answer cut off within a character ends in a replacement character, which the model did not write.
     text = reply.text if ended else reply.text.rstrip("\N{REPLACEMENT CHARACTER}")
     ids = find_spelling(
         text,
@@ -506,7 +506,7 @@ def _answer(link: _Link, dialect: _Dialect, prompt: Prompt, reply: _Reply) -> An
     )
     if ids is None:
         raise BadReply(
-            f"no tokens of model.name's tokenizer write the server's text {_shown(text)}; it must serve the same model"
+            f"the tokenizer of model.name must be able to spell the server's text, got {_shown(text)}; serve the same model"
         )
     return _closed(ids, reply.finish, _ends_of(prompt, tokenizer, link.eos), exact=False)
 
@@ -538,7 +538,7 @@ def _closed(ids: list[int], finish: str, eos: Sequence[int], *, exact: bool) -> 
 def _in_parallel(
     ask: Callable[[int], Answer | Failure], indices: range, concurrency: int
 ) -> Iterator[tuple[int, Answer | Failure]]:
-    """Ask with so many requests under way; stop asking where the server was lost for twice as many, one after another.
+    """Send `concurrency` requests at a time; stop when the server is lost for twice as many prompts in a row.
 
     The pool's threads are daemons: when the command is stopped, nobody waits for requests under way.
     """
@@ -547,9 +547,9 @@ def _in_parallel(
     def ask_unless_given_up(index: int) -> tuple[int, Answer | Failure]:
         nonlocal lost
         if lost >= 2 * concurrency:
-            return index, Failure("not asked, because the server had stopped answering")
+            return index, Failure("not sent, because the server had stopped answering")
         result = ask(index)
-        with lock:  # a server whose replies are malformed still answers: only what says nothing of a prompt counts
+        with lock:  # malformed replies do not count: such a server still answers
             lost = lost + 1 if isinstance(result, Failure) and result.is_lost else 0
         return index, result
 
@@ -558,7 +558,7 @@ def _in_parallel(
 
 
 def _is_lost(error: Exception) -> bool:
-    """Whether a prompt has no answer because of the server (it is gone, busy, broken), and not because of the prompt."""
+    """Whether an error is due to the server (gone, busy, broken), not to the prompt."""
     return getattr(error, "status_code", 500) not in (400, 413, 415, 422)
 
 
@@ -569,11 +569,11 @@ def _reason(error: Exception | None) -> str:
 
 
 def _shown(value: Any) -> str:
-    """The beginning of something malformed."""
+    """The beginning of a malformed value, for errors."""
     said = repr(value)
     return _printable(said if len(said) <= _SHOWN else f"{said[:_SHOWN]}...")
 
 
 def _printable(text: str) -> str:
-    """The text without halves of characters, which no file takes."""
+    """The text with lone surrogates escaped, so that it can be written to files."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

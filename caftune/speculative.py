@@ -43,8 +43,8 @@ _WAITING = 32  # passes of the model after which a head reads them though it is 
 _REFUSED_PROCESSORS = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 
 _OTHER_WAY = (
-    "Speculative decoding must be greedy or plain sampling, and these arguments ask for another way of generating (beams, say)"
-    ". Use model.generate."
+    "Speculative decoding must be greedy or plain sampling, got arguments for another method (beam search, say). Use "
+    "model.generate."
 )
 
 
@@ -139,7 +139,7 @@ class SpeculativeDecoding:
         own_criteria, criteria = model._get_stopping_criteria, StoppingCriteriaList()
 
         def stopping_criteria(**given: Any) -> StoppingCriteriaList:
-            _refuse_other_ways(given["generation_config"])  # here, because no pass of the model has been made
+            _refuse_other_ways(given["generation_config"])  # before the first pass of the model
             criteria.extend(own_criteria(**given))
             return criteria
 
@@ -165,7 +165,7 @@ class SpeculativeDecoding:
 
 
 def _refuse_other_ways(config: GenerationConfig) -> None:
-    """Raise CaftuneError for beams and other ways of generating that take no drafts."""
+    """Raise CaftuneError for beam search and other methods that take no drafts."""
     if config.get_generation_mode() != GenerationMode.ASSISTED_GENERATION:
         raise CaftuneError(_OTHER_WAY)
 

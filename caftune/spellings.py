@@ -1,8 +1,8 @@
 """The token ids of an answer that a server gave as text.
 
-A text has many spellings as tokens. The right one follows the prompt's tokens and is decoded, behind them, to exactly this
-text: that is how servers decode, a token at a time. Decoding the answer alone is another thing, for some decoders (Llama 2's)
-drop the space before the first word of a text; servers that do so are read accordingly.
+A text has many spellings as tokens. The right one, decoded together with the prompt's tokens, gives exactly this text: most
+servers decode so, a token at a time. Decoding the answer alone can differ, because some decoders (Llama 2's) drop the space
+before the first word; servers that do so are handled separately.
 """
 
 import re
@@ -10,18 +10,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# How a server decodes an answer: behind its prompt, alone, or nobody knows.
+# How a server decodes an answer: together with its prompt, alone, or unknown.
 Decoding = Literal["behind", "alone", "unknown"]
-# What an answer may follow to be tokenized by itself, where together with its prompt some tokens would span both.
+# Prefixes after which an answer is tokenized separately, where some token would span prompt and answer.
 _SEPARATORS = ("\n", ".", "|")
 
 
 @dataclass(frozen=True)
 class _Spelling:
     ids: list[int]
-    is_behind: bool  # decoded behind the prompt it is the text
-    is_alone: bool  # decoded alone it is the text
-    is_joint: bool  # the tokenizer writes prompt and answer in this way
+    is_behind: bool  # decoded with the prompt, it gives the text
+    is_alone: bool  # decoded alone, it gives the text
+    is_joint: bool  # the tokenizer spells prompt and answer together like this
 
 
 def find_spelling(
@@ -35,14 +35,14 @@ def find_spelling(
     decoding: Decoding = "unknown",
     adds_special: bool = True,
 ) -> list[int] | None:
-    """Token ids that write `text` behind a prompt; None where no spelling was found that gives this text and no other.
+    """Token ids that spell `text` after a prompt; None where no spelling decodes to exactly this text.
 
     Args:
         prompt: its token ids.
-        before: the text that the tokenizer makes these ids of, with its special tokens added where `adds_special`.
-        ends: end-of-text tokens, which a text does not hold.
-        lengths: how many tokens the answer has by the server's own count, the likelier number first. Among spellings of the
-            same text they decide.
+        before: the prompt's text, tokenized with added special tokens where `adds_special`.
+        ends: end-of-text tokens, which are not part of the text.
+        lengths: the answer's number of tokens by the server's count, the likelier first; they decide between spellings of the
+            same text.
         decoding: how the server decodes.
     """
     if not text:
@@ -54,14 +54,14 @@ def find_spelling(
 
 
 def _fitting(found: Sequence[_Spelling], text: str, before: str, decoding: Decoding) -> list[_Spelling]:
-    """The spellings of this text, the likeliest first."""
+    """The spellings that decode to this text, the likeliest first."""
     behind = [spelling for spelling in found if spelling.is_behind]
     alone = [spelling for spelling in found if spelling.is_alone]
     if decoding == "alone":
         spaced = not before[-1:].isspace()  # then a word usually begins with a space, which the server has dropped
         return sorted(alone, key=lambda spelling: (not spelling.is_joint, spelling.is_behind == spaced)) or behind
     if decoding == "unknown" and _is_letter(before[-1:]) and _is_letter(text[0]):
-        # "upon" and "a" make no word: more likely is a server that has dropped the space.
+        # "upon" then "a": the server has more likely dropped a space than written "upona".
         return [spelling for spelling in alone if spelling.is_joint and not spelling.is_behind] + behind
     return behind or alone
 
@@ -73,7 +73,7 @@ def _is_letter(character: str) -> bool:
 def _spellings(
     text: str, prompt: list[int], before: str, tokenizer: Any, ends: Sequence[int], *, adds_special: bool
 ) -> Iterator[_Spelling]:
-    """Candidates, with what they are decoded to."""
+    """Candidates, and whether they decode to the text."""
     seen = []
     for ids, is_joint in _candidates(text, prompt, before, tokenizer, adds_special=adds_special):
         ids = ids[:-1] if ids and ids[-1] in ends else ids  # some tokenizers close every text
@@ -88,7 +88,7 @@ def _spellings(
 def _candidates(
     text: str, prompt: list[int], before: str, tokenizer: Any, *, adds_special: bool
 ) -> Iterator[tuple[list[int], bool]]:
-    """Ways to write the answer: together with the prompt first, then by itself; with a space before it or without."""
+    """Ways to spell the answer: together with the prompt, then separately; without and with a space before it."""
     for gap in ("", " "):
         joint = tokenizer(before + gap + text, add_special_tokens=adds_special)["input_ids"]
         if joint[: len(prompt)] == prompt:
@@ -100,7 +100,7 @@ def _candidates(
 
 
 def _by_itself(text: str, tokenizer: Any, *, splits: bool) -> Iterator[list[int]]:
-    """Ways to write a text that may stand anywhere, without a space of the tokenizer's own before it or a special token."""
+    """Ways to spell a text separately, without the space or special token that the tokenizer adds at the start."""
     how = {"add_special_tokens": False, "split_special_tokens": splits}
     names = [] if splits else [re.escape(name) for name in tokenizer.all_special_tokens]
     parts = re.split(f"({'|'.join(names)})", text) if names else [text]
@@ -117,12 +117,12 @@ def _by_itself(text: str, tokenizer: Any, *, splits: bool) -> Iterator[list[int]
 
 
 def _behind(prompt: Sequence[int], ids: Sequence[int], tokenizer: Any, *, skip: bool) -> str | None:
-    """What decoding adds to the prompt's text when these tokens follow it; None where it changes what stood there."""
+    """What these tokens add to the decoded prompt; None where they change the prompt's text."""
     before, whole = (_decoded(tokens, tokenizer, skip=skip) for tokens in (prompt, [*prompt, *ids]))
     return whole.removeprefix(before) if whole.startswith(before) else None
 
 
 def _decoded(ids: Sequence[int], tokenizer: Any, *, skip: bool) -> str:
-    """The text of tokens. A server's text has spaces before full stops where the model wrote them: nothing is cleaned up."""
+    """The text of tokens. Spaces are not cleaned up, as servers return them unchanged."""
     text: str = tokenizer.decode(list(ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
     return text

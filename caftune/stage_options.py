@@ -141,7 +141,7 @@ def adapt_config(recipe: Recipe, folder: Path, heads: Path) -> CAFTConfig:
 
 
 def _training_length(recipe: Recipe) -> int | None:
-    """The tokens that rows are cut to, None where they are not."""
+    """The number of tokens that rows are cut to; None: rows are not cut."""
     length = recipe.data.max_length
     if length is None:
         return None
@@ -162,7 +162,7 @@ def _refuse_packing_without_length(recipe: Recipe, section: Literal["pretrain", 
 
 
 def for_prepared_rows(args: CAFTConfig) -> CAFTConfig:
-    """The options for a trainer whose rows are cut already: TRL takes padding_free only without a max_length."""
+    """The options for a trainer whose rows are already cut: TRL takes padding_free only without a max_length."""
     if args.padding_free and not args.packing:
         args.max_length = None
     return args
@@ -178,11 +178,11 @@ def _model_options(recipe: Recipe, section: Literal["pretrain", "adapt", "traine
     return trust | ({"model_init_kwargs": {**options, **given}} if options else {})
 
 
-def _refuse_other_heads(recipe: Recipe, heads: str | Path, asked: Collection[str], remedy: str) -> None:
-    """Raise CaftuneError where the keys `asked` of the recipe's section are not those of `heads`."""
+def _refuse_other_heads(recipe: Recipe, heads: str | Path, keys: Collection[str], remedy: str) -> None:
+    """Raise CaftuneError where options of the recipe (`keys`) differ from those of `heads`."""
     found = describe_heads(heads)
     for key, value in {"count": len(found["horizons"]), "kind": found["kind"]}.items():
-        if key in asked and getattr(recipe.heads, key) != value:
+        if key in keys and getattr(recipe.heads, key) != value:
             raise CaftuneError(
                 f"heads.{key} must be {value!r}, as in {heads}, got {getattr(recipe.heads, key)!r}. {remedy}"
             )
@@ -237,9 +237,9 @@ def context_length(recipe: Recipe, name: str | None = None) -> int | None:
 
 
 def embedding_rows(recipe: Recipe, args: CAFTConfig) -> int:
-    """The tokens that the base has embeddings for, or will have; sys.maxsize where its configuration says nothing of it."""
+    """The rows of the base's embeddings in training; sys.maxsize where its configuration does not say."""
     if args.chat_template_path is not None and not Path(args.chat_template_path).is_file():
-        return sys.maxsize  # TRL makes one for each token of a tokenizer that it takes the template from
+        return sys.maxsize  # TRL then adds rows for the tokens of the template's tokenizer
     return getattr(load_config(recipe).get_text_config(), "vocab_size", None) or sys.maxsize
 
 
@@ -301,10 +301,10 @@ def answer_backend(
     name: str | None = None,
     loaded: dict[str, Any] | None = None,
 ) -> Backend:
-    """What answers prompts with the base (or another model): the section's backend with its settings.
+    """The section's backend, which answers prompts with the base (or another model).
 
     Args:
-        loaded: keeps the model for further backends of it; empty it to let the model go.
+        loaded: a dict in which the model is kept for further backends; clear it to free the model.
     """
     loaded = {} if loaded is None else loaded
     if not loaded:
@@ -328,9 +328,9 @@ def answer_backend(
 
 
 def _engine_dtype(recipe: Recipe, name: str, engine: Mapping[str, Any]) -> dict[str, str]:
-    """The dtype that vLLM is given: that of `load_model`. Left to itself, vLLM rounds a model in float32 to bfloat16.
+    """The dtype for vLLM: that of `load_model`. By default vLLM would round a float32 model to bfloat16.
 
-    None for a model of `engine`'s own, or one that vLLM quantises, which has its own dtype; both are in `who_answers`.
+    Empty where `engine` names another model, a dtype or a quantization, which are part of `who_answers`.
     """
     if {"model", "quantization", "dtype"} & set(engine):
         return {}
@@ -342,7 +342,7 @@ def _engine_dtype(recipe: Recipe, name: str, engine: Mapping[str, Any]) -> dict[
 
 
 def _dtype_of_weights(recipe: Recipe, name: str) -> Any:
-    """The dtype of a model whose configuration names none: transformers takes that of its weights."""
+    """The dtype of a model whose configuration names none: transformers takes the weights' dtype."""
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="meta", **_where(recipe, name))
     return model.dtype
 

@@ -42,7 +42,7 @@ def describe_head_source(recipe: Recipe, rows: Dataset) -> dict[str, Any]:
 
 
 class HeadRows(NamedTuple):
-    """The rows that stage 1 trains on, those kept for evaluating the heads, and what is recorded of rows left out."""
+    """Stage 1's training rows, its held-out rows, and what results.jsonl records of rows left out."""
 
     train: Dataset
     held_out: Dataset
@@ -50,12 +50,11 @@ class HeadRows(NamedTuple):
 
 
 def head_rows(recipe: Recipe, args: CAFTConfig) -> HeadRows:
-    """The rows of stage 1. A conversation is on one side as a whole.
+    """The rows of stage 1. A conversation is wholly in one of the two parts.
 
     Raises:
-        CaftuneError: there are no labels yet.
-        CaftuneError: too few rows to divide, or none that was finished.
-        CaftuneError: more than a tenth of the rows have no token to train on within the training length.
+        CaftuneError: no labels yet, too few rows to divide, no finished answer, or more than a tenth of the rows without a
+            token to train on within the training length.
     """
     found = _all_head_rows(recipe, args)
     rows = found.rows
@@ -80,7 +79,7 @@ def _all_head_rows(recipe: Recipe, args: CAFTConfig) -> Prepared:
     if recipe.heads.text is not None:
         return _text_rows(recipe, args)
     labels = _finished_labels(recipe, Path(head_source(recipe)))
-    if args.max_length is None:  # labels have the length they have, unless they are packed
+    if args.max_length is None:  # labels are not cut unless they are packed
         return Prepared(labels, len(labels))
     found = prepared(labels, load_tokenizer(recipe), args, name="labels")
     refuse_many_dropped(found.dropped, found.total, args.max_length, name="labels")
@@ -108,7 +107,7 @@ def _finished_labels(recipe: Recipe, labels: Path) -> Dataset:
 
 
 def _fill_in_chat(recipe: Recipe, kept: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Make `labels.chat` comparable: the default is what it came to, and older labels were asked as plain text."""
+    """Make `labels.chat` comparable: replace the default by the form that was used; older labels used plain text."""
     given = _recorded(recipe, "label").get("chat")
     if kept.get("chat") is not None:
         return
@@ -120,7 +119,7 @@ def _fill_in_chat(recipe: Recipe, kept: dict[str, Any], wanted: dict[str, Any]) 
 
 
 def _recorded(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The result of a stage, empty without one."""
+    """The result of a stage; empty where there is none."""
     path = Path(recipe.output, "results.jsonl")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return next((result for result in map(json.loads, lines) if result["stage"] == stage), {})
@@ -158,8 +157,8 @@ def prepared_task_rows(
     """The rows of data.train or data.eval as the trainer takes them, tokenized and cut; None where none is named.
 
     Args:
-        limit: read the first so many rows instead of data.limit.
-        is_whole: refuse a data set of which more than a tenth has no token to train on within max_length.
+        limit: the number of rows to read, instead of data.limit.
+        is_whole: refuse a data set in which more than a tenth of the rows have no token to train on within max_length.
     """
     source = getattr(recipe.data, name)
     if source is None:

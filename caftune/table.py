@@ -1,4 +1,4 @@
-"""Rows as a Dataset, every value as it was: in memory, or where they are many in a temporary file mapped into it."""
+"""Rows as a Dataset with unchanged values: in memory, or in a memory-mapped temporary file where they are large."""
 
 import json
 import tempfile
@@ -19,11 +19,11 @@ _IN_MEMORY = 64 * 2**20  # bytes of Arrow
 
 @cache
 def patch_datasets_json() -> None:
-    """Let `datasets` keep the numbers of Json columns as they are, from now on in this process. Importing caftune does not.
+    """Replace `datasets`' JSON functions by exact ones in this process. Importing caftune does not do so.
 
-    datasets 5.2 writes and reads them with pandas' ujson: ten digits after the point are written (1e-12 becomes 0.0), 0.951088
-    is read as 0.9510879999999999, and an integer beyond 64 bits turns its whole value into a text. Values that the standard
-    library has no JSON for are left to ujson. To be removed when `datasets` keeps numbers: tests/test_table.py says when.
+    datasets 5.2 uses pandas' ujson for Json columns: it writes ten decimals (1e-12 becomes 0.0), reads 0.951088 as
+    0.9510879999999999, and turns a value with an integer beyond 64 bits into text. Values that the standard library cannot
+    write are left to ujson. Remove this when `datasets` keeps numbers: a test in tests/test_table.py then fails.
     """
     written = _json.ujson_dumps
 
@@ -38,11 +38,11 @@ def patch_datasets_json() -> None:
 
 
 def dataset(rows: Iterator[dict[str, Any]], features: Features, optional: Mapping[str, Any]) -> Dataset:
-    """The rows, a batch at a time: of a large file neither the text nor its Python objects are ever whole in memory.
+    """Build a Dataset from rows, a batch at a time, so that a large file is never in memory as a whole.
 
     Args:
         features: of the columns that every row has, each Value("string") or Json().
-        optional: more Json columns, and what stands for each in rows without it. One that no row has is left out.
+        optional: more Json columns, with the value for rows without them. A column that no row has is left out.
     """
     patch_datasets_json()
     every, found = Features(features | {name: Json() for name in optional}), _Table()
@@ -64,7 +64,7 @@ def _column(rows: list[dict[str, Any]], name: str, feature: Any, default: Any) -
 
 
 class _Table:
-    """Arrow tables put one behind the other. Beyond 64 MiB they go to a file without a name, which ends with the Dataset."""
+    """Concatenated Arrow tables; beyond 64 MiB in an unnamed file, which is freed with the Dataset."""
 
     def __init__(self) -> None:
         self._kept: list[pa.Table] = []
@@ -90,10 +90,10 @@ class _Table:
         if self._file is None:
             table = pa.concat_tables(self._kept)
         else:
-            with self._file:  # removed at the end of this block, as a name: its pages stay as long as they are mapped
+            with self._file:  # unlinked at the end of this block; its pages stay while they are mapped
                 self._spill()
                 self._writer.close()
                 self._file.flush()
                 table = pa.ipc.open_stream(pa.memory_map(self._file.name)).read_all()
-        # Without a fingerprint of its own `datasets` makes one of all rows, in memory and several times over.
+        # Without a given fingerprint `datasets` hashes all rows, with several copies in memory.
         return Dataset(table, fingerprint=generate_random_fingerprint())

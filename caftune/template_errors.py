@@ -1,4 +1,4 @@
-"""What goes wrong with chat templates: errors, byte order marks, prompts that are written otherwise than in training."""
+"""Problems of chat templates: errors, byte order marks, prompts that differ between training and generation."""
 
 import json
 import logging
@@ -15,13 +15,13 @@ from caftune.errors import CaftuneError
 
 _logger = logging.getLogger(__name__)
 _COMPARED = 200  # rows, spread evenly
-_SHOWN = 8  # tokens of what differs
+_SHOWN = 8  # tokens shown of each text
 BYTE_ORDER_MARK = "\ufeff"
 _TEMPLATE = "<template>"  # the file that jinja2 names in the traceback of an error within a template
 
 
 def remove_byte_order_mark(tokenizer: Any) -> None:
-    """Take the mark off the tokenizer's own chat template, which would write it before every conversation."""
+    """Remove the mark from the tokenizer's chat template, which would write it before every conversation."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, str) and template.startswith(BYTE_ORDER_MARK):
         tokenizer.chat_template = template.removeprefix(BYTE_ORDER_MARK)
@@ -45,7 +45,7 @@ def template_in(path: str | None) -> str | None:
 
 @contextmanager
 def name_row_in_errors(place: str) -> Iterator[None]:
-    """Raise what a chat template raises within the block as a CaftuneError that names the row; other errors as they are."""
+    """Within the block errors of a chat template become CaftuneErrors that name the row; other errors pass."""
     try:
         yield
     except Exception as error:
@@ -58,11 +58,11 @@ def name_row_in_errors(place: str) -> Iterator[None]:
 
 
 def raise_for_refused_row(rows: Dataset, tokenizer: Any, template: str | None, place: str) -> None:
-    """Raise CaftuneError for the first of the rows that the chat template refuses; None where there is none.
+    """Raise CaftuneError for the first row that the chat template refuses, if there is one.
 
     Args:
-        template: in place of the tokenizer's own; None: that.
-        place: what the rows are of: a file, for example.
+        template: used instead of the tokenizer's; None: the tokenizer's.
+        place: the source of the rows (a file, for example), for errors.
     """
     for number, row in enumerate(rows):
         options = {"chat_template": template, "tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
@@ -72,14 +72,14 @@ def raise_for_refused_row(rows: Dataset, tokenizer: Any, template: str | None, p
 
 
 def warn_of_prompt_mismatch(rows: Dataset, tokenizer: Any, template: str | None, place: str) -> None:
-    """Warn where the last answers of rows do not follow, in training, the prompt behind which a model generates them.
+    """Warn where the tokens before a row's last answer differ between training and generation.
 
-    Some chat templates open a thought in the generation prompt alone (DeepSeek-R1's distillates'): a model is then trained on
-    one text and gets another. Two hundred rows are compared, by their tokens.
+    Some chat templates (of DeepSeek-R1's distillates) open a thought only in the generation prompt: the model is then
+    prompted with a text that it was not trained on. The tokens of up to 200 rows are compared.
 
     Args:
-        template: that of training, in place of the tokenizer's own, with which models are asked; None: that.
-        place: what the rows are of: a file, for example.
+        template: the training template; None: the tokenizer's, which is always used for generation.
+        place: the source of the rows (a file, for example), for the warning.
     """
     compared = range(0, len(rows), -(-len(rows) // _COMPARED) or 1)
     pairs = ((number, _prompt_and_whole(rows[number], tokenizer, template)) for number in compared)
@@ -88,25 +88,25 @@ def warn_of_prompt_mismatch(rows: Dataset, tokenizer: Any, template: str | None,
         return
     number, prompt, whole = apart[0]
     start = next((i for i, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), len(whole))
-    before, asked, trained = (
+    before, prompted, trained = (
         tokenizer.decode(ids)
         for ids in (prompt[max(0, start - _SHOWN) : start], prompt[start:], whole[start:][:_SHOWN])
     )
     _logger.warning(
-        f"{len(apart)} of {len(compared)} rows of {place} that were compared (the first is row {number}, from 0) are trained "
-        "on with other tokens before the answer than a model gets when it is evaluated or used: behind "
-        f"{before!r} its prompt ends with {asked!r}, and training goes on with {trained!r}. Name a chat template that writes "
-        "both alike in trainer.chat_template_path; it is exported with the model."
+        f"{len(apart)} of {len(compared)} rows of {place} that were compared (the first is row {number}, from 0) have other "
+        "tokens before the answer in training than in evaluation and generation: after "
+        f"{before!r} the prompt ends with {prompted!r}, and training continues with {trained!r}. Name a chat template that "
+        "writes both alike in trainer.chat_template_path; it is exported with the model."
     )
 
 
 def _prompt_and_whole(row: dict[str, Any], tokenizer: Any, template: str | None) -> tuple[list[int], list[int]] | None:
-    """The tokens of a row up to its last answer, and with it; None for a row without, or one that the template refuses."""
+    """The tokens of a row without and with its last answer; None for a row without one, or one that the template refuses."""
     messages = row.get("messages") or []
     if messages and messages[-1]["role"] == "assistant":
-        asked, whole = messages[:-1], messages
+        prompted, whole = messages[:-1], messages
     elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-        asked, whole = row["prompt"], row["prompt"] + row["completion"]
+        prompted, whole = row["prompt"], row["prompt"] + row["completion"]
     else:
         return None
     tools = row.get("tools")
@@ -116,16 +116,18 @@ def _prompt_and_whole(row: dict[str, Any], tokenizer: Any, template: str | None)
     }
     how = {"return_dict": True, **options}
     try:
-        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **how)["input_ids"] if asked else []
+        prompt = (
+            tokenizer.apply_chat_template(prompted, add_generation_prompt=True, **how)["input_ids"] if prompted else []
+        )
         return prompt, tokenizer.apply_chat_template(whole, **{"chat_template": template, **how})["input_ids"]
-    except Exception as error:  # a template that refuses the row in training has been refused with it
+    except Exception as error:  # a row that the training template refuses was an error before
         if not _is_of_a_template(error):
             raise
         return None
 
 
 def _written(row: dict[str, Any]) -> list[tuple[list[Any], bool]]:
-    """The conversations that are written of a row, and whether the assistant is to speak next."""
+    """The conversations that are rendered from a row, and whether each gets a generation prompt."""
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(row.get("messages"), list):
         return [(row["messages"], False)]

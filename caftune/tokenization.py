@@ -1,6 +1,6 @@
-"""The tokens of a data set as the trainer will make them, before there is a trainer.
+"""Tokenizing a data set exactly as the trainer does, without a trainer.
 
-Rows whose prompt and completion are text are tokenized here (`pair_tokens`), as models get their prompts: see boundary.py.
+Text prompts and completions are tokenized by `pair_tokens`, with the same prompt tokens as in generation: see boundary.py.
 """
 
 import copy
@@ -24,20 +24,20 @@ from caftune.template_errors import raise_for_refused_row, remove_byte_order_mar
 from caftune.trainer import CAFTTrainer
 
 _logger = logging.getLogger(__name__)
-_RECORDED = 100  # numbers of rows
+_RECORDED = 100  # numbers of left-out rows that are recorded
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The rows of a data set as tokens, and the numbers (from 0) of those that are left out: see `prepared`."""
+    """The tokenized rows of a data set, and the numbers (from 0) of the rows left out: see `prepared`."""
 
     rows: Dataset
-    total: int  # rows of the data set
+    total: int  # rows before any were left out
     dropped: list[int] = field(default_factory=list)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a run records of the rows that were left out."""
+        """The entry of results.jsonl for the rows left out."""
         return {"count": len(self.dropped), "of": self.total, "rows": self.dropped[:_RECORDED]}
 
 
@@ -52,11 +52,11 @@ def prepared(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, s
     The trainer takes them as they are. Rows that `max_length` leaves without a token to train on are left out, and logged.
 
     Args:
-        source: the file or hub id that the rows are of, for errors.
+        source: the file or hub id of the rows, for errors.
 
     Raises:
-        CaftuneError: such rows alone, options of the tokenizer that do not go with it, a row that the chat template refuses, or
-            one whose prompt and completion cannot be tokenized apart.
+        CaftuneError: no row with a token to train on, options that do not fit the tokenizer, a row that the chat template
+            refuses, or one whose prompt and completion cannot be tokenized separately.
     """
     # SFTTrainer prepares data in a method; it reads these attributes and nothing else of the trainer (TRL 1.16).
     trainer = CAFTTrainer.__new__(CAFTTrainer)
@@ -75,7 +75,7 @@ def prepared(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, s
     plain = copy.copy(args)
     plain.shuffle_dataset, plain.max_length = False, cut_length(args, packing=packing)
     if packing:
-        plain.truncation_mode = "keep_start"  # of rows that are packed SFTTrainer keeps the start
+        plain.truncation_mode = "keep_start"  # SFTTrainer keeps the start of packed rows
     total, given = len(dataset), dataset
     if is_pair_of_texts(dataset):
         given = pair_tokens(dataset, trainer._tokenizer, name)
@@ -83,7 +83,7 @@ def prepared(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, s
         rows = trainer._prepare_dataset(given, trainer._tokenizer, plain, False, None, name)
     except CaftuneError:
         raise
-    except Exception:  # it names no row; where none is refused by the template, it is of something else
+    except Exception:  # name the row, if the template refuses one; else raise the error unchanged
         raise_for_refused_row(dataset, trainer._tokenizer, trainer.chat_template, source or f"the {name} data")
         raise
     if name == "train":
@@ -96,7 +96,7 @@ def prepared(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, s
 
 
 def _fix_template_dates(trainer: Any) -> None:
-    """Let templates that write today's date (Llama 3's) write the one that prompts have in generation."""
+    """Fix the date in templates that write today's (Llama 3's), as for prompts in generation."""
     own = trainer._tokenizer.chat_template
     if isinstance(own, dict):
         trainer._tokenizer.chat_template = {name: with_fixed_date(template) for name, template in own.items()}
@@ -115,7 +115,7 @@ def pair_tokens(dataset: Dataset, tokenizer: Any, name: str) -> Dataset:
     """`input_ids` and `completion_mask` of prompts and completions that are text.
 
     Raises:
-        CaftuneError: a row whose prompt and completion cannot be tokenized apart.
+        CaftuneError: a row whose prompt and completion cannot be tokenized separately.
     """
 
     def tokens(rows: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
@@ -140,20 +140,20 @@ def pair_tokens(dataset: Dataset, tokenizer: Any, name: str) -> Dataset:
         batched=True,
         remove_columns=dataset.column_names,
         features=features,
-        new_fingerprint=generate_random_fingerprint(),  # hashing a tokenizer takes seconds, and nothing is looked up by it
+        new_fingerprint=generate_random_fingerprint(),  # hashing a tokenizer takes seconds, and the cache is not used
         desc=f"Tokenizing {name} dataset",
     )
     apart = [number for number, is_apart in enumerate(made["apart"]) if is_apart]
     if apart:
         _logger.warning(
             f"{len(apart)} of {len(made)} {name} rows (the first is row {apart[0]}, from 0) have a prompt whose end the "
-            "tokenizer would join with the completion. They are tokenized apart, as the prompts are in generation."
+            "tokenizer would merge with the completion. Both are tokenized separately, as in generation."
         )
     return made.remove_columns("apart")
 
 
 def with_one_bos(dataset: Dataset, tokenizer: Any, name: str) -> Dataset:
-    """Texts that begin with the BOS that the tokenizer adds (rendered conversations, say), without it: it would come twice."""
+    """The rows without a BOS at the start of their texts (rendered conversations), where the tokenizer adds one."""
     column = next((each for each in ("prompt", "text") if each in dataset.column_names), None)
     if column is None or is_chat(dataset):
         return dataset
@@ -162,17 +162,19 @@ def with_one_bos(dataset: Dataset, tokenizer: Any, name: str) -> Dataset:
         return dataset
     _logger.warning(
         f"{len(twice)} of {len(dataset)} {name} rows (the first is row {twice[0]}, from 0) begin with {tokenizer.bos_token}, "
-        "which the tokenizer adds by itself. It is trained on once, not twice."
+        "which the tokenizer adds by itself. One BOS is kept."
     )
     return dataset.map(lambda row: {column: without_second_bos(row[column], tokenizer)})
 
 
 def _refuse_other_values(args: CAFTConfig) -> None:
-    """Options with a few values, which SFTTrainer reads when it gets to them."""
+    """Refuse unknown values of options that SFTTrainer would check late."""
     known = {"truncation_mode": ("keep_start", "keep_end"), "packing_strategy": ("bfd", "bfd_split", "wrapped")}
     for option, values in known.items():
         if getattr(args, option) not in values:
-            raise CaftuneError(f"{option} must be one of {', '.join(values)}, got {getattr(args, option)!r}.")
+            raise CaftuneError(
+                f"{option} must be one of {', '.join(values)}, got {getattr(args, option)!r}. Change it."
+            )
 
 
 def _apply_tokenizer_options(tokenizer: Any, args: CAFTConfig) -> None:
@@ -192,13 +194,13 @@ def _refuse_no_token(token: str | None, tokenizer: Any, option: str) -> None:
 
 
 def _set_template(tokenizer: Any, place: str) -> None:
-    """Give the tokenizer the template of a file, or of another tokenizer."""
+    """Set the tokenizer's chat template to that of a file or of another tokenizer."""
     is_file = place.endswith((".jinja", ".j2"))
     if Path(place).is_file() and not is_file:
         raise CaftuneError(f"chat_template_path must end in .jinja or .j2 where it is a file, got {place}. Rename it.")
     if not Path(place).exists() and (is_file or Path(place).is_absolute()):
         raise CaftuneError(
-            f"chat_template_path must be a template file, a folder or a hub id, and {place} is not there. Check the name."
+            f"chat_template_path must be a template file, a folder or a hub id, and {place} does not exist. Check the name."
         )
     given = template_in(place)
     if given is not None:
@@ -207,12 +209,14 @@ def _set_template(tokenizer: Any, place: str) -> None:
     with opening_tokenizer(place, "chat_template_path"):
         source = AutoTokenizer.from_pretrained(place)
     if not source.chat_template:
-        raise CaftuneError(f"chat_template_path must name a tokenizer with a chat template, and {place} has none.")
+        raise CaftuneError(
+            f"chat_template_path must name a tokenizer with a chat template, and {place} has none. Name another."
+        )
     _clone_chat_template(tokenizer, source)
 
 
 def _clone_chat_template(tokenizer: Any, source: Any) -> None:
-    """As TRL's `clone_chat_template`, which needs a model: the template, its tokens, its end, and rows filled up to 64."""
+    """As TRL's `clone_chat_template`, which needs a model: template, added tokens, EOS, and a vocabulary padded to 64."""
     tokenizer.chat_template = source.get_chat_template()
     tokenizer.add_tokens(
         [token for token in source.added_tokens_decoder.values() if token.content not in tokenizer.vocab]
@@ -233,7 +237,7 @@ def _refuse_no_conversations(dataset: Dataset, name: str) -> None:
 
 
 def _marked_template(tokenizer: Any) -> str | None:
-    """The template that marks what the assistant writes; None where the tokenizer's own does."""
+    """The template that marks the assistant's turns; None where the tokenizer's does."""
     if not tokenizer.chat_template:
         raise CaftuneError(
             "assistant_only_loss needs conversations and a chat template, and the tokenizer has none. Leave it out, or name a "

@@ -72,13 +72,12 @@ class CAFTTrainer(SFTTrainer):
 
     Takes the arguments of SFTTrainer, in its order. `args` says whether there are heads: a CAFTConfig with `heads` or
     `pretrain_heads`. Without `args`, with an SFTConfig or TrainingArguments, and with a CAFTConfig of `aux_weight=0` and no
-    `heads`, there are none, and it is SFTTrainer: the same data, losses and weights, and no refusals of its own. `model` may
+    `heads`, there are none, and it is SFTTrainer: the same data, losses and weights, and the same errors. `model` may
     also be a folder with an adapter, which is trained further. Checkpoints and `save_model` are ordinary ones without heads
     (stage 1: only the heads); `export` writes the finished model with the base's keys.
 
     Raises:
-        CaftuneError: the heads do not belong to the model.
-        CaftuneError: options that cannot work together with heads, rows without a trained token.
+        CaftuneError: heads of another model, options that do not work with heads, or rows without a trained token.
     """
 
     args: CAFTConfig
@@ -112,7 +111,7 @@ class CAFTTrainer(SFTTrainer):
         refuse_arguments(args, peft_config, compute_loss_func, compute_metrics, optimizers)
         revision = dict(args.model_init_kwargs or {}).get("revision")  # type: ignore[arg-type]
         has_adapter = isinstance(model, str) and holds_adapter(model)
-        is_loaded = isinstance(model, str) and (args.has_heads or has_adapter)  # else by SFTTrainer
+        is_loaded = isinstance(model, str) and (args.has_heads or has_adapter)  # otherwise SFTTrainer loads it
         if isinstance(model, str):
             refuse_quantised(quantization_config, has_adapter=has_adapter or peft_config is not None)
         if isinstance(model, str) and is_loaded:
@@ -128,13 +127,13 @@ class CAFTTrainer(SFTTrainer):
             self._given_tokenizer = copy.deepcopy(text_tokenizer(processing_class))  # SFTTrainer may add tokens to it
             self._start = load_or_build_heads(model, args, self._given_tokenizer)
         self.heads, self.backbone = self._start.heads, self._start.backbone
-        # By data set: the rows that max_length leaves without a trained token.
+        # By data set: numbers of the rows without a trained token within max_length, which are left out.
         self.dropped_rows: dict[str, list[int]] = {}
-        # SFTTrainer would warn that these are not used, where the model is built.
+        # SFTTrainer would warn that these are unused, as the model is already built.
         model_init_kwargs = args.model_init_kwargs
         args.model_init_kwargs = None if is_loaded else model_init_kwargs
         template, template_path = template_in(args.chat_template_path), args.chat_template_path
-        if processing_class is not None:  # SFTTrainer (TRL 1.16) would take a byte order mark for a part of it
+        if processing_class is not None:  # SFTTrainer (TRL 1.16) would keep a byte order mark in the template
             if template is not None:
                 processing_class.chat_template, args.chat_template_path = template, None
             remove_byte_order_mark(processing_class)
@@ -202,7 +201,7 @@ class CAFTTrainer(SFTTrainer):
             The names of the base's own multi-token tensors, which were copied unchanged (see `export_model`).
 
         Raises:
-            CaftuneError: weights that are not finite; nothing is written. (Training goes on with them, as SFTTrainer's does,
+            CaftuneError: weights that are not finite; nothing is written. (Training does not stop for them, as in SFTTrainer,
                 unless a `StopOnDivergence` is among the callbacks.)
         """
         native: list[str] = []
@@ -282,7 +281,7 @@ class CAFTTrainer(SFTTrainer):
         scores: dict[str, Any] = {}
 
         def forward(**arguments: Any) -> Any:
-            # The first pass is the one that L_1 comes from: with a loss of the user's, or smoothed labels, not the fused one.
+            # L_1 comes from the first pass: with a user's loss, or label smoothing, that is not the fused one.
             heads = {} if scores else {"auxiliary": "add", "auxiliary_labels": inputs["labels"], **scoring}
             outputs = model(**arguments, **heads)
             if heads:
@@ -305,11 +304,11 @@ class CAFTTrainer(SFTTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        """As SFTTrainer; stage 1 has no logits of the model to predict with, so there it is the loss alone."""
+        """As SFTTrainer; in stage 1 the loss alone, as there are no logits of the model."""
         return super().prediction_step(model, inputs, prediction_loss_only or self.args.pretrain_heads, ignore_keys)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As SFTTrainer; whether the loss is finite is remembered for `StopOnDivergence`."""
+        """As SFTTrainer; also records whether the loss is finite, for `StopOnDivergence`."""
         loss = super().training_step(*args, **kwargs)
         self.loss_watch.add(loss, self.state.global_step + 1)
         return loss
@@ -420,12 +419,12 @@ class CAFTTrainer(SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        """As SFTTrainer, which drops rows whose answer max_length cuts away in silence; here they are counted and named.
+        """As SFTTrainer; rows whose answer max_length cuts away, which it drops silently, are counted and named.
 
         With packing SFTTrainer keeps them, without a token to train on.
 
         Raises:
-            CaftuneError: all rows are of that kind, or rows lack a part that is to be trained on.
+            CaftuneError: no row keeps a token to train on, or rows lack a part that is to be trained on.
         """
         if isinstance(dataset, IterableDataset):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
@@ -437,7 +436,7 @@ class CAFTTrainer(SFTTrainer):
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
-        mode = "keep_start" if packing else args.truncation_mode  # SFTTrainer packs the start in either case
+        mode = "keep_start" if packing else args.truncation_mode  # SFTTrainer always keeps the start of packed rows
         lost, shortened = find_truncated_rows(
             dataset, length, mode, name=dataset_name, may_be_all=not args.has_heads, kept=packing
         )
@@ -445,8 +444,8 @@ class CAFTTrainer(SFTTrainer):
             self.dropped_rows[dataset_name] = lost
             gone = set(lost)
             dataset = dataset.select([row for row in range(len(dataset)) if row not in gone])
-        is_known = args.truncation_mode in ("keep_start", "keep_end")  # others SFTTrainer refuses
-        if is_known and not (shortened or packing):  # it would go through all rows twice to cut none
+        is_known = args.truncation_mode in ("keep_start", "keep_end")  # SFTTrainer refuses other values
+        if is_known and not (shortened or packing):  # spares two passes over all rows that would cut none
             whole.shuffle_dataset, args = args.shuffle_dataset, whole
         return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
 
@@ -459,7 +458,7 @@ class CAFTTrainer(SFTTrainer):
             self._save_heads(folder if self.args.pretrain_heads else folder / "heads")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # PEFT's bias="all" takes every bias it sees, those of the heads too.
+        # PEFT's bias="all" takes every bias, also the heads'.
         if state_dict is None and self.heads is not None and hasattr(self.model, "peft_config"):
             state_dict = self.model.state_dict()
         if state_dict is not None:

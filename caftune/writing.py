@@ -58,10 +58,10 @@ class Writer:
     def prompts(
         self, texts: Sequence[str], file: str | None, limit: int | None = None, *, chat: bool | None = None
     ) -> list[Prompt]:
-        """Texts, and the first rows of a file, up to where the model speaks first.
+        """The prompts of texts and of the first rows of a file, each up to the model's first answer.
 
         Args:
-            chat: whether texts are what a user says. None: to a model with a chat template; of a file see `is_in_conversation`.
+            chat: whether texts are user messages. None: if the model has a chat template; for a file see `is_in_conversation`.
         """
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
         sources = []

@@ -102,7 +102,7 @@ def test_many_of_the_evaluation_are_refused_too(tmp_path):
 
 def test_a_preview_shows_the_rows_that_are_trained_on(tmp_path):
     assert len(list(pipeline.preview(recipe_in(tmp_path, rows_with([1])), 3))) == 2
-    with pytest.raises(CaftuneError, match="3 of 3 rows of the train data .*: none is left. Raise"):
+    with pytest.raises(CaftuneError, match="3 of 3 rows of the train data .*: no row is left. Raise"):
         list(pipeline.preview(recipe_in(tmp_path, rows_with([0, 1, 2])), 3))
 
 
@@ -152,7 +152,7 @@ def test_from_python_they_are_dropped_as_sft_trainer_drops_them(tmp_path, heads,
 
 def test_no_row_left_is_an_error_from_python_too(tmp_path, caplog):
     rows = Dataset.from_list(rows_with(range(6), count=6))
-    with pytest.raises(CaftuneError, match="6 of 6 rows of the train data .*: none is left. Raise"):
+    with pytest.raises(CaftuneError, match="6 of 6 rows of the train data .*: no row is left. Raise"):
         CAFTTrainer(str(BASE), config(tmp_path, max_length=96, pretrain_heads=True), train_dataset=rows)
     plain = CAFTTrainer(str(BASE), config(tmp_path, max_length=96, aux_weight=0.0), train_dataset=rows)
     assert len(plain.train_dataset) == 0  # as SFTTrainer

@@ -79,14 +79,16 @@ def test_a_system_message_in_a_column_of_its_own_comes_first(tmp_path):
     assert read({"messages": [asked, answered]}) == read({"conversations": turns}) == [brief, asked, answered]
     assert read({"messages": [own, asked, answered]}) == [own, asked, answered]
     assert read({"instruction": "Add.", "output": "3"}, chat=True) == [brief, asked]
-    with pytest.raises(CaftuneError, match=r"row 0 \(from 0\) has a system message, and the row is plain text"):
+    with pytest.raises(
+        CaftuneError, match=r"row 0 \(from 0\) must not have a system message, as the row is plain text"
+    ):
         read({"prompt": "Add.", "completion": "3"})
 
 
 def test_what_an_instruction_is_about_is_not_left_out(tmp_path):
     row = {"instruction": "Add.", "context": "1 2", "response": "3"}
     assert load_rows(write(tmp_path / "x.jsonl", [row])).to_list() == [{"prompt": "Add.\n\n1 2\n\n", "completion": "3"}]
-    with pytest.raises(CaftuneError, match=r"row 0 \(from 0\) has a history"):
+    with pytest.raises(CaftuneError, match=r"row 0 \(from 0\) must not have a history"):
         load_rows(write(tmp_path / "x.jsonl", [{**row, "history": [["a", "b"]]}]))
 
 
@@ -101,7 +103,7 @@ def test_named_columns_bring_along_what_belongs_to_them(tmp_path):
     assert read(context="1 2")["prompt"] == read(input="1 2")["prompt"] == [asked]
     brief = {"role": "system", "content": "Be brief."}
     assert read(context="1 2", system="Be brief.")["prompt"] == [brief, asked]
-    with pytest.raises(CaftuneError, match=r"row 0 \(from 0\) has a history"):
+    with pytest.raises(CaftuneError, match=r"row 0 \(from 0\) must not have a history"):
         read(history=[["a", "b"]])
 
 
@@ -207,12 +209,15 @@ def test_a_cell_of_a_csv_may_be_long_and_empty_ones_may_follow(tmp_path):
         ('{"text": "a"}\n{"text": \n', "line 2: malformed JSON"),
         ('{"text": "a"}\n\n[1]\n', "line 3: must be a JSON object, got list"),
         ("", "is empty. Give at least one row"),
-        ('{"a": 1}\n', r"row 0 .* has the columns a, of no form caftune knows"),
+        ('{"a": 1}\n', r"row 0 .* must have the columns of a known form, got a \(known: messages"),
         (
             '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n',
-            "row 1 .*: completion is missing",
+            "row 1 .*: completion must be given, got none",
         ),
-        ('{"conversations": [{"from": "bot", "value": "x"}]}\n', "unknown speaker 'bot'"),
+        (
+            '{"conversations": [{"from": "bot", "value": "x"}]}\n',
+            "a speaker in conversations must be one of human, .*, got 'bot'",
+        ),
     ],
 )
 def test_bad_lines_are_named(tmp_path, content, message):
@@ -231,7 +236,7 @@ def test_a_missing_file_is_refused_without_asking_the_hub(source):
 
 def test_a_missing_column_is_named(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"q": "1"}])
-    with pytest.raises(CaftuneError, match=r"has no column 'answer'; its columns are q. Mend data.columns"):
+    with pytest.raises(CaftuneError, match=r"has no column 'answer'; its columns are q. Fix data.columns"):
         load_rows(path, {"prompt": "q", "completion": "answer"})
 
 
@@ -265,7 +270,7 @@ def broken_files(folder):
     [
         ("cut.jsonl.gz", r"cut\.jsonl\.gz is damaged or cut off"),
         ("latin.jsonl", r"latin\.jsonl must be text in UTF-8, and is not"),
-        ("folder", "folder is a folder. Name a file in it"),
+        ("folder", "folder must be a file or a hub id, got a folder. Name a file in it"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_a_remedy(name, message, tmp_path):

@@ -289,26 +289,26 @@ GOOD = {"messages": [ASKED, ANSWERED]}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": []}, r"messages must be a list of messages, got \[\]. Mend or remove the row"),
+        ({"messages": []}, r"messages must be a list of messages, got \[\]. Fix or remove the row"),
         ({"messages": None}, "messages must be a list of messages, got None"),
-        ({"messages": [said("robot", "x")]}, "a role in messages must be one of system, .* got 'robot'. Mend the row"),
+        ({"messages": [said("robot", "x")]}, "a role in messages must be one of system, .* got 'robot'. Fix the row"),
         ({"messages": [{"content": "x"}]}, "a role in messages must be one of .* got None"),
         ({"messages": [ASKED, {"role": "assistant"}]}, "content in messages must be text, got None"),
         ({"messages": [said("user", 3), ANSWERED]}, "content in messages must be text, got 3"),
         (
             {"messages": [said("user", [{"type": "image"}]), ANSWERED]},
-            r"messages has a part of type \['image'\], and caftune trains on text alone",
+            r"parts of a content in messages must be of type text, got \['image'\]",
         ),
-        ({**GOOD, "images": ["a.png"]}, "has images, and caftune trains on text alone. Remove the row, or the column"),
+        ({**GOOD, "images": ["a.png"]}, "must be text only, got images. Remove the row, or the column"),
         ({"prompt": [ASKED], "completion": []}, r"completion must be a list of messages, got \[\]"),
         ({"prompt": "a", "completion": [ANSWERED]}, "prompt and completion must both be text or both messages"),
         ({"conversations": []}, r"conversations must be a list of messages, got \[\]"),
         ({"conversations": [{"from": "human"}]}, "content in conversations must be text, got None"),
         (
             {"chosen": [ASKED, ANSWERED], "rejected": [ASKED]},
-            "has the columns chosen, rejected, of no form caftune knows",
+            "must have the columns of a known form, got chosen, rejected \(known: messages",
         ),
-        ({"prompt": "a", "completion": "b"}, "is of another form than the rows before it"),
+        ({"prompt": "a", "completion": "b"}, "must have the columns and types of the rows before it"),
     ],
 )
 def test_a_row_that_cannot_be_trained_on_is_named(row, message, tmp_path):
@@ -318,7 +318,7 @@ def test_a_row_that_cannot_be_trained_on_is_named(row, message, tmp_path):
 
 def test_text_and_messages_are_not_mixed(tmp_path):
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": [ASKED], "completion": [ANSWERED]}]
-    with pytest.raises(CaftuneError, match=r"row 1 \(from 0\) is of another form than the rows before it"):
+    with pytest.raises(CaftuneError, match=r"row 1 \(from 0\) must have the columns and types of the rows before it"):
         load_rows(write(tmp_path, rows))
 
 

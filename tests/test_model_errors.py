@@ -86,7 +86,7 @@ def test_every_command_names_a_model_that_is_neither_a_folder_nor_on_this_machin
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     ran, said = run(folder, command, "models/bse", heads)
     assert is_one_sentence(ran), said
-    assert "models/bse is no folder and not on this machine yet, and HF_HUB_OFFLINE forbids to fetch it" in said
+    assert "models/bse must be a folder or a model in the local cache, and is neither; HF_HUB_OFFLINE is set" in said
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"preview", "plan", "compare"}))
@@ -177,7 +177,8 @@ def test_without_a_connection_a_model_of_the_hub_is_named_and_one_that_is_here_i
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     load_tokenizer(of_hub("owner/base"))
     with pytest.raises(
-        CaftuneError, match=r"owner/bse is no folder and not on this machine yet, and the hub cannot be reached"
+        CaftuneError,
+        match=r"owner/bse must be a folder or a model in the local cache, and is neither; the hub cannot be reached",
     ):
         load_tokenizer(of_hub("owner/bse"))
 
@@ -190,7 +191,7 @@ def of_hub(name, revision=None):
     return Recipe.model_validate({"output": "out", "model": {"name": name, "revision": revision}})
 
 
-def test_a_model_that_the_hub_has_not_and_a_revision_that_it_has_not_are_told_apart(hub):
+def test_a_model_that_the_hub_has_not_and_a_revision_that_it_has_not_are_distinguished(hub):
     load_tokenizer(of_hub("owner/base"))
     with pytest.raises(
         CaftuneError, match=r"owner/bse is neither: there is no such folder, and no such model on the hub"
@@ -238,7 +239,10 @@ def test_from_python_an_error_is_what_transformers_raises(tmp_path, rows):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "RECIPE", "loss.weight=0", "data.train=folder"], "folder is a folder. Name a file in it"),
+        (
+            ["train", "RECIPE", "loss.weight=0", "data.train=folder"],
+            "folder must be a file or a hub id, got a folder. Name a file in it",
+        ),
         (["train", "RECIPE", "heads.path=nowhere/at/all"], "nowhere/at/all must be a folder with heads.json"),
         (
             ["train", "RECIPE", "loss.weight=0", "output=rows.jsonl"],
@@ -251,7 +255,7 @@ def test_from_python_an_error_is_what_transformers_raises(tmp_path, rows):
         ),
         (
             ["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=no/such"],
-            "chat_template_path: no/such is no folder and not on this machine yet",
+            "chat_template_path: no/such must be a folder or a model in the local cache",
         ),
         (
             ["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=./no"],
@@ -262,7 +266,10 @@ def test_from_python_an_error_is_what_transformers_raises(tmp_path, rows):
             "data.max_length must be a whole number above 1, auto or null, got inf",
         ),
         (["train", "RECIPE", "loss.weight=0", "trainer.optim_args=foo"], "trainer.optim_args must be key=value"),
-        (["label", "RECIPE", "labels.prompts=folder"], "folder is a folder. Name a file in it"),
+        (
+            ["label", "RECIPE", "labels.prompts=folder"],
+            "folder must be a file or a hub id, got a folder. Name a file in it",
+        ),
         (["eval", "RECIPE", "eval.model=./nowhere"], "eval.model must be a folder with a config.json or a hub id"),
         (["export", "RECIPE"], "holds no checkpoint"),
         (["heads", "info", "nowhere/at/all"], "nowhere/at/all must be a folder"),
@@ -314,15 +321,15 @@ def test_a_full_disk_while_a_checkpoint_is_written_is_one_sentence(folder, heads
     assert "The disk is full" in said.splitlines()[-1]
 
 
-def test_the_systems_errors_are_told_with_path_and_remedy(tmp_path):
-    def told(number, path=None):
+def test_the_systems_errors_are_shown_with_path_and_remedy(tmp_path):
+    def sentence(number, path=None):
         return system_error(OSError(number, os.strerror(number), path))
 
-    assert "The disk is full (No space left on device). Free some space" in told(errno.ENOSPC)
-    assert "The disk of out/x is full (Disk quota exceeded)" in told(errno.EDQUOT, "out/x")
-    assert "out/x must be open to you, and is not (Permission denied). Change its" in told(errno.EACCES, "out/x")
-    assert "out/x must be open to you, and is not (Read-only file system)" in told(errno.EROFS, "out/x")
-    assert "rows.jsonl cannot be used (Not a directory). Name another path" in told(errno.ENOTDIR, "rows.jsonl")
+    assert "The disk is full (No space left on device). Free some space" in sentence(errno.ENOSPC)
+    assert "The disk of out/x is full (Disk quota exceeded)" in sentence(errno.EDQUOT, "out/x")
+    assert "out/x must be accessible, got: Permission denied. Change its" in sentence(errno.EACCES, "out/x")
+    assert "out/x must be accessible, got: Read-only file system" in sentence(errno.EROFS, "out/x")
+    assert "rows.jsonl cannot be used (Not a directory). Name another path" in sentence(errno.ENOTDIR, "rows.jsonl")
     rust = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert "The disk is full" in system_error(rust)
     for other in (

@@ -63,10 +63,10 @@ def test_nothing_is_said_where_a_row_switches_thoughts_off_in_both(caplog):
 @pytest.mark.parametrize("form", ["messages", "prompt and completion"])
 @pytest.mark.parametrize("name", APART)
 def test_a_prompt_that_no_training_text_begins_with_is_named(name, form, caplog):
-    template, asked = APART[name]
+    template, prompted = APART[name]
     (message,) = warned(caplog, template, form=form)
     assert message.startswith("3 of 3 rows of rows.jsonl that were compared (the first is row 0, from 0)")
-    assert f"its prompt ends with {asked!r}, and training goes on with 'CC" in message
+    assert f"the prompt ends with {prompted!r}, and training continues with 'CC" in message
     assert "trainer.chat_template_path" in message
 
 

@@ -147,7 +147,7 @@ def test_the_folder_of_another_run_is_refused(values, stage, sections, differenc
 def test_a_folder_of_something_else_is_refused(values, tmp_path):
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "thesis.txt").write_text("mine")
-    with pytest.raises(CaftuneError, match="holds files of something else than caftune"):
+    with pytest.raises(CaftuneError, match="must be empty or a folder of caftune, and holds other files"):
         pipeline.label(Recipe.model_validate({**values, "output": str(tmp_path)}))
 
 

@@ -23,8 +23,8 @@ DEEP = '{"text": "a", "more": ' + "[" * 5000 + "]" * 5000 + "}"
     [
         (DEEP, "nested too deeply"),
         ('{"text": "a", "more": ' + "9" * 5000 + "}", "Exceeds the limit"),
-        ('{"text": "a", "text": "b"}', "the key 'text' stands twice in one object"),
-        ('{"text": "a", "more": [{"x": 1, "y": 2, "x": 1}]}', "the key 'x' stands twice in one object"),
+        ('{"text": "a", "text": "b"}', "the key 'text' occurs twice in one object"),
+        ('{"text": "a", "more": [{"x": 1, "y": 2, "x": 1}]}', "the key 'x' occurs twice in one object"),
         (r'{"text": "\ud83d"}', r"\\ud83d is half of a surrogate pair"),
         (r'{"text": "a", "\uDC00": 1}', r"\\udc00 is half of a surrogate pair"),
         (r'{"text": "\ud83d\ud83d\ude00"}', r"\\ud83d is half of a surrogate pair"),
@@ -35,11 +35,11 @@ DEEP = '{"text": "a", "more": ' + "[" * 5000 + "]" * 5000 + "}"
 def test_a_line_that_would_lose_something_or_cannot_be_read_is_named(line, reason, tmp_path):
     (tmp_path / "rows.jsonl").write_text(f'{{"text": "a"}}\n\n{line}\n')
     with pytest.raises(
-        CaftuneError, match=rf"rows\.jsonl, line 3: malformed JSON \({reason}.*\)\. Mend or remove the line"
+        CaftuneError, match=rf"rows\.jsonl, line 3: malformed JSON \({reason}.*\)\. Fix or remove the line"
     ):
         read_rows(str(tmp_path / "rows.jsonl"))
     (tmp_path / "rows.json").write_text(f'[{{"text": "a"}},\n{line}\n]')
-    with pytest.raises(CaftuneError, match=r"rows\.json, line \d+: malformed JSON \(.*\)\. Mend the file"):
+    with pytest.raises(CaftuneError, match=r"rows\.json, line \d+: malformed JSON \(.*\)\. Fix the file"):
         read_rows(str(tmp_path / "rows.json"))
 
 

@@ -69,7 +69,7 @@ def test_a_malformed_override_is_refused(recipe, override):
 
 @pytest.mark.parametrize("value", ["Answer: in a word: yes", "{a: b", "@home"])
 def test_a_value_that_is_no_yaml_is_refused(recipe, value):
-    with pytest.raises(CaftuneError, match=r"labels.system=.* holds no valid YAML. Put the value into quotes"):
+    with pytest.raises(CaftuneError, match=r"labels.system=.* must hold valid YAML. Put the value into quotes"):
         recipe(overrides=[f"labels.system={value}"])
 
 

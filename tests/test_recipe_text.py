@@ -1,4 +1,4 @@
-"""The YAML of a recipe: nothing is dropped, and a number is the number that stands there."""
+"""The YAML of a recipe: nothing is dropped, and numbers are read as they are written."""
 
 import pytest
 import yaml
@@ -114,8 +114,8 @@ def test_a_number_with_a_leading_zero_is_refused(recipe, written):
         ("- a\n", "got a list"),
         (f"{MINIMAL}---\n{MINIMAL}", "line 3: must be one YAML document, and a second begins here"),
         (f"{MINIMAL}trainer:\n\tlearning_rate: 1\n", r"line 4: is not valid YAML \(found character '\\t'"),
-        (f"{MINIMAL}trainer: &a {{x: *a}}\n", "line 3: a value must not hold itself"),
-        (f"{MINIMAL}trainer: {'[' * 3000}", "must nest less deeply"),
+        (f"{MINIMAL}trainer: &a {{x: *a}}\n", "line 3: a value must not contain itself"),
+        (f"{MINIMAL}trainer: {'[' * 3000}", "must be nested less deeply"),
         (f"{MINIMAL}trainer:\n", r"trainer must be a section .*, got None. Remove it, or give it keys"),
         (f"{MINIMAL}loss:\n", r"loss must be a section \(with weight, .*, got None. Remove it"),
         (f"{MINIMAL}loss: {{weight: null}}\n", "loss.weight must be a valid number, got None"),

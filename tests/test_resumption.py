@@ -1,4 +1,4 @@
-"""What may change while a run goes on, and what its result is then."""
+"""Which options may change when a run resumes, and the result then."""
 
 import json
 import shutil
@@ -175,7 +175,7 @@ def test_a_run_whose_optimizer_or_checkpoints_are_gone_cannot_go_on(folder, lost
     else:
         (checkpoint / lost).unlink()
     before = weights(run_of(folder, "short"))
-    with pytest.raises(CaftuneError, match=r"must hold (an optimizer's state|a checkpoint) to go on from"):
+    with pytest.raises(CaftuneError, match=r"must hold (an optimizer's state|a checkpoint) to resume from"):
         pipeline.finetune(run_of(folder, "short", max_steps=2))
     assert equal(before, weights(run_of(folder, "short")))
     assert_as_it_was(run_of(folder, "short", max_steps=1))
@@ -184,7 +184,9 @@ def test_a_run_whose_optimizer_or_checkpoints_are_gone_cannot_go_on(folder, lost
 def test_an_export_needs_no_run_of_the_new_cadence_but_one_of_the_new_length(folder):
     pipeline.finetune(run_of(folder, "short", max_steps=1))
     pipeline.export(run_of(folder, "short", max_steps=1, save_steps=7))
-    with pytest.raises(CaftuneError, match=r"trainer.max_steps: 1 -> 2\). Run `caftune train` to go on to that length"):
+    with pytest.raises(
+        CaftuneError, match=r"trainer.max_steps: 1 -> 2\). Run `caftune train` to continue to that length"
+    ):
         pipeline.export(run_of(folder, "short", max_steps=2))
     assert is_done(run_of(folder, "short"), "train")
 
@@ -322,7 +324,7 @@ SET_HERE = {("model",), ("model", "name"), ("heads", "count"), ("heads",), ("los
         (
             ("loss", "sharpness"),
             2,
-            r"recipe.yaml cannot be read by caftune .*: loss.sharpness is not a key of a recipe",
+            r"recipe.yaml must be a recipe that caftune .* can read: loss.sharpness is not a key of a recipe",
         ),
         (("model", "lora", "flavour"), "x", "model.lora.flavour is not a key"),
         (("heads", "kind"), "linear", "heads.kind must be 'decoder' or 'mlp', got 'linear'"),

@@ -80,7 +80,7 @@ def test_parts_from_arrow_are_joined_too(tmp_path):
         ([["nested"]], r"a part of a content in messages must be text, got \['nested'\]. Write it as"),
         (
             [{**part("a"), "image": "x.png"}],
-            "a part of a content in messages has image, and caftune trains on text alone",
+            "a part of a content in messages must be text only, got image",
         ),
         ([], r"content in messages must be text, got \[\]"),
         (3, "content in messages must be text, got 3"),
@@ -103,7 +103,7 @@ def test_a_content_that_is_no_text_is_refused(content, message, tmp_path):
         ({"instruction": "a", "output": [said("assistant", "b")]}, "output must be text, got"),
         ({"instruction": "a", "input": {"x": 1}, "output": "b"}, "input must be text, got {'x': 1}"),
         ({"instruction": "a", "input": ["x"], "output": "b"}, r"input must be text, got \['x'\]"),
-        ({"instruction": "a", "input": float("nan"), "output": "b"}, "input holds a value that JSON has no word for"),
+        ({"instruction": "a", "input": float("nan"), "output": "b"}, "input must hold values that JSON can represent"),
         ({"prompt": "a", "completion": ["b", "c"]}, r"completion must be text, got \['b', 'c'\]"),
         ({"prompt": "a", "completion": [part("b")]}, "completion must be text, got"),
         ({"prompt": "a", "completion": 1}, "completion must be text, got 1. Write it in quotes"),
@@ -139,7 +139,7 @@ def test_what_stands_for_nothing_is_left_out(nothing, name, tmp_path):
 def test_an_empty_input_gives_way_to_a_context_and_two_are_refused(tmp_path):
     row = {"instruction": "a", "input": "", "context": 0, "output": "b"}
     assert read(tmp_path, row)["prompt"] == "a\n\n0\n\n"
-    with pytest.raises(CaftuneError, match=r"row 0 \(from 0\) has an input and a context, and one would be left out"):
+    with pytest.raises(CaftuneError, match=r"row 0 \(from 0\) must have an input or a context, got both"):
         read(tmp_path, row | {"input": 0})
     columns = {"instruction": "instruction", "input": "context", "output": "output"}
     assert read(tmp_path, row | {"input": "x", "context": "y"}, columns=columns)["prompt"] == "a\n\ny\n\n"
@@ -203,8 +203,8 @@ def test_calls_that_are_json_in_a_text_or_hold_no_function_are_read_too(tmp_path
     [
         ('{"x": ', r"arguments of a call in messages must be JSON, got '{\"x\": ' \(Expecting value\)"),
         ("{'x': 0}", "arguments of a call in messages must be JSON"),
-        ('{"x": 0, "x": 1}', "arguments of a call in messages must be JSON, .*the key 'x' stands twice"),
-        ({"x": float("inf")}, "holds a value that JSON has no word for"),
+        ('{"x": 0, "x": 1}', "arguments of a call in messages must be JSON, .*the key 'x' occurs twice"),
+        ({"x": float("inf")}, "must hold values that JSON can represent"),
     ],
 )
 def test_arguments_that_would_lose_something_are_refused(arguments, message, tmp_path):
@@ -257,9 +257,9 @@ def test_sharegpt_calls_and_what_came_back_become_messages(tmp_path):
         ({"from": "function_call", "value": None}, "a function_call in conversations must be an object"),
         (
             {"from": "bot", "value": "x"},
-            "unknown speaker 'bot' in conversations. Known: human, .*function_call. Rename",
+            "a speaker in conversations must be one of human, .*function_call, got 'bot'. Rename",
         ),
-        ({"from": ["gpt"], "value": "x"}, "unknown speaker"),
+        ({"from": ["gpt"], "value": "x"}, "a speaker in conversations must be one of"),
         ({"from": "gpt", "value": 3}, "content in conversations must be text, got 3"),
     ],
 )

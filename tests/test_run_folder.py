@@ -221,11 +221,11 @@ def test_the_pipeline_prepares_rows_as_the_trainer_does(copied):
     assert row["rows"] == 24
 
 
-def test_a_stage_that_was_refused_before_it_began_takes_on_the_mended_recipe(tmp_path):
+def test_a_stage_that_was_refused_before_it_began_takes_on_the_changed_recipe(tmp_path):
     first = Recipe.model_validate({"output": str(tmp_path), "model": {"name": "x"}})
     folder = open_stage(first, "train", {})
-    mended = Recipe.model_validate({"output": str(tmp_path), "model": {"name": "x"}, "heads": {"force": True}})
-    assert open_stage(mended, "train", {}) == folder
+    changed = Recipe.model_validate({"output": str(tmp_path), "model": {"name": "x"}, "heads": {"force": True}})
+    assert open_stage(changed, "train", {}) == folder
     (folder / "checkpoint-1").mkdir()
     with pytest.raises(CaftuneError, match=r"of another recipe \(heads\.force: True -> False\)"):
         open_stage(first, "train", {})

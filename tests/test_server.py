@@ -370,7 +370,7 @@ def test_a_server_of_pages_is_no_server(replies, tokenizer, prompts):
     replies.faults = [MALFORMED["a page of HTML"]] * 20
     with (
         serve(replies),
-        pytest.raises(CaftuneError, match=r"the reply is not JSON .*doctype.* labels.server.url ends in"),
+        pytest.raises(CaftuneError, match=r"the reply must be JSON .*doctype.* labels.server.url ends in"),
     ):
         ask(replies, tokenizer, prompts)
 
@@ -480,7 +480,7 @@ def test_a_reply_without_an_answer_is_a_failure(replies, tokenizer, prompts):
     replies.faults = [None, EMPTY]
     with serve(replies):
         found = ask(replies, tokenizer, prompts[:3], retries=0, concurrency=1)
-    assert found[0].reason.startswith("the reply holds no answer")
+    assert found[0].reason.startswith("the reply must hold an answer, got")
     assert isinstance(found[1], Answer)
 
 
@@ -510,7 +510,7 @@ def test_a_server_that_has_died_is_not_asked_to_the_end(replies, tokenizer, prom
     assert len(found) == len(prompts)
     assert all(isinstance(answer, Failure) for answer in found.values())
     assert len(replies.requests) <= 1 + 2 * 2 + 1
-    assert found[len(prompts) - 1].reason == "not asked, because the server had stopped answering"
+    assert found[len(prompts) - 1].reason == "not sent, because the server had stopped answering"
 
 
 def test_so_many_requests_run_at_a_time(replies, tokenizer, prompts):
@@ -544,10 +544,10 @@ def test_the_key_comes_from_the_environment(replies, tokenizer, prompts, monkeyp
         ([401], "refuses to answer: .*401.* Put the key into OPENAI_API_KEY"),
         (
             [400, 404, 400],
-            r"refuses every request of ours, the last with: .*no 400.* by the name m \(labels.server.model\)",
+            r"refuses every request, the last with: .*no 400.* by the name m \(labels.server.model\)",
         ),
         ([500], "refuses to answer: .*500.* Look into the server's log"),
-        ([DROP], "cannot be reached .* Start the server, or mend labels.server.url"),
+        ([DROP], "cannot be reached .* Start the server, or fix labels.server.url"),
     ],
 )
 def test_a_server_that_cannot_be_used_is_told_before_the_first_prompt(replies, tokenizer, prompts, faults, message):

@@ -1,12 +1,12 @@
-r"""The final answer of a completion in maths: where it stands, and how far it goes.
+r"""Finding the final answer in a completion in maths.
 
 The final answer is the first of these that a completion has and that can be an answer:
 
 1. what the last \boxed{...} holds (of boxes within boxes, the innermost; boxes joined by "and", "or", a comma are one answer);
 2. the number on the first line after ####, as GSM8K's own solutions end; before the box, where it comes after it. Numbered
    headings (#### 1 ..., #### 2 ..., #### 3. Add) are none;
-3. what stands within <answer>; what "answer is", or "final answer:", is followed by, the last such place first; then a line
-   that begins with "Answer:";
+3. the contents of <answer>; the text after "answer is" or "final answer:", the last one first; then a line that begins with
+   "Answer:";
 4. the last formula or number; where the last line with numbers has one in bold type, that.
 
 Where the model takes back what it said ("I made a mistake", "that is wrong"), only what follows counts, if it has a number. A
@@ -106,8 +106,8 @@ def final_answer(completion: str, *, is_number: bool = False, units: Collection[
 
     Args:
         completion: what the model wrote.
-        is_number: a number is wanted. UNCLEAR is then an answer of several numbers.
-        units: words such as "dozen" that the question asks in, so that they do not multiply a number.
+        is_number: a number is wanted. An answer of several numbers is then UNCLEAR.
+        units: units that the question asks for, such as "dozen", which then do not multiply a number.
 
     >>> final_answer(r"Half of it, so $\boxed{\frac{1}{2}}$.")
     '\\frac{1}{2}'
@@ -128,7 +128,7 @@ def final_answer(completion: str, *, is_number: bool = False, units: Collection[
 
 
 def hash_answer(solution: str, units: Collection[str] = ()) -> str:
-    """The number behind ####, as GSM8K's own solutions end; empty where there is none."""
+    """The number after ####, as at the end of GSM8K's solutions; empty where there is none."""
     found = (_as_number(line[1], "hash", units) for line in _hash_lines("\n".join(solution.splitlines())))
     return next(filter(None, found), "")
 
@@ -147,7 +147,7 @@ def tidy(answer: str) -> str:
 
 
 def _not_taken_back(text: str) -> str:
-    """What follows the last place where the model takes back what it said, or doubts it and then gives an answer."""
+    """The text after the last retraction ("I made a mistake"), or after a doubt that another answer follows."""
     for doubt, answer in ((_TAKEN_BACK, _DIGIT), (_DOUBT, _GIVEN)):
         places = [match.end() for match in doubt.finditer(text)]
         if places and answer.search(text, places[-1]):
@@ -156,7 +156,7 @@ def _not_taken_back(text: str) -> str:
 
 
 def _candidates(text: str, box: str, begin: int) -> Iterator[tuple[str, str]]:
-    """Texts that may hold the final answer and what marks them, the most reliable first."""
+    """Candidates: texts that may hold the final answer, and the kind of mark before each, the most reliable first."""
     hashes = _hash_lines(text)
     yield from ((line[1][:_NEAR], "hash") for line in hashes[:_PLACES] if box and line.start() > begin)
     yield box, "box"
@@ -170,7 +170,7 @@ def _candidates(text: str, box: str, begin: int) -> Iterator[tuple[str, str]]:
 
 
 def _last_box(text: str) -> tuple[str, int, str]:
-    """What the last closed box holds, where it begins, and the text up to the first box that is not closed."""
+    """The contents of the last closed box, where it begins, and the text up to the first unclosed box."""
     boxes: list[tuple[int, int, int]] = []  # begin, begin of what it holds, end of that
     opened: list[re.Match[str]] = []
     for brace in _BRACE.finditer(text):
@@ -193,7 +193,7 @@ def _last_box(text: str) -> tuple[str, int, str]:
 
 
 def _hash_lines(text: str) -> list[re.Match[str]]:
-    """What follows ####, headings left out: a title behind "1." or "1)", and lines that begin with 1, 2, ... in turn."""
+    """Lines after ####, without headings: titles after "1." or "1)", and lines numbered 1, 2, ... in order."""
     lines = [line for line in _HASH.finditer(text) if not _TITLED.match(line[1])]
     numbers = [(_NUMBERED.match(line[1]) or [""])[0] for line in _HASH.finditer(text)]
     turns = [str(number) for number in range(1, len(numbers) + 1)]
@@ -224,7 +224,7 @@ def _as_number(text: str, kind: str, units: Collection[str]) -> str:
 
 
 def _is_short(text: str) -> bool:
-    """Whether what follows a label is an answer and no beginning of a solution: its line has one number, or is the last."""
+    """Whether the text after a label is an answer, not the start of a solution: its line has one number, or is the last."""
     line, _, rest = text.strip().partition("\n")
     return len(quantities(_ASIDE.sub("", line))) == 1 or not re.search(r"\d", rest)
 
@@ -244,7 +244,7 @@ def _number_in_formula(formula: str, units: Collection[str]) -> str:
 
 
 def _only_number(bare: str, units: Collection[str]) -> str:
-    """The number that a formula is, words for its unit aside."""
+    """The number in a formula that is one number, with or without words for its unit; else empty."""
     found = quantity_at(bare, 0, units)
     is_whole = found and (
         found.end == len(bare) or re.fullmatch(r"( [A-Za-z]{3,}| per| of| a| in)+", bare[found.end :])

@@ -47,7 +47,7 @@ _SECTIONS = {
 }
 
 
-# Scripts that put no spaces between words: each letter is a word of its own, as is usual for ROUGE of Chinese.
+# Scripts that put no spaces between words: each letter counts as a word, as is usual for ROUGE of Chinese.
 _UNSPACED = (
     "CJK",
     "IDEOGRAPHIC",
@@ -129,7 +129,7 @@ def rouge(reference: str, text: str) -> dict[str, float]:
 
 
 def _reference(row: Mapping[str, Any], number: int, name: str) -> str:
-    """The text that answers are compared with, which must have a word, or ROUGE could not tell a right answer from a wrong."""
+    """The reference text, which must have a word: without one, ROUGE is 0 for every answer."""
     reference = str(column(row, number, name))
     if not words(reference):
         raise CaftuneError(f"Row {number} (from 0): {name} must have a word, got {reference!r}. Remove the row.")

@@ -86,7 +86,7 @@ def _check_permission() -> None:
     check_sandbox()
 
 
-# Texts that come after a solution, and in the middle of some: an answer that goes on with them does not count as cut off.
+# Texts that follow a solution (and occur within some): an answer that reaches one does not count as cut off.
 _PAST = ("\nassert ", "\nprint(", "\nif __name__")
 
 
@@ -123,7 +123,7 @@ def _read_mbpp(row: Mapping[str, Any], number: int) -> Example:
     tests = column(row, number, "test_list")
     if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
         raise CaftuneError(
-            f"Row {number} (from 0) must have a list of texts in test_list, got {tests!r}. Mend the file."
+            f"Row {number} (from 0) must have a list of texts in test_list, got {tests!r}. Fix the file."
         )
     setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
     text = column(row, number, "text", "prompt")

@@ -2,8 +2,8 @@ r"""The task `exact_match`: anybody's own prompts and completions. An answer is 
 
 Rows: those that a model is trained on, with the columns `prompt` and `completion`, both texts, and `id` where there is one. A
 prompt is given as it is. White space at both ends of answer and completion does not count; within, it does, and so do case
-and marks. What no reader can see does not count either: how line ends are written (\r\n is \n), a byte order mark, and how
-Unicode composes a letter (NFC: é is one character or two).
+and marks. Invisible differences do not count either: line ends (\r\n is \n), a byte order mark, and Unicode composition
+(NFC: é is one character or two).
 A thought that the completion begins with is taken off, as it is from the answers.
 
 The least that can be said of an answer: one that means the same in other words is wrong. Where a task of its own fits the data,

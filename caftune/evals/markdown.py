@@ -33,7 +33,7 @@ def _parser() -> Any:
         raise CaftuneError(
             "markdown-it-py must be installed to find code blocks in answers. Run pip install caftune[eval]."
         ) from absent
-    # Without the rule for indented code: it would take functions that stand in the text apart at their blank lines.
+    # Without the rule for indented code: it would split functions in the text at their blank lines.
     return MarkdownIt("commonmark").disable("code")
 
 
@@ -58,12 +58,12 @@ def sections(answer: str) -> list[Section]:
 
 
 def with_separate_fences(answer: str) -> str:
-    """The answer with an empty line before each indented fence, which CommonMark would else count to a paragraph above it."""
+    """The answer with an empty line before each indented fence; CommonMark would join it to the paragraph above."""
     return _INDENTED_FENCE.sub("\n", answer)
 
 
 def inline_code(answer: str) -> list[str]:
-    """What stands between backticks within a line.
+    """The contents of backticks within a line.
 
     >>> inline_code("It is `CCO`, or ``OCC``.")
     ['CCO', 'OCC']

@@ -58,7 +58,7 @@ _SIGNS = {
     },
     **{"¾": "\\frac{3}{4}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "–": "-"},
 }
-_NEXT = ("\nQ:", "\nHuman:", "\nUser:")  # how models without an end of their own go on
+_NEXT = ("\nQ:", "\nHuman:", "\nUser:")  # what base models write after an answer
 _BASE = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")
 _SCALE_ASKED = re.compile(rf"\b(?:how many(?: more)?|in) ({'|'.join(SCALES)})s?\b", re.IGNORECASE)
 
@@ -201,7 +201,7 @@ def _read_gsm8k(row: Mapping[str, Any], number: int) -> Example:
     reference = hash_answer(solution)
     if not reference:
         raise CaftuneError(
-            f"Row {number} (from 0): answer must end with a line of #### and a number, got {solution[-80:]!r}. Mend the file."
+            f"Row {number} (from 0): answer must end with a line of #### and a number, got {solution[-80:]!r}. Fix the file."
         )
     prompt = (
         "Solve the problem step by step. Write the number that is asked for on a last line of its own, after ####.\n\n"

@@ -42,7 +42,7 @@ _PART = re.compile(
     r"\W*(?:\w+ )?(?:bonds?|groups?|moiet\w+|rings?|linkages?|stretch\w*|atoms?|units?|double|triple|single|containing)\b"
 )
 _OTHER = re.compile(r"SELFIES|InChI|formula|IUPAC|\bname|\bCAS\b|group|bond|moiety", re.IGNORECASE)
-_LONG = 8  # characters; no word of a language that is written as SMILES are has so many
+_LONG = 8  # characters; longer than any word that looks like a SMILES
 _WORDS = frozenset(
     {"I", "NO", "SO", "ON", "IN", "IF", "OF", "BIO", "BIOS", "SOS", "ICON", "COIN", "COINS", "SPIN", "SIC"}
 )
@@ -52,11 +52,11 @@ def smiles_of(completion: str) -> str:
     r"""The SMILES that a completion gives, valid or not, or "" where it gives none (prose, a refusal).
 
     The first of these that looks like a SMILES: what is within tags; the first line or its first word; a code block; what
-    follows the word SMILES; code within a line; a line of its own; a value ("Ethanol: CCO", "It is CCO."); a word that no
-    language has. Without any of them, a first line that is one word: BLEU and edit distance count what was written.
+    follows the word SMILES; code within a line; a separate line; a value ("Ethanol: CCO", "It is CCO."); a word of no
+    language. Without any of them, a first line that is one word: BLEU and edit distance count what was written.
 
     White space, Markdown, quotation marks and what ends a sentence are taken off; dots between molecules stay. A word that
-    English shares with chemistry (I, NO, CN, BIOS) is an answer where it stands alone, and none within a sentence.
+    English shares with chemistry (I, NO, CN, BIOS) is an answer alone, and none within a sentence.
 
     >>> smiles_of(" CCO is ethanol.\nIt is an alcohol."), smiles_of("Sure:\n```smiles\nCCO\n```"), smiles_of("I don't know.")
     ('CCO', 'CCO', '')
@@ -72,10 +72,10 @@ def smiles_of(completion: str) -> str:
         (smiles for block in blocks for smiles in (*_at_the_start(block), *_labelled(block))),
         _labelled(text),
         _within_ticks(text),
-        _lines_of_their_own(text),
+        _separate_lines(text),
         _named(text),
-        _long_ones(text),
-        _written_alone(text),
+        _long_words(text),
+        _single_word(text),
     )
     return next((smiles for way in ways for smiles in way), "")
 
@@ -106,7 +106,7 @@ def _is_smiles(word: str) -> bool:
 
 
 def _is_answer(word: str, after: str) -> bool:
-    """Whether a word that looks like a SMILES is meant as one: by what stands after it on its line."""
+    """Whether a word that looks like a SMILES is meant as one, judged by the rest of its line."""
     rest = after.strip(" \t*_`.,;:!?\"'”’)")
     if not _is_smiles(word):
         return False
@@ -161,14 +161,14 @@ def _within_ticks(text: str) -> Iterator[str]:
             yield smiles
 
 
-def _lines_of_their_own(text: str) -> Iterator[str]:
+def _separate_lines(text: str) -> Iterator[str]:
     for line in text.split("\n"):
         words = line[len((_BULLET.match(line) or [""])[0]) :].split()
         if len(words) == 1 and _is_smiles(_bare(words[0])) and _bare(words[0]) not in _WORDS:
             yield _bare(words[0])
 
 
-def _long_ones(text: str) -> Iterator[str]:
+def _long_words(text: str) -> Iterator[str]:
     for line in text.split("\n"):
         for word in map(_bare, line.split()):
             is_long = len(word) >= _LONG and not word.isalpha() and not _OTHER.search(line)
@@ -176,7 +176,7 @@ def _long_ones(text: str) -> Iterator[str]:
                 yield word
 
 
-def _written_alone(text: str) -> Iterator[str]:
+def _single_word(text: str) -> Iterator[str]:
     line, _, others = text.strip().partition("\n")
     word = _bare(line.strip())
     is_word = re.fullmatch(r"[A-Z][a-z']*|(?i:N/A)", word) or (word.isalpha() and others.strip())

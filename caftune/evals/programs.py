@@ -13,7 +13,7 @@ them, the program is:
 A block whose end is missing or broken is read up to its last complete definition. A function is never cut: one that does not
 parse to its end is not read. No part is chosen by running it.
 
-Repaired is only what Markdown and copying do to a program: a fence within a docstring, code on the line of a fence, a fence
+Only what Markdown and copying do to a program is repaired: a fence within a docstring, code on the line of a fence, a fence
 behind the last line, zero-width characters, no-break spaces, a body that was moved to the left margin.
 """
 
@@ -74,7 +74,7 @@ class _Unit:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of the answer that parses, where it begins (section, line), and the whole text that it stands in."""
+    """A part of the answer that parses, and where it begins (section, line)."""
 
     units: tuple[_Unit, ...]
     place: tuple[int, int]
@@ -94,7 +94,7 @@ def solution_of(answer: str, wanted: frozenset[str], known: frozenset[str] = fro
 def continuation_of(answer: str, head: str, name: str) -> str | None:
     """The program that an answer makes of `head`, the beginning of the function `name`, by writing its body; or None.
 
-    The body ends before the first line at the left margin, comments aside, where what stands before is a whole. None where the
+    The body ends before the first line at the left margin, comments aside, where the text before it is complete. None where the
     answer does not begin with an indented line, or this is prose, a fence or a function of that name.
     """
     answer = plain(answer)
@@ -152,7 +152,7 @@ def _parsed(source: str) -> ast.Module | None:
 
 
 def units_of(source: str) -> tuple[_Unit, ...] | None:
-    """The statements of a program, or None where it does not parse; characters that nobody sees are taken off if need be."""
+    """The statements of a program; None where it does not parse, even without invisible characters."""
     tree = _parsed(source)
     if tree is None:
         seen = source.translate(_INVISIBLE)
@@ -251,7 +251,7 @@ def _python_sections(answer: str, depth: int = 0) -> list[Section]:
 
 
 def _with_info(section: Section) -> str:
-    """The text of a block, with the code that stands on the line of its opening fence."""
+    """The text of a block, with code on the line of its opening fence."""
     code = _IN_INFO.search(section.info) if section.is_code else None
     return f"{code[1]}\n{section.text}" if code else section.text
 
@@ -269,7 +269,7 @@ def _to_a_later_fence(section: Section, source: str, lines: Sequence[str]) -> tu
 
 
 def _to_a_fence_behind(source: str) -> tuple[str, str]:
-    """The block up to a fence that stands behind its last line instead of below it, and what follows; else nothing."""
+    """The block up to a fence at the end of its last line instead of below it, and the rest; else an empty text and all."""
     behind = re.search(r"(?<=\S)[ \t]*```[ \t]*$", source, re.MULTILINE)
     is_whole = behind is not None and units_of(source[: behind.start()]) is not None
     return (source[: behind.start()], source[behind.end() :]) if behind and is_whole else ("", source)
@@ -333,7 +333,7 @@ def _between(found: Sequence[tuple[Section, list[_Piece]]], one: _Piece, other: 
 
 
 def _is_stub(piece: _Piece, wanted: frozenset[str]) -> bool:
-    """Whether all that the piece says of the wanted functions is that they exist."""
+    """Whether the piece defines the wanted functions only as stubs."""
     defined = [node for unit in piece.units for node in unit.nodes if wanted & set(_bound_by(node))]
     return all(
         isinstance(node, ast.Import | ast.ImportFrom)
@@ -395,7 +395,7 @@ def _joined(units: Sequence[_Unit]) -> str:
 
 
 def with_head(head: str, program: str) -> str:
-    """The program behind `head`, a program that it may use; its imports from __future__ before both."""
+    """`head` and then the program, which may use it; the program's imports from __future__ come first."""
     lines = program.splitlines(keepends=True)
     futures = list(itertools.takewhile(lambda line: line.startswith(_FUTURE), lines))
     return "".join([*futures, head, "\n", *lines[len(futures) :]])

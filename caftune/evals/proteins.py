@@ -33,7 +33,7 @@ _LABEL = re.compile(
 _TAG = re.compile(r"<[^<>\s]{1,30}>|\[(?:START|END)_\w+\]")
 _BULLET = re.compile(r"\s*(?:(?:[-+•]|\*(?=\s)|\d+[.)])\s+)?")
 _LETTERS = frozenset(string.ascii_uppercase)
-_LONG = 25  # letters that no word has; at least LABELLED where something says that they are a sequence
+_LONG = 25  # more letters than a word has; _LABELLED are enough after a label
 _LABELLED = 10
 _IN_SENTENCE = 12
 # Words without O, which few sequences have.
@@ -53,7 +53,7 @@ def sequence_of(completion: str) -> str:
     (of ten letters, say), with numbers at either end or without. Small letters count where they are too many for a word, or
     stand in FASTA, in a code block, in numbered blocks or after a label ("Sequence: ..."). Within a sentence a long word of
     residues in capital letters is one. FASTA headers, rulers and prose, prose in capital letters too, are passed over; a
-    stop mark (*) at the end is taken off; where there are code blocks, what stands in them comes first.
+    stop mark (*) at the end is taken off; where there are code blocks, their contents come first.
 
     >>> sequence_of("Here it is:\n```\n>designed\nMKTAYIAK\nQRQISF*\n```"), sequence_of("I cannot design one.")
     ('MKTAYIAKQRQISF', '')

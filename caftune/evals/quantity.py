@@ -1,8 +1,8 @@
-r"""A number as people write it, read from the beginning of a text: 1,200 and 1 200, $18k, 2.5e3, 1 1/2, ½, 5 million, 72 cm^2.
+r"""Numbers as people write them: 1,200 and 1 200, $18k, 2.5e3, 1 1/2, ½, 5 million, 72 cm^2.
 
 What follows decides whether it is the number that is meant: words do not change it ("72 clips", "72, in total", "72 (6 boxes of
 12)"), while "72 or 73", "72-74", "72, 73", "72:30" and "72 plus 3" are no single number, and "72 + 3" or "72x" are expressions,
-which are returned as they stand. Of an equation the last side that is a number counts ("6*12 = 72", "72 = 6*12").
+which are returned unchanged. Of an equation the last side that is a number counts ("6*12 = 72", "72 = 6*12").
 """
 
 import re
@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-UNCLEAR = "?"  # a text that says numbers, and not which
+UNCLEAR = "?"  # a text with several numbers, none of them the answer
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _LETTERS = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
 _VULGAR = "".join(
@@ -140,7 +140,7 @@ def stated_number(text: str, units: Collection[str] = (), *, is_loose: bool = Tr
     """The number that a statement gives ("about 72 clips, since ..."): a numeral, an expression, UNCLEAR, or None for none.
 
     Args:
-        is_loose: the number may stand behind any words, if it is the only one of its sentence.
+        is_loose: the number may follow any words, if it is the only one in its sentence.
     """
     start = _NEUTRAL.match(text)
     place = start.end() if start else 0
@@ -157,7 +157,7 @@ def _clause(text: str, place: int) -> str:
 
 
 def _settled(text: str, found: Quantity, units: Collection[str]) -> str:
-    """A number that a statement begins with, in the light of what follows it."""
+    """A number that a statement begins with, unless what follows makes it an expression or one of several."""
     if _EQUATION.match(text, found.end):
         return _side(_clause(text, found.start), units) or found.text
     if _EXPRESSION.match(text, found.end):
@@ -193,7 +193,7 @@ def _among_words(clause: str, units: Collection[str]) -> str | None:
 
 
 def quantities(text: str, units: Collection[str] = ()) -> list[Quantity]:
-    """All numbers of a text that stand for themselves: not those within words (B12) or behind other digits (3:45)."""
+    """All separate numbers of a text: not those within words (B12) or after other digits (3:45)."""
     every, place = [], 0
     while found := _BEGINS.search(text, place):
         quantity = quantity_at(text, found.start(), units)

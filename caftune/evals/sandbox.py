@@ -1,6 +1,6 @@
 """Programs that a model wrote, run where they can do no harm: Linux namespaces, resource limits and a filter of system calls.
 
-What is guaranteed, or refused with a CaftuneError before the program starts (a self-test holds the machine to it at first use):
+What is guaranteed, or refused with a CaftuneError before the program starts (a self-test checks it at first use):
 
 - Files: a read-only view of Python's standard library and the machine's shared libraries, and one empty folder, /tmp, that is
   kept in memory, limited in size and number of files, executes nothing, and is gone with the program. No other file of the

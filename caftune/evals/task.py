@@ -44,8 +44,8 @@ class Task:
         stop: an answer is cut where one of these texts begins.
         rows: a few rows of our own in the data set's format, for trying the task without its data.
         lower_is_better: measures of which less is better.
-        past: an answer with one of these texts went past its end by itself, and does not count as cut off. Nothing is cut
-            there, for they may also stand in the middle of a right answer.
+        past: an answer with one of these texts is complete, and does not count as cut off. The text is not cut there, as
+            right answers may contain them.
     """
 
     name: str
@@ -81,7 +81,7 @@ def column(row: Mapping[str, Any], number: int, *names: str) -> Any:
         if row.get(name) is not None:
             return row[name]
     raise CaftuneError(
-        f"Row {number} (from 0) must have a column {' or '.join(names)}, and has {', '.join(row)}. Mend the file, or name the "
+        f"Row {number} (from 0) must have a column {' or '.join(names)}, and has {', '.join(row)}. Fix the file, or name the "
         "column in eval.columns."
     )
 
@@ -90,7 +90,7 @@ def text(row: Mapping[str, Any], number: int, *names: str) -> str:
     """The first of these columns that a row has, which must hold a text.
 
     Raises:
-        CaftuneError: it has none of them, or something else stands there.
+        CaftuneError: it has none of them, or the value is not a text.
     """
     found = column(row, number, *names)
     if not isinstance(found, str):

@@ -1,10 +1,10 @@
-r"""What a model thinks before it answers, which is not scored.
+r"""Removing a model's thoughts (reasoning) from its completion, since only the answer is scored.
 
 Models mark their thoughts in many ways, and some chat templates write the opening mark themselves, so that the answer holds
 the closing mark alone. Everything up to the last closing mark is thought. A thought that is not closed reaches to the end: an
 answer that begins in one, or whose prompt opened it, has nothing to score.
 
-Marks that a text speaks of do not count: those within quotes, within backticks, and (outside a thought) within a block of code,
+Marks that are only quoted do not count: those within quotes, within backticks, and (outside a thought) within a block of code,
 a string of several lines or a comment of a program.
 
 Source of the marks: the models' chat templates (DeepSeek-R1, Qwen3, Seed-OSS, Magistral, Command A Reasoning, Kimi,
@@ -45,7 +45,7 @@ def without_thought(completion: str, prompt: str = "", question: str = "") -> st
 
     Args:
         completion: what the model wrote.
-        prompt: what stood before it, as the model read it. A thought that the prompt opened is open.
+        prompt: the prompt as the model read it. A thought that it opened is open.
         question: the part of the prompt that is not the chat template's. Marks in it open nothing, except at the prompt's end.
 
     >>> without_thought("<think>\n3 * 5, that is 15.\n</think>\n\n15")
@@ -75,7 +75,7 @@ def _opens(prompt: str, question: str) -> bool:
 
 
 def _behind_marks(text: str, *, is_open: bool) -> tuple[str, bool]:
-    """What stands behind the last closing mark, and whether a thought is open at the end (then up to where it begins)."""
+    """The text after the last closing mark (up to an open thought), and whether a thought is open at the end."""
     start, end, place = 0, 0 if is_open else len(text), 0
     while mark := (_WITHIN if is_open else _OUTSIDE).search(text, place):
         place = mark.end()
