@@ -55,17 +55,12 @@ def split_prompts(prompts: Sequence[str], tokenizer: Any) -> list[PromptText]:
     return [PromptText(text[:end], text[end:], ids or [_start(tokenizer)]) for text, end, ids in found]
 
 
-def tokenize_pair(prompt: str, completion: str, tokenizer: Any) -> PairTokens:
-    """The tokens of a training row, which ends with EOS: those of `split_prompt`, then those of the answer.
+def tokenize_pairs(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> Iterator[PairTokens]:
+    """The tokens of training rows, which end with EOS: those of `split_prompts`, then those of the answer.
 
     Raises:
-        CaftuneError: the tokenizer has no tokens for this completion behind this prompt.
+        CaftuneError: a completion that cannot be tokenized separately from its prompt.
     """
-    return next(tokenize_pairs([prompt], [completion], tokenizer))
-
-
-def tokenize_pairs(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> Iterator[PairTokens]:
-    """As `tokenize_pair`, of many at a time, in their order."""
     befores = split_prompts(prompts, tokenizer)
     end = tokenizer.eos_token or ""
     answers = []

@@ -303,6 +303,11 @@ def provenance(data_files: Mapping[str, str | os.PathLike[str]] | None = None) -
     }
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader finds the old file or the new one, never a part."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # others may be writing it, too

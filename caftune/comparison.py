@@ -4,7 +4,6 @@ Only seeds that every arm has finished count, so that all arms have the same one
 it is named before the runs are made, so it stands uncorrected. All measures of a pair of arms are one family of Holm's.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from caftune.checkpoint import QUALITY_FILE, describe_heads, provenance, write_json
+from caftune.checkpoint import QUALITY_FILE, describe_heads, provenance, read_json, write_json
 from caftune.compared_examples import compared_examples, terms_of
 from caftune.compared_run import (
     ComparedRun,
@@ -378,7 +377,7 @@ def _quality(recipe: Recipe) -> Any:
         return None
     heads = pretrained_heads(recipe)
     for file in (heads / QUALITY_FILE, Path(recipe.output, QUALITY_FILE)):
-        quality = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        quality = read_json(file)
         if quality.get("weights_sha256") == describe_heads(heads)["weights_sha256"]:
             return quality
     return None

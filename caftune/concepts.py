@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from caftune.errors import CaftuneError
+from caftune.errors import CaftuneError, not_utf8
 from caftune.evals.molecules import molecule_of
 
 Ranges = tuple[tuple[int, int], ...]
@@ -76,7 +76,7 @@ def read_terms(path: str | Path) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise CaftuneError(f"{path} must be text in UTF-8, and is not ({error}). Convert it.") from error
+        raise not_utf8(path, error) from error
     except OSError as error:
         raise CaftuneError(
             f"{path} must be a readable file with one term per line, got: {error.strerror}. Check the path."

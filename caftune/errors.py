@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from pathlib import Path
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -17,6 +18,11 @@ class CaftuneError(ValueError):
     The command line shows it as one sentence. Every other exception is a fault of the program or of a library, and keeps its
     traceback.
     """
+
+
+def not_utf8(path: str | Path, error: UnicodeDecodeError) -> CaftuneError:
+    """The error for a text file that is not in UTF-8."""
+    return CaftuneError(f"{path} must be text in UTF-8, and is not ({error}). Convert it, with iconv for example.")
 
 
 def system_error(error: Exception) -> str | None:

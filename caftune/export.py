@@ -32,7 +32,7 @@ _PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_prepr
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's
 _EXPORTED = (*("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"), *_ADAPTER)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_NOTHING_WRITTEN = "Nothing was written. Training diverged, or values are too large for the dtype: export an earlier checkpoint."
+_NOTHING_WRITTEN = "Nothing was written. Training diverged, or values overflow the dtype: export an earlier checkpoint."
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

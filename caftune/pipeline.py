@@ -199,14 +199,7 @@ def pretrain_heads(recipe: Recipe) -> Path:
     folder = open_stage(recipe, "pretrain", {"labels": head_source(recipe)})
     heads = Path(recipe.output, "heads")
     tokenizer = load_tokenizer(recipe)
-    with opening_model(recipe):
-        trainer = CAFTTrainer(
-            recipe.model.name,
-            for_prepared_rows(args),
-            train_dataset=rows,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-        )
+    trainer = _trainer(recipe, args, tokenizer, rows, held_out)
     show_progress(trainer, "pretrain-heads")
     run(trainer, checkpoint=last_checkpoint(folder))
     if is_main_process():
@@ -278,14 +271,7 @@ def adapt_heads(recipe: Recipe) -> Path:
         )
     tokenizer = load_tokenizer(recipe)  # a separate one, as TRL changes it
     rows, evaluation, dropped = _task_sets(recipe, tokenizer, args)
-    with opening_model(recipe):
-        trainer = CAFTTrainer(
-            recipe.model.name,
-            for_prepared_rows(args),
-            train_dataset=rows,
-            eval_dataset=evaluation,
-            processing_class=tokenizer,
-        )
+    trainer = _trainer(recipe, args, tokenizer, rows, evaluation)
     show_progress(trainer, "adapt")
     run(trainer, checkpoint=last_checkpoint(folder))
     about: dict[str, Any] = {"data": {"task": file_name(str(recipe.data.train)), "rows": len(rows or ())}}
@@ -318,16 +304,7 @@ def finetune(recipe: Recipe) -> Path:
     train, evaluation, dropped = _task_sets(recipe, tokenizer, args)
     folder = open_stage(recipe, "train", files)
     held = memory_bytes()
-    with opening_model(recipe):
-        trainer = CAFTTrainer(
-            recipe.model.name,
-            for_prepared_rows(args),
-            train_dataset=train,
-            eval_dataset=evaluation,
-            processing_class=tokenizer,
-            peft_config=adapter,
-            quantization_config=rounding,
-        )
+    trainer = _trainer(recipe, args, tokenizer, train, evaluation, peft_config=adapter, quantization_config=rounding)
     if recipe.model.tuning != "full" and recipe.model.lora.merge:
         refuse_tied_adapters(trainer.model)
     show_progress(trainer, "train")
@@ -352,6 +329,21 @@ def finetune(recipe: Recipe) -> Path:
         | {"log": trainer.state.log_history},
     )
     return model
+
+
+def _trainer(
+    recipe: Recipe, args: CAFTConfig, tokenizer: Any, train: Any, evaluation: Any, **adaptation: Any
+) -> CAFTTrainer:
+    """The trainer of a stage on prepared rows; `adaptation` are the configurations of an adapter and of quantization."""
+    with opening_model(recipe):
+        return CAFTTrainer(
+            recipe.model.name,
+            for_prepared_rows(args),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            **adaptation,
+        )
 
 
 def _task_sets(recipe: Recipe, tokenizer: Any, args: CAFTConfig) -> tuple[Any, Any, dict[str, Any]]:

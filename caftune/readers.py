@@ -26,7 +26,7 @@ from huggingface_hub import constants, dataset_info
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
 
-from caftune.errors import CaftuneError
+from caftune.errors import CaftuneError, not_utf8
 from caftune.table import patch_datasets_json
 
 _HUB_ID = re.compile(
@@ -160,9 +160,7 @@ def _name_file_in_errors(path: Path, rows: Iterator[dict[str, Any]]) -> Iterator
     try:
         yield from rows
     except UnicodeDecodeError as error:
-        raise CaftuneError(
-            f"{path} must be text in UTF-8, and is not ({error}). Convert it, with iconv for example."
-        ) from error
+        raise not_utf8(path, error) from error
     except (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowInvalid) as error:
         raise CaftuneError(f"{path} is damaged or cut off ({error}). Copy it again.") from error
 
@@ -255,8 +253,8 @@ def _hub_rows(source: HubSource) -> Iterator[dict[str, Any]]:
         table: Any = load_dataset(source.repository, *configuration, split=source.split or "train", **more)
     except (OSError, ValueError, DatasetsError) as error:
         raise CaftuneError(
-            f"{source} must be a file or a data set on the hub, and is neither ({error}). A hub id is owner/name[/config][:split], "
-            "or owner/name@revision with the rest."
+            f"{source} must be a file or a data set on the hub, and is neither ({error}). A hub id is "
+            "owner/name[/config][:split], or owner/name@revision with the rest."
         ) from error
     _refuse_other_commit(source, table)
     for start in range(0, len(table), _BATCH):

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from caftune.errors import CaftuneError
+from caftune.errors import CaftuneError, not_utf8
 
 _TAG = "tag:yaml.org,2002:"
 _INTEGER = re.compile(r"[-+]?(0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$")
@@ -48,9 +48,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
-        raise CaftuneError(
-            f"{path} must be text in UTF-8, and is not ({error}). Convert it, with iconv for example."
-        ) from error
+        raise not_utf8(path, error) from error
 
 
 def parse_yaml(text: str, place: str) -> Any:

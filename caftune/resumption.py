@@ -10,8 +10,7 @@ from typing import Any
 from caftune.errors import CaftuneError
 
 # Options of cadence, output and speed: training steps do not depend on them, except by rounding.
-_HARMLESS = frozenset(
-    """
+_HARMLESS_NAMES = """
     logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica
     disable_tqdm report_to run_name project include_num_input_tokens_seen skip_memory_metrics
     save_strategy save_steps save_total_limit save_only_model save_on_each_node
@@ -21,10 +20,12 @@ _HARMLESS = frozenset(
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataset_num_proc gradient_checkpointing gradient_checkpointing_kwargs activation_offloading
     torch_empty_cache_steps ddp_timeout
-    """.split()
-)
+"""
+_HARMLESS = frozenset(_HARMLESS_NAMES.split())
 # Their cadence affects the result where evaluations set the learning rate or choose the exported checkpoint.
-_WHEN_EVALUATED = frozenset("eval_strategy eval_steps eval_delay eval_on_start save_strategy save_steps".split())
+_WHEN_EVALUATED = frozenset(
+    ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps")
+)
 _LENGTH = frozenset(("num_train_epochs", "max_steps"))
 _BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # and their defaults
 _SECTIONS = {"pretrain": ("pretrain",), "adapt": ("adapt",), "train": ("trainer", "adapt")}  # each stage's own first

@@ -15,7 +15,15 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from caftune.checkpoint import DESCRIPTION_FILE, commit_of, file_sha256, package_version, provenance, write_json
+from caftune.checkpoint import (
+    DESCRIPTION_FILE,
+    commit_of,
+    file_sha256,
+    package_version,
+    provenance,
+    read_json,
+    write_json,
+)
 from caftune.errors import CaftuneError
 from caftune.opening import opening
 from caftune.readers import HubSource, data_commit, hub_source
@@ -57,7 +65,7 @@ def with_commit(recipe: Recipe) -> Recipe:
 def _with_base_commit(recipe: Recipe) -> Recipe:
     name, revision = recipe.model.name, recipe.model.revision
     path = Path(recipe.output, "base.json")
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kept = read_json(path)
     if Path(name).is_dir() or (revision is not None and revision == kept.get("commit")):
         return recipe
     if [name, revision] != [kept.get("name"), kept.get("revision")]:
@@ -72,7 +80,7 @@ def _with_base_commit(recipe: Recipe) -> Recipe:
 
 def _with_data_commits(recipe: Recipe) -> Recipe:
     path = Path(recipe.output, "data.json")
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kept = read_json(path)
     known = dict(kept)
 
     def pinned(source: str | None) -> str | None:
@@ -190,7 +198,7 @@ def _adopt_changes(recipe: Recipe, stage: str, files: Mapping[str, str | Path | 
         _replace_result(recipe, _RESULTS.get(stage, stage), [])  # it counts as unfinished again
     _keep_identity(folder, _identity(recipe, stage, files))
     path = folder / "provenance.json"
-    made = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else provenance(_present(files))
+    made = read_json(path) or provenance(_present(files))
     now = provenance()
     entry = {"changes": list(changes), **{key: now[key] for key in ("command", "time", "versions")}}
     write_json(path, {**made, "went_on": [*made.get("went_on", []), entry]})

@@ -24,7 +24,7 @@ from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from caftune.errors import CaftuneError
-from caftune.generation import Answer, Backend, Failure, Sampling, until_end
+from caftune.generation import Answer, Backend, Failure, Sampling, padding_token, until_end
 from caftune.prompts import Conversation, Prompt, apply_template
 from caftune.spellings import Decoding, find_spelling
 
@@ -329,9 +329,10 @@ def _request(link: _Link, dialect: _Dialect, prompt: Prompt, seed: int) -> _Repl
         }
         return _completion(_read(link, "POST", "/completions", {**body, **more, "prompt": prompt.ids}))
     if dialect.name == "transformers":
-        pad = link.tokenizer.pad_token_id if link.tokenizer.pad_token_id is not None else link.tokenizer.eos_token_id
         longer = replace(link.sampling, max_new_tokens=allowed)
-        body["generation_config"] = json.dumps(longer.generation_config(link.eos, pad).to_diff_dict())
+        body["generation_config"] = json.dumps(
+            longer.generation_config(link.eos, padding_token(link.tokenizer)).to_diff_dict()
+        )
     elif link.sampling.top_k:
         raise CaftuneError(
             f"labels.top_k must be 0 with {link.server.url}, which knows only OpenAI's own fields, got {link.sampling.top_k}."

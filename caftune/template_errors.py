@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from jinja2 import TemplateError
 
-from caftune.errors import CaftuneError
+from caftune.errors import CaftuneError, not_utf8
 
 _logger = logging.getLogger(__name__)
 _COMPARED = 200  # rows, spread evenly
@@ -38,9 +38,7 @@ def template_in(path: str | None) -> str | None:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CaftuneError(
-            f"{path} must be text in UTF-8, and is not ({error}). Convert it, with iconv for example."
-        ) from error
+        raise not_utf8(path, error) from error
 
 
 @contextmanager

@@ -41,11 +41,6 @@ class Prepared:
         return {"count": len(self.dropped), "of": self.total, "rows": self.dropped[:_RECORDED]}
 
 
-def tokenized(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, source: str | None = None) -> Dataset:
-    """The rows of `prepared`."""
-    return prepared(dataset, tokenizer, args, name=name, source=source).rows
-
-
 def prepared(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, source: str | None = None) -> Prepared:
     """`input_ids` and `labels` as the trainer will make them, without a model, before shuffling and packing.
 

@@ -8,7 +8,7 @@ from tokenizer_kinds import BUILT, REAL, built, save_base, tokenizer_of, with_ca
 from transformers import LlamaForCausalLM
 
 from caftune import evaluation, pipeline
-from caftune.boundary import encode_all, plain_text, split_prompt, tokenize_pair
+from caftune.boundary import encode_all, plain_text, split_prompt, tokenize_pairs
 from caftune.evals import code
 from caftune.evals.tasks import TASKS
 from caftune.generation import Answer
@@ -70,8 +70,13 @@ def kind_of(request):
     return lambda kind: tokenizer_of(kind, lambda: request.getfixturevalue("shared"))
 
 
+def tokenize_pair(prompt, completion, tokenizer):
+    (row,) = tokenize_pairs([prompt], [completion], tokenizer)
+    return row
+
+
 def replay(rows):
-    """A backend that knows rows by heart: it goes on as the row does that begins with the prompt, and else says nothing."""
+    """A backend that knows rows by heart: it continues a prompt as the row that begins with it, and answers nothing else."""
 
     def answer(prompts, seeds):
         for index, prompt in enumerate(prompts):
@@ -84,8 +89,8 @@ def replay(rows):
 
 def recipe_of(folder, name, rows, *, separator="", task="exact_match"):
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = [{**row, "prompt": row["prompt"] + separator} for row in rows]
-    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    evaluated = [{**row, "prompt": row["prompt"] + separator} for row in rows]
+    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evaluated))
     section = {
         "tasks": [task],
         "data": {task: str(folder / "eval.jsonl")},

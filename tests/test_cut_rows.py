@@ -287,21 +287,21 @@ def test_packing_needs_a_length(tmp_path, section):
 
 
 def test_a_template_without_marks_names_where_to_put_one(tmp_path):
-    from caftune.tokenization import tokenized
+    from caftune.tokenization import prepared
 
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     rows, tokenizer = Dataset.from_list([{"messages": talk}]), AutoTokenizer.from_pretrained(BASE)
     args = config(tmp_path, aux_weight=0.0, assistant_only_loss=True)
     with pytest.raises(CaftuneError, match="assistant_only_loss needs .*chat template.*chat_template_path"):
-        tokenized(rows, tokenizer, args, name="train")
+        prepared(rows, tokenizer, args, name="train")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(CaftuneError, match=r"\{% generation %\}.*name the file in chat_template_path"):
-        tokenized(rows, tokenizer, args, name="train")
+        prepared(rows, tokenizer, args, name="train")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
         "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
-    assert sum(label != -100 for label in tokenized(rows, tokenizer, args, name="train")[0]["labels"]) > 0
+    assert sum(label != -100 for label in prepared(rows, tokenizer, args, name="train").rows[0]["labels"]) > 0
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -309,7 +309,7 @@ def test_a_template_without_marks_names_where_to_put_one(tmp_path):
     "row", [{"prompt": "a", "completion": "b"}, {"text": "a"}, {"input_ids": [1, 2], "labels": [-100, 2]}], ids=str
 )
 def test_losses_of_the_assistant_alone_need_conversations(tmp_path, row, packing):
-    from caftune.tokenization import tokenized
+    from caftune.tokenization import prepared
 
     args = config(tmp_path, aux_weight=0.0, assistant_only_loss=True, packing=packing)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
@@ -317,7 +317,7 @@ def test_losses_of_the_assistant_alone_need_conversations(tmp_path, row, packing
     with pytest.raises(
         CaftuneError, match=f"assistant_only_loss .* conversations, and the train data .*{', '.join(row)}"
     ):
-        tokenized(Dataset.from_list([row]), tokenizer, args, name="train")
+        prepared(Dataset.from_list([row]), tokenizer, args, name="train")
 
 
 @pytest.mark.parametrize("name", ["pretrain", "trainer"])

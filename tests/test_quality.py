@@ -12,13 +12,13 @@ from models import VOCABULARY, build
 from training import config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from caftune import tokenization
 from caftune.backbone import Backbone
 from caftune.checkpoint import load_heads
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.heads import AuxiliaryHeads, HeadsConfig
 from caftune.quality import _agreement, _draw_places, measure_heads
-from caftune.tokenization import tokenized
 
 HORIZONS = [2, 3, 4]
 REACH = 4  # tokens of a continuation: as far as the last horizon looks
@@ -327,7 +327,7 @@ def test_trained_heads_of_the_embedded_base_beat_their_untrained_copies_at_every
     drawn = molecules(40, seed=8, substituents=(0, 2))
     text = Dataset.from_list([{"prompt": prompt(m), "completion": completion(m)} for m in drawn])
     backbone = Backbone.of(AutoModelForCausalLM.from_pretrained(BASE))
-    held_out = tokenized(text, tokenizer, config(tmp_path, pretrain_heads=True), name="eval")
+    held_out = tokenization.prepared(text, tokenizer, config(tmp_path, pretrain_heads=True), name="eval").rows
     report = measure_heads(backbone, load_heads(heads, backbone, tokenizer), held_out)
     for h in report["targets"]:
         assert report["heads"]["loss"][h] < report["untrained"]["loss"][h]

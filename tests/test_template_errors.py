@@ -13,7 +13,7 @@ from caftune.errors import CaftuneError
 from caftune.prompts import apply_template, conversations
 from caftune.recipe import Recipe
 from caftune.stage_options import load_tokenizer, stage_two_config
-from caftune.tokenization import tokenized
+from caftune.tokenization import prepared
 from caftune.writing import Writer
 
 MARK = "\ufeff"
@@ -105,7 +105,7 @@ def test_an_error_of_something_else_keeps_its_own_name(base, tmp_path, monkeypat
     args = stage_two_config(recipe, tmp_path / "run")
     monkeypatch.setattr(CAFTTrainer, "_prepare_dataset", broken)
     with pytest.raises(TypeError, match="not of a template"):
-        tokenized(Dataset.from_list([{"messages": [ASKED, ANSWERED]}]), load_tokenizer(recipe), args, name="train")
+        prepared(Dataset.from_list([{"messages": [ASKED, ANSWERED]}]), load_tokenizer(recipe), args, name="train")
 
 
 @pytest.mark.parametrize("suffix", [".jinja", ".j2"])
@@ -120,7 +120,7 @@ def test_a_byte_order_mark_of_a_template_file_is_not_trained_on(suffix, base, tm
     assert args.chat_template_path == str(path)
     found = tokenizer.decode(trainer.train_dataset[0]["input_ids"])
     assert found.replace("</s>", "") == "<user>C<assistant>CC"
-    again = tokenized(rows, AutoTokenizer.from_pretrained(BASE), args, name="train")
+    again = prepared(rows, AutoTokenizer.from_pretrained(BASE), args, name="train").rows
     assert again[0]["input_ids"] == trainer.train_dataset[0]["input_ids"]
 
 
@@ -130,7 +130,7 @@ def test_a_byte_order_mark_of_the_tokenizers_own_template_is_not_written(tmp_pat
     assert apply_template([ASKED], {}, tokenizer, tokenize=False) == "<user>C"
     args = config(tmp_path / "run", aux_weight=0.0, max_steps=1, max_length=64)
     rows = Dataset.from_list([{"messages": [ASKED, ANSWERED]}])
-    again = tokenized(rows, tokenizer, args, name="train")
+    again = prepared(rows, tokenizer, args, name="train").rows
     trainer = CAFTTrainer(str(BASE), args, train_dataset=rows, processing_class=tokenizer)
     for found in (again, trainer.train_dataset):
         assert tokenizer.decode(found[0]["input_ids"]).replace("</s>", "") == "<user>C<assistant>CC"

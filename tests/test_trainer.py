@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from caftune import AuxiliaryHeads, Backbone, CAFTConfig, CAFTTrainer, HeadsConfig, save_heads
 from caftune.demo.run import BASE
 from caftune.pipeline import evaluated
-from caftune.tokenization import tokenized
+from caftune.tokenization import prepared
 from caftune.verdict import main_loss
 
 
@@ -201,7 +201,7 @@ def test_gradient_checkpointing_changes_nothing(rows, heads, tmp_path):
 def test_tokenized_rows_are_those_of_the_trainer(rows, tmp_path):
     args = config(tmp_path, aux_weight=0.0)
     theirs = SFTTrainer(str(BASE), SFTConfig(str(tmp_path), **OPTIONS), train_dataset=rows).train_dataset
-    ours = tokenized(rows, AutoTokenizer.from_pretrained(BASE), args, name="train")
+    ours = prepared(rows, AutoTokenizer.from_pretrained(BASE), args, name="train").rows
     assert ours["input_ids"][:] == theirs["input_ids"][:]
     assert ours["labels"][:] == theirs["labels"][:]
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from caftune.errors import CaftuneError
-from caftune.evals.task import Example, Task, means, text
+from caftune.evals.task import Example, Task, means, text, unix_lines
 from caftune.evals.thought import without_thought
 
 
@@ -41,7 +41,7 @@ def score(example: Example, completion: str) -> dict[str, float]:
 
 
 def _seen(text: str) -> str:
-    text = text.replace("\r\n", "\n").replace("\r", "\n").strip("\ufeff").strip()
+    text = unix_lines(text).strip("\ufeff").strip()
     return unicodedata.normalize("NFC", text)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from caftune.errors import CaftuneError
 from caftune.evals.markdown import sections
-from caftune.evals.task import Example, Task, means, text
+from caftune.evals.task import Example, Task, means, text, unix_lines
 
 LONGEST = 4000  # characters; a longer SMILES counts as invalid, so that no answer can hold up the evaluation
 ORDERS = (1, 2, 3, 4)  # of BLEU's n-grams
@@ -61,7 +61,7 @@ def smiles_of(completion: str) -> str:
     >>> smiles_of(" CCO is ethanol.\nIt is an alcohol."), smiles_of("Sure:\n```smiles\nCCO\n```"), smiles_of("I don't know.")
     ('CCO', 'CCO', '')
     """
-    text = completion.replace("\r\n", "\n").replace("\r", "\n").strip("\ufeff\u200b \t\n")
+    text = unix_lines(completion).strip("\ufeff\u200b \t\n")
     if tagged := _TAGS.search(text):
         return smiles_of(tagged[1] or tagged[2] or "")
     text = _TEX.sub(r"\1", _TEX.sub(r"\1", _TAG.sub(" ", text)))

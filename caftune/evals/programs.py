@@ -29,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from caftune.evals.markdown import Section, inline_code, sections, with_separate_fences
+from caftune.evals.task import unix_lines
 
 _MOST_CHUNKS = 200  # of a text that does not parse as a whole, tried one by one
 _MOST_ENDS = 40  # of a body, tried one by one
@@ -127,7 +128,7 @@ def body_of(answer: str, head: str, name: str) -> str | None:
 
 def plain(answer: str) -> str:
     """The answer with line ends of one kind, and without a byte order mark or zero-width characters around it."""
-    return answer.replace("\r\n", "\n").replace("\r", "\n").strip("\ufeff\u200b\u2060")
+    return unix_lines(answer).strip("\ufeff\u200b\u2060")
 
 
 def names_in(source: str) -> frozenset[str]:

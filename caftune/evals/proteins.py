@@ -18,7 +18,7 @@ from typing import Any
 
 from caftune.errors import CaftuneError
 from caftune.evals.markdown import sections
-from caftune.evals.task import Example, Task, column, means
+from caftune.evals.task import Example, Task, column, means, unix_lines
 
 RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWYUOX")  # the 22 amino acids of the genetic code, and X for an unknown one
 ALIGNABLE = frozenset("ACDEFGHIKLMNPQRSTVWYBZX")  # BLOSUM62's letters; every other is aligned as X
@@ -58,7 +58,7 @@ def sequence_of(completion: str) -> str:
     >>> sequence_of("Here it is:\n```\n>designed\nMKTAYIAK\nQRQISF*\n```"), sequence_of("I cannot design one.")
     ('MKTAYIAKQRQISF', '')
     """
-    text = _TAG.sub(" ", completion.replace("\r\n", "\n").replace("\r", "\n").strip("\ufeff\u200b"))
+    text = _TAG.sub(" ", unix_lines(completion).strip("\ufeff\u200b"))
     blocks = (section.text for section in sections(text) if section.is_code)
     found = (_first_sequence(block, is_marked=True) for block in blocks)
     return next(filter(None, found), "") or _first_sequence(text, is_marked=False)

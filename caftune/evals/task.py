@@ -71,6 +71,11 @@ def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: math.fsum(values) / len(values) for name, values in found.items()}
 
 
+def unix_lines(text: str) -> str:
+    r"""The text with \n for \r\n and \r."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def column(row: Mapping[str, Any], number: int, *names: str) -> Any:
     """The first of these columns that a row has.
 
