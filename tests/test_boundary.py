@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from tokenizer_kinds import BUILT, REAL, built, save_base, tokenizer_of, with_calls
-from transformers import LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from caftune import evaluation, pipeline
 from caftune.boundary import encode_all, plain_text, split_prompt, tokenize_pairs
+from caftune.errors import CaftuneError
 from caftune.evals import code
 from caftune.evals.tasks import TASKS
 from caftune.generation import Answer
@@ -16,6 +19,7 @@ from caftune.prompts import Conversation, decoded
 from caftune.recipe import Recipe
 from caftune.stage_options import load_tokenizer, stage_two_config
 from caftune.stage_rows import task_rows
+from caftune.tokenization import pair_tokens
 
 # At the end of the prompt, and at the beginning of the completion.
 BOUNDARIES = {
@@ -244,6 +248,58 @@ def test_line_breaks_stay_with_the_mark_that_a_tokenizer_joins_them_to(kind_of):
     assert (
         split_prompt("What is it?\n", kind_of("byte-level")).gap == "\n"
     )  # there a line break is joined to spaces behind it
+
+
+def test_a_line_break_is_in_the_gap_however_many_spaces_are_behind_it(kind_of):
+    for count in (1, 63, 64, 65, 200):
+        before = split_prompt("What is it?\n" + " " * count, kind_of("byte-level"))
+        assert (before.text, before.gap) == ("What is it?", "\n" + " " * count)
+
+
+def test_rows_have_the_same_tokens_many_at_a_time_as_alone(kind_of):
+    tokenizer = kind_of("byte-level")
+    prompts = ["Ask:", "", "Ask: \n ", "New Yo", "<s>", "Ask: ", "What?\n"]
+    completions = ["sun", "sun", " sun", "rk", "a</s>", "New York", "\nsun"]
+    many = list(tokenize_pairs(prompts, completions, tokenizer))
+    assert many == [tokenize_pair(*pair, tokenizer) for pair in zip(prompts, completions, strict=True)]
+    assert [pair.apart for pair in many] == [False, False, False, True, False, False, False]
+    said = [tokenizer.decode(pair.ids[pair.prompt :]) for pair in many]
+    assert said == ["sun</s>", "sun</s>", " \n  sun</s>", "rk</s>", "a</s>", " New York</s>", "\n\nsun</s>"]
+
+
+def test_an_empty_prompt_is_bos_whether_or_not_the_tokenizer_adds_it_and_else_eos(kind_of):
+    for kind in ("byte-level", "llama-2"):
+        tokenizer = kind_of(kind)
+        assert split_prompt("", tokenizer).ids == [tokenizer.bos_token_id]
+        row = tokenize_pair("", "sun", tokenizer)
+        assert (row.ids[0], row.prompt, row.apart) == (tokenizer.bos_token_id, 1, False)
+        assert row.ids.count(tokenizer.bos_token_id) == 1
+    tokenizer = kind_of("byte-level")
+    tokenizer.bos_token = None
+    assert split_prompt("", tokenizer).ids == [tokenizer.eos_token_id]
+    assert tokenize_pair("", "sun", tokenizer).ids[0] == tokenizer.eos_token_id
+
+
+def test_a_token_that_is_added_later_is_known_from_then_on(kind_of):
+    tokenizer = kind_of("llama-2")
+    plain_text(tokenizer("sun")["input_ids"], tokenizer)
+    with_calls(tokenizer)
+    assert plain_text(tokenizer("<call> sun<call>sun", add_special_tokens=False)["input_ids"], tokenizer) == (
+        "<call> sun<call>sun"
+    )
+
+
+@pytest.mark.parametrize("bad", [0, 3, 1001])
+def test_a_row_that_has_no_tokens_apart_is_named_by_its_number_in_the_data(bad):
+    words = Tokenizer(models.WordLevel({"</s>": 0, "<unk>": 1, "sun": 2, "sunflower": 3, "shine": 4}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
+    said = [" shine"] * 1003
+    said[bad] = "flower"
+    rows = Dataset.from_dict({"prompt": ["sun"] * len(said), "completion": said})
+    with pytest.raises(CaftuneError, match=rf"^Row {bad} \(from 0\) of the train data: The prompt and its completion must be"):
+        pair_tokens(rows, tokenizer, "train")
+    assert len(pair_tokens(rows.select([row for row in range(len(rows)) if row != bad]), tokenizer, "train")) == 1002
 
 
 def test_a_row_that_is_tokenized_apart_is_reported_once_with_its_number(tmp_path, caplog):
