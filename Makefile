@@ -9,7 +9,7 @@ BIN := .venv/bin
 	touch $@
 
 .PHONY: demo test check versions
-VERSIONED := tests/test_trainer.py tests/test_stage_one.py tests/test_recipe.py
+VERSIONED := tests/training/test_trainer.py tests/training/test_stage_one.py tests/pipeline/test_recipe.py
 demo: .venv/ready
 	$(BIN)/caftune demo
 

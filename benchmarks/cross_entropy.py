@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from trl.kernels import ChunkedLogProbFunction
 
-from caftune.cross_entropy import Unembedding, log_likelihood, summed_loss
+from caftune.core.cross_entropy import Unembedding, log_likelihood, summed_loss
 
 OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks for
 

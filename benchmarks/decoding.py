@@ -22,11 +22,11 @@ import torch
 from datasets import disable_progress_bars
 from transformers.utils import logging
 
-from caftune.generation import Sampling
-from caftune.pipeline import finetune, label, pretrain_heads
-from caftune.recipe import Recipe
-from caftune.speculative import Drafting
-from caftune.writing import Writer
+from caftune.core.speculative import Drafting
+from caftune.generation.backends import Sampling
+from caftune.pipeline.generate import Writer
+from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.stages import finetune, label, pretrain_heads
 
 WORDS = {
     "who": ["girl", "boy", "dog", "cat", "bird", "bear", "rabbit", "frog", "mouse", "fish", "duck", "fox"],

@@ -33,7 +33,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 import caftune
-from caftune.objective import count_targets, weights_of_sums
+from caftune.core.objective import count_targets, weights_of_sums
 
 ROUNDS = 5
 LIMIT_S = 120  # of one trainer run
@@ -191,10 +191,10 @@ def labels(device: str) -> dict[str, Any]:
     """Greedy answers of the embedded base by each way of batching: seconds, and how many are those of the CPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from caftune.data.prompts import Conversation
     from caftune.demo.chemistry import molecules, prompt
     from caftune.demo.run import BASE
-    from caftune.generation import Sampling, transformers_backend
-    from caftune.prompts import Conversation
+    from caftune.generation.backends import Sampling, transformers_backend
 
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     drawn = molecules(64 if device == "cpu" else 1024, seed=7, substituents=(2, 4))

@@ -27,11 +27,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from caftune import CAFTConfig, CAFTTrainer
-from caftune.data import load_rows
-from caftune.generation import Sampling, transformers_backend
-from caftune.labels import AnswerCache, generate_labels, label_dataset
-from caftune.prompts import conversations
-from caftune.tokenization import prepared
+from caftune.data.forms import load_rows
+from caftune.data.prompts import conversations
+from caftune.generation.backends import Sampling, transformers_backend
+from caftune.generation.labels import AnswerCache, generate_labels, label_dataset
+from caftune.training.tokenization import prepared
 
 # Whether the base writes the text, and what the targets are.
 ARMS: dict[str, tuple[bool, dict[str, Any]]] = {

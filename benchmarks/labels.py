@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from caftune.data import load_rows
-from caftune.generation import Sampling, end_tokens, transformers_backend, until_end
-from caftune.labels import AnswerCache, generate_labels, write_labels
-from caftune.prompts import Conversation, conversations
+from caftune.data.forms import load_rows
+from caftune.data.prompts import Conversation, conversations
+from caftune.generation.backends import Sampling, end_tokens, transformers_backend, until_end
+from caftune.generation.labels import AnswerCache, generate_labels, write_labels
 
 
 def plain(model: Any, tokenizer: Any, talks: dict[int, Conversation], sampling: Sampling, size: int) -> list[list[int]]:

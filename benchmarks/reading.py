@@ -19,7 +19,7 @@ from pathlib import Path
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda")
 WORKER = """
 import resource, sys, time
-from caftune.data import load_rows
+from caftune.data.forms import load_rows
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kilobytes on Linux
 imported, limit = peak(), int(sys.argv[2]) or None
 began, worked = time.perf_counter(), time.process_time()

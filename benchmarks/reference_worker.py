@@ -58,10 +58,10 @@ def caftune_terms(logits: Tensor, labels: Tensor, schedule: str, step: int) -> T
     hidden states, so caftune's own targets and cross-entropy are used as in training. Horizon 1, which training leaves to
     TRL, goes through the same two functions.
     """
-    from caftune.backbone import LayerCall
-    from caftune.cross_entropy import Unembedding, log_likelihood
-    from caftune.heads import AuxiliaryHeads, HeadsConfig
-    from caftune.objective import IGNORED, AuxiliaryWeights, auxiliary_loss, horizon_targets
+    from caftune.core.backbone import LayerCall
+    from caftune.core.cross_entropy import Unembedding, log_likelihood
+    from caftune.core.heads import AuxiliaryHeads, HeadsConfig
+    from caftune.core.objective import IGNORED, AuxiliaryWeights, auxiliary_loss, horizon_targets
 
     class StoredHead(torch.nn.Module):
         def __init__(self, output: Tensor) -> None:

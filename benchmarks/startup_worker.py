@@ -59,7 +59,7 @@ def build(folder: Path, shape: str) -> None:
     from caftune import AuxiliaryHeads, Backbone, HeadsConfig, save_heads
     from caftune.demo.chemistry import completion, molecules, prompt
     from caftune.demo.run import BASE
-    from caftune.recipe import save_recipe
+    from caftune.pipeline.recipe import save_recipe
 
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     if shape == "demo":

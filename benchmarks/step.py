@@ -29,7 +29,7 @@ from reference import reference_environment
 from step_worker import RANK, TRUNK, Case
 
 from caftune import CAFTConfig
-from caftune.estimate import Estimate, Setup, estimate
+from caftune.training.estimate import Estimate, Setup, estimate
 
 WORKER = Path(__file__).with_name("step_worker.py")
 ARMS = ("sft", "exact", "sampled", "stacked", "reference")

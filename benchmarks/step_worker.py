@@ -116,8 +116,8 @@ def trained_by_trl(case: Case, arm: str, folder: Path, steps: int, meter: Meter)
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from caftune.costs import FlopCount
     from caftune.demo.run import BASE
+    from caftune.training.measured_cost import FlopCount
 
     meter.counter = FlopCount()
 

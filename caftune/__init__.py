@@ -12,31 +12,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from caftune.backbone import Backbone
-    from caftune.checkpoint import load_heads, save_heads
-    from caftune.config import CAFTConfig
+    from caftune.checkpoints.export import export_model
+    from caftune.checkpoints.heads_folder import load_heads, save_heads
+    from caftune.core.backbone import Backbone
+    from caftune.core.heads import AuxiliaryHeads, HeadsConfig, attach_heads, detach_heads
+    from caftune.core.objective import AuxiliaryWeights, auxiliary_loss
+    from caftune.core.speculative import SpeculativeDecoding
     from caftune.errors import CaftuneError
-    from caftune.export import export_model
-    from caftune.heads import AuxiliaryHeads, HeadsConfig, attach_heads, detach_heads
-    from caftune.objective import AuxiliaryWeights, auxiliary_loss
-    from caftune.speculative import SpeculativeDecoding
-    from caftune.trainer import CAFTTrainer
+    from caftune.training.config import CAFTConfig
+    from caftune.training.trainer import CAFTTrainer
 
 _HOME = {
-    "Backbone": "backbone",
-    "AuxiliaryHeads": "heads",
-    "HeadsConfig": "heads",
-    "attach_heads": "heads",
-    "detach_heads": "heads",
-    "AuxiliaryWeights": "objective",
-    "auxiliary_loss": "objective",
-    "load_heads": "checkpoint",
-    "save_heads": "checkpoint",
-    "export_model": "export",
-    "SpeculativeDecoding": "speculative",
-    "CAFTConfig": "config",
+    "Backbone": "core.backbone",
+    "AuxiliaryHeads": "core.heads",
+    "HeadsConfig": "core.heads",
+    "attach_heads": "core.heads",
+    "detach_heads": "core.heads",
+    "AuxiliaryWeights": "core.objective",
+    "auxiliary_loss": "core.objective",
+    "load_heads": "checkpoints.heads_folder",
+    "save_heads": "checkpoints.heads_folder",
+    "export_model": "checkpoints.export",
+    "SpeculativeDecoding": "core.speculative",
+    "CAFTConfig": "training.config",
     "CaftuneError": "errors",
-    "CAFTTrainer": "trainer",
+    "CAFTTrainer": "training.trainer",
 }
 __all__ = [
     "AuxiliaryHeads",

@@ -53,10 +53,10 @@ def demo(
 def label(recipe: RecipePath, overrides: Overrides = None) -> None:
     """The base model answers prompts: the data the heads are pretrained on."""
     with _errors_in_one_line():
-        from caftune.recipe import load_recipe
+        from caftune.pipeline.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
-        from caftune import pipeline
+        from caftune.pipeline import stages as pipeline
 
         console.print(f"Labels: {pipeline.label(loaded)}", soft_wrap=True)
 
@@ -65,11 +65,11 @@ def label(recipe: RecipePath, overrides: Overrides = None) -> None:
 def pretrain_heads(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Stage 1: pretrain the auxiliary heads on the labels."""
     with _errors_in_one_line():
-        from caftune.recipe import load_recipe
+        from caftune.pipeline.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
-        from caftune import pipeline
-        from caftune.cards import print_quality
+        from caftune.checkpoints.cards import print_quality
+        from caftune.pipeline import stages as pipeline
 
         heads = pipeline.pretrain_heads(loaded)
         print_quality(console, heads)
@@ -80,10 +80,10 @@ def pretrain_heads(recipe: RecipePath, overrides: Overrides = None) -> None:
 def adapt_heads(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Train the heads on the task's data before stage 2 (`train` does it where the recipe has `adapt`)."""
     with _errors_in_one_line():
-        from caftune.recipe import load_recipe
+        from caftune.pipeline.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
-        from caftune import pipeline
+        from caftune.pipeline import stages as pipeline
 
         console.print(f"Heads: {pipeline.adapt_heads(loaded)}", soft_wrap=True)
 
@@ -92,10 +92,10 @@ def adapt_heads(recipe: RecipePath, overrides: Overrides = None) -> None:
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Stage 2: concept-aware fine-tuning; ends with an ordinary checkpoint."""
     with _errors_in_one_line():
-        from caftune.recipe import load_recipe
+        from caftune.pipeline.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
-        from caftune import pipeline
+        from caftune.pipeline import stages as pipeline
 
         console.print(f"Model: {pipeline.finetune(loaded)}", soft_wrap=True)
 
@@ -104,11 +104,11 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
 def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Ask a model the tasks of `eval`, and score its answers."""
     with _errors_in_one_line():
-        from caftune.recipe import load_recipe
+        from caftune.pipeline.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
-        from caftune.evaluation import evaluate as run_tasks
-        from caftune.evaluation import print_results
+        from caftune.pipeline.evaluate import evaluate as run_tasks
+        from caftune.pipeline.evaluate import print_results
 
         print_results(console, run_tasks(loaded))
 
@@ -123,14 +123,14 @@ def compare(
 ) -> None:
     """Did it help? Next-token fine-tuning, CAFT and its controls, each with several seeds, on the tasks of `eval`."""
     with _errors_in_one_line():
-        from caftune.recipe import load_recipe
+        from caftune.pipeline.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
         from datasets import disable_progress_bars
         from transformers.utils import logging
 
-        from caftune.compare import compare as make_runs
-        from caftune.compare import print_comparison
+        from caftune.compare.runner import compare as make_runs
+        from caftune.compare.runner import print_comparison
 
         disable_progress_bars()
         logging.disable_progress_bar()
@@ -145,10 +145,10 @@ def export(
 ) -> None:
     """Write a checkpoint of stage 2 as an ordinary model (no heads; adapters merged, unless model.lora.merge is false)."""
     with _errors_in_one_line():
-        from caftune.recipe import load_recipe
+        from caftune.pipeline.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
-        from caftune import pipeline
+        from caftune.pipeline import stages as pipeline
 
         console.print(f"Model: {pipeline.export(loaded, checkpoint)}", soft_wrap=True)
 
@@ -161,9 +161,9 @@ def preview(
 ) -> None:
     """Show rows of data.train: which tokens are trained on, and what each horizon is held to."""
     with _errors_in_one_line():
-        from caftune import pipeline
-        from caftune.preview import print_row
-        from caftune.recipe import load_recipe
+        from caftune.pipeline import stages as pipeline
+        from caftune.pipeline.preview import print_row
+        from caftune.pipeline.recipe import load_recipe
 
         for number, row in enumerate(pipeline.preview(load_recipe(recipe, overrides or []), rows)):
             print_row(console, number, *row)
@@ -178,7 +178,7 @@ def report(
 ) -> None:
     """Write report.html, one page to open or to pass on, and report.md."""
     with _errors_in_one_line():
-        from caftune.report import write_report
+        from caftune.report.render import write_report
 
         for path in write_report(runs, output):
             console.print(f"Report: {path}", soft_wrap=True)
@@ -193,13 +193,13 @@ def plan(
 ) -> None:
     """What a stage will cost, and whether it fits this machine, before any weight is loaded."""
     with _errors_in_one_line():
-        from caftune.recipe import load_recipe
+        from caftune.pipeline.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])
         from datasets import disable_progress_bars
 
-        from caftune.plan import plan as plan_of
-        from caftune.plan import print_plan
+        from caftune.pipeline.plan import plan as plan_of
+        from caftune.pipeline.plan import print_plan
 
         disable_progress_bars()
         found = plan_of(loaded, stage.value)
@@ -234,8 +234,8 @@ def info(
     with _errors_in_one_line():
         from rich.markdown import Markdown
 
-        from caftune.cards import heads_card
-        from caftune.checkpoint import describe_heads, find_heads, read_heads
+        from caftune.checkpoints.cards import heads_card
+        from caftune.checkpoints.heads_folder import describe_heads, find_heads, read_heads
 
         folder = find_heads(heads)
         read_heads(folder)
@@ -245,8 +245,8 @@ def info(
             return
         from transformers.utils import logging
 
-        from caftune.generation import Sampling
-        from caftune.writing import Writer, print_drafting
+        from caftune.generation.backends import Sampling
+        from caftune.pipeline.generate import Writer, print_drafting
 
         logging.disable_progress_bar()
         description = describe_heads(folder)
@@ -265,13 +265,13 @@ def info(
 def measure(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Measure the recipe's heads on its held-out labels, beside untrained copies and the model itself."""
     with _errors_in_one_line():
-        from caftune.recipe import load_recipe
+        from caftune.pipeline.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])
         from rich.markdown import Markdown
 
-        from caftune import pipeline
-        from caftune.cards import quality_table
+        from caftune.checkpoints.cards import quality_table
+        from caftune.pipeline import stages as pipeline
 
         console.print(Markdown("\n".join(quality_table(pipeline.measure(loaded)))))
 
@@ -286,7 +286,7 @@ def push(
 ) -> None:
     """Publish heads on the Hugging Face hub, with a card."""
     with _errors_in_one_line():
-        from caftune.sharing import push_heads
+        from caftune.checkpoints.hub import push_heads
 
         console.print(
             f"Pushed: {push_heads(heads, name, licence=licence, private=private, revision=revision)}", soft_wrap=True
@@ -300,7 +300,7 @@ def pull(
 ) -> None:
     """Fetch heads from the Hugging Face hub into a folder. (heads.path takes the hub id itself, too.)"""
     with _errors_in_one_line():
-        from caftune.sharing import pull_heads
+        from caftune.checkpoints.hub import pull_heads
 
         console.print(f"Heads: {pull_heads(name, folder)}", soft_wrap=True)
 
@@ -340,8 +340,8 @@ def generate(
     with _errors_in_one_line():
         from transformers.utils import logging
 
-        from caftune.generation import Sampling
-        from caftune.writing import Writer, print_answer, print_drafting
+        from caftune.generation.backends import Sampling
+        from caftune.pipeline.generate import Writer, print_answer, print_drafting
 
         logging.disable_progress_bar()
         writer = Writer(model, heads, revision=revision, length=draft)
@@ -366,7 +366,7 @@ def generate(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a recipe."""
-    from caftune.recipe import Recipe
+    from caftune.pipeline.recipe import Recipe
 
     typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
 

@@ -8,9 +8,9 @@ import torch
 from models import VOCABULARY, build
 from torch._dynamo.utils import get_compilation_metrics
 
-from caftune.backbone import Backbone
-from caftune.heads import AuxiliaryHeads, HeadsConfig, attach_heads
-from caftune.objective import IGNORED
+from caftune.core.backbone import Backbone
+from caftune.core.heads import AuxiliaryHeads, HeadsConfig, attach_heads
+from caftune.core.objective import IGNORED
 
 WEIGHTS = torch.tensor([0.8, 0.3])
 LENGTHS = (9, 14, 11, 17, 8, 21, 12, 19, 10, 16)

@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 from caftune.errors import CaftuneError
 
 # Before caftune is imported: from here on a call that breaks a shape annotation of these modules raises.
-_CHECKED = ("caftune.backbone", "caftune.cross_entropy", "caftune.heads", "caftune.objective")
+_CHECKED = ("caftune.core.backbone", "caftune.core.cross_entropy", "caftune.core.heads", "caftune.core.objective")
 _HOOK = install_import_hook(_CHECKED, "beartype.beartype")
 
 torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def rows():
 
 @pytest.fixture(scope="session")
 def heads(rows, tmp_path_factory):
-    from training import config
+    from trainers import config
 
     from caftune import CAFTTrainer
     from caftune.demo.run import BASE

@@ -20,12 +20,12 @@ from safetensors import safe_open
 from torch.nn.functional import cross_entropy
 from transformers.utils import logging
 
-from caftune import speculative
-from caftune.backbone import Backbone, UnsupportedModelError
-from caftune.checkpoint import load_heads, save_heads
-from caftune.export import export_model
-from caftune.heads import AuxiliaryHeads, HeadsConfig, attach_heads, detach_heads
-from caftune.speculative import SpeculativeDecoding
+from caftune.checkpoints.export import export_model
+from caftune.checkpoints.heads_folder import load_heads, save_heads
+from caftune.core import speculative
+from caftune.core.backbone import Backbone, UnsupportedModelError
+from caftune.core.heads import AuxiliaryHeads, HeadsConfig, attach_heads, detach_heads
+from caftune.core.speculative import SpeculativeDecoding
 
 logging.disable_progress_bar()
 KINDS = ("decoder", "mlp")

@@ -22,7 +22,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from caftune import AuxiliaryHeads, Backbone, HeadsConfig, save_heads
-from caftune.checkpoint import file_sha256
+from caftune.checkpoints.heads_folder import file_sha256
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 

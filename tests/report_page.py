@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 from report_sample import write_sample
 
-from caftune.report import write_report
+from caftune.report.render import write_report
 
 VOID = {"wbr", "meta", "link", "br", "img", "input", "hr"}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from test_plan import adapter, planned, small, trainer_of
 
-from caftune.costs import Costs, memory_bytes
+from caftune.training.measured_cost import Costs, memory_bytes
 
 
 def main(folder: str, vocabulary: str, tuning: str) -> None:

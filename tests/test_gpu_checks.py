@@ -28,8 +28,8 @@ def run(tmp_path, monkeypatch):
 
 def test_the_measured_step_is_the_trainers_heads_one_at_a_time(monkeypatch):
     steps = []
-    real = caftune.heads.weighted_sum
-    monkeypatch.setattr(caftune.heads, "weighted_sum", lambda *given: steps.append("at once") or real(*given))
+    real = caftune.core.heads.weighted_sum
+    monkeypatch.setattr(caftune.core.heads, "weighted_sum", lambda *given: steps.append("at once") or real(*given))
     model, heads = gpu.model_of(True, "sdpa", 4)
     model.double()
     batch = gpu.batch_of(True, "cpu")

@@ -25,10 +25,10 @@ def tracked(pattern):
     ]
 
 
-def test_the_tree_in_the_readme_is_the_tree():
-    shown = set(re.findall(r"^  (\w+\.py|demo/|evals/)", README, flags=re.MULTILINE))
-    real = {p.name for p in (ROOT / "caftune").glob("*.py")} - {"__init__.py"} | {"demo/", "evals/"}
-    assert shown == real
+def test_the_packages_in_the_readme_are_the_packages():
+    shown = re.findall(r"^  (\w+(?:/|\.py)) ", README, flags=re.MULTILINE)
+    real = {f"{path.parent.name}/" for path in (ROOT / "caftune").glob("*/__init__.py")} | {"cli.py", "errors.py"}
+    assert sorted(shown) == sorted(real)
 
 
 def test_the_commands_in_the_readme_exist():
@@ -52,7 +52,7 @@ def test_links_in_the_documents_lead_somewhere():
 
 @pytest.mark.parametrize("text", [path.read_text() for path in (ROOT / "recipes").glob("*.yaml")] + blocks("yaml"))
 def test_recipes_are_valid(text, tmp_path):
-    from caftune.recipe import load_recipe, trainer_config
+    from caftune.pipeline.recipe import load_recipe, trainer_config
 
     (tmp_path / "recipe.yaml").write_text(text)
     recipe = load_recipe(tmp_path / "recipe.yaml")
@@ -63,7 +63,7 @@ def test_recipes_are_valid(text, tmp_path):
 def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch):
     from datasets import Dataset
 
-    import caftune.config
+    import caftune.training.config
     from caftune.demo.chemistry import completion, molecules, prompt
     from caftune.demo.run import BASE
 
@@ -71,9 +71,9 @@ def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch):
     code = blocks("python")[0].replace("Qwen/Qwen3-0.6B", str(BASE))
     # the snippet as printed, made small: two steps on a CPU
     small = {"max_steps": 2, "use_cpu": True, "report_to": [], "dataloader_pin_memory": False}
-    original = caftune.config.CAFTConfig.__init__
+    original = caftune.training.config.CAFTConfig.__init__
     monkeypatch.setattr(
-        caftune.config.CAFTConfig,
+        caftune.training.config.CAFTConfig,
         "__init__",
         lambda self, *args, **kwargs: original(self, *args, **{**kwargs, **small}),
     )

@@ -7,7 +7,7 @@ import torch
 from bases import HEADS, load_base
 from datasets import Dataset
 from safetensors.torch import save_file
-from training import lora
+from trainers import lora
 from transformers import AutoTokenizer
 
 from caftune import CAFTConfig, CAFTTrainer

@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.markdown import Markdown
 from transformers.utils import logging as transformers_logging
 
-from caftune import pipeline
-from caftune.cards import quality_table
-from caftune.compare import compare, print_comparison
+from caftune.checkpoints.cards import quality_table
+from caftune.compare.runner import compare, print_comparison
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.errors import CaftuneError
-from caftune.recipe import Recipe, save_recipe
+from caftune.pipeline import stages as pipeline
+from caftune.pipeline.recipe import Recipe, save_recipe
 
 BASE = Path(__file__).parent / "base"
 TRAIN_ROWS, TEST_ROWS, PROMPTS = 1500, 400, 600
@@ -130,7 +130,7 @@ def _write_report(console: Console, folder: Path) -> None:
         how = f"For a report with pictures: pip install caftune[report], then caftune report {folder}"
         console.print(how, markup=False, highlight=False)
         return
-    from caftune.report import write_report
+    from caftune.report.render import write_report
 
     for path in write_report([folder], folder):
         console.print(f"Report: {path}", highlight=False, soft_wrap=True)

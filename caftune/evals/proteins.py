@@ -7,7 +7,7 @@ Source: Mol-Instructions (arXiv 2306.08018); InstructProtein (arXiv 2310.03269) 
 Identity as EMBOSS's needle counts it, with its matrix and gap costs; unlike needle's default, gaps at the ends cost what
 others do.
 
-Structures (confidence, TM-score) need a folding model: `eval.structures` names one, and caftune.structures measures them.
+Structures (confidence, TM-score) need a folding model, named by `eval.structures`: see caftune.pipeline.structures.
 """
 
 import re

@@ -1,0 +1,1 @@
+"""Heads and models on disk and on the hub."""

@@ -1,0 +1,1 @@
+"""Did it help? Arms, seeds, intervals, verdict."""

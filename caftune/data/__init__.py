@@ -1,0 +1,1 @@
+"""Rows of files and hub ids, and prompts."""

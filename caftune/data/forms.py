@@ -1,0 +1,423 @@
+"""Rows of any source in one of three forms that SFTTrainer knows: `messages`, `prompt` and `completion`, or `text`.
+
+Alpaca (instruction, input, output) and ShareGPT (conversations) rows are turned into the first two. What a source is: see
+readers.py. Contents become text, and arguments of tool calls objects, as chat templates expect them. None, ""
+and [] count as missing values; 0 and false do not.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Json, Value
+
+from caftune.data import table
+from caftune.data.readers import MalformedJson, hub_source, parse_json, raw_rows
+from caftune.errors import CaftuneError
+
+# Columns that go along with messages, and what stands for them in rows without.
+_EXTRAS: dict[str, Any] = {"tools": None, "chat_template_kwargs": {}}
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_NAMES = (
+    *("prompt", "completion", "messages", "conversations", "text", "tools", "chat_template_kwargs", "system"),
+    *("instruction", "input", "output", "response"),
+)
+_MEDIA = {"image", "images", "image_url", "video", "videos", "video_url", "audio", "audios", "input_audio"}
+# The forms of plain text: the columns of each, in order.
+_TEXTS: tuple[dict[str, None], ...] = ({"prompt": None, "completion": None}, {"prompt": None}, {"text": None})
+_PLAIN, _TEXT = {tuple(form) for form in _TEXTS}, {str}
+_SHAREGPT_ROLES = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
+    **{"observation": "tool", "tool": "tool", "function_call": "assistant"},
+}
+
+
+def load_rows(
+    source: str,
+    columns: Mapping[str, str] | None = None,
+    *,
+    limit: int | None = None,
+    chat: bool = False,
+    texts_too: bool = False,
+) -> Dataset:
+    """Read a data source and bring its rows into one form.
+
+    Args:
+        source: a file or a hub id.
+        columns: our name -> the source's name, for example {"prompt": "question", "completion": "answer"}. What goes along
+            with messages or an instruction comes under its own name where it is not named.
+        limit: number of rows to read, from the first; the rest of the file is not read.
+        chat: turn alpaca rows into a conversation (for a base with a chat template) instead of plain text.
+        texts_too: prompts and completions that are text, too.
+
+    Raises:
+        CaftuneError: no such file, a malformed line (with its number), no rows, or columns of no known form.
+    """
+    rows = _first_rows(source, limit)
+    if columns:
+        first = next(rows)
+        _check_columns(columns, first, source)
+        rows = (_named(row, columns) for row in chain([first], rows))
+    formed = (
+        row if _is_plain(row) else _in_form(row, f"{source}, row {number} (from 0)", chat=chat)
+        for number, row in enumerate(rows)
+    )
+    return _dataset((_as_conversation(row) for row in formed) if texts_too else formed, source)
+
+
+def read_rows(source: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a file or hub id, unchanged; the first `limit` of them where that is given.
+
+    Raises:
+        CaftuneError: no such file, a malformed line (with its number), or no rows.
+    """
+    return list(_first_rows(source, limit))
+
+
+def _first_rows(source: str, limit: int | None) -> Iterator[dict[str, Any]]:
+    if limit is not None and limit < 1:
+        raise CaftuneError(f"limit must be at least 1, got {limit}. None means all rows.")
+    rows = islice(raw_rows(source), limit)
+    first = next(rows, None)
+    if first is None:
+        raise CaftuneError(f"{source} is empty. Give at least one row.")
+    return chain([first], rows)
+
+
+def _check_columns(columns: Mapping[str, str], row: Mapping[str, Any], source: str) -> None:
+    unknown = next((name for name in columns if name not in _NAMES), None)
+    if unknown is not None:
+        near = get_close_matches(unknown, _NAMES, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(_NAMES)}."
+        raise CaftuneError(f"data.columns.{unknown} is not one of caftune's names. {hint}")
+    missing = [name for name in columns.values() if name not in row]
+    if missing:
+        raise CaftuneError(
+            f"{source} has no column {missing[0]!r}; its columns are {', '.join(row)}. Fix data.columns."
+        )
+
+
+def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A row with its columns renamed, and the optional columns (tools, system, ...) that are not renamed."""
+    of_instruction = ["history", *([] if "input" in columns else ["input", "context"])]
+    along = [*_EXTRAS, "system", *(of_instruction if "instruction" in columns else [])]
+    unnamed = [name for name in along if name not in columns.values()]
+    return {name: row[name] for name in unnamed if name in row} | {
+        ours: row.get(name) for ours, name in columns.items()
+    }
+
+
+def refuse_unnamed_split(source: str, place: str) -> None:
+    """Refuse a hub id that would stand for the rows that models are trained on, where they are to be evaluated.
+
+    Raises:
+        CaftuneError: no split is named, which is `train` then.
+    """
+    found = None if Path(source).exists() else hub_source(source)
+    if found is not None and found.split is None:
+        raise CaftuneError(
+            f"{place} must be a file that exists or name a split on the hub, got {source}, which would mean its split `train`. "
+            f"Write {source}:test, for example."
+        )
+
+
+def _as_conversation(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a text prompt and completion as a user's and an assistant's message; any other row unchanged."""
+    if not isinstance(row.get("prompt"), str) or "completion" not in row:
+        return row
+    said = {"prompt": ("user", row["prompt"]), "completion": ("assistant", row["completion"])}
+    return row | {name: [{"role": role, "content": text}] for name, (role, text) in said.items()}
+
+
+def _dataset(rows: Iterator[dict[str, Any]], source: str) -> Dataset:
+    """Rows as a Dataset with unchanged values: nested ones as JSON, so that no key is added to a message or a tool."""
+    first = next(rows)
+    form = _form(first)
+    names, is_plain = tuple(form), _is_plain(first)
+
+    def alike() -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(chain([first], rows)):
+            is_alike = is_plain and tuple(row) == names and list not in map(type, row.values())
+            if not is_alike and _form(row) != form:
+                raise CaftuneError(
+                    f"{source}, row {number} (from 0) must have the columns and types of the rows before it, and has others. "
+                    "Fix or remove the row."
+                )
+            yield row
+
+    features = Features({name: Json() if is_list else Value("string") for name, is_list in form.items()})
+    return table.dataset(alike(), features, optional=_EXTRAS)
+
+
+def _is_plain(row: Mapping[str, Any]) -> bool:
+    """Whether a row is plain text in a known form: then checks are skipped, which take four times as long."""
+    return tuple(row) in _PLAIN and {*map(type, row.values())} == _TEXT
+
+
+def _form(row: Mapping[str, Any]) -> dict[str, bool]:
+    """The columns of a row, and whether each holds messages or text."""
+    return {name: isinstance(value, list) for name, value in row.items() if name not in _EXTRAS}
+
+
+def _is_given(value: Any) -> bool:
+    """Whether an optional value is given: 0 and false count as given."""
+    return value is not None and value not in ("", [], {})
+
+
+def _in_form(row: dict[str, Any], place: str, *, chat: bool) -> dict[str, Any]:
+    try:
+        return _with_system(_formed(row, place, chat=chat), row.get("system"), place)
+    except RecursionError as error:
+        raise CaftuneError(f"{place} must be nested less deeply. Fix or remove the row.") from error
+
+
+def _parsed(value: Any, name: str, place: str) -> Any:
+    """What stands as JSON in a text: Arrow has no other way to keep schemas of tools."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except MalformedJson as error:
+        raise CaftuneError(
+            f"{place}: {name} must be JSON, got {_short(value)} ({error}). Write it with json.dumps."
+        ) from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _with_system(row: dict[str, Any], system: Any, place: str) -> dict[str, Any]:
+    """A row with the system message that stands in a column of its own."""
+    if not _is_given(system):
+        return row
+    if not isinstance(system, str):
+        raise CaftuneError(f"{place}: system must be text, got {_short(system)}. Write it in quotes.")
+    name = next((name for name in ("messages", "prompt") if isinstance(row.get(name), list)), None)
+    if name is None:
+        raise CaftuneError(
+            f"{place} must not have a system message, as the row is plain text. Remove the column, or put it before the prompt."
+        )
+    has_own = row[name][0]["role"] in ("system", "developer")
+    return row if has_own else row | {name: [{"role": "system", "content": system}, *row[name]]}
+
+
+def _formed(row: dict[str, Any], place: str, *, chat: bool) -> dict[str, Any]:
+    _refuse_media(row, place)
+    if "instruction" in row and not {"messages", "conversations"} & row.keys():
+        return _from_alpaca(row, place, chat=chat)
+    extras = _extras(row, place)
+    if "messages" in row:
+        return {"messages": _conversation(row["messages"], "messages", place), **extras}
+    if "conversations" in row:
+        turns = _parsed(row["conversations"], "conversations", place)
+        turns = [_message(turn, place) for turn in turns] if isinstance(turns, list) else turns
+        return {"messages": _conversation(turns, "conversations", place), **extras}
+    form = next((form for form in _TEXTS if row.keys() >= form.keys()), None)
+    if form is not None:
+        return {**_texts({name: row[name] for name in form}, place), **extras}
+    raise CaftuneError(
+        f"{place} must have the columns of a known form, got {', '.join(row)} (known: messages; prompt and "
+        "completion; text; instruction and output; conversations). Name them in data.columns, such as "
+        "{prompt: question, completion: answer}."
+    )
+
+
+def _extras(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The tools and template options of a row."""
+    if row.keys().isdisjoint(_EXTRAS):
+        return {}
+    found = {name: _parsed(row[name], name, place) for name in _EXTRAS if row.get(name) not in (None, "")}
+    tools, options = found.get("tools", []), found.get("chat_template_kwargs", {})
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise CaftuneError(f"{place}: tools must be a list of JSON schemas, got {_short(tools)}. Fix the row.")
+    if not isinstance(options, dict):
+        raise CaftuneError(f"{place}: chat_template_kwargs must be an object, got {_short(options)}. Fix the row.")
+    _refuse_non_json(found, place)
+    return found
+
+
+def _refuse_non_json(value: Any, place: str) -> None:
+    """Refuse NaN, dates and bytes within messages and tools: a template would write their Python representation."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CaftuneError(
+            f"{place} must hold values that JSON can represent, got another ({error}). Write it as text, or null for none."
+        ) from error
+
+
+def _refuse_media(row: Mapping[str, Any], place: str) -> None:
+    if _MEDIA.isdisjoint(row):
+        return
+    media = [name for name in row if name in _MEDIA and _is_given(row[name])]
+    if media:
+        raise CaftuneError(f"{place} must be text only, got {media[0]}. Remove the row, or the column.")
+
+
+def _texts(values: dict[str, Any], place: str) -> dict[str, Any]:
+    """Columns that are all text, or all messages."""
+    if all(isinstance(value, str) for value in values.values()):
+        return values
+    for name, value in values.items():
+        _refuse_non_text(value, name, place, or_messages=name != "text")
+    found = {n: _conversation(v, n, place) if isinstance(v, list) else v for n, v in values.items()}
+    if len({type(value) for value in values.values()}) > 1:
+        raise CaftuneError(f"{place}: {' and '.join(values)} must both be text or both messages. Fix the row.")
+    return found
+
+
+def _refuse_non_text(value: Any, name: str, place: str, *, or_messages: bool = False) -> None:
+    if value is None:
+        raise CaftuneError(f"{place}: {name} must be given, got none. Fix or remove the row.")
+    if isinstance(value, str) or (or_messages and isinstance(value, list) and _are_messages(value)):
+        return
+    if isinstance(value, list | dict):
+        raise CaftuneError(
+            f"{place}: {name} must be text, got {_short(value)}. Write it as one text (one row for each of several answers)."
+        )
+    raise CaftuneError(f"{place}: {name} must be text, got {value!r}. Write it in quotes.")
+
+
+def _are_messages(value: list[Any]) -> bool:
+    """Whether a list holds messages, malformed ones included, and not texts or parts of a content."""
+    return not value or any(isinstance(item, dict) and {"role", "content"} & item.keys() for item in value)
+
+
+def _conversation(turns: Any, name: str, place: str) -> list[dict[str, Any]]:
+    """The messages in the form that all chat templates take: contents are text, arguments of tool calls objects."""
+    turns = _parsed(turns, name, place)
+    if not isinstance(turns, list) or not turns:
+        raise CaftuneError(f"{place}: {name} must be a list of messages, got {_short(turns)}. Fix or remove the row.")
+    found = [_turn(turn, name, place) for turn in turns]
+    if not all(isinstance(value, str) for turn in found for value in turn.values()):
+        _refuse_non_json(found, place)
+    return found
+
+
+def _turn(turn: Any, name: str, place: str) -> dict[str, Any]:
+    role = turn.get("role") if isinstance(turn, dict) else None
+    if role not in _ROLES:
+        raise CaftuneError(f"{place}: a role in {name} must be one of {', '.join(_ROLES)}, got {role!r}. Fix the row.")
+    found = {**turn, "content": _content(turn["content"], name, place)} if "content" in turn else dict(turn)
+    if found.get("tool_calls") is not None:
+        found["tool_calls"] = _calls(found["tool_calls"], name, place)
+    if isinstance(found.get("function_call"), dict):  # OpenAI's form before there were tool_calls
+        found["function_call"] = _with_arguments(found["function_call"], name, place)
+    says_more = role == "assistant" and any(
+        _is_given(found[key]) for key in found if key not in ("role", "name", "content")
+    )
+    if found.get("content") is None and not says_more:
+        raise CaftuneError(
+            f"{place}: content in {name} must be text, got {turn.get('content')!r}. Fix or remove the row."
+        )
+    return found
+
+
+def _content(content: Any, name: str, place: str) -> str | None:
+    """A content as text. Text parts are joined with nothing between them, as the templates of models with media do."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise CaftuneError(f"{place}: content in {name} must be text, got {_short(content)}. Fix or remove the row.")
+    kinds = [part.get("type", "text") for part in content if isinstance(part, dict)]
+    if set(kinds) - {"text"}:
+        raise CaftuneError(f"{place}: parts of a content in {name} must be of type text, got {kinds}. Remove the row.")
+    return "".join(_part(part, name, place) for part in content) if content else None
+
+
+def _part(part: Any, name: str, place: str) -> str:
+    text = part.get("text") if isinstance(part, dict) else part
+    if not isinstance(text, str):
+        raise CaftuneError(
+            f"{place}: a part of a content in {name} must be text, got {_short(part)}. Write it as "
+            '{"type": "text", "text": "..."}.'
+        )
+    if isinstance(part, dict):
+        _refuse_media(part, f"{place}: a part of a content in {name}")
+    return text
+
+
+def _calls(calls: Any, name: str, place: str) -> list[dict[str, Any]]:
+    calls = _parsed(calls, "tool_calls", place)
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise CaftuneError(f"{place}: tool_calls in {name} must be a list of calls, got {_short(calls)}. Fix the row.")
+    return [
+        {**call, "function": _with_arguments(call["function"], name, place)}
+        if isinstance(call.get("function"), dict)
+        else _with_arguments(call, name, place)
+        for call in calls
+    ]
+
+
+def _with_arguments(function: dict[str, Any], name: str, place: str) -> dict[str, Any]:
+    """A call with its arguments as an object, parsed where they were JSON in a text: templates write the JSON themselves."""
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return function
+    if not arguments.strip():  # what servers give for a function without parameters
+        return {**function, "arguments": {}}
+    if not arguments.lstrip().startswith("{"):
+        return function  # no object: the text is the argument
+    return {**function, "arguments": _parsed(arguments, f"arguments of a call in {name}", place)}
+
+
+def _message(turn: Any, place: str) -> Any:
+    if not isinstance(turn, dict) or "role" in turn:
+        return turn  # ChatML under ShareGPT's name
+    speaker, value = turn.get("from", ""), turn.get("value")
+    role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise CaftuneError(
+            f"{place}: a speaker in conversations must be one of {', '.join(_SHAREGPT_ROLES)}, got {turn.get('from')!r}. "
+            "Rename it."
+        )
+    if speaker != "function_call":
+        return {"role": role, "content": value}
+    calls = _parsed(value, "a function_call in conversations", place)
+    calls = calls if isinstance(calls, list) and calls else [calls]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise CaftuneError(
+            f"{place}: a function_call in conversations must be an object with name and arguments, or a list of them, got "
+            f"{_short(value)}. Fix the row."
+        )
+    return {"role": role, "content": None, "tool_calls": [{"type": "function", "function": call} for call in calls]}
+
+
+def _from_alpaca(row: Mapping[str, Any], place: str, *, chat: bool) -> dict[str, Any]:
+    instruction, answer = row["instruction"], _first_given(row, "output", "response")  # as Dolly calls it
+    if _is_given(row.get("history")):
+        raise CaftuneError(
+            f"{place} must not have a history, which alpaca rows cannot keep. Write its turns as messages."
+        )
+    _refuse_non_text(instruction, "instruction", place)
+    _refuse_non_text(answer, "output", place)
+    more = _input(row, place)
+    prompt = instruction if more is None else f"{instruction}\n\n{more}"
+    if chat:
+        return _as_conversation({"prompt": prompt, "completion": answer})
+    return {"prompt": f"{prompt}\n\n", "completion": answer}
+
+
+def _first_given(row: Mapping[str, Any], *names: str) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _input(row: Mapping[str, Any], place: str) -> str | None:
+    """The input of an instruction as text (numbers and booleans as in JSON); None where there is none."""
+    given = [(name, row[name]) for name in ("input", "context") if _is_given(row.get(name))]
+    if len(given) > 1:
+        raise CaftuneError(
+            f"{place} must have an input or a context, got both. Name one in data.columns, as {{input: context}}."
+        )
+    name, value = given[0] if given else ("input", None)
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, bool | int | float):
+        raise CaftuneError(f"{place}: {name} must be text, got {_short(value)}. Write it as one text.")
+    _refuse_non_json(value, f"{place}: {name}")
+    return json.dumps(value)

@@ -1,0 +1,1 @@
+"""A model answers prompts: backends, servers, cached answers."""

@@ -1,0 +1,180 @@
+"""Continuous batching on a CPU: a finished answer leaves its batch, and a waiting prompt takes its place.
+
+`generate` computes every row of a batch until the longest has ended. Here finished rows are removed from the cache, and new
+ones, prefilled as a separate batch, are added, aligned at the right as in a left-padded batch. This needs a cache of keys and
+values only: see `can_refill`.
+"""
+
+import inspect
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad as padded
+from transformers import DynamicCache, GenerationConfig, GenerationMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from caftune.core.finite import nan_logits
+
+_REFILLED_SHARE = 4  # 1/4 of a batch must be free before new prompts are prefilled: a few at a time are slow
+
+# Logits of rows, and the numbers of their prompts -> the next token of each.
+Choice = Callable[[Float[Tensor, "rows tokens"], Sequence[int]], list[int]]
+
+
+def can_refill(model: Any) -> bool:
+    """Whether rows can leave and join a batch: their whole state is keys and values, and transformers prepares their inputs."""
+    prepares = getattr(type(model), "prepare_inputs_for_generation", None)
+    if prepares is not GenerationMixin.prepare_inputs_for_generation or getattr(model, "_is_stateful", False):
+        return False  # not a model of transformers, or one with other inputs or another state
+    if model.config.is_encoder_decoder:
+        return False
+    layers = _cache(model).layers
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def refilled_batches(
+    model: Any, prompts: Sequence[list[int]], config: GenerationConfig, *, batch_size: int, seeds: Sequence[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """(index, tokens) in the order in which answers finish; the shortest prompts come first.
+
+    An answer ends with an end-of-text token or after `max_new_tokens`. Each prompt has its own random numbers, from
+    its seed, so an answer does not depend on the others in its batch (except by rounding).
+    """
+    choose = _choice(config, seeds)
+    ends = set(config.eos_token_id or ())
+    waiting = deque(sorted(range(len(prompts)), key=lambda index: len(prompts[index])))
+    running: _RunningBatch | None = None
+    while waiting or running:
+        free = batch_size - (len(running.indices) if running else 0)
+        if waiting and (running is None or free * _REFILLED_SHARE >= batch_size):
+            group = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            read = _RunningBatch.prefill(model, group, [prompts[index] for index in group], choose)
+            running = running.joined(read) if running else read
+        elif running:
+            running.decode_step(model, choose)
+        assert running is not None
+        is_over = [tokens[-1] in ends or len(tokens) >= (config.max_new_tokens or 0) for tokens in running.tokens]
+        if any(is_over):
+            ended = [(running.indices[row], running.tokens[row]) for row, over in enumerate(is_over) if over]
+            running = running.select([row for row, over in enumerate(is_over) if not over])
+            yield from ended
+
+
+@dataclass
+class _RunningBatch:
+    """A batch of unfinished answers: the indices of their prompts, their tokens, the attention mask and the cache."""
+
+    indices: list[int]
+    tokens: list[list[int]]
+    mask: Int[Tensor, "rows columns"]
+    cache: Any  # a DynamicCache
+
+    @classmethod
+    def prefill(cls, model: Any, indices: list[int], prompts: list[list[int]], choose: Choice) -> "_RunningBatch":
+        """Prefill prompts, and choose the first token of each answer."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+        mask = torch.tensor(
+            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
+        )
+        cache = _cache(model)
+        logits = _logits(model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
+        return cls(indices, [[token] for token in choose(logits, indices)], mask, cache)
+
+    def decode_step(self, model: Any, choose: Choice) -> None:
+        """Add one token to every answer."""
+        ids = torch.tensor([tokens[-1:] for tokens in self.tokens], device=model.device)
+        self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
+        logits = _logits(model, ids, self.mask, self.mask.sum(1, keepdim=True) - 1, self.cache)
+        for tokens, token in zip(self.tokens, choose(logits, self.indices), strict=True):
+            tokens.append(token)
+
+    def joined(self, others: "_RunningBatch") -> "_RunningBatch":
+        """These rows and others in one batch. The shorter cache is padded on the left with masked columns."""
+        columns = max(self.mask.shape[1], others.mask.shape[1])
+        masks = [padded(rows.mask, (columns - rows.mask.shape[1], 0)) for rows in (self, others)]
+        for own, other in zip(self.cache.layers, others.cache.layers, strict=True):
+            own.keys, own.values = (_stacked(*pair) for pair in ((own.keys, other.keys), (own.values, other.values)))
+            _set_length(own, columns)
+        return _RunningBatch(self.indices + others.indices, self.tokens + others.tokens, torch.cat(masks), self.cache)
+
+    def select(self, rows: list[int]) -> "_RunningBatch | None":
+        """Some of these rows, without columns that are masked in all of them; None for no rows."""
+        if not rows:
+            return None
+        chosen = torch.tensor(rows, device=self.mask.device)
+        self.cache.batch_select_indices(chosen)
+        mask = self.mask[chosen]
+        columns = mask.shape[1] - int(mask.any(0).int().argmax())
+        for layer in self.cache.layers:
+            held = min(columns, layer.keys.shape[-2])
+            layer.keys, layer.values = layer.keys[..., -held:, :], layer.values[..., -held:, :]
+            _set_length(layer, columns)
+        return _RunningBatch(
+            [self.indices[row] for row in rows], [self.tokens[row] for row in rows], mask[:, -columns:], self.cache
+        )
+
+
+def _cache(model: Any) -> Any:
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def _stacked(one: Tensor, other: Tensor) -> Tensor:
+    columns = max(one.shape[-2], other.shape[-2])
+    return torch.cat([padded(tensor, (0, 0, columns - tensor.shape[-2], 0)) for tensor in (one, other)])
+
+
+def _set_length(layer: Any, columns: int) -> None:
+    """A sliding-window layer also counts the columns that it has dropped."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = columns
+
+
+@torch.inference_mode()
+def _logits(
+    model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
+) -> Float[Tensor, "rows tokens"]:
+    """The logits at the last column, in float32 as in `generate`. Raises CaftuneError where one is NaN."""
+    known = inspect.signature(model.forward).parameters
+    more = {name: value for name, value in (("position_ids", positions), ("logits_to_keep", 1)) if name in known}
+    outputs = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
+    logits: Tensor = outputs.logits[:, -1].float()
+    if bool(logits.isnan().any()):
+        raise nan_logits(model)
+    return logits
+
+
+def _choice(config: GenerationConfig, seeds: Sequence[int]) -> Choice:
+    if not config.do_sample:
+        return lambda logits, _: logits.argmax(-1).tolist()
+    drawn = [random.Random(seed) for seed in seeds]
+    warpers = LogitsProcessorList(_warpers(config))
+
+    def sampled(logits: Float[Tensor, "rows tokens"], indices: Sequence[int]) -> list[int]:
+        """Inverse-CDF sampling: the first token whose cumulative probability exceeds a random number."""
+        scores = warpers(torch.empty(0, dtype=torch.long), logits)  # type: ignore[arg-type]
+        ends = scores.double().softmax(-1).cumsum(-1)
+        numbers = torch.tensor([[drawn[index].random()] for index in indices], dtype=ends.dtype, device=ends.device)
+        found: list[int] = torch.searchsorted(ends, numbers * ends[:, -1:], right=True).squeeze(1).tolist()
+        return found
+
+    return sampled
+
+
+def _warpers(config: GenerationConfig) -> list[Any]:
+    """The processors that `generate` applies to logits before it samples, in its order."""
+    found: list[Any] = []
+    if config.temperature not in (None, 1.0):
+        found.append(TemperatureLogitsWarper(config.temperature))
+    if config.top_k:
+        found.append(TopKLogitsWarper(config.top_k))
+    if config.top_p is not None and config.top_p < 1:
+        found.append(TopPLogitsWarper(config.top_p))
+    return found

@@ -1,0 +1,1 @@
+"""One page from a comparison or a run."""

@@ -1,0 +1,1 @@
+"""CAFTConfig, CAFTTrainer, and what a step costs."""

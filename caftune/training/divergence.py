@@ -1,0 +1,91 @@
+"""Stop a training that diverged, name the step, and export nothing.
+
+Divergence is decided by the weights: a loss that is not finite may never reach them (float16's loss scaling skips such
+steps), and gradients can make them NaN in a step whose loss was finite. They are checked where the trainer waits anyway: before
+it logs, evaluates, saves or ends.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from caftune.core.finite import first_and_count, not_finite, refuse_not_finite
+from caftune.errors import CaftuneError
+
+_MAX_NOT_FINITE_STEPS = 20  # steps in a row without a finite loss that are a divergence, even with finite weights
+
+
+class DivergedError(CaftuneError):
+    """The weights or losses of a training are NaN or infinite.
+
+    Attributes:
+        step: the first optimizer step, from 1, without a finite loss.
+        result: the run's measurements up to then, where the stage records them.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+        self.result: Mapping[str, Any] = {}
+
+
+class StopOnDivergence(TrainerCallback):
+    """Raises DivergedError where a CAFTTrainer's training diverges, and CaftuneError where it starts with such weights.
+
+    All processes raise at the same step.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._warned = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Check the loaded weights."""
+        refuse_not_finite(
+            self._weights(trained=False),
+            "The weights that training begins with",
+            "The base, the heads or the checkpoint they come from is broken: use another, or download it again.",
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Check before anything is logged, evaluated, saved or ended."""
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self._check(state)
+
+    on_epoch_end = on_step_end
+
+    def _check(self, state: Any) -> None:
+        odd = not_finite(self._weights(trained=True))
+        since, broken = self._of_all_processes(self._trainer.loss_watch.since, bool(odd))
+        many = state.global_step - since + 1 >= min(_MAX_NOT_FINITE_STEPS, state.max_steps)
+        if broken or (since and many):
+            raise DivergedError(self._explain(state, since, odd), since or state.global_step)
+        if since and since != self._warned and state.is_world_process_zero:
+            self._warned = since
+            text = f"Step {since} has no finite loss. The weights are finite, so training continues."
+            tqdm.write(text, file=sys.stderr)
+
+    def _weights(self, *, trained: bool) -> dict[str, Tensor]:
+        every = self._trainer.model.named_parameters()
+        return {name: weight for name, weight in every if weight.requires_grad or not trained}
+
+    def _of_all_processes(self, since: int, broken: bool) -> tuple[int, bool]:
+        """The first step without a finite loss in any process, and whether any holds weights that are not finite."""
+        found = torch.tensor([[since, broken]], device=self._trainer.args.device)
+        steps, flags = self._trainer.accelerator.gather(found).T.tolist()
+        return min((step for step in steps if step), default=0), any(flags)
+
+    def _explain(self, state: Any, since: int, odd: list[str]) -> str:
+        folder = self._trainer.args.output_dir
+        where = f"from step {since} on" if since else f"in the weights after step {state.global_step}"
+        named = f" ({first_and_count(odd)})" if odd else ""
+        return (
+            f"The training diverged: losses and weights must be finite numbers, got NaN or inf {where}, of {state.max_steps}"
+            f"{named}. Nothing was exported, and checkpoints of steps before are as they were. Lower learning_rate, lengthen "
+            f"the warm-up or use bf16 in place of fp16, and remove {folder} to train again."
+        )

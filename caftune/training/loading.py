@@ -1,0 +1,89 @@
+"""What a run of the trainer starts from: the base, and its heads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import AutoProcessor, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from trl.trainer.utils import create_model_from_path
+
+from caftune.checkpoints.heads_folder import base_fingerprint, describe_heads, find_heads, load_heads
+from caftune.core.backbone import Backbone
+from caftune.core.heads import AuxiliaryHeads, HeadsConfig
+from caftune.errors import CaftuneError
+from caftune.training.config import CAFTConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """The heads of a run and where they go; all None in a run without."""
+
+    heads: AuxiliaryHeads | None = None
+    backbone: Backbone | None = None
+    description: dict[str, Any] | None = None  # heads.json of the heads that were loaded
+    fingerprint: dict[str, Any] | None = None  # stage 1: the base's, before SFTTrainer adds tokens
+
+
+def load_processing_class(name: str, args: CAFTConfig) -> Any:
+    """The tokenizer or processor of a model, as SFTTrainer would load it."""
+    options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    trust = options.get("trust_remote_code", args.trust_remote_code)
+    return AutoProcessor.from_pretrained(name, revision=options.get("revision"), trust_remote_code=trust)
+
+
+def text_tokenizer(processing_class: Any) -> Any:
+    """The tokenizer, where a model of several media has a processor around it."""
+    return processing_class if hasattr(processing_class, "get_vocab") else processing_class.tokenizer
+
+
+def load_or_build_heads(model: PreTrainedModel | PeftModel, args: CAFTConfig, tokenizer: Any) -> Start:
+    """The heads of `args.heads`, or in stage 1 without these new ones."""
+    if not args.has_heads:
+        return Start()
+    backbone = Backbone.of(model.get_base_model() if isinstance(model, PeftModel) else model)
+    fingerprint = base_fingerprint(backbone) if args.pretrain_heads else None
+    if args.heads is None:
+        built = AuxiliaryHeads.build(backbone, HeadsConfig(args.num_heads, args.head_kind))
+        return Start(built, backbone, fingerprint=fingerprint)
+    folder = find_heads(args.heads)
+    heads = load_heads(folder, backbone, tokenizer, force=args.force_heads)
+    return Start(heads, backbone, describe_heads(folder), fingerprint)
+
+
+def load_base(name: str, args: CAFTConfig, quantization_config: Any) -> PreTrainedModel | PeftModel:
+    """The base as SFTTrainer would load it. For a folder with an adapter: its base with the adapter, to be trained further."""
+    options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    if quantization_config is not None:
+        if "quantization_config" in options:
+            raise CaftuneError("quantization_config must be given once, got it in model_init_kwargs too. Remove one.")
+        options["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    if not holds_adapter(name):
+        return create_model_from_path(name, **options)
+    base = PeftConfig.from_pretrained(name)
+    options.setdefault("revision", base.revision)
+    model = create_model_from_path(str(base.base_model_name_or_path), **options)
+    return PeftModel.from_pretrained(model, name, is_trainable=True)
+
+
+def holds_adapter(name: str) -> bool:
+    """Whether `name` is a folder with a PEFT adapter and no whole model."""
+    folder = Path(name)
+    has_weights = any((folder / file).is_file() for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    return (folder / "adapter_config.json").is_file() and not has_weights
+
+
+def holds_tokenizer(name: str) -> bool:
+    """Whether `name` is a folder with a tokenizer."""
+    return Path(name, "tokenizer_config.json").is_file()
+
+
+def keep_trainable_on_cpu(model: Any) -> None:
+    """bitsandbytes 0.50 packs 4-bit weights in an evaluation on a CPU, into a layout through which no gradient flows."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
