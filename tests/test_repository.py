@@ -11,24 +11,40 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, page=README):
+    """The contents of the fenced blocks of a language; "" is a fence that names none."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    return [text for named, text in fenced if named == language]
 
 
-def tracked(pattern):
-    return [
-        path
-        for path in ROOT.rglob(pattern)
-        if not {".venv", ".git", "runs", "build"} & set(path.relative_to(ROOT).parts)
-    ]
+def anchors(page):
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-def test_the_packages_in_the_readme_are_the_packages():
-    shown = re.findall(r"^  (\w+(?:/|\.py)) ", README, flags=re.MULTILINE)
+def test_the_packages_in_the_architecture_are_the_packages():
+    shown = re.findall(r"^(\w+(?:/|\.py)) ", blocks("", ARCHITECTURE)[0], flags=re.MULTILINE)
     real = {f"{path.parent.name}/" for path in (ROOT / "caftune").glob("*/__init__.py")} | {"cli.py", "errors.py"}
     assert sorted(shown) == sorted(real)
+    described = re.findall(r"^\*\*(\w+)\*\*", ARCHITECTURE, flags=re.MULTILINE)
+    assert sorted(f"{name}/" for name in described) == sorted(real - {"cli.py", "errors.py"})
+
+
+def test_the_files_that_the_architecture_names_exist():
+    named, package = set(), ""
+    for paragraph in ARCHITECTURE.split("\n\n"):
+        described = re.match(r"\*\*(\w+)\*\*", paragraph)
+        package = described[1] if described else ""
+        for file in re.findall(r"`([\w/]+\.(?:py|html))`", paragraph):
+            named.add(file if "/" in file else f"{package}/{file}")
+    assert len(named) > 40
+    missing = sorted(file for file in named if not any((top / file).is_file() for top in (ROOT / "caftune", ROOT)))
+    assert missing == []
 
 
 def test_the_commands_in_the_readme_exist():
@@ -37,31 +53,57 @@ def test_the_commands_in_the_readme_exist():
     from caftune.cli import app
 
     known = set(get_command(app).commands)
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
-    shown = "\n".join(text for language, text in fenced if not language)
+    shown = "\n".join(blocks(""))
     assert {"label", "train"} <= set(re.findall(r"^caftune ([\w-]+)", shown, flags=re.MULTILINE)) <= known
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert {"demo", "test"} <= set(re.findall(r"^make (\w+)", shown, flags=re.MULTILINE)) <= targets
 
 
+def test_the_commands_in_the_documents_exist():
+    from typer.main import get_command
+
+    from caftune.cli import app
+
+    known = set(get_command(app).commands)
+    for page in PAGES:
+        assert set(re.findall(r"`caftune ([a-z][\w-]*)", page.read_text())) <= known, page.name
+
+
 def test_links_in_the_documents_lead_somewhere():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
-        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+    for page in PAGES:
+        for link, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text()):
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}#{anchor}"
 
 
-@pytest.mark.parametrize("text", [path.read_text() for path in (ROOT / "recipes").glob("*.yaml")] + blocks("yaml"))
+def test_the_index_of_the_documents_leads_to_every_page():
+    index = (ROOT / "docs" / "README.md").read_text()
+    linked = index + (ROOT / "docs" / "results.md").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert f"({page.relative_to(ROOT / 'docs')})" in linked or page.name == "README.md", page.name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [path.read_text() for path in (ROOT / "recipes").glob("*.yaml")]
+    + [text for page in PAGES for text in blocks("yaml", page.read_text())],
+)
 def test_recipes_are_valid(text, tmp_path):
     from caftune.pipeline.recipe import load_recipe, trainer_config
 
-    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = {"output": "run", "model": {"name": "base"}} | yaml.safe_load(
+        text
+    )  # the documents also show single sections
+    (tmp_path / "recipe.yaml").write_text(text if "output" in yaml.safe_load(text) else yaml.safe_dump(recipe))
     recipe = load_recipe(tmp_path / "recipe.yaml")
     trainer_config(recipe, "pretrain", output_dir="x", pretrain_heads=True)
     trainer_config(recipe, "trainer", output_dir="x", aux_weight=0.0)
 
 
-def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch):
+def test_the_ten_lines_of_the_readme_run_and_so_do_those_of_the_documents(tmp_path, monkeypatch):
     from datasets import Dataset
+    from transformers import AutoTokenizer
 
     import caftune.training.config
     from caftune.demo.chemistry import completion, molecules, prompt
@@ -85,6 +127,12 @@ def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert (tmp_path / "heads" / "heads.json").is_file()
+
+    (tmp_path / "terms.txt").write_text("ribonucleic acid\n")
+    for page in (ROOT / "docs").rglob("*.md"):
+        for text in blocks("python", page.read_text()):
+            text = text.replace("max_new_tokens=200", "max_new_tokens=8")
+            exec(compile(text, str(page), "exec"), {"name": BASE, "tokenizer": AutoTokenizer.from_pretrained(BASE)})
 
 
 def test_the_example_without_trl_runs_and_imports_none(tmp_path):
