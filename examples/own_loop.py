@@ -1,8 +1,8 @@
-"""The method in a training loop of one's own: no TRL, only torch, transformers and caftune's method.
+"""CAFT in your own training loop, without TRL: torch, transformers and `caftune.core`.
 
     python examples/own_loop.py MODEL_FOLDER      (default: the base model of the demo)
 
-Stage 1 on a few texts, then stage 2, then an ordinary checkpoint in ./own_loop_model.
+It runs stage 1 on a few texts, then stage 2, and writes an ordinary checkpoint to ./own_loop_model.
 """
 
 import sys
@@ -28,7 +28,7 @@ def main(name: str, output: str = "own_loop_model") -> list[float]:
     batch = dict(tokenizer(TEXTS, padding=True, return_tensors="pt"))
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
 
-    # Stage 1: the heads alone; the trunk runs without a graph.
+    # Stage 1 trains the heads alone; the trunk runs without a graph.
     constant = caftune.AuxiliaryWeights(weight=1.0, schedule="constant")
     optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-3)
     for step in range(STEPS):
@@ -39,7 +39,7 @@ def main(name: str, output: str = "own_loop_model") -> list[float]:
         optimizer.zero_grad()
     caftune.save_heads(Path(output, "heads"), heads, backbone, tokenizer)
 
-    # Stage 2: the model, with the heads frozen. L = L_1 + beta * gamma(t) * sum_h alpha^(h-1) * L_h.
+    # Stage 2 trains the model with frozen heads. L = L_1 + beta * gamma(t) * sum_h alpha^(h-1) * L_h.
     heads.requires_grad_(False)
     paper = caftune.AuxiliaryWeights()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

@@ -2,7 +2,7 @@
 
     python scripts/models_table.py
 
-It takes three to four minutes on one core. tests/test_families.py holds the page to the same examination.
+It takes three to four minutes on one core. tests/core/test_families.py compares the page with the same examination.
 """
 
 import os
@@ -18,29 +18,31 @@ Found = dict[str, str]
 _INTRODUCTION = """# Models
 
 Which causal language models of transformers carry heads. {counts}
-This page is written by `python scripts/models_table.py` from the examination that `tests/test_families.py` asserts; a stale
-page fails the tests. Made {date} on a CPU with one thread: {versions}.
+`python scripts/models_table.py` writes this page from the examination that `tests/core/test_families.py` asserts; a stale page
+fails the tests. Made {date} on a CPU with one thread: {versions}.
 
 Every model was **built tiny from its configuration** (two to five layers, width 16, random weights, float32), so the table
-speaks of the architectures' code; nothing here was measured on published weights. Several rows of one model type are
+is about the architectures' code; nothing here was measured on published weights. Several rows of one model type are
 variants of it; hybrid models are examined with each kind of layer as the last one. RWKV of more than six layers
 needs `rescale_every: 0` in its config.json.
 
-**yes** for a kind of head means: the model is accepted; the last layer called again, what follows it and the unembedding
-give the model's own logits (eager and sdpa attention, training and evaluation mode, with a cache, with padding); no head
-moves when a later token does; each horizon's loss equals that of a plain model with the head in its last layer's place;
-gradients reach the embeddings and every head, and gradient checkpointing (where the model has it) changes neither loss nor
-gradients; the heads alone learn; they come back from disk bit for bit; the exported model has the keys, shapes and dtypes
-of the base's own checkpoint and its logits.
+**yes** for a kind of head means:
+
+- the model is accepted; replaying the last layer, what follows it and the unembedding gives the model's own logits (eager and
+  sdpa attention, training and evaluation mode, with a cache, with padding);
+- changing a later token changes no head; each horizon's loss equals that of a plain model whose last layer is the head;
+- gradients reach the embeddings and every head; gradient checkpointing (where the model has it) changes neither loss nor
+  gradients;
+- the heads alone learn, and are the same bit for bit after saving and loading;
+- the exported model has the keys, shapes and dtypes of the base's own checkpoint, and its logits.
 
 **drafts**: speculative decoding ([decoding](decoding.md)) with decoder heads, or with MLP heads where there are none: greedy
-texts are those of `generate` token for token, and heads say behind their caches what they say without; *no* where the model
-cannot read several tokens at once behind a cache and take some of them back. **LoRA**:
-adapters train beside the heads and are merged in the export, on *all linear* layers or, where PEFT cannot wrap each of
-those (routers, Mamba's output projection), on input *projections*. **Packing**: two documents in one row, told apart by
-their positions alone, without flash attention: *yes* means that the second does not see the first, *leaks* that it does (the
-model's own loss too: pack such a model's rows only with an attention that separates them, or not at all), *-* that the model
-has no such attention implementation.
+texts are those of `generate` token for token, and heads predict the same with and without their caches. *no*: the model
+cannot read several tokens at once after a cache and remove some of them again. **LoRA**: adapters train next to the heads and
+are merged in the export, on *all linear* layers or, where PEFT cannot wrap each of those (routers, Mamba's output projection),
+on input *projections*. **Packing**: two documents in one row, separated by their positions alone, without flash attention:
+*yes*: the second does not see the first; *leaks*: it does (in the model's own loss too: pack such a model's rows only with an
+attention that separates them, or not at all); *-*: the model has no such attention implementation.
 """
 
 
