@@ -1,4 +1,4 @@
-"""Every check that needs a GPU, in one short run; writes gpu.json for the table in docs/results.md.
+"""Every check that needs a GPU, in one short run; writes gpu.json for the table in docs/results/gpu.md.
 
     python benchmarks/gpu.py [--output gpu.json]            on a GPU
     python benchmarks/gpu.py --checks step "trainer F"      only checks whose names begin so
