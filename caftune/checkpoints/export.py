@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
-from caftune.checkpoints.heads_folder import write_json
 from caftune.core.finite import refuse_not_finite
 from caftune.core.heads import ATTRIBUTE
 from caftune.errors import CaftuneError
+from caftune.files import write_json
 
 _logger = logging.getLogger(__name__)
 _LAYER_KEY = re.compile(r"^(?:model|backbone)\.(?:language_model\.)?layers\.(\d+)\.")

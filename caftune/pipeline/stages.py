@@ -29,16 +29,15 @@ from transformers import AutoTokenizer
 
 from caftune.checkpoints.cards import write_model_card
 from caftune.checkpoints.export import copy_adapter, export_model, load_trained, refuse_tied_adapters
+from caftune.checkpoints.fingerprint import model_fingerprint
 from caftune.checkpoints.heads_folder import (
     PICTURE_FILE,
     QUALITY_FILE,
     describe_heads,
     file_name,
     load_heads,
-    model_fingerprint,
     read_heads,
     save_heads,
-    write_json,
 )
 from caftune.core.backbone import Backbone
 from caftune.core.finite import refuse_not_finite
@@ -47,6 +46,7 @@ from caftune.core.objective import IGNORED, horizon_targets
 from caftune.data.forms import load_rows
 from caftune.data.prompts import conversations, is_in_conversation, refuse_long_prompts, report_second_bos
 from caftune.errors import CaftuneError
+from caftune.files import write_json
 from caftune.generation.backends import Sampling, end_tokens
 from caftune.generation.labels import AnswerCache, Labelling, generate_labels, write_labels
 from caftune.pipeline.folder import (

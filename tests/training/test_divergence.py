@@ -323,7 +323,7 @@ def test_heads_that_are_kept_are_numbers(values, made_heads, tmp_path):
     file = tmp_path / "train" / "checkpoint-4" / "heads" / "heads.safetensors"
     save_file({k: v * float("nan") for k, v in read_heads(file.parent).items()}, file)
     description = json.loads((file.parent / "heads.json").read_text())
-    from caftune.checkpoints.heads_folder import file_sha256
+    from caftune.files import file_sha256
 
     (file.parent / "heads.json").write_text(json.dumps({**description, "weights_sha256": file_sha256(file)}))
     with pytest.raises(CaftuneError, match="The heads to keep must hold finite numbers"):
