@@ -31,8 +31,8 @@ from caftune.evals.task import Example, Task, text, until_stop
 from caftune.evals.tasks import TASKS
 from caftune.evals.thought import split_thought
 from caftune.files import write_lines
+from caftune.generation.answers import AnswerCache, generate_labels
 from caftune.generation.backends import Sampling
-from caftune.generation.labels import AnswerCache, generate_labels
 from caftune.pipeline.folder import record, with_commit
 from caftune.pipeline.recipe import Recipe
 from caftune.pipeline.stage_config import (

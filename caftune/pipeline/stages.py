@@ -47,8 +47,9 @@ from caftune.data.forms import load_rows
 from caftune.data.prompts import conversations, is_in_conversation, refuse_long_prompts, report_second_bos
 from caftune.errors import CaftuneError
 from caftune.files import write_json
+from caftune.generation.answers import AnswerCache, Labelling, generate_labels
 from caftune.generation.backends import Sampling, end_tokens
-from caftune.generation.labels import AnswerCache, Labelling, generate_labels, write_labels
+from caftune.generation.labels import write_labels
 from caftune.pipeline.folder import (
     is_begun,
     is_done,
@@ -149,7 +150,7 @@ def label(recipe: Recipe) -> Path:
     write_labels(found.labels, folder / "labels.jsonl")
     cut = sum(label.finish == "length" for label in found.labels)
     tqdm.write(
-        f"{len(found.labels)} answers, {found.asked} of them new; {cut} cut off by labels.max_new_tokens, which the training "
+        f"{len(found.labels)} answers, {found.queried} of them new; {cut} cut off by labels.max_new_tokens, which the training "
         f"{'keeps' if recipe.labels.keep_truncated else 'leaves out unless labels.keep_truncated'}; "
         f"{found.dropped_turns} later turns dropped, {len(every) - len(kept)} rows left out.",
         file=sys.stderr,
@@ -161,7 +162,7 @@ def label(recipe: Recipe) -> Path:
             "rows": len(kept),
             "chat": in_conversation,
             "answers": len(found.labels),
-            "asked": found.asked,
+            "asked": found.queried,
             "left_out": len(every) - len(kept),
             "failed": len(found.failures),
             "dropped_turns": found.dropped_turns,

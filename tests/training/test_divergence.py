@@ -21,7 +21,8 @@ from caftune.cli import app
 from caftune.core.finite import LossWatch, not_finite
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.generation.backends import Sampling, answer_in_batches
+from caftune.generation.backends import Sampling
+from caftune.generation.batches import answer_in_batches
 from caftune.pipeline import stages as pipeline
 from caftune.pipeline.recipe import save_recipe
 from caftune.pipeline.stage_config import load_model
