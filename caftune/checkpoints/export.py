@@ -1,13 +1,12 @@
 """The result: an ordinary checkpoint with the base's keys, shapes and dtypes, no trace of heads or adapters."""
 
 import copy
-import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +22,7 @@ from transformers.utils import cached_file
 from caftune.core.finite import refuse_not_finite
 from caftune.core.heads import ATTRIBUTE
 from caftune.errors import CaftuneError
-from caftune.files import write_json
+from caftune.files import read_json, write_json
 
 _logger = logging.getLogger(__name__)
 _LAYER_KEY = re.compile(r"^(?:model|backbone)\.(?:language_model\.)?layers\.(\d+)\.")
@@ -36,6 +35,36 @@ _NOTHING_WRITTEN = "Nothing was written. Training diverged, or values overflow t
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def export_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    folder: Path,
+    tokenizer: Any,
+    *,
+    base_name: str,
+    base_revision: str | None = None,
+    merged: bool = True,
+    vocab_size: int | None = None,
+    trust_remote_code: bool = False,
+    opening: AbstractContextManager[None] | None = None,
+) -> list[str]:
+    """Export a checkpoint of stage 2 (a model, or an adapter) as `export_model` does, or its adapter alone (`merged` False).
+
+    Args:
+        vocab_size: rows of the embeddings, where the base's were resized before training.
+        trust_remote_code: as in `from_pretrained`.
+        opening: the context in which the model is loaded.
+    """
+    if not merged:
+        copy_adapter(checkpoint, folder, tokenizer, base_name=base_name)
+        return []
+    trust = trust_remote_code
+    with opening or nullcontext():
+        model = load_trained(
+            checkpoint, base_name, base_revision, vocab_size=vocab_size, tokenizer=tokenizer, trust_remote_code=trust
+        )
+    return export_model(model, folder, tokenizer, base_name=base_name, base_revision=base_revision)
+
+
 def export_model(
     model: Any,
     folder: str | os.PathLike[str],
@@ -46,12 +75,10 @@ def export_model(
 ) -> list[str]:
     """Write `model` as an ordinary checkpoint: the base's keys, shapes and dtypes, no trace of heads or adapters.
 
-    Adapters are merged by PEFT in a copy (on the CPU), so that training can go on afterwards. Weights are written in the
-    dtype the base was published in (float32 master weights of a bfloat16 base become bfloat16 again). The files are written
-    aside and moved into `folder` when all are there, the configuration last; an earlier export is removed before.
-
-    Multi-token modules that the base brought along (DeepSeek, GLM, Qwen3-Next), which transformers does not load for
-    training, are copied from the base unchanged, and a warning says so.
+    Adapters are merged by PEFT in a copy (on the CPU), so that training can continue. Weights get the dtype the base was
+    published in. All files are written to a temporary folder first, then an earlier export is removed and they are moved into
+    `folder`, the configuration last. Multi-token modules of the base (DeepSeek, GLM, Qwen3-Next), which transformers does not
+    load for training, are copied unchanged, with a warning.
 
     Args:
         base_name: folder or hub id of the base, where the model was loaded from somewhere else (a checkpoint).
@@ -62,8 +89,7 @@ def export_model(
 
     Raises:
         RuntimeError: the merged weights are not those of a plain model of this class.
-        CaftuneError: adapters that cannot be merged (see `refuse_tied_adapters`).
-        CaftuneError: weights that are not finite, or are not in the dtype the base was published in.
+        CaftuneError: adapters that cannot be merged (see `refuse_tied_adapters`), or weights that are not finite.
     """
     plain = _merged_copy(model) if hasattr(model, "peft_config") else model
     name = base_name or str(getattr(plain.config, "_name_or_path", ""))
@@ -72,7 +98,7 @@ def export_model(
     dtype = getattr(torch, str(published.get("dtype") or published.get("torch_dtype")), None)
     native = _native_modules(plain, files, published)
     state = {key: tensor for key, tensor in plain.state_dict().items() if not key.startswith(f"{ATTRIBUTE}.")}
-    _refuse_strange_state(plain, state)
+    _check_state_dict_keys(plain, state)
     cast = _cast(state, dtype, _dtypes(files))
     weights = {name: cast[name] for name, _ in plain.named_parameters() if name in cast}
     refuse_not_finite(weights, "The weights to export", _NOTHING_WRITTEN)
@@ -82,7 +108,7 @@ def export_model(
         plain.save_pretrained(aside, state_dict=cast | native)
         # save_pretrained describes the model in memory, whose dtype and cache are those of training.
         path = Path(aside, "config.json")
-        described = json.loads(path.read_text())
+        described = read_json(path)
         described |= {"dtype": str(dtype).removeprefix("torch.")} if dtype is not None else {}
         described["use_cache"] = published.get("use_cache", True)
         if _is_untied(plain):
@@ -92,15 +118,13 @@ def export_model(
             tokenizer.save_pretrained(aside)
         if "text_config" in published:
             _copy_processors(name, base_revision, Path(aside))
-        clear_export(target, name)
-        if tokenizer is not None:
-            _clear_template(target, name)
+        clear_export(target, name, template=tokenizer is not None)
         for file in sorted(Path(aside).iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(target / file.name)
     if native:
         _logger.warning(
-            "The base's own multi-token modules (%d tensors, such as %s) are in %s as they were: the training left them "
-            "out, so as drafts for speculative decoding they may be accepted less often than on the base.",
+            "The base's own multi-token modules (%d tensors, such as %s) were copied into %s without training, so in "
+            "speculative decoding their drafts may be accepted less often than on the base.",
             len(native),
             next(iter(native)),
             folder,
@@ -108,17 +132,19 @@ def export_model(
     return list(native)
 
 
-def clear_export(folder: Path, base_name: str) -> None:
-    """Remove an earlier export's configuration and weights; every other file, and the base itself, stays.
+def clear_export(folder: Path, base_name: str, *, template: bool = False) -> None:
+    """Remove an earlier export's configuration, weights and (`template`) chat template; other files, and the base, stay.
 
-    transformers would apply a leftover adapter to a whole model in the same folder.
+    A leftover adapter would be applied to a whole model in the same folder, a leftover template loaded with a tokenizer that
+    has none.
 
     Raises:
         CaftuneError: a folder has the name of a file that an export writes.
     """
     if not folder.is_dir() or folder.resolve() == Path(base_name).resolve():
         return
-    found = [path for path in folder.iterdir() if path.name in _EXPORTED or _SHARD.fullmatch(path.name)]
+    names = {*_EXPORTED, *(["chat_template.jinja"] if template else [])}
+    found = [path for path in folder.iterdir() if path.name in names or _SHARD.fullmatch(path.name)]
     blocked = next((path for path in found if path.is_dir() and not path.is_symlink()), None)
     if blocked is not None:
         raise CaftuneError(f"{blocked} must be a file of an earlier export or not exist, got a folder. Move it away.")
@@ -126,26 +152,19 @@ def clear_export(folder: Path, base_name: str) -> None:
         path.unlink()
 
 
-def _clear_template(folder: Path, base_name: str) -> None:
-    """Remove an earlier export's chat template, which would be loaded with a tokenizer that has none."""
-    if folder.resolve() != Path(base_name).resolve():
-        (folder / "chat_template.jinja").unlink(missing_ok=True)
-
-
 def _copy_processors(base_name: str, revision: str | None, folder: Path) -> None:
-    """A base of several media has processors beside its tokenizer, without which it cannot be loaded as what it is."""
+    """Copy the processors of a base for several media, without which its class cannot be loaded."""
     for name in _PROCESSORS:
         if not (folder / name).is_file() and (found := _published_file(base_name, revision, name, fetch=True)):
             shutil.copy(found, folder)
 
 
 def copy_adapter(checkpoint: str | os.PathLike[str], folder: Path, tokenizer: Any, *, base_name: str) -> None:
-    """Export the adapter of a checkpoint as it is."""
+    """Export the adapter of a checkpoint unchanged."""
     for weights in Path(checkpoint).glob("adapter_model.safetensors"):
         refuse_not_finite(load_file(weights), f"The weights of {checkpoint}", _NOTHING_WRITTEN)
     folder.mkdir(parents=True, exist_ok=True)
-    clear_export(folder, base_name)
-    _clear_template(folder, base_name)
+    clear_export(folder, base_name, template=True)
     for name in _ADAPTER:
         shutil.copy(Path(checkpoint, name), folder)
     tokenizer.save_pretrained(folder)
@@ -208,11 +227,13 @@ def _merged_copy(model: Any) -> Any:
 
 
 def refuse_tied_adapters(model: Any) -> None:
-    """An adapter merged into a weight that another layer shares (tied embeddings, Zamba's block) would change that one too."""
-    adapted = {name: module for name, module in model.named_modules() if _is_adapted(module)}
-    for name, module in adapted.items():
+    """Raise CaftuneError for an adapter of a weight that another layer shares (tied embeddings, Zamba's block)."""
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if not (hasattr(module, "merge") and hasattr(module, "get_base_layer")):
+            continue
         weight = getattr(module.get_base_layer(), "weight", None)
-        for other, part in model.named_modules():
+        for other, part in modules.items():
             if not other.startswith(name) and part._parameters.get("weight") is weight is not None:
                 raise CaftuneError(
                     f"The adapter of {name} cannot be merged: {other} shares its weight, and would change too. Nothing was "
@@ -220,11 +241,7 @@ def refuse_tied_adapters(model: Any) -> None:
                 )
 
 
-def _is_adapted(module: Any) -> bool:
-    return hasattr(module, "merge") and hasattr(module, "get_base_layer")
-
-
-def _refuse_strange_state(plain: Any, state: Mapping[str, Tensor]) -> None:
+def _check_state_dict_keys(plain: Any, state: Mapping[str, Tensor]) -> None:
     """Compare with a plain model of the same class and configuration, built without memory."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         expected = set(type(plain)(plain.config).state_dict())
@@ -257,9 +274,9 @@ def _cast(
 
 
 def _published_config(name: str, revision: str | None) -> dict[str, Any]:
-    """The base's own configuration as it was published, empty where there is none to be found without a network."""
+    """The base's configuration as it was published; empty if it is not on this machine."""
     path = _published_file(name, revision, "config.json")
-    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+    return read_json(path) if path else {}
 
 
 def _published_file(name: str, revision: str | None, file: str, *, fetch: bool = False) -> Path | None:

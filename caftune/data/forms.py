@@ -1,14 +1,13 @@
 """Rows of any source in one of three forms that SFTTrainer knows: `messages`, `prompt` and `completion`, or `text`.
 
-Alpaca (instruction, input, output) and ShareGPT (conversations) rows are turned into the first two. What a source is: see
-readers.py. Contents become text, and arguments of tool calls objects, as chat templates expect them. None, ""
-and [] count as missing values; 0 and false do not.
+Alpaca (instruction, input, output) and ShareGPT (conversations) rows are converted to the first two. Contents become text,
+and arguments of tool calls objects, as chat templates expect them. None, "" and [] are missing values; 0 and false are not.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from caftune.data import table
 from caftune.data.readers import MalformedJson, hub_source, parse_json, raw_rows
 from caftune.errors import CaftuneError
 
-# Columns that go along with messages, and what stands for them in rows without.
+# Columns that accompany messages, and their values in rows without them.
 _EXTRAS: dict[str, Any] = {"tools": None, "chat_template_kwargs": {}}
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _NAMES = (
@@ -47,16 +46,16 @@ def load_rows(
 
     Args:
         source: a file or a hub id.
-        columns: our name -> the source's name, for example {"prompt": "question", "completion": "answer"}. What goes along
-            with messages or an instruction comes under its own name where it is not named.
+        columns: our name -> the source's name, for example {"prompt": "question", "completion": "answer"}. Columns that
+            accompany messages or an instruction keep their own name where they are not listed.
         limit: number of rows to read, from the first; the rest of the file is not read.
         chat: turn alpaca rows into a conversation (for a base with a chat template) instead of plain text.
-        texts_too: prompts and completions that are text, too.
+        texts_too: turn prompts and completions that are text into a conversation, too.
 
     Raises:
         CaftuneError: no such file, a malformed line (with its number), no rows, or columns of no known form.
     """
-    rows = _first_rows(source, limit)
+    rows = raw_rows(source, limit)
     if columns:
         first = next(rows)
         _check_columns(columns, first, source)
@@ -74,17 +73,7 @@ def read_rows(source: str, limit: int | None = None) -> list[dict[str, Any]]:
     Raises:
         CaftuneError: no such file, a malformed line (with its number), or no rows.
     """
-    return list(_first_rows(source, limit))
-
-
-def _first_rows(source: str, limit: int | None) -> Iterator[dict[str, Any]]:
-    if limit is not None and limit < 1:
-        raise CaftuneError(f"limit must be at least 1, got {limit}. None means all rows.")
-    rows = islice(raw_rows(source), limit)
-    first = next(rows, None)
-    if first is None:
-        raise CaftuneError(f"{source} is empty. Give at least one row.")
-    return chain([first], rows)
+    return list(raw_rows(source, limit))
 
 
 def _check_columns(columns: Mapping[str, str], row: Mapping[str, Any], source: str) -> None:
@@ -111,11 +100,7 @@ def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
 
 
 def refuse_unnamed_split(source: str, place: str) -> None:
-    """Refuse a hub id that would stand for the rows that models are trained on, where they are to be evaluated.
-
-    Raises:
-        CaftuneError: no split is named, which is `train` then.
-    """
+    """Raise CaftuneError for a hub id without a split, which would mean `train`, where rows to evaluate on are expected."""
     found = None if Path(source).exists() else hub_source(source)
     if found is not None and found.split is None:
         raise CaftuneError(
@@ -128,8 +113,8 @@ def _as_conversation(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a text prompt and completion as a user's and an assistant's message; any other row unchanged."""
     if not isinstance(row.get("prompt"), str) or "completion" not in row:
         return row
-    said = {"prompt": ("user", row["prompt"]), "completion": ("assistant", row["completion"])}
-    return row | {name: [{"role": role, "content": text}] for name, (role, text) in said.items()}
+    turns = {"prompt": ("user", row["prompt"]), "completion": ("assistant", row["completion"])}
+    return row | {name: [{"role": role, "content": text}] for name, (role, text) in turns.items()}
 
 
 def _dataset(rows: Iterator[dict[str, Any]], source: str) -> Dataset:

@@ -52,7 +52,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """No answer, and why. `is_lost`: the server is gone, busy or broken, so the failure says nothing about the prompt."""
+    """No answer, and why. `is_lost`: the server is gone, busy or broken, so the prompt may be fine."""
 
     reason: str
     is_lost: bool = field(default=False, compare=False)

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from caftune.checkpoints.cards import write_model_card
-from caftune.checkpoints.export import copy_adapter, export_model, load_trained, refuse_tied_adapters
+from caftune.checkpoints.export import export_checkpoint, load_trained, refuse_tied_adapters
 from caftune.checkpoints.fingerprint import model_fingerprint
 from caftune.checkpoints.heads_folder import (
     PICTURE_FILE,
@@ -412,17 +412,22 @@ def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
 
 def _write_model(recipe: Recipe, source: str, target: Path) -> None:
     """A checkpoint as `train` writes its result: a whole model, or the adapter alone where the recipe says so."""
+    merged = recipe.model.tuning == "full" or recipe.model.lora.merge
+    if merged:
+        refuse_quantised_base(recipe)
     tokenizer, rows = trained_tokenizer(recipe, source)
-    name, revision = recipe.model.name, recipe.model.revision
-    if recipe.model.tuning != "full" and not recipe.model.lora.merge:
-        copy_adapter(source, target, tokenizer, base_name=name)
-        return
-    refuse_quantised_base(recipe)
-    trust = bool(recipe.model.trust_remote_code)
     is_adapter = Path(source, "adapter_config.json").is_file()
-    with opening_model(recipe, None if is_adapter else source):
-        model = load_trained(source, name, revision, vocab_size=rows, tokenizer=tokenizer, trust_remote_code=trust)
-    export_model(model, target, tokenizer, base_name=name, base_revision=revision)
+    export_checkpoint(
+        source,
+        target,
+        tokenizer,
+        base_name=recipe.model.name,
+        base_revision=recipe.model.revision,
+        merged=merged,
+        vocab_size=rows,
+        trust_remote_code=bool(recipe.model.trust_remote_code),
+        opening=opening_model(recipe, None if is_adapter else source),
+    )
 
 
 def preview(recipe: Recipe, count: int = 3) -> Iterator[tuple[list[str], list[bool], dict[int, list[str]]]]:
