@@ -19,6 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -224,17 +225,19 @@ def _try_dialect(link: _Link, prompt: Prompt) -> Decoding | None:
     """
     if not _is_for(link):
         return None
-    for left in reversed(range(_FIRST_TRIES)):
-        try:
-            reply = _request(link, prompt, 0)
-            break
-        except BadReply:
-            if not left:
-                raise
+    reply = _first_reply(link, prompt)
     if link.dialect == "transformers":  # 5.23 decodes an answer alone
         return "alone"
     # A text that begins with a space was decoded together with its prompt.
     return "behind" if prompt.messages is None and reply.text.startswith(" ") else "unknown"
+
+
+def _first_reply(link: _Link, prompt: Prompt) -> Reply:
+    """The reply to a prompt, requested again where it is malformed."""
+    for _ in range(_FIRST_TRIES - 1):
+        with suppress(BadReply):
+            return _request(link, prompt, 0)
+    return _request(link, prompt, 0)
 
 
 def _is_for(link: _Link) -> bool:
