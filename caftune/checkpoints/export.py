@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -92,14 +92,11 @@ def export_model(
         CaftuneError: adapters that cannot be merged (see `refuse_tied_adapters`), or weights that are not finite.
     """
     plain = _merged_copy(model) if hasattr(model, "peft_config") else model
-    name = base_name or str(getattr(plain.config, "_name_or_path", ""))
-    published = _published_config(name, base_revision)
-    files = _published_files(name, base_revision)
-    dtype = getattr(torch, str(published.get("dtype") or published.get("torch_dtype")), None)
-    native = _native_modules(plain, files, published)
+    base = _PublishedBase(base_name or str(getattr(plain.config, "_name_or_path", "")), base_revision)
+    native = base.native_modules(plain)
     state = {key: tensor for key, tensor in plain.state_dict().items() if not key.startswith(f"{ATTRIBUTE}.")}
     _check_state_dict_keys(plain, state)
-    cast = _cast(state, dtype, _dtypes(files))
+    cast = _cast(state, base.dtype, base.dtypes())
     weights = {name: cast[name] for name, _ in plain.named_parameters() if name in cast}
     refuse_not_finite(weights, "The weights to export", _NOTHING_WRITTEN)
     target = Path(folder)
@@ -109,16 +106,15 @@ def export_model(
         # save_pretrained describes the model in memory, whose dtype and cache are those of training.
         path = Path(aside, "config.json")
         described = read_json(path)
-        described |= {"dtype": str(dtype).removeprefix("torch.")} if dtype is not None else {}
-        described["use_cache"] = published.get("use_cache", True)
+        described |= {"dtype": str(base.dtype).removeprefix("torch.")} if base.dtype is not None else {}
+        described["use_cache"] = base.config.get("use_cache", True)
         if _is_untied(plain):
             described["tie_word_embeddings"] = False
         write_json(path, described)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
-        if "text_config" in published:
-            _copy_processors(name, base_revision, Path(aside))
-        clear_export(target, name, template=tokenizer is not None)
+        base.copy_processors(Path(aside))
+        clear_export(target, base.name, template=tokenizer is not None)
         for file in sorted(Path(aside).iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(target / file.name)
     if native:
@@ -152,13 +148,6 @@ def clear_export(folder: Path, base_name: str, *, template: bool = False) -> Non
         path.unlink()
 
 
-def _copy_processors(base_name: str, revision: str | None, folder: Path) -> None:
-    """Copy the processors of a base for several media, without which its class cannot be loaded."""
-    for name in _PROCESSORS:
-        if not (folder / name).is_file() and (found := _published_file(base_name, revision, name, fetch=True)):
-            shutil.copy(found, folder)
-
-
 def copy_adapter(checkpoint: str | os.PathLike[str], folder: Path, tokenizer: Any, *, base_name: str) -> None:
     """Export the adapter of a checkpoint unchanged."""
     for weights in Path(checkpoint).glob("adapter_model.safetensors"):
@@ -188,22 +177,17 @@ def load_trained(
     """
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     if not Path(folder, "adapter_config.json").is_file():
-        return _class_of(_published_config(str(folder), None)).from_pretrained(folder, **options)
+        return _PublishedBase(str(folder)).model_class.from_pretrained(folder, **options)
     from peft import PeftModel
     from transformers.trainer_utils import align_special_tokens
 
-    kind = _class_of(_published_config(base_name, base_revision))
+    kind = _PublishedBase(base_name, base_revision).model_class
     base = kind.from_pretrained(base_name, revision=base_revision or "main", **options)
     if vocab_size is not None and vocab_size != base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(vocab_size)
     if tokenizer is not None:
         align_special_tokens(base, tokenizer)
     return PeftModel.from_pretrained(base, folder)
-
-
-def _class_of(published: Mapping[str, Any]) -> Any:
-    """The class a model was published as: for some families it is not the one AutoModelForCausalLM picks."""
-    return getattr(transformers, (published.get("architectures") or [""])[0], AutoModelForCausalLM)
 
 
 def _merged_copy(model: Any) -> Any:
@@ -273,45 +257,58 @@ def _cast(
     return result
 
 
-def _published_config(name: str, revision: str | None) -> dict[str, Any]:
-    """The base's configuration as it was published; empty if it is not on this machine."""
-    path = _published_file(name, revision, "config.json")
-    return read_json(path) if path else {}
+class _PublishedBase:
+    """A base as it was published: its configuration and its safetensors files, as far as they are on this machine."""
 
+    def __init__(self, name: str, revision: str | None = None) -> None:
+        self.name, self.revision = name, revision
+        path = self._file("config.json")
+        self.config: dict[str, Any] = read_json(path) if path else {}
+        self._weights = sorted(path.parent.glob("*.safetensors")) if path else []
 
-def _published_file(name: str, revision: str | None, file: str, *, fetch: bool = False) -> Path | None:
-    """A file of the base, None where it has none, or (without `fetch`) none that is on this machine."""
-    with suppress(OSError, ValueError):
-        path = cached_file(name, file, revision=revision, local_files_only=not fetch) if name else None
-        return Path(path) if path else None
-    return None
+    @property
+    def model_class(self) -> Any:
+        """The class it was published as: for some families not the one that AutoModelForCausalLM picks."""
+        return getattr(transformers, (self.config.get("architectures") or [""])[0], AutoModelForCausalLM)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype in the configuration."""
+        return getattr(torch, str(self.config.get("dtype") or self.config.get("torch_dtype")), None)
 
-def _published_files(name: str, revision: str | None) -> list[Path]:
-    """The base's own safetensors files, as far as they are on this machine."""
-    config = _published_file(name, revision, "config.json")
-    return sorted(config.parent.glob("*.safetensors")) if config else []
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of every tensor in the files."""
+        kinds = {key: file.get_slice(key).get_dtype() for file, key in self._tensors()}
+        return {key: _DTYPES[kind] for key, kind in kinds.items() if kind in _DTYPES}
 
+    def native_modules(self, plain: Any) -> dict[str, Tensor]:
+        """Tensors that `plain` does not load and that belong to multi-token modules: named mtp, or past the last layer."""
+        text = self.config.get("text_config", self.config)
+        depth = text.get("num_hidden_layers") or plain.config.get_text_config().num_hidden_layers
+        loaded, found = set(plain.state_dict()), {}
+        for file, key in self._tensors():
+            layer = _LAYER_KEY.search(key)
+            if key not in loaded and (_MTP_KEY.search(key) or (layer and int(layer[1]) >= depth)):
+                found[key] = file.get_tensor(key)
+        return found
 
-def _dtypes(files: list[Path]) -> dict[str, torch.dtype]:
-    dtypes: dict[str, torch.dtype] = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            kinds = {key: file.get_slice(key).get_dtype() for key in list(file.keys())}
-        dtypes |= {key: _DTYPES[kind] for key, kind in kinds.items() if kind in _DTYPES}
-    return dtypes
+    def copy_processors(self, folder: Path) -> None:
+        """Copy the processors of a base for several media, without which its class cannot be loaded."""
+        for name in _PROCESSORS if "text_config" in self.config else ():
+            if not (folder / name).is_file() and (found := self._file(name, fetch=True)):
+                shutil.copy(found, folder)
 
+    def _tensors(self) -> Iterator[tuple[Any, str]]:
+        """Each safetensors file, opened, with each key in it."""
+        for path in self._weights:
+            with safe_open(path, "pt") as file:
+                yield from ((file, key) for key in list(file.keys()))
 
-def _native_modules(plain: Any, files: list[Path], published: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors of the base's files that belong to multi-token modules: named mtp, or layers past the last decoder layer."""
-    text = published.get("text_config", published)
-    depth = text.get("num_hidden_layers") or plain.config.get_text_config().num_hidden_layers
-    found = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for key in list(file.keys()):
-                layer = _LAYER_KEY.search(key)
-                if _MTP_KEY.search(key) or (layer and int(layer[1]) >= depth):
-                    found[key] = file.get_tensor(key)
-    loaded = set(plain.state_dict())
-    return {key: tensor for key, tensor in found.items() if key not in loaded}
+    def _file(self, name: str, *, fetch: bool = False) -> Path | None:
+        """A file of the base; None where it has none, or (without `fetch`) none that is on this machine."""
+        with suppress(OSError, ValueError):
+            found = (
+                cached_file(self.name, name, revision=self.revision, local_files_only=not fetch) if self.name else None
+            )
+            return Path(found) if found else None
+        return None

@@ -163,13 +163,8 @@ def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
     kind = suffix if suffix == ".parquet.gz" else suffix.removesuffix(".gz")
     if kind not in readers:
         raise CaftuneError(f"{path} must end in {_KINDS}, got {suffix!r}. Convert or rename it.")
-    return _name_file_in_errors(path, readers[kind](path))
-
-
-def _name_file_in_errors(path: Path, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield rows; errors of an unreadable file become CaftuneErrors that name it."""
     try:
-        yield from rows
+        yield from readers[kind](path)
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from error
     except (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowInvalid) as error:
