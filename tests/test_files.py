@@ -13,9 +13,14 @@ from caftune.files import read_json, replacing, write_json, write_lines
 def test_an_error_leaves_the_old_file_and_nothing_next_to_it(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"a": 1})
-    with pytest.raises(KeyboardInterrupt), replacing(path) as partial:
-        partial.write_text("{")
-        raise KeyboardInterrupt
+
+    def broken_off():
+        with replacing(path) as partial:
+            partial.write_text("{")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
     assert read_json(path) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
 

@@ -87,12 +87,7 @@ def with_fixed_date(template: str) -> str:
 
 
 def conversations(
-    rows: Dataset,
-    tokenizer: Any,
-    *,
-    chat: bool | None = None,
-    system: str | None = None,
-    source: str = "The prompts",
+    rows: Dataset, tokenizer: Any, *, chat: bool | None = None, system: str | None = None, source: str = "The prompts"
 ) -> list[Conversation]:
     """The rows as conversations. `text` rows and empty prompts start from BOS alone.
 

@@ -94,7 +94,7 @@ def transformers_backend(
     """transformers' continuous batching, or padded batches of `batch_size`: see docs/decisions/0003.
 
     In padded batches each prompt has its own random numbers where `can_refill`; otherwise all share those of the first
-    prompt's seed. A prompt with a token that the model has no embedding for raises CaftuneError.
+    prompt's seed. A token without an embedding raises CaftuneError.
     """
     eos = end_tokens(model.generation_config, tokenizer)
     embedded = model.get_input_embeddings().weight.shape[0]

@@ -12,12 +12,7 @@ _REASON = 300  # characters of an error
 # The fields to which a chat endpoint may move parts of an answer, and the parser that does.
 _REASONING = "reasoning parser (vLLM, SGLang: no --reasoning-parser; llama-server: --reasoning-format none)"
 _TOOLS = "tool parser (vLLM, SGLang: no --tool-call-parser)"
-_PARSERS = {
-    "reasoning_content": _REASONING,
-    "reasoning": _REASONING,
-    "tool_calls": _TOOLS,
-    "function_call": _TOOLS,
-}
+_PARSERS = {"reasoning_content": _REASONING, "reasoning": _REASONING, "tool_calls": _TOOLS, "function_call": _TOOLS}
 
 
 class BadReply(Exception):

@@ -26,17 +26,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from caftune.data.prompts import Conversation, Prompt, apply_template
 from caftune.errors import CaftuneError
+from caftune.generation import replies
 from caftune.generation.backends import Answer, Backend, Failure, Sampling, padding_token, until_end
-from caftune.generation.replies import (
-    BadReply,
-    Reply,
-    chat_completion,
-    completion,
-    json_object,
-    llama_server_completion,
-    one_line,
-    unspellable,
-)
+from caftune.generation.replies import BadReply, Reply, one_line
 from caftune.generation.spellings import Decoding, find_spelling
 
 if TYPE_CHECKING:
@@ -133,7 +125,7 @@ class _Link:
         import openai
 
         try:
-            return json_object(request())
+            return replies.json_object(request())
         except openai.OpenAIError as error:
             raise RequestError(error) from error
 
@@ -307,7 +299,7 @@ def _request(link: _Link, prompt: Prompt, seed: int) -> Reply:
             "return_token_ids": True,
             "skip_special_tokens": False,  # if the answer comes as text after all, it must have them
         }
-        return completion(link.post("/completions", body))
+        return replies.completion(link.post("/completions", body))
     if link.dialect == "transformers":  # one token more: 5.23 reports "length" if the last one is EOS
         longer = replace(sampling, max_new_tokens=sampling.max_new_tokens + 1)
         config = longer.generation_config(link.eos, padding_token(link.tokenizer))
@@ -322,12 +314,12 @@ def _request(link: _Link, prompt: Prompt, seed: int) -> Reply:
 def _request_text(link: _Link, prompt: Prompt, body: dict[str, Any]) -> Reply:
     text = None if link.dialect == "chat" else _as_text(prompt, link.tokenizer)
     if text is not None:
-        return completion(link.post("/completions", {**body, "prompt": text}))
+        return replies.completion(link.post("/completions", {**body, "prompt": text}))
     options = dict(prompt.options)
     tools = options.pop("tools", None)
     more = {"tools": tools, "chat_template_kwargs": options, "messages": prompt.messages}
     given = {name: value for name, value in more.items() if value or name == "messages"}
-    return chat_completion(link.post("/chat/completions", {**body, **given}))
+    return replies.chat_completion(link.post("/chat/completions", {**body, **given}))
 
 
 def _request_llama_server(link: _Link, prompt: Prompt, seed: int) -> Reply:
@@ -349,7 +341,7 @@ def _request_llama_server(link: _Link, prompt: Prompt, seed: int) -> Reply:
         "cache_prompt": False,
         "return_tokens": True,
     }
-    return llama_server_completion(link.post(f"{link.root}/completion", body), sampling.max_new_tokens)
+    return replies.llama_server_completion(link.post(f"{link.root}/completion", body), sampling.max_new_tokens)
 
 
 def _as_text(prompt: Prompt, tokenizer: Any) -> str | None:
@@ -389,7 +381,7 @@ def _answer(link: _Link, prompt: Prompt, reply: Reply) -> Answer:
         adds_special=prompt.text is not None,
     )
     if ids is None:
-        raise unspellable(text)
+        raise replies.unspellable(text)
     return _closed(ids, reply.finish, _ends_of(prompt, tokenizer, link.eos), exact=False)
 
 
