@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -138,11 +138,12 @@ def raw_rows(source: str, limit: int | None = None) -> Iterator[dict[str, Any]]:
     """
     if limit is not None and limit < 1:
         raise CaftuneError(f"limit must be at least 1, got {limit}. None means all rows.")
-    rows = islice(_all_rows(source), limit)
-    first = next(rows, None)
-    if first is None:
+    is_empty = True
+    for row in islice(_all_rows(source), limit):
+        is_empty = False
+        yield row
+    if is_empty:
         raise CaftuneError(f"{source} is empty. Give at least one row.")
-    return chain([first], rows)
 
 
 def _all_rows(source: str) -> Iterator[dict[str, Any]]:
