@@ -22,7 +22,7 @@ def patch_datasets_json() -> None:
 
     datasets 5.2 uses pandas' ujson for Json columns: it writes ten decimals (1e-12 becomes 0.0), reads 0.951088 as
     0.9510879999999999, and turns a value with an integer beyond 64 bits into text. Values that the standard library cannot
-    write are left to ujson. Remove this when `datasets` keeps numbers: a test in tests/test_table.py then fails.
+    write are left to ujson. Remove this when `datasets` keeps numbers: a test in tests/data/test_table.py then fails.
     """
     written = _json.ujson_dumps
 
