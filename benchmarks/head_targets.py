@@ -29,8 +29,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from caftune import CAFTConfig, CAFTTrainer
 from caftune.data.forms import load_rows
 from caftune.data.prompts import conversations
+from caftune.generation.answers import AnswerCache, generate_labels
 from caftune.generation.backends import Sampling, transformers_backend
-from caftune.generation.labels import AnswerCache, generate_labels, label_dataset
+from caftune.generation.labels import label_dataset
 from caftune.training.tokenization import prepared
 
 # Whether the base writes the text, and what the targets are.

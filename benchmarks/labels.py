@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from caftune.data.forms import load_rows
 from caftune.data.prompts import Conversation, conversations
+from caftune.generation.answers import AnswerCache, generate_labels
 from caftune.generation.backends import Sampling, end_tokens, transformers_backend, until_end
-from caftune.generation.labels import AnswerCache, generate_labels, write_labels
+from caftune.generation.labels import write_labels
 
 
 def plain(model: Any, tokenizer: Any, talks: dict[int, Conversation], sampling: Sampling, size: int) -> list[list[int]]:

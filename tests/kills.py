@@ -22,9 +22,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from caftune import AuxiliaryHeads, Backbone, HeadsConfig, save_heads
-from caftune.checkpoints.heads_folder import file_sha256
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
+from caftune.files import file_sha256
 
 STEPS = 24
 LIMIT_S = 240

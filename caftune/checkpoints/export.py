@@ -1,13 +1,12 @@
 """The result: an ordinary checkpoint with the base's keys, shapes and dtypes, no trace of heads or adapters."""
 
 import copy
-import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,10 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
-from caftune.checkpoints.heads_folder import write_json
 from caftune.core.finite import refuse_not_finite
 from caftune.core.heads import ATTRIBUTE
 from caftune.errors import CaftuneError
+from caftune.files import read_json, write_json
 
 _logger = logging.getLogger(__name__)
 _LAYER_KEY = re.compile(r"^(?:model|backbone)\.(?:language_model\.)?layers\.(\d+)\.")
@@ -36,6 +35,36 @@ _NOTHING_WRITTEN = "Nothing was written. Training diverged, or values overflow t
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def export_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    folder: Path,
+    tokenizer: Any,
+    *,
+    base_name: str,
+    base_revision: str | None = None,
+    merged: bool = True,
+    vocab_size: int | None = None,
+    trust_remote_code: bool = False,
+    opening: AbstractContextManager[None] | None = None,
+) -> list[str]:
+    """Export a checkpoint of stage 2 (a model, or an adapter) as `export_model` does, or its adapter alone (`merged` False).
+
+    Args:
+        vocab_size: rows of the embeddings, where the base's were resized before training.
+        trust_remote_code: as in `from_pretrained`.
+        opening: the context in which the model is loaded.
+    """
+    if not merged:
+        copy_adapter(checkpoint, folder, tokenizer, base_name=base_name)
+        return []
+    trust = trust_remote_code
+    with opening or nullcontext():
+        model = load_trained(
+            checkpoint, base_name, base_revision, vocab_size=vocab_size, tokenizer=tokenizer, trust_remote_code=trust
+        )
+    return export_model(model, folder, tokenizer, base_name=base_name, base_revision=base_revision)
+
+
 def export_model(
     model: Any,
     folder: str | os.PathLike[str],
@@ -46,12 +75,10 @@ def export_model(
 ) -> list[str]:
     """Write `model` as an ordinary checkpoint: the base's keys, shapes and dtypes, no trace of heads or adapters.
 
-    Adapters are merged by PEFT in a copy (on the CPU), so that training can go on afterwards. Weights are written in the
-    dtype the base was published in (float32 master weights of a bfloat16 base become bfloat16 again). The files are written
-    aside and moved into `folder` when all are there, the configuration last; an earlier export is removed before.
-
-    Multi-token modules that the base brought along (DeepSeek, GLM, Qwen3-Next), which transformers does not load for
-    training, are copied from the base unchanged, and a warning says so.
+    Adapters are merged by PEFT in a copy (on the CPU), so that training can continue. Weights get the dtype the base was
+    published in. All files are written to a temporary folder first, then an earlier export is removed and they are moved into
+    `folder`, the configuration last. Multi-token modules of the base (DeepSeek, GLM, Qwen3-Next), which transformers does not
+    load for training, are copied unchanged, with a warning.
 
     Args:
         base_name: folder or hub id of the base, where the model was loaded from somewhere else (a checkpoint).
@@ -62,18 +89,14 @@ def export_model(
 
     Raises:
         RuntimeError: the merged weights are not those of a plain model of this class.
-        CaftuneError: adapters that cannot be merged (see `refuse_tied_adapters`).
-        CaftuneError: weights that are not finite, or are not in the dtype the base was published in.
+        CaftuneError: adapters that cannot be merged (see `refuse_tied_adapters`), or weights that are not finite.
     """
     plain = _merged_copy(model) if hasattr(model, "peft_config") else model
-    name = base_name or str(getattr(plain.config, "_name_or_path", ""))
-    published = _published_config(name, base_revision)
-    files = _published_files(name, base_revision)
-    dtype = getattr(torch, str(published.get("dtype") or published.get("torch_dtype")), None)
-    native = _native_modules(plain, files, published)
+    base = _PublishedBase(base_name or str(getattr(plain.config, "_name_or_path", "")), base_revision)
+    native = base.native_modules(plain)
     state = {key: tensor for key, tensor in plain.state_dict().items() if not key.startswith(f"{ATTRIBUTE}.")}
-    _refuse_strange_state(plain, state)
-    cast = _cast(state, dtype, _dtypes(files))
+    _check_state_dict_keys(plain, state)
+    cast = _cast(state, base.dtype, base.dtypes())
     weights = {name: cast[name] for name, _ in plain.named_parameters() if name in cast}
     refuse_not_finite(weights, "The weights to export", _NOTHING_WRITTEN)
     target = Path(folder)
@@ -82,25 +105,22 @@ def export_model(
         plain.save_pretrained(aside, state_dict=cast | native)
         # save_pretrained describes the model in memory, whose dtype and cache are those of training.
         path = Path(aside, "config.json")
-        described = json.loads(path.read_text())
-        described |= {"dtype": str(dtype).removeprefix("torch.")} if dtype is not None else {}
-        described["use_cache"] = published.get("use_cache", True)
+        described = read_json(path)
+        described |= {"dtype": str(base.dtype).removeprefix("torch.")} if base.dtype is not None else {}
+        described["use_cache"] = base.config.get("use_cache", True)
         if _is_untied(plain):
             described["tie_word_embeddings"] = False
         write_json(path, described)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
-        if "text_config" in published:
-            _copy_processors(name, base_revision, Path(aside))
-        clear_export(target, name)
-        if tokenizer is not None:
-            _clear_template(target, name)
+        base.copy_processors(Path(aside))
+        clear_export(target, base.name, template=tokenizer is not None)
         for file in sorted(Path(aside).iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(target / file.name)
     if native:
         _logger.warning(
-            "The base's own multi-token modules (%d tensors, such as %s) are in %s as they were: the training left them "
-            "out, so as drafts for speculative decoding they may be accepted less often than on the base.",
+            "The base's own multi-token modules (%d tensors, such as %s) were copied into %s without training, so in "
+            "speculative decoding their drafts may be accepted less often than on the base.",
             len(native),
             next(iter(native)),
             folder,
@@ -108,17 +128,19 @@ def export_model(
     return list(native)
 
 
-def clear_export(folder: Path, base_name: str) -> None:
-    """Remove an earlier export's configuration and weights; every other file, and the base itself, stays.
+def clear_export(folder: Path, base_name: str, *, template: bool = False) -> None:
+    """Remove an earlier export's configuration, weights and (`template`) chat template; other files, and the base, stay.
 
-    transformers would apply a leftover adapter to a whole model in the same folder.
+    A leftover adapter would be applied to a whole model in the same folder, a leftover template loaded with a tokenizer that
+    has none.
 
     Raises:
         CaftuneError: a folder has the name of a file that an export writes.
     """
     if not folder.is_dir() or folder.resolve() == Path(base_name).resolve():
         return
-    found = [path for path in folder.iterdir() if path.name in _EXPORTED or _SHARD.fullmatch(path.name)]
+    names = {*_EXPORTED, *(["chat_template.jinja"] if template else [])}
+    found = [path for path in folder.iterdir() if path.name in names or _SHARD.fullmatch(path.name)]
     blocked = next((path for path in found if path.is_dir() and not path.is_symlink()), None)
     if blocked is not None:
         raise CaftuneError(f"{blocked} must be a file of an earlier export or not exist, got a folder. Move it away.")
@@ -126,26 +148,12 @@ def clear_export(folder: Path, base_name: str) -> None:
         path.unlink()
 
 
-def _clear_template(folder: Path, base_name: str) -> None:
-    """Remove an earlier export's chat template, which would be loaded with a tokenizer that has none."""
-    if folder.resolve() != Path(base_name).resolve():
-        (folder / "chat_template.jinja").unlink(missing_ok=True)
-
-
-def _copy_processors(base_name: str, revision: str | None, folder: Path) -> None:
-    """A base of several media has processors beside its tokenizer, without which it cannot be loaded as what it is."""
-    for name in _PROCESSORS:
-        if not (folder / name).is_file() and (found := _published_file(base_name, revision, name, fetch=True)):
-            shutil.copy(found, folder)
-
-
 def copy_adapter(checkpoint: str | os.PathLike[str], folder: Path, tokenizer: Any, *, base_name: str) -> None:
-    """Export the adapter of a checkpoint as it is."""
+    """Export the adapter of a checkpoint unchanged."""
     for weights in Path(checkpoint).glob("adapter_model.safetensors"):
         refuse_not_finite(load_file(weights), f"The weights of {checkpoint}", _NOTHING_WRITTEN)
     folder.mkdir(parents=True, exist_ok=True)
-    clear_export(folder, base_name)
-    _clear_template(folder, base_name)
+    clear_export(folder, base_name, template=True)
     for name in _ADAPTER:
         shutil.copy(Path(checkpoint, name), folder)
     tokenizer.save_pretrained(folder)
@@ -169,22 +177,17 @@ def load_trained(
     """
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     if not Path(folder, "adapter_config.json").is_file():
-        return _class_of(_published_config(str(folder), None)).from_pretrained(folder, **options)
+        return _PublishedBase(str(folder)).model_class.from_pretrained(folder, **options)
     from peft import PeftModel
     from transformers.trainer_utils import align_special_tokens
 
-    kind = _class_of(_published_config(base_name, base_revision))
+    kind = _PublishedBase(base_name, base_revision).model_class
     base = kind.from_pretrained(base_name, revision=base_revision or "main", **options)
     if vocab_size is not None and vocab_size != base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(vocab_size)
     if tokenizer is not None:
         align_special_tokens(base, tokenizer)
     return PeftModel.from_pretrained(base, folder)
-
-
-def _class_of(published: Mapping[str, Any]) -> Any:
-    """The class a model was published as: for some families it is not the one AutoModelForCausalLM picks."""
-    return getattr(transformers, (published.get("architectures") or [""])[0], AutoModelForCausalLM)
 
 
 def _merged_copy(model: Any) -> Any:
@@ -208,11 +211,13 @@ def _merged_copy(model: Any) -> Any:
 
 
 def refuse_tied_adapters(model: Any) -> None:
-    """An adapter merged into a weight that another layer shares (tied embeddings, Zamba's block) would change that one too."""
-    adapted = {name: module for name, module in model.named_modules() if _is_adapted(module)}
-    for name, module in adapted.items():
+    """Raise CaftuneError for an adapter of a weight that another layer shares (tied embeddings, Zamba's block)."""
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if not (hasattr(module, "merge") and hasattr(module, "get_base_layer")):
+            continue
         weight = getattr(module.get_base_layer(), "weight", None)
-        for other, part in model.named_modules():
+        for other, part in modules.items():
             if not other.startswith(name) and part._parameters.get("weight") is weight is not None:
                 raise CaftuneError(
                     f"The adapter of {name} cannot be merged: {other} shares its weight, and would change too. Nothing was "
@@ -220,11 +225,7 @@ def refuse_tied_adapters(model: Any) -> None:
                 )
 
 
-def _is_adapted(module: Any) -> bool:
-    return hasattr(module, "merge") and hasattr(module, "get_base_layer")
-
-
-def _refuse_strange_state(plain: Any, state: Mapping[str, Tensor]) -> None:
+def _check_state_dict_keys(plain: Any, state: Mapping[str, Tensor]) -> None:
     """Compare with a plain model of the same class and configuration, built without memory."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         expected = set(type(plain)(plain.config).state_dict())
@@ -256,45 +257,58 @@ def _cast(
     return result
 
 
-def _published_config(name: str, revision: str | None) -> dict[str, Any]:
-    """The base's own configuration as it was published, empty where there is none to be found without a network."""
-    path = _published_file(name, revision, "config.json")
-    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+class _PublishedBase:
+    """A base as it was published: its configuration and its safetensors files, as far as they are on this machine."""
 
+    def __init__(self, name: str, revision: str | None = None) -> None:
+        self.name, self.revision = name, revision
+        path = self._file("config.json")
+        self.config: dict[str, Any] = read_json(path) if path else {}
+        self._weights = sorted(path.parent.glob("*.safetensors")) if path else []
 
-def _published_file(name: str, revision: str | None, file: str, *, fetch: bool = False) -> Path | None:
-    """A file of the base, None where it has none, or (without `fetch`) none that is on this machine."""
-    with suppress(OSError, ValueError):
-        path = cached_file(name, file, revision=revision, local_files_only=not fetch) if name else None
-        return Path(path) if path else None
-    return None
+    @property
+    def model_class(self) -> Any:
+        """The class it was published as: for some families not the one that AutoModelForCausalLM picks."""
+        return getattr(transformers, (self.config.get("architectures") or [""])[0], AutoModelForCausalLM)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype in the configuration."""
+        return getattr(torch, str(self.config.get("dtype") or self.config.get("torch_dtype")), None)
 
-def _published_files(name: str, revision: str | None) -> list[Path]:
-    """The base's own safetensors files, as far as they are on this machine."""
-    config = _published_file(name, revision, "config.json")
-    return sorted(config.parent.glob("*.safetensors")) if config else []
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of every tensor in the files."""
+        kinds = {key: file.get_slice(key).get_dtype() for file, key in self._tensors()}
+        return {key: _DTYPES[kind] for key, kind in kinds.items() if kind in _DTYPES}
 
+    def native_modules(self, plain: Any) -> dict[str, Tensor]:
+        """Tensors that `plain` does not load and that belong to multi-token modules: named mtp, or past the last layer."""
+        text = self.config.get("text_config", self.config)
+        depth = text.get("num_hidden_layers") or plain.config.get_text_config().num_hidden_layers
+        loaded, found = set(plain.state_dict()), {}
+        for file, key in self._tensors():
+            layer = _LAYER_KEY.search(key)
+            if key not in loaded and (_MTP_KEY.search(key) or (layer and int(layer[1]) >= depth)):
+                found[key] = file.get_tensor(key)
+        return found
 
-def _dtypes(files: list[Path]) -> dict[str, torch.dtype]:
-    dtypes: dict[str, torch.dtype] = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            kinds = {key: file.get_slice(key).get_dtype() for key in list(file.keys())}
-        dtypes |= {key: _DTYPES[kind] for key, kind in kinds.items() if kind in _DTYPES}
-    return dtypes
+    def copy_processors(self, folder: Path) -> None:
+        """Copy the processors of a base for several media, without which its class cannot be loaded."""
+        for name in _PROCESSORS if "text_config" in self.config else ():
+            if not (folder / name).is_file() and (found := self._file(name, fetch=True)):
+                shutil.copy(found, folder)
 
+    def _tensors(self) -> Iterator[tuple[Any, str]]:
+        """Each safetensors file, opened, with each key in it."""
+        for path in self._weights:
+            with safe_open(path, "pt") as file:
+                yield from ((file, key) for key in list(file.keys()))
 
-def _native_modules(plain: Any, files: list[Path], published: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors of the base's files that belong to multi-token modules: named mtp, or layers past the last decoder layer."""
-    text = published.get("text_config", published)
-    depth = text.get("num_hidden_layers") or plain.config.get_text_config().num_hidden_layers
-    found = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for key in list(file.keys()):
-                layer = _LAYER_KEY.search(key)
-                if _MTP_KEY.search(key) or (layer and int(layer[1]) >= depth):
-                    found[key] = file.get_tensor(key)
-    loaded = set(plain.state_dict())
-    return {key: tensor for key, tensor in found.items() if key not in loaded}
+    def _file(self, name: str, *, fetch: bool = False) -> Path | None:
+        """A file of the base; None where it has none, or (without `fetch`) none that is on this machine."""
+        with suppress(OSError, ValueError):
+            found = (
+                cached_file(self.name, name, revision=self.revision, local_files_only=not fetch) if self.name else None
+            )
+            return Path(found) if found else None
+        return None

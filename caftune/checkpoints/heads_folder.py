@@ -1,65 +1,42 @@
-"""Heads on disk, and the record of how a run was made.
+"""Heads on disk: a folder with `heads.safetensors` and `heads.json`.
 
-A heads folder holds `heads.safetensors` and `heads.json`. The JSON names the base (its configuration, and fingerprints of
-its unembedding and last layer), the tokenizer, the horizons, the fork point and how the heads were trained; loading refuses
-heads of another base. Nothing is pickled.
+The JSON names the base (its configuration, and fingerprints of its unembedding and last layer), the tokenizer, the horizons,
+the fork point and how the heads were trained. Heads of another base are refused. Nothing is pickled.
 """
 
-import hashlib
 import json
 import os
-import platform
 import re
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.utils.hub import cached_file, extract_commit_hash
 
-from caftune.core.adapters import original_state
-from caftune.core.backbone import Backbone, whole
+from caftune.checkpoints.fingerprint import base_fingerprint, commit_of, differences, tokenizer_fingerprint
+from caftune.checkpoints.provenance import package_version
+from caftune.core.backbone import Backbone
 from caftune.core.heads import FORK_POINTS, AuxiliaryHeads, HeadsConfig
 from caftune.errors import CaftuneError
+from caftune.files import file_sha256, replacing, write_json
 
 FORMAT = 1
 WEIGHTS_FILE, DESCRIPTION_FILE = "heads.safetensors", "heads.json"
-# What of a heads folder is fetched from a hub and pushed to it, beside the card.
+# The files of a heads folder that are pushed to a hub and pulled from it, besides the card.
 QUALITY_FILE, PICTURE_FILE = "quality.json", "quality.png"
 SHARED_FILES = (WEIGHTS_FILE, DESCRIPTION_FILE, QUALITY_FILE, PICTURE_FILE)
 # What huggingface_hub raises where the hub cannot be reached or refuses: its own errors and its HTTP library's.
 HUB_ERRORS = (ValueError, RuntimeError, *HfHubHTTPError.__bases__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _WAITING_DESCRIPTION = f".{DESCRIPTION_FILE}.waiting"
-_SAMPLED_ROWS = 64
-_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# What a configuration holds besides the architecture: where it came from, what trainers are free to set, and the size of
-# the vocabulary, which the heads never see.
-_VOLATILE = {
-    *(
-        "_name_or_path",
-        "architectures",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "use_cache",
-        "quantization_config",
-    ),
-    *("pad_token_id", "bos_token_id", "eos_token_id", "output_router_logits", "router_aux_loss_coef"),
-    *("id2label", "label2id", "vocab_size"),
-    *("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout"),
-}
+_PICKLES = (".pth", ".pt", ".bin", ".pkl")
+# The keys that loading needs: of a description, and of its entry `base`.
+_NEEDED = ("weights_sha256", "tokenizer", "vocabulary")
+_NEEDED_OF_BASE = ("name", "model_type", "architecture", "unembedding", "last_layer")
 
 
 def save_heads(
@@ -74,7 +51,7 @@ def save_heads(
     fingerprint: Mapping[str, Any] | None = None,
     write: bool = True,
 ) -> None:
-    """Write `heads` and what they belong to. A crash leaves the old folder or the new one, never half of each.
+    """Write `heads` and the description of their base. After a crash the folder holds the old heads or the new ones.
 
     Args:
         training: how they were trained, for the record.
@@ -88,12 +65,7 @@ def save_heads(
         return
     name = str(getattr(backbone.model.config, "_name_or_path", ""))
     base = {"name": file_name(name), "revision": commit_of(name, revision, fetch=False), **base}
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     found = heads.state_dict() if state is None else state
-    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in found.items()}
-    partial = target / f".{WEIGHTS_FILE}.partial"
-    save_file(weights, partial, metadata={"format": "pt"})
     description = {
         "format": FORMAT,
         "kind": heads.config.kind,
@@ -103,13 +75,20 @@ def save_heads(
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
         "vocabulary": len(tokenizer.get_vocab()) if tokenizer is not None else None,
         "training": dict(training or {}),
-        "weights_sha256": file_sha256(partial),
         "caftune": package_version("caftune"),
     }
-    waiting = target / _WAITING_DESCRIPTION
-    write_json(waiting, description)
-    partial.replace(target / WEIGHTS_FILE)  # from here on `waiting` describes the weights: see _finish_save
-    waiting.replace(target / DESCRIPTION_FILE)
+    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in found.items()}
+    write_heads(Path(folder), weights, description)
+
+
+def write_heads(folder: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Write both files of a heads folder, adding the weights' hash to the description."""
+    waiting = folder / _WAITING_DESCRIPTION
+    with replacing(folder / WEIGHTS_FILE) as partial:
+        save_file(dict(weights), partial, metadata={"format": "pt"})
+        write_json(waiting, {**description, "weights_sha256": file_sha256(partial)})
+    # From here on `waiting` describes the weights: after a crash `_finish_save` renames it.
+    waiting.replace(folder / DESCRIPTION_FILE)
 
 
 def load_heads(
@@ -144,10 +123,10 @@ def load_heads(
 
 
 def find_heads(name: str | os.PathLike[str]) -> Path:
-    """The folder `name`, or this machine's copy of the heads `owner/name[@revision]` on the hub, fetched where it is missing.
+    """The folder `name`, or a local copy of the heads `owner/name[@revision]` on the hub, downloaded if needed.
 
     Raises:
-        CaftuneError: it is neither a folder nor to be had from the hub.
+        CaftuneError: it is neither a folder nor heads on the hub.
     """
     if Path(name).is_dir() or not _HUB_ID.fullmatch(str(name)):
         return Path(name)
@@ -168,9 +147,9 @@ def find_heads(name: str | os.PathLike[str]) -> Path:
 
 
 def hub_reason(error: Exception) -> str:
-    """Why the hub refused, in a few words."""
+    """The hub's reason for a refusal, in a few words."""
     if isinstance(error, RepositoryNotFoundError):
-        return "no such repository is there for you"
+        return "there is no such repository, or you have no access to it"
     if isinstance(error, RevisionNotFoundError):
         return "the repository has no such revision"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
@@ -178,32 +157,38 @@ def hub_reason(error: Exception) -> str:
 
 def describe_heads(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The contents of the heads.json of a folder or hub id."""
-    path = find_heads(folder)
-    _finish_save(path)
-    if not (path / DESCRIPTION_FILE).is_file():
-        pickles = [item.name for suffix in ("*.pth", "*.pt", "*.bin", "*.pkl") for item in path.glob(suffix)]
-        if pickles:
-            raise CaftuneError(
-                f"{path} holds {pickles[0]}, a pickle, which can run code when opened. caftune reads only {WEIGHTS_FILE} "
-                f"with {DESCRIPTION_FILE}; train heads with `caftune pretrain-heads`."
-            )
-        raise CaftuneError(
-            f"{path} must be a folder with {DESCRIPTION_FILE} and {WEIGHTS_FILE}, and is not. "
-            "Train heads with `caftune pretrain-heads`, or name some on the hub (owner/name)."
-        )
+    folder = find_heads(folder)
+    _finish_save(folder)
+    path = folder / DESCRIPTION_FILE
+    if not path.is_file():
+        raise _no_heads(folder)
     try:
-        description = json.loads((path / DESCRIPTION_FILE).read_text())
+        description = json.loads(path.read_text())
         found = description["format"]
         if found == FORMAT:
             _check_description(description)
     except (ValueError, KeyError, TypeError) as error:
-        raise CaftuneError(f"{path / DESCRIPTION_FILE} is damaged ({error}). Copy or train the heads again.") from error
+        raise CaftuneError(f"{path} is damaged ({error}). Copy or train the heads again.") from error
     if found != FORMAT:
         raise CaftuneError(
-            f"{path} has heads of format {found}, and this caftune reads format {FORMAT}. "
+            f"{folder} has heads of format {found}, and this caftune reads format {FORMAT}. "
             "Update caftune or train the heads again."
         )
     return description
+
+
+def _no_heads(folder: Path) -> CaftuneError:
+    """The error for a folder without a description."""
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)
+    if pickles:
+        return CaftuneError(
+            f"{folder} holds {pickles[0]}, a pickle, which can run code when opened. caftune reads only {WEIGHTS_FILE} "
+            f"with {DESCRIPTION_FILE}; train heads with `caftune pretrain-heads`."
+        )
+    return CaftuneError(
+        f"{folder} must be a folder with {DESCRIPTION_FILE} and {WEIGHTS_FILE}, and is not. "
+        "Train heads with `caftune pretrain-heads`, or name some on the hub (owner/name)."
+    )
 
 
 def _check_description(description: Mapping[str, Any]) -> None:
@@ -211,10 +196,9 @@ def _check_description(description: Mapping[str, Any]) -> None:
     config = HeadsConfig(len(description["horizons"]), description["kind"])
     if description["horizons"] != config.horizons:
         raise CaftuneError(f"horizons must be {config.horizons}, got {description['horizons']}")
-    for key in ("weights_sha256", "tokenizer", "vocabulary"):
-        description[key]
-    for key in ("name", "model_type", "architecture", "unembedding", "last_layer"):
-        description["base"][key]
+    for place, keys in ((description, _NEEDED), (description["base"], _NEEDED_OF_BASE)):
+        for key in keys:
+            place[key]
 
 
 def _finish_save(folder: Path) -> None:
@@ -243,102 +227,16 @@ def read_heads(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise CaftuneError(f"{path} is not a safetensors file ({error}). Copy or train the heads again.") from error
 
 
-def base_fingerprint(backbone: Backbone) -> dict[str, Any]:
-    """What ties heads to a base: its architecture, and samples of the weights they share or were copied from.
-
-    Weights are sampled after rounding to bfloat16, so a base loaded in float32 and in bfloat16 gives one fingerprint. The
-    last layer of a quantised base has none (None).
-    """
-    config = backbone.model.config
-    layer, unembedding = original_state(backbone.layer), original_state(backbone.model.get_output_embeddings())
-    is_plain = all(parameter.dtype in _PLAIN for parameter in backbone.layer.parameters())
-    return {
-        "model_type": config.model_type,
-        "architecture": json.loads(json.dumps(_without_volatile(config.to_dict()), default=str)),
-        "unembedding": _sampled_sha256({"weight": unembedding["weight"]}),
-        "last_layer": _sampled_sha256(layer) if is_plain else None,
-    }
-
-
-def _without_volatile(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_volatile(item) for key, item in value.items() if key not in _VOLATILE}
-    return value
-
-
-def model_fingerprint(name: str, revision: str | None = None) -> str:
-    """What tells one published model from another: its commit on the hub, or a hash of a folder's files."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return f"{name}@{commit_of(name, revision, fetch=True)}"
-    configs = [folder / file for file in ("config.json", "generation_config.json")]
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    return _sha256("".join(file_sha256(path) for path in [*configs, *weights] if path.is_file()).encode())
-
-
-def commit_of(name: str, revision: str | None, *, fetch: bool) -> str | None:
-    """The commit of a model on the hub: now (`fetch`), or when this machine last loaded it. None where it is not known."""
-    with nullcontext() if fetch else suppress(OSError, ValueError):
-        file = cached_file(name, "config.json", revision=revision or "main", local_files_only=not fetch)
-        return extract_commit_hash(file, None)
-    return None
-
-
-def tokenizer_fingerprint(tokenizer: Any, *, size: int | None = None) -> str:
-    """A hash of the vocabulary and its ids; with `size`, of the `size` tokens with the lowest ids."""
-    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))[:size]
-    return _sha256(json.dumps(sorted(tokens)).encode())
-
-
-def provenance(data_files: Mapping[str, str | os.PathLike[str]] | None = None) -> dict[str, Any]:
-    """Command, time, versions, git commit of the working folder, device, and the hashes of the data files read."""
-    packages = ("caftune", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors")
-    return {
-        "command": shlex.join(sys.argv),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: package_version(name) for name in packages},
-        "git": _git_commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "data": {name: file_sha256(path) for name, path in (data_files or {}).items() if Path(path).is_file()},
-    }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader finds the old file or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # others may be writing it, too
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
-
-
 def file_name(source: str) -> str:
     """A hub id, or the name of a file or folder: what is shared holds no paths of this machine."""
     return Path(source).name if Path(source).exists() or Path(source).is_absolute() else source
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def package_version(name: str) -> str | None:
-    """The installed version of a package, None where it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _refuse_other_base(
     folder: Path, description: Mapping[str, Any], backbone: Backbone, tokenizer: Any, *, force: bool
 ) -> None:
     expected, found = description["base"], base_fingerprint(backbone)
-    kind = _differences(expected["architecture"], found["architecture"])
+    kind = differences(expected["architecture"], found["architecture"])
     if expected["model_type"] != found["model_type"]:
         kind = [f"model_type ({expected['model_type']} -> {found['model_type']})"]
     known = [key for key in ("unembedding", "last_layer") if None not in (expected[key], found[key])]
@@ -358,39 +256,3 @@ def _refuse_other_base(
         f"The heads in {folder} were trained for {expected['name'] or expected['model_type']}, and {this} differs in its "
         f"{', '.join(kind + weights)}. {remedy}"
     )
-
-
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any], place: str = "") -> list[str]:
-    """Where two configurations differ, as `key (one -> other)`; keys that only one of two library versions knows are not."""
-    found = []
-    for key in sorted(set(one) & set(other)):
-        if isinstance(one[key], dict) and isinstance(other[key], dict):
-            found += _differences(one[key], other[key], f"{place}{key}.")
-        elif one[key] != other[key]:
-            found.append(f"{place}{key} ({one[key]!r} -> {other[key]!r})")
-    return found
-
-
-def _sampled_sha256(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = whole(tensors[name].detach())
-        rows = (
-            torch.linspace(0, tensor.shape[0] - 1, min(_SAMPLED_ROWS, tensor.shape[0])).long() if tensor.dim() else None
-        )
-        sample = tensor[rows.to(tensor.device)] if rows is not None else tensor
-        digest.update(name.encode())
-        digest.update(sample.to(torch.bfloat16).contiguous().cpu().reshape(-1).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _git_commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

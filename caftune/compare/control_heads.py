@@ -4,17 +4,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from caftune.checkpoints.heads_folder import (
-    DESCRIPTION_FILE,
-    WEIGHTS_FILE,
     describe_heads,
-    file_sha256,
     read_heads,
     save_heads,
-    write_json,
+    write_heads,
 )
 from caftune.core.backbone import Backbone
 from caftune.core.heads import AuxiliaryHeads, HeadsConfig
@@ -41,13 +37,8 @@ def write_control_heads(control: Control, source: Path, target: Path, *, seed: i
         changed = {name: _permuted(tensor, generator) for name, tensor in sorted(weights.items())}
     else:
         changed = _rotated(weights, len(description["horizons"]))
-    target.mkdir(parents=True, exist_ok=True)
-    partial = target / f".{WEIGHTS_FILE}.partial"
-    save_file(changed, partial, metadata={"format": "pt"})
     about = {"control": control, "seed": seed, "made_from": description["weights_sha256"]}
-    changed_description = {**description, "training": about, "weights_sha256": file_sha256(partial)}
-    partial.replace(target / WEIGHTS_FILE)
-    write_json(target / DESCRIPTION_FILE, changed_description)  # last: it says that all is there
+    write_heads(target, changed, {**description, "training": about})
 
 
 def write_untrained_heads(

@@ -20,7 +20,6 @@ scheduler can spread them; whoever comes last, or a call without `only`, puts th
 """
 
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -44,6 +43,7 @@ from caftune.core.heads import HeadsConfig
 from caftune.errors import CaftuneError
 from caftune.evals.concepts import read_terms
 from caftune.evals.statistics import load_scipy
+from caftune.files import write_lines
 from caftune.pipeline import stages as pipeline
 from caftune.pipeline.evaluate import evaluate, in_words, read_tasks, with_form
 from caftune.pipeline.folder import is_begun, is_done, open_stage, record, refuse_other_stage, with_commit
@@ -342,10 +342,7 @@ def _study(run: Recipe, model: str) -> int:
     limits = [limit for limit in (section.limit, run.data.limit) if limit is not None]
     rows: Any = task_rows(run, "eval", tokenizer, args, limit=min(limits, default=None))
     found = study_concepts(load_model(run, model), tokenizer, rows, section.kind, terms)
-    folder = Path(run.output)
-    partial = folder / ".concepts.jsonl.partial"
-    partial.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in found), encoding="utf-8")
-    partial.replace(folder / "concepts.jsonl")
+    write_lines(Path(run.output, "concepts.jsonl"), found)
     free_memory()
     return len(found)
 

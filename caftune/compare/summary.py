@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from caftune.checkpoints.heads_folder import QUALITY_FILE, describe_heads, provenance, read_json, write_json
+from caftune.checkpoints.heads_folder import QUALITY_FILE, describe_heads
+from caftune.checkpoints.provenance import provenance
 from caftune.compare.concept_study import summarise_concepts
 from caftune.compare.examples import compared_examples, terms_of
 from caftune.compare.runs import (
@@ -31,6 +32,7 @@ from caftune.evals.concepts import density
 from caftune.evals.statistics import Comparison, compare_runs, holm, interval
 from caftune.evals.statistics import compare as compare_scores
 from caftune.evals.tasks import TASKS
+from caftune.files import read_json, write_json
 from caftune.pipeline.recipe import Recipe
 from caftune.pipeline.stage_config import load_tokenizer, pretrained_heads
 

@@ -1,14 +1,13 @@
 """Rows of any source in one of three forms that SFTTrainer knows: `messages`, `prompt` and `completion`, or `text`.
 
-Alpaca (instruction, input, output) and ShareGPT (conversations) rows are turned into the first two. What a source is: see
-readers.py. Contents become text, and arguments of tool calls objects, as chat templates expect them. None, ""
-and [] count as missing values; 0 and false do not.
+Alpaca (instruction, input, output) and ShareGPT (conversations) rows are converted to the first two. Contents become text,
+and arguments of tool calls objects, as chat templates expect them. None, "" and [] are missing values; 0 and false are not.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from caftune.data import table
 from caftune.data.readers import MalformedJson, hub_source, parse_json, raw_rows
 from caftune.errors import CaftuneError
 
-# Columns that go along with messages, and what stands for them in rows without.
+# Columns that accompany messages, and their values in rows without them.
 _EXTRAS: dict[str, Any] = {"tools": None, "chat_template_kwargs": {}}
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _NAMES = (
@@ -47,16 +46,16 @@ def load_rows(
 
     Args:
         source: a file or a hub id.
-        columns: our name -> the source's name, for example {"prompt": "question", "completion": "answer"}. What goes along
-            with messages or an instruction comes under its own name where it is not named.
+        columns: our name -> the source's name, for example {"prompt": "question", "completion": "answer"}. Columns that
+            accompany messages or an instruction keep their own name where they are not listed.
         limit: number of rows to read, from the first; the rest of the file is not read.
         chat: turn alpaca rows into a conversation (for a base with a chat template) instead of plain text.
-        texts_too: prompts and completions that are text, too.
+        texts_too: turn prompts and completions that are text into a conversation, too.
 
     Raises:
         CaftuneError: no such file, a malformed line (with its number), no rows, or columns of no known form.
     """
-    rows = _first_rows(source, limit)
+    rows = raw_rows(source, limit)
     if columns:
         first = next(rows)
         _check_columns(columns, first, source)
@@ -74,17 +73,7 @@ def read_rows(source: str, limit: int | None = None) -> list[dict[str, Any]]:
     Raises:
         CaftuneError: no such file, a malformed line (with its number), or no rows.
     """
-    return list(_first_rows(source, limit))
-
-
-def _first_rows(source: str, limit: int | None) -> Iterator[dict[str, Any]]:
-    if limit is not None and limit < 1:
-        raise CaftuneError(f"limit must be at least 1, got {limit}. None means all rows.")
-    rows = islice(raw_rows(source), limit)
-    first = next(rows, None)
-    if first is None:
-        raise CaftuneError(f"{source} is empty. Give at least one row.")
-    return chain([first], rows)
+    return list(raw_rows(source, limit))
 
 
 def _check_columns(columns: Mapping[str, str], row: Mapping[str, Any], source: str) -> None:
@@ -111,11 +100,7 @@ def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
 
 
 def refuse_unnamed_split(source: str, place: str) -> None:
-    """Refuse a hub id that would stand for the rows that models are trained on, where they are to be evaluated.
-
-    Raises:
-        CaftuneError: no split is named, which is `train` then.
-    """
+    """Raise CaftuneError for a hub id without a split, which would mean `train`, where rows to evaluate on are expected."""
     found = None if Path(source).exists() else hub_source(source)
     if found is not None and found.split is None:
         raise CaftuneError(
@@ -128,8 +113,8 @@ def _as_conversation(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a text prompt and completion as a user's and an assistant's message; any other row unchanged."""
     if not isinstance(row.get("prompt"), str) or "completion" not in row:
         return row
-    said = {"prompt": ("user", row["prompt"]), "completion": ("assistant", row["completion"])}
-    return row | {name: [{"role": role, "content": text}] for name, (role, text) in said.items()}
+    turns = {"prompt": ("user", row["prompt"]), "completion": ("assistant", row["completion"])}
+    return row | {name: [{"role": role, "content": text}] for name, (role, text) in turns.items()}
 
 
 def _dataset(rows: Iterator[dict[str, Any]], source: str) -> Dataset:
@@ -162,28 +147,12 @@ def _form(row: Mapping[str, Any]) -> dict[str, bool]:
     return {name: isinstance(value, list) for name, value in row.items() if name not in _EXTRAS}
 
 
-def _is_given(value: Any) -> bool:
-    """Whether an optional value is given: 0 and false count as given."""
-    return value is not None and value not in ("", [], {})
+class _BadRow(Exception):
+    """The fault of a row: "must ..." about the row itself, else about a part of it."""
 
 
-def _in_form(row: dict[str, Any], place: str, *, chat: bool) -> dict[str, Any]:
-    try:
-        return _with_system(_formed(row, place, chat=chat), row.get("system"), place)
-    except RecursionError as error:
-        raise CaftuneError(f"{place} must be nested less deeply. Fix or remove the row.") from error
-
-
-def _parsed(value: Any, name: str, place: str) -> Any:
-    """What stands as JSON in a text: Arrow has no other way to keep schemas of tools."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_json(value)
-    except MalformedJson as error:
-        raise CaftuneError(
-            f"{place}: {name} must be JSON, got {_short(value)} ({error}). Write it with json.dumps."
-        ) from error
+def _must_be(what: str, expected: str, value: Any, remedy: str = "Fix the row.") -> _BadRow:
+    return _BadRow(f"{what} must be {expected}, got {_short(value)}. {remedy}")
 
 
 def _short(value: Any) -> str:
@@ -191,96 +160,121 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _with_system(row: dict[str, Any], system: Any, place: str) -> dict[str, Any]:
-    """A row with the system message that stands in a column of its own."""
+def _in_form(row: dict[str, Any], place: str, *, chat: bool) -> dict[str, Any]:
+    """A row in one of the three forms. `place`: the row's name in errors."""
+    try:
+        return _with_system(_formed(row, chat=chat), row.get("system"))
+    except RecursionError as error:
+        raise CaftuneError(f"{place} must be nested less deeply. Fix or remove the row.") from error
+    except _BadRow as error:
+        link = " " if str(error).startswith("must ") else ": "
+        raise CaftuneError(f"{place}{link}{error}") from error
+
+
+def _formed(row: dict[str, Any], *, chat: bool) -> dict[str, Any]:
+    _refuse_media(row)
+    if "instruction" in row and not {"messages", "conversations"} & row.keys():
+        return _from_alpaca(row, chat=chat)
+    extras = _extras(row)
+    if "messages" in row:
+        return {"messages": _conversation(row["messages"], "messages"), **extras}
+    if "conversations" in row:
+        turns = _parsed(row["conversations"], "conversations")
+        turns = [_from_sharegpt(turn) for turn in turns] if isinstance(turns, list) else turns
+        return {"messages": _conversation(turns, "conversations"), **extras}
+    form = next((form for form in _TEXTS if row.keys() >= form.keys()), None)
+    if form is not None:
+        return {**_texts({name: row[name] for name in form}), **extras}
+    raise _BadRow(
+        f"must have the columns of a known form, got {', '.join(row)} (known: messages; prompt and completion; text; "
+        "instruction and output; conversations). Name them in data.columns, such as {prompt: question, completion: answer}."
+    )
+
+
+def _with_system(row: dict[str, Any], system: Any) -> dict[str, Any]:
+    """A row with the system message from its column `system`."""
     if not _is_given(system):
         return row
     if not isinstance(system, str):
-        raise CaftuneError(f"{place}: system must be text, got {_short(system)}. Write it in quotes.")
+        raise _must_be("system", "text", system, "Write it in quotes.")
     name = next((name for name in ("messages", "prompt") if isinstance(row.get(name), list)), None)
     if name is None:
-        raise CaftuneError(
-            f"{place} must not have a system message, as the row is plain text. Remove the column, or put it before the prompt."
+        raise _BadRow(
+            "must not have a system message, as the row is plain text. Remove the column, or put it before the prompt."
         )
     has_own = row[name][0]["role"] in ("system", "developer")
     return row if has_own else row | {name: [{"role": "system", "content": system}, *row[name]]}
 
 
-def _formed(row: dict[str, Any], place: str, *, chat: bool) -> dict[str, Any]:
-    _refuse_media(row, place)
-    if "instruction" in row and not {"messages", "conversations"} & row.keys():
-        return _from_alpaca(row, place, chat=chat)
-    extras = _extras(row, place)
-    if "messages" in row:
-        return {"messages": _conversation(row["messages"], "messages", place), **extras}
-    if "conversations" in row:
-        turns = _parsed(row["conversations"], "conversations", place)
-        turns = [_message(turn, place) for turn in turns] if isinstance(turns, list) else turns
-        return {"messages": _conversation(turns, "conversations", place), **extras}
-    form = next((form for form in _TEXTS if row.keys() >= form.keys()), None)
-    if form is not None:
-        return {**_texts({name: row[name] for name in form}, place), **extras}
-    raise CaftuneError(
-        f"{place} must have the columns of a known form, got {', '.join(row)} (known: messages; prompt and "
-        "completion; text; instruction and output; conversations). Name them in data.columns, such as "
-        "{prompt: question, completion: answer}."
-    )
-
-
-def _extras(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+def _extras(row: Mapping[str, Any]) -> dict[str, Any]:
     """The tools and template options of a row."""
     if row.keys().isdisjoint(_EXTRAS):
         return {}
-    found = {name: _parsed(row[name], name, place) for name in _EXTRAS if row.get(name) not in (None, "")}
+    found = {name: _parsed(row[name], name) for name in _EXTRAS if row.get(name) not in (None, "")}
     tools, options = found.get("tools", []), found.get("chat_template_kwargs", {})
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise CaftuneError(f"{place}: tools must be a list of JSON schemas, got {_short(tools)}. Fix the row.")
+        raise _must_be("tools", "a list of JSON schemas", tools)
     if not isinstance(options, dict):
-        raise CaftuneError(f"{place}: chat_template_kwargs must be an object, got {_short(options)}. Fix the row.")
-    _refuse_non_json(found, place)
+        raise _must_be("chat_template_kwargs", "an object", options)
+    _refuse_non_json(found)
     return found
 
 
-def _refuse_non_json(value: Any, place: str) -> None:
-    """Refuse NaN, dates and bytes within messages and tools: a template would write their Python representation."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise CaftuneError(
-            f"{place} must hold values that JSON can represent, got another ({error}). Write it as text, or null for none."
-        ) from error
-
-
-def _refuse_media(row: Mapping[str, Any], place: str) -> None:
-    if _MEDIA.isdisjoint(row):
-        return
-    media = [name for name in row if name in _MEDIA and _is_given(row[name])]
-    if media:
-        raise CaftuneError(f"{place} must be text only, got {media[0]}. Remove the row, or the column.")
-
-
-def _texts(values: dict[str, Any], place: str) -> dict[str, Any]:
+def _texts(values: dict[str, Any]) -> dict[str, Any]:
     """Columns that are all text, or all messages."""
     if all(isinstance(value, str) for value in values.values()):
         return values
     for name, value in values.items():
-        _refuse_non_text(value, name, place, or_messages=name != "text")
-    found = {n: _conversation(v, n, place) if isinstance(v, list) else v for n, v in values.items()}
+        _refuse_non_text(value, name, or_messages=name != "text")
+    found = {name: _conversation(value, name) if isinstance(value, list) else value for name, value in values.items()}
     if len({type(value) for value in values.values()}) > 1:
-        raise CaftuneError(f"{place}: {' and '.join(values)} must both be text or both messages. Fix the row.")
+        raise _BadRow(f"{' and '.join(values)} must both be text or both messages. Fix the row.")
     return found
 
 
-def _refuse_non_text(value: Any, name: str, place: str, *, or_messages: bool = False) -> None:
+# What is refused in any form.
+
+
+def _is_given(value: Any) -> bool:
+    """Whether an optional value is given: 0 and false count as given."""
+    return value is not None and value not in ("", [], {})
+
+
+def _parsed(value: Any, name: str) -> Any:
+    """The value of a JSON text: tools of different schemas can only be kept as text in Arrow."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except MalformedJson as error:
+        raise _BadRow(f"{name} must be JSON, got {_short(value)} ({error}). Write it with json.dumps.") from error
+
+
+def _refuse_non_json(value: Any, name: str = "") -> None:
+    """Refuse NaN, dates and bytes within messages and tools: a template would write their Python representation."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        what = f"must hold values that JSON can represent, got another ({error})"
+        raise _BadRow(f"{name} {what}. Write it as text, or null for none.".lstrip()) from error
+
+
+def _refuse_media(row: Mapping[str, Any], name: str = "") -> None:
+    if _MEDIA.isdisjoint(row):
+        return
+    media = [key for key in row if key in _MEDIA and _is_given(row[key])]
+    if media:
+        raise _BadRow(f"{name} must be text only, got {media[0]}. Remove the row, or the column.".lstrip())
+
+
+def _refuse_non_text(value: Any, name: str, *, or_messages: bool = False) -> None:
     if value is None:
-        raise CaftuneError(f"{place}: {name} must be given, got none. Fix or remove the row.")
+        raise _BadRow(f"{name} must be given, got none. Fix or remove the row.")
     if isinstance(value, str) or (or_messages and isinstance(value, list) and _are_messages(value)):
         return
-    if isinstance(value, list | dict):
-        raise CaftuneError(
-            f"{place}: {name} must be text, got {_short(value)}. Write it as one text (one row for each of several answers)."
-        )
-    raise CaftuneError(f"{place}: {name} must be text, got {value!r}. Write it in quotes.")
+    is_nested = isinstance(value, list | dict)
+    remedy = "Write it as one text (one row for each of several answers)." if is_nested else "Write it in quotes."
+    raise _must_be(name, "text", value, remedy)
 
 
 def _are_messages(value: list[Any]) -> bool:
@@ -288,73 +282,70 @@ def _are_messages(value: list[Any]) -> bool:
     return not value or any(isinstance(item, dict) and {"role", "content"} & item.keys() for item in value)
 
 
-def _conversation(turns: Any, name: str, place: str) -> list[dict[str, Any]]:
+# Messages. `name`: the column they are in.
+
+
+def _conversation(turns: Any, name: str) -> list[dict[str, Any]]:
     """The messages in the form that all chat templates take: contents are text, arguments of tool calls objects."""
-    turns = _parsed(turns, name, place)
+    turns = _parsed(turns, name)
     if not isinstance(turns, list) or not turns:
-        raise CaftuneError(f"{place}: {name} must be a list of messages, got {_short(turns)}. Fix or remove the row.")
-    found = [_turn(turn, name, place) for turn in turns]
+        raise _must_be(name, "a list of messages", turns, "Fix or remove the row.")
+    found = [_turn(turn, name) for turn in turns]
     if not all(isinstance(value, str) for turn in found for value in turn.values()):
-        _refuse_non_json(found, place)
+        _refuse_non_json(found)
     return found
 
 
-def _turn(turn: Any, name: str, place: str) -> dict[str, Any]:
+def _turn(turn: Any, name: str) -> dict[str, Any]:
     role = turn.get("role") if isinstance(turn, dict) else None
     if role not in _ROLES:
-        raise CaftuneError(f"{place}: a role in {name} must be one of {', '.join(_ROLES)}, got {role!r}. Fix the row.")
-    found = {**turn, "content": _content(turn["content"], name, place)} if "content" in turn else dict(turn)
+        raise _must_be(f"a role in {name}", f"one of {', '.join(_ROLES)}", role)
+    found = {**turn, "content": _content(turn["content"], name)} if "content" in turn else dict(turn)
     if found.get("tool_calls") is not None:
-        found["tool_calls"] = _calls(found["tool_calls"], name, place)
+        found["tool_calls"] = _calls(found["tool_calls"], name)
     if isinstance(found.get("function_call"), dict):  # OpenAI's form before there were tool_calls
-        found["function_call"] = _with_arguments(found["function_call"], name, place)
-    says_more = role == "assistant" and any(
-        _is_given(found[key]) for key in found if key not in ("role", "name", "content")
-    )
-    if found.get("content") is None and not says_more:
-        raise CaftuneError(
-            f"{place}: content in {name} must be text, got {turn.get('content')!r}. Fix or remove the row."
-        )
+        found["function_call"] = _with_arguments(found["function_call"], name)
+    others = [value for key, value in found.items() if key not in ("role", "name", "content")]
+    if found.get("content") is None and not (role == "assistant" and any(map(_is_given, others))):
+        raise _must_be(f"content in {name}", "text", turn.get("content"), "Fix or remove the row.")
     return found
 
 
-def _content(content: Any, name: str, place: str) -> str | None:
+def _content(content: Any, name: str) -> str | None:
     """A content as text. Text parts are joined with nothing between them, as the templates of models with media do."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise CaftuneError(f"{place}: content in {name} must be text, got {_short(content)}. Fix or remove the row.")
+        raise _must_be(f"content in {name}", "text", content, "Fix or remove the row.")
     kinds = [part.get("type", "text") for part in content if isinstance(part, dict)]
     if set(kinds) - {"text"}:
-        raise CaftuneError(f"{place}: parts of a content in {name} must be of type text, got {kinds}. Remove the row.")
-    return "".join(_part(part, name, place) for part in content) if content else None
+        raise _must_be(f"parts of a content in {name}", "of type text", kinds, "Remove the row.")
+    return "".join(_part(part, name) for part in content) if content else None
 
 
-def _part(part: Any, name: str, place: str) -> str:
+def _part(part: Any, name: str) -> str:
     text = part.get("text") if isinstance(part, dict) else part
+    what = f"a part of a content in {name}"
     if not isinstance(text, str):
-        raise CaftuneError(
-            f"{place}: a part of a content in {name} must be text, got {_short(part)}. Write it as "
-            '{"type": "text", "text": "..."}.'
-        )
+        raise _must_be(what, "text", part, 'Write it as {"type": "text", "text": "..."}.')
     if isinstance(part, dict):
-        _refuse_media(part, f"{place}: a part of a content in {name}")
+        _refuse_media(part, what)
     return text
 
 
-def _calls(calls: Any, name: str, place: str) -> list[dict[str, Any]]:
-    calls = _parsed(calls, "tool_calls", place)
+def _calls(calls: Any, name: str) -> list[dict[str, Any]]:
+    calls = _parsed(calls, "tool_calls")
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise CaftuneError(f"{place}: tool_calls in {name} must be a list of calls, got {_short(calls)}. Fix the row.")
+        raise _must_be(f"tool_calls in {name}", "a list of calls", calls)
     return [
-        {**call, "function": _with_arguments(call["function"], name, place)}
+        {**call, "function": _with_arguments(call["function"], name)}
         if isinstance(call.get("function"), dict)
-        else _with_arguments(call, name, place)
+        else _with_arguments(call, name)
         for call in calls
     ]
 
 
-def _with_arguments(function: dict[str, Any], name: str, place: str) -> dict[str, Any]:
+def _with_arguments(function: dict[str, Any], name: str) -> dict[str, Any]:
     """A call with its arguments as an object, parsed where they were JSON in a text: templates write the JSON themselves."""
     arguments = function.get("arguments")
     if not isinstance(arguments, str):
@@ -363,61 +354,57 @@ def _with_arguments(function: dict[str, Any], name: str, place: str) -> dict[str
         return {**function, "arguments": {}}
     if not arguments.lstrip().startswith("{"):
         return function  # no object: the text is the argument
-    return {**function, "arguments": _parsed(arguments, f"arguments of a call in {name}", place)}
+    return {**function, "arguments": _parsed(arguments, f"arguments of a call in {name}")}
 
 
-def _message(turn: Any, place: str) -> Any:
+# ShareGPT and alpaca.
+
+
+def _from_sharegpt(turn: Any) -> Any:
+    """A turn as a message. TRL's converter renames keys only: it keeps the roles human and gpt, and calls as text."""
     if not isinstance(turn, dict) or "role" in turn:
         return turn  # ChatML under ShareGPT's name
     speaker, value = turn.get("from", ""), turn.get("value")
     role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise CaftuneError(
-            f"{place}: a speaker in conversations must be one of {', '.join(_SHAREGPT_ROLES)}, got {turn.get('from')!r}. "
-            "Rename it."
-        )
+        known = f"one of {', '.join(_SHAREGPT_ROLES)}"
+        raise _must_be("a speaker in conversations", known, turn.get("from"), "Rename it.")
     if speaker != "function_call":
         return {"role": role, "content": value}
-    calls = _parsed(value, "a function_call in conversations", place)
+    calls = _parsed(value, "a function_call in conversations")
     calls = calls if isinstance(calls, list) and calls else [calls]
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise CaftuneError(
-            f"{place}: a function_call in conversations must be an object with name and arguments, or a list of them, got "
-            f"{_short(value)}. Fix the row."
+        raise _must_be(
+            "a function_call in conversations", "an object with name and arguments, or a list of them", value
         )
     return {"role": role, "content": None, "tool_calls": [{"type": "function", "function": call} for call in calls]}
 
 
-def _from_alpaca(row: Mapping[str, Any], place: str, *, chat: bool) -> dict[str, Any]:
-    instruction, answer = row["instruction"], _first_given(row, "output", "response")  # as Dolly calls it
+def _from_alpaca(row: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
+    instruction = row["instruction"]
+    answer = row["output"] if row.get("output") is not None else row.get("response")  # as Dolly calls it
     if _is_given(row.get("history")):
-        raise CaftuneError(
-            f"{place} must not have a history, which alpaca rows cannot keep. Write its turns as messages."
-        )
-    _refuse_non_text(instruction, "instruction", place)
-    _refuse_non_text(answer, "output", place)
-    more = _input(row, place)
+        raise _BadRow("must not have a history, which alpaca rows cannot keep. Write its turns as messages.")
+    _refuse_non_text(instruction, "instruction")
+    _refuse_non_text(answer, "output")
+    more = _input(row)
     prompt = instruction if more is None else f"{instruction}\n\n{more}"
     if chat:
         return _as_conversation({"prompt": prompt, "completion": answer})
     return {"prompt": f"{prompt}\n\n", "completion": answer}
 
 
-def _first_given(row: Mapping[str, Any], *names: str) -> Any:
-    return next((row[name] for name in names if row.get(name) is not None), None)
-
-
-def _input(row: Mapping[str, Any], place: str) -> str | None:
+def _input(row: Mapping[str, Any]) -> str | None:
     """The input of an instruction as text (numbers and booleans as in JSON); None where there is none."""
     given = [(name, row[name]) for name in ("input", "context") if _is_given(row.get(name))]
     if len(given) > 1:
-        raise CaftuneError(
-            f"{place} must have an input or a context, got both. Name one in data.columns, as {{input: context}}."
-        )
-    name, value = given[0] if given else ("input", None)
-    if value is None or isinstance(value, str):
+        raise _BadRow("must have an input or a context, got both. Name one in data.columns, as {input: context}.")
+    if not given:
+        return None
+    ((name, value),) = given
+    if isinstance(value, str):
         return value
     if not isinstance(value, bool | int | float):
-        raise CaftuneError(f"{place}: {name} must be text, got {_short(value)}. Write it as one text.")
-    _refuse_non_json(value, f"{place}: {name}")
+        raise _must_be(name, "text", value, "Write it as one text.")
+    _refuse_non_json(value, name)
     return json.dumps(value)

@@ -23,46 +23,43 @@ _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its token ids, and the text or messages that they were made from (for servers that tokenize themselves)."""
+    """A prompt's token ids, and the text or messages they were made from (for servers that tokenize prompts themselves)."""
 
     ids: list[int]
     text: str | None = None  # of a plain text, without a BOS that the tokenizer adds
-    messages: list[dict[str, Any]] | None = None  # of a conversation, up to where the assistant speaks
+    messages: list[dict[str, Any]] | None = None  # of a conversation, up to the assistant's turn
     options: Mapping[str, Any] = field(default_factory=dict)  # of the chat template: tools, and the row's own arguments
-    gap: str = ""  # white space at the end of the given text, which is the beginning of the answer: see boundary.py
+    gap: str = ""  # white space at the end of the given text, which begins the answer: see boundary.py
 
 
 @dataclass(frozen=True)
 class Conversation:
     """One row: a text, or messages in which the model rewrites the assistant's turns one after another.
 
-    An assistant turn that calls tools stays as it is, for what the tools returned stands behind it; so does one before the
-    user has said anything.
+    An assistant turn that calls tools is kept, since the tools' results follow it; so is one before the first user message.
     """
 
     text: str = ""
     messages: list[dict[str, Any]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    place: str = "A conversation"  # where it comes from, for errors
+    place: str = "A conversation"  # its name in errors
 
     @property
     def turns(self) -> list[int]:
-        """Where the model speaks: message indices, ending with the end of the messages where nobody has answered yet."""
+        """The indices of the messages that the model writes; the last is the end of the messages if no answer is there yet."""
         if self.messages is None:
             return [0]
-        first_user = next(
-            (i for i, message in enumerate(self.messages) if message["role"] == "user"), len(self.messages)
-        )
-        spoken = [
+        roles = [message["role"] for message in self.messages]
+        first_user = roles.index("user") if "user" in roles else len(roles)
+        written = [
             i
             for i, message in enumerate(self.messages)
-            if i > first_user and message["role"] == "assistant" and not _calls_tools(message)
+            if i > first_user and message["role"] == "assistant" and not message.get("tool_calls")
         ]
-        is_open = not self.messages or self.messages[-1]["role"] != "assistant"
-        return [*spoken, len(self.messages)] if is_open else spoken
+        return written if roles[-1:] == ["assistant"] else [*written, len(roles)]
 
     def prompt(self, turn: int, answers: Sequence[str], tokenizer: Any) -> Prompt:
-        """What stands before the `turn`-th answer (from 0), with the model's own `answers` in the turns before."""
+        """The prompt of the `turn`-th answer (from 0), with the model's own `answers` in the turns before."""
         if self.messages is None:
             found = split_prompt(self.text, tokenizer)
             return Prompt(found.ids, text=found.text, gap=found.gap)
@@ -70,10 +67,8 @@ class Conversation:
         for place, answer in zip(self.turns[:turn], answers, strict=True):
             messages[place] = {"role": "assistant", "content": answer}
         with name_row_in_errors(self.place):
-            ids = apply_template(messages, self.options, tokenizer, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-        return Prompt(ids, messages=messages, options=self.options)
+            rendered = apply_template(messages, self.options, tokenizer, add_generation_prompt=True, return_dict=True)
+        return Prompt(rendered["input_ids"], messages=messages, options=self.options)
 
 
 def apply_template(messages: list[dict[str, Any]], options: Mapping[str, Any], tokenizer: Any, **how: Any) -> Any:
@@ -92,12 +87,7 @@ def with_fixed_date(template: str) -> str:
 
 
 def conversations(
-    rows: Dataset,
-    tokenizer: Any,
-    *,
-    chat: bool | None = None,
-    system: str | None = None,
-    source: str = "The prompts",
+    rows: Dataset, tokenizer: Any, *, chat: bool | None = None, system: str | None = None, source: str = "The prompts"
 ) -> list[Conversation]:
     """The rows as conversations. `text` rows and empty prompts start from BOS alone.
 
@@ -134,17 +124,19 @@ def is_in_conversation(rows: Dataset, tokenizer: Any, chat: bool | None = None, 
     Raises:
         CaftuneError: a `chat` that the rows or the tokenizer cannot have, or prompts of which only some were rendered.
     """
-    has_template = bool(getattr(tokenizer, "chat_template", None))
     if is_chat(rows):
         if chat is False:
             raise CaftuneError(f"{option} must not be false for prompts that are messages. Remove it.")
         return True
+    has_template = bool(getattr(tokenizer, "chat_template", None))
     if chat and not has_template:
         raise CaftuneError(
             f"{option} must not be true for {tokenizer.name_or_path}, which has no chat template. Remove it."
         )
-    if "prompt" not in rows.column_names or chat is not None or not has_template:
-        return bool(chat) and "prompt" in rows.column_names
+    if "prompt" not in rows.column_names:
+        return False
+    if chat is not None or not has_template:
+        return bool(chat)
     special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     rendered = [row for row, prompt in enumerate(rows["prompt"]) if prompt.lstrip().startswith(special)]
     if rendered and len(rendered) < len(rows):
@@ -162,18 +154,13 @@ def decoded(prompt: Sequence[int], answer: Sequence[int], tokenizer: Any, ends: 
     """
     is_empty = len(prompt) == 1 and prompt[0] in (tokenizer.bos_token_id, tokenizer.eos_token_id)
     begin = int(is_empty or (adds_bos(tokenizer) and list(prompt[:1]) == [tokenizer.bos_token_id]))
-    said = answer_tokens(answer, tokenizer, ends)
-    before, whole = (plain_text(ids, tokenizer) for ids in (prompt[begin:], [*prompt[begin:], *said]))
-    if whole.startswith(before):
-        return before, whole.removeprefix(before)
-    return before, plain_text(said, tokenizer)
+    written = answer_tokens(answer, tokenizer, ends)
+    before, whole = (plain_text(ids, tokenizer) for ids in (prompt[begin:], [*prompt[begin:], *written]))
+    return before, whole.removeprefix(before) if whole.startswith(before) else plain_text(written, tokenizer)
 
 
 def answer_tokens(answer: Sequence[int], tokenizer: Any, ends: Sequence[int] = ()) -> list[int]:
-    """The tokens of an answer but for `ends`, which stop generation, and the tokenizer's EOS, padding and BOS.
-
-    Other special tokens stay.
-    """
+    """The tokens of an answer without `ends`, which stop generation, and without the tokenizer's EOS, padding and BOS."""
     silent = {*ends, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
     return [token for token in answer if token not in silent]
 
@@ -188,7 +175,7 @@ def refuse_messages_without_template(tokenizer: Any) -> None:
 
 
 def report_second_bos(texts: Sequence[str], tokenizer: Any, place: str) -> None:
-    """Report on stderr texts that already begin with the BOS that the tokenizer adds; they are given with one BOS."""
+    """Report on stderr the texts that already begin with the BOS that the tokenizer adds; prompts have it once."""
     twice = [row for row, text in enumerate(texts) if has_second_bos(text, tokenizer)]
     if twice:
         tqdm.write(
@@ -218,7 +205,3 @@ def _from_row(row: Mapping[str, Any], system: str | None, place: str) -> Convers
         messages.insert(0, {"role": "system", "content": system})
     options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
     return Conversation(messages=messages, options=options, place=place)
-
-
-def _calls_tools(message: Mapping[str, Any]) -> bool:
-    return bool(message.get("tool_calls"))

@@ -1,9 +1,9 @@
 """Rows of files and hub data sets, read one at a time and only as far as needed.
 
 A source is a local .jsonl, .json or .csv file (also .gz), a .parquet file, or a hub id
-`owner/name[@revision][/config][:split]`. `datasets`' own readers of files are not used: they guess a type for each column of a
-file (a date becomes a timestamp, 1 next to 1.5 becomes 1.0, a key that one message has is given to all), name no line, and
-write a copy of every file into the user's home.
+`owner/name[@revision][/config][:split]`. `datasets` reads the hub only: its readers of files guess a type for each column (a
+date becomes a timestamp, 1 next to 1.5 becomes 1.0, a key of one message is given to all), name no line in errors, and write
+a copy of every file into the user's home.
 """
 
 import csv
@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -129,12 +130,23 @@ def data_commit(source: HubSource) -> str | None:
         return None
 
 
-def raw_rows(source: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file or hub id, as they are.
+def raw_rows(source: str, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a file or hub id, unchanged; the first `limit` of them where that is given.
 
     Raises:
-        CaftuneError: no such file, a file that is damaged or not in UTF-8, or a malformed line (with its number).
+        CaftuneError: no such file, a file that is damaged or not in UTF-8, a malformed line (with its number), or no rows.
     """
+    if limit is not None and limit < 1:
+        raise CaftuneError(f"limit must be at least 1, got {limit}. None means all rows.")
+    is_empty = True
+    for row in islice(_all_rows(source), limit):
+        is_empty = False
+        yield row
+    if is_empty:
+        raise CaftuneError(f"{source} is empty. Give at least one row.")
+
+
+def _all_rows(source: str) -> Iterator[dict[str, Any]]:
     path = Path(source)
     if path.is_dir():
         raise CaftuneError(f"{source} must be a file or a hub id, got a folder. Name a file in it: {_KINDS}.")
@@ -152,13 +164,8 @@ def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
     kind = suffix if suffix == ".parquet.gz" else suffix.removesuffix(".gz")
     if kind not in readers:
         raise CaftuneError(f"{path} must end in {_KINDS}, got {suffix!r}. Convert or rename it.")
-    return _name_file_in_errors(path, readers[kind](path))
-
-
-def _name_file_in_errors(path: Path, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield rows; errors of an unreadable file become CaftuneErrors that name it."""
     try:
-        yield from rows
+        yield from readers[kind](path)
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from error
     except (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowInvalid) as error:
@@ -210,32 +217,26 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
     usual = csv.field_size_limit(_LONGEST_CELL)
     try:
         with _open(path, newline="") as file:  # keeps line ends within cells as they are
-            reader = csv.DictReader(file, strict=True)
-            _refuse_same_names(path, reader.fieldnames or ())
+            reader: Any = csv.DictReader(file, strict=True)
+            names = reader.fieldnames or ()
+            twice = next((name for number, name in enumerate(names) if name and name in names[:number]), None)
+            if twice is not None:
+                raise CaftuneError(
+                    f"{path} must have columns of different names, got {twice!r} twice. Rename or remove one."
+                )
             for number, row in enumerate(reader):
-                yield _without_surplus(path, number, row)
+                if any(surplus := row.pop(None, [])):
+                    raise CaftuneError(
+                        f"{path}, row {number} (from 0) must have {len(row)} cells, as the first line has, got {surplus} "
+                        "beyond them. Put texts with commas in quotes."
+                    )
+                yield row
     except csv.Error as error:
         raise CaftuneError(
             f"{path} is malformed CSV ({error}). Close every quote, and double those within quotes."
         ) from error
     finally:
         csv.field_size_limit(usual)
-
-
-def _refuse_same_names(path: Path, names: Any) -> None:
-    twice = next((name for number, name in enumerate(names) if name and name in names[:number]), None)
-    if twice is not None:
-        raise CaftuneError(f"{path} must have columns of different names, got {twice!r} twice. Rename or remove one.")
-
-
-def _without_surplus(path: Path, number: int, row: dict[Any, Any]) -> dict[str, Any]:
-    surplus = row.pop(None, [])
-    if any(surplus):
-        raise CaftuneError(
-            f"{path}, row {number} (from 0) must have {len(row)} cells, as the first line has, got {surplus} beyond them. "
-            "Put texts with commas in quotes."
-        )
-    return row
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:

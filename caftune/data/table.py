@@ -1,4 +1,4 @@
-"""Rows as a Dataset with unchanged values: in memory, or in a memory-mapped temporary file where they are large."""
+"""Rows as a Dataset with unchanged values, in a memory-mapped temporary file."""
 
 import json
 import tempfile
@@ -14,7 +14,6 @@ from datasets.fingerprint import generate_random_fingerprint
 from datasets.utils import json as _json
 
 _BATCH = 1000  # rows
-_IN_MEMORY = 64 * 2**20  # bytes of Arrow
 
 
 @cache
@@ -23,7 +22,7 @@ def patch_datasets_json() -> None:
 
     datasets 5.2 uses pandas' ujson for Json columns: it writes ten decimals (1e-12 becomes 0.0), reads 0.951088 as
     0.9510879999999999, and turns a value with an integer beyond 64 bits into text. Values that the standard library cannot
-    write are left to ujson. Remove this when `datasets` keeps numbers: a test in tests/test_table.py then fails.
+    write are left to ujson. Remove this when `datasets` keeps numbers: a test in tests/data/test_table.py then fails.
     """
     written = _json.ujson_dumps
 
@@ -45,13 +44,19 @@ def dataset(rows: Iterator[dict[str, Any]], features: Features, optional: Mappin
         optional: more Json columns, with the value for rows without them. A column that no row has is left out.
     """
     patch_datasets_json()
-    every, found = Features(features | {name: Json() for name in optional}), _Table()
-    missing = set(optional)
-    while batch := list(islice(rows, _BATCH)):
-        columns = [_column(batch, name, feature, optional.get(name)) for name, feature in every.items()]
-        found.add(pa.Table.from_arrays(columns, schema=every.arrow_schema))
-        missing -= {name for name in missing if any(name in row for row in batch)}
-    return found.finish().remove_columns(sorted(missing))
+    every, missing = Features(features | {name: Json() for name in optional}), set(optional)
+    schema = every.arrow_schema
+    # The file is deleted at the end of the block; its pages stay while they are mapped.
+    with tempfile.NamedTemporaryFile(prefix="caftune-", suffix=".arrow") as file:
+        with pa.ipc.new_stream(file, schema) as writer:
+            while batch := list(islice(rows, _BATCH)):
+                columns = [_column(batch, name, feature, optional.get(name)) for name, feature in every.items()]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+                missing -= {name for name in missing if any(name in row for row in batch)}
+        file.flush()
+        table = pa.ipc.open_stream(pa.memory_map(file.name)).read_all()
+    # Without a given fingerprint `datasets` hashes all rows, with several copies in memory.
+    return Dataset(table, fingerprint=generate_random_fingerprint()).remove_columns(sorted(missing))
 
 
 def _column(rows: list[dict[str, Any]], name: str, feature: Any, default: Any) -> pa.Array:
@@ -61,39 +66,3 @@ def _column(rows: list[dict[str, Any]], name: str, feature: Any, default: Any) -
     values = [row.get(name) for row in rows]
     texts = [blank if value is None else _json.ujson_dumps(value) for value in values]
     return pa.ExtensionArray.from_storage(feature.pa_type, pa.array(texts, feature.pa_type.storage_type))
-
-
-class _Table:
-    """Concatenated Arrow tables; beyond 64 MiB in an unnamed file, which is freed with the Dataset."""
-
-    def __init__(self) -> None:
-        self._kept: list[pa.Table] = []
-        self._size = 0
-        self._file: Any = None
-        self._writer: Any = None
-
-    def add(self, table: pa.Table) -> None:
-        self._kept.append(table)
-        self._size += table.nbytes
-        if self._size > _IN_MEMORY:
-            self._spill()
-
-    def _spill(self) -> None:
-        if self._writer is None:
-            self._file = tempfile.NamedTemporaryFile(prefix="caftune-", suffix=".arrow")  # noqa: SIM115 (closed in finish)
-            self._writer = pa.ipc.new_stream(self._file, self._kept[0].schema)
-        for table in self._kept:
-            self._writer.write_table(table)
-        self._kept, self._size = [], 0
-
-    def finish(self) -> Dataset:
-        if self._file is None:
-            table = pa.concat_tables(self._kept)
-        else:
-            with self._file:  # unlinked at the end of this block; its pages stay while they are mapped
-                self._spill()
-                self._writer.close()
-                self._file.flush()
-                table = pa.ipc.open_stream(pa.memory_map(self._file.name)).read_all()
-        # Without a given fingerprint `datasets` hashes all rows, with several copies in memory.
-        return Dataset(table, fingerprint=generate_random_fingerprint())

@@ -63,7 +63,7 @@ def raise_for_refused_row(rows: Dataset, tokenizer: Any, template: str | None, p
         place: the source of the rows (a file, for example), for errors.
     """
     for number, row in enumerate(rows):
-        options = {"chat_template": template, "tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+        options = {"chat_template": template, **_options(row)}
         with name_row_in_errors(f"{place}, row {number} (from 0)"):
             for messages, is_open in _written(row):
                 tokenizer.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False, **options)
@@ -86,10 +86,8 @@ def warn_of_prompt_mismatch(rows: Dataset, tokenizer: Any, template: str | None,
         return
     number, prompt, whole = apart[0]
     start = next((i for i, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), len(whole))
-    before, prompted, trained = (
-        tokenizer.decode(ids)
-        for ids in (prompt[max(0, start - _SHOWN) : start], prompt[start:], whole[start:][:_SHOWN])
-    )
+    shown = (prompt[max(0, start - _SHOWN) : start], prompt[start:], whole[start:][:_SHOWN])
+    before, prompted, trained = map(tokenizer.decode, shown)
     _logger.warning(
         f"{len(apart)} of {len(compared)} rows of {place} that were compared (the first is row {number}, from 0) have other "
         "tokens before the answer in training than in evaluation and generation: after "
@@ -107,21 +105,22 @@ def _prompt_and_whole(row: dict[str, Any], tokenizer: Any, template: str | None)
         prompted, whole = row["prompt"], row["prompt"] + row["completion"]
     else:
         return None
-    tools = row.get("tools")
-    options = {
-        "tools": json.loads(tools) if isinstance(tools, str) else tools,
-        **(row.get("chat_template_kwargs") or {}),
-    }
-    how = {"return_dict": True, **options}
+    how = {"return_dict": True, **_options(row)}
     try:
-        prompt = (
-            tokenizer.apply_chat_template(prompted, add_generation_prompt=True, **how)["input_ids"] if prompted else []
-        )
-        return prompt, tokenizer.apply_chat_template(whole, **{"chat_template": template, **how})["input_ids"]
+        prompt = tokenizer.apply_chat_template(prompted, add_generation_prompt=True, **how) if prompted else {}
+        trained = tokenizer.apply_chat_template(whole, **{"chat_template": template, **how})
     except Exception as error:  # a row that the training template refuses was an error before
         if not _is_of_a_template(error):
             raise
         return None
+    return prompt.get("input_ids", []), trained["input_ids"]
+
+
+def _options(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's arguments of the chat template."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
 
 
 def _written(row: dict[str, Any]) -> list[tuple[list[Any], bool]]:

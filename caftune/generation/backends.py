@@ -1,21 +1,18 @@
-"""Sampling answers from a causal LM: transformers in this process, or vLLM offline. (Servers are in server.py.)
+"""Answers of a causal LM: by transformers in this process, or by vLLM offline. (Servers are in server.py.)
 
-A *backend* is a function: prompts and a seed for each in, (index, answer or failure) out, in the order answers are finished.
+A *backend* is a function of prompts and of a seed for each. It yields (index, answer or failure) as answers are finished.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from caftune.core.finite import nan_logits
 from caftune.data.prompts import Prompt
 from caftune.errors import CaftuneError
-from caftune.generation.batches import can_refill, refilled_batches
+from caftune.generation.batches import answer_in_batches, only_these_settings
 
 _PAGE = 256  # tokens of one page of transformers' paged cache
 
@@ -55,7 +52,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """No answer, and why. `is_lost`: the server is gone, busy or broken, so the failure says nothing about the prompt."""
+    """No answer, and why. `is_lost`: the server is gone, busy or broken, so the prompt may be fine."""
 
     reason: str
     is_lost: bool = field(default=False, compare=False)
@@ -82,7 +79,7 @@ def unknown_token(number: int, tokenizer: Any, embedded: int, *, place: str) -> 
 
 
 def padding_token(tokenizer: Any) -> int:
-    """The token that fills rows up: the tokenizer's own, else any, for it is masked."""
+    """The token that rows are padded with: the tokenizer's own, else any, as it is masked."""
     return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
 
 
@@ -97,7 +94,7 @@ def transformers_backend(
     """transformers' continuous batching, or padded batches of `batch_size`: see docs/decisions/0003.
 
     In padded batches each prompt has its own random numbers where `can_refill`; otherwise all share those of the first
-    prompt's seed. A prompt with a token that the model has no embedding for raises CaftuneError.
+    prompt's seed. A token without an embedding raises CaftuneError.
     """
     eos = end_tokens(model.generation_config, tokenizer)
     embedded = model.get_input_embeddings().weight.shape[0]
@@ -132,7 +129,7 @@ def vllm_backend(
 ) -> Backend:
     """vLLM's offline engine. `engine`: arguments of `vllm.LLM`, such as tensor_parallel_size.
 
-    Every prompt has a seed of its own, so an answer does not depend on what is drawn beside it.
+    Every prompt has its own seed, so an answer does not depend on the others in its batch.
 
     Args:
         loaded: a dict in which the engine is kept for further backends of the same model.
@@ -144,9 +141,9 @@ def vllm_backend(
         from vllm import LLM, SamplingParams
     except ImportError as error:
         raise CaftuneError("labels.backend=vllm needs vLLM. Install it with `pip install caftune[vllm]`.") from error
-    # generation_config="vllm": none of the model's own defaults, as in the other backends.
     loaded = {} if loaded is None else loaded
     if "engine" not in loaded:
+        # generation_config="vllm": none of the model's own defaults, as in the other backends
         loaded["engine"] = LLM(**{"model": name, "revision": revision, "generation_config": "vllm", **engine})
     model = loaded["engine"]
 
@@ -165,8 +162,8 @@ def vllm_backend(
         ]
         size = 1024  # answers are kept after each of these, so that a stopped run loses no more
         for start in range(0, len(prompts), size):
-            asked = [{"prompt_token_ids": prompt.ids} for prompt in prompts[start : start + size]]
-            outputs = model.generate(asked, settings[start : start + size], use_tqdm=False)
+            batch = [{"prompt_token_ids": prompt.ids} for prompt in prompts[start : start + size]]
+            outputs = model.generate(batch, settings[start : start + size], use_tqdm=False)
             for index, output in enumerate(outputs, start=start):
                 (drawn,) = output.outputs
                 found = until_end(list(drawn.token_ids), set(eos))
@@ -176,78 +173,12 @@ def vllm_backend(
     return answer
 
 
-def answer_in_batches(
-    model: Any,
-    prompts: Sequence[list[int]],
-    config: GenerationConfig,
-    *,
-    batch_size: int,
-    seeds: Sequence[int] | None = None,
-) -> Iterator[tuple[int, list[int]]]:
-    """(index, tokens), shortest prompts first, so that the prompts of a batch need little padding.
-
-    Tokens may be followed by padding: see `until_end`. None of the model's own generation settings is used. `seeds`: of each
-    prompt, where the configuration samples.
-
-    Raises:
-        CaftuneError: the model's logits are NaN.
-    """
-    if can_refill(model):
-        yield from refilled_batches(model, prompts, config, batch_size=batch_size, seeds=seeds or ())
-        return
-    pad = config.pad_token_id if config.pad_token_id is not None else 0
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        width = max(len(prompts[i]) for i in batch)
-        ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch])
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-        watch = _RefuseNaN(model)
-        with torch.inference_mode(), only_these_settings(model, config):
-            output = model.generate(
-                ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=config,
-                logits_processor=LogitsProcessorList([watch]),
-            )
-        watch.check()
-        yield from zip(batch, output[:, width:].tolist(), strict=True)
-
-
-class _RefuseNaN(LogitsProcessor):
-    """Raises CaftuneError for NaN logits: at the first token, or in `check` for later ones, so that no step synchronises."""
-
-    def __init__(self, model: Any) -> None:
-        self._model, self._seen = model, torch.zeros(())
-
-    def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
-        is_first = not self._seen.dim()
-        self._seen = scores.isnan().any()[None] | (False if is_first else self._seen)
-        if is_first:
-            self.check()
-        return scores
-
-    def check(self) -> None:
-        if bool(self._seen.any()):
-            raise nan_logits(self._model)
-
-
 def until_end(tokens: list[int], eos: set[int]) -> Answer:
-    """The tokens up to and with the first end-of-text token; without one the answer was cut off."""
+    """The tokens up to and including the first end-of-text token; without one the answer was cut off."""
     for position, token in enumerate(tokens):
         if token in eos:
             return Answer(tokens[: position + 1], "stop")
     return Answer(tokens, "length")
-
-
-@contextmanager
-def only_these_settings(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """`generate` fills what a configuration leaves open from the model's own (a repetition penalty, say): not here."""
-    own, model.generation_config = model.generation_config, config
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def _gains_from_continuous(model: Any) -> bool:
@@ -277,7 +208,7 @@ def _answer_continuously(
             result = manager.get_result(timeout=1)
             if result is None and not manager.is_running():
                 raise RuntimeError(
-                    "Generation stopped early. The answers so far are kept; run the command again to go on."
+                    "Generation stopped early. The answers so far are kept; run the command again to resume."
                 )
             if result is None or not result.is_finished():
                 continue

@@ -1,14 +1,15 @@
-"""Continuous batching on a CPU: a finished answer leaves its batch, and a waiting prompt takes its place.
+"""Answers in padded batches; where a model allows it, a finished answer leaves its batch and a waiting prompt takes its place.
 
-`generate` computes every row of a batch until the longest has ended. Here finished rows are removed from the cache, and new
-ones, prefilled as a separate batch, are added, aligned at the right as in a left-padded batch. This needs a cache of keys and
-values only: see `can_refill`.
+`generate` computes every row of a batch until the longest has ended. In a refilled batch finished rows are removed from the
+cache, and new ones, prefilled as a separate batch, are added, aligned at the right as in a left-padded batch. This needs a
+cache of keys and values only: see `can_refill`.
 """
 
 import inspect
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,13 @@ from torch import Tensor
 from torch.nn.functional import pad as padded
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from caftune.core.finite import nan_logits
 
@@ -26,6 +33,66 @@ _REFILLED_SHARE = 4  # 1/4 of a batch must be free before new prompts are prefil
 
 # Logits of rows, and the numbers of their prompts -> the next token of each.
 Choice = Callable[[Float[Tensor, "rows tokens"], Sequence[int]], list[int]]
+
+
+def answer_in_batches(
+    model: Any,
+    prompts: Sequence[list[int]],
+    config: GenerationConfig,
+    *,
+    batch_size: int,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[tuple[int, list[int]]]:
+    """(index, tokens), shortest prompts first, so that the prompts of a batch need little padding.
+
+    Tokens may be followed by padding: see `until_end`. None of the model's own generation settings is used. `seeds`: of each
+    prompt, where the configuration samples.
+
+    Raises:
+        CaftuneError: the model's logits are NaN.
+    """
+    if can_refill(model):
+        yield from refilled_batches(model, prompts, config, batch_size=batch_size, seeds=seeds or ())
+        return
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        ids, mask = _left_padded([prompts[i] for i in batch], config.pad_token_id or 0, model.device)
+        watch = _RefuseNaN(model)
+        with torch.inference_mode(), only_these_settings(model, config):
+            output = model.generate(
+                ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([watch])
+            )
+        watch.check()
+        yield from zip(batch, output[:, ids.shape[1] :].tolist(), strict=True)
+
+
+class _RefuseNaN(LogitsProcessor):
+    """Raises CaftuneError for NaN logits: at the first token, or in `check` for later ones, so that no step synchronises."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._seen = model, torch.zeros(())
+
+    def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
+        is_first = not self._seen.dim()
+        self._seen = scores.isnan().any()[None] | (False if is_first else self._seen)
+        if is_first:
+            self.check()
+        return scores
+
+    def check(self) -> None:
+        if bool(self._seen.any()):
+            raise nan_logits(self._model)
+
+
+@contextmanager
+def only_these_settings(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """`generate` fills what a configuration leaves open from the model's own (a repetition penalty, say): not here."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def can_refill(model: Any) -> bool:
@@ -79,11 +146,7 @@ class _RunningBatch:
     @classmethod
     def prefill(cls, model: Any, indices: list[int], prompts: list[list[int]], choose: Choice) -> "_RunningBatch":
         """Prefill prompts, and choose the first token of each answer."""
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-        mask = torch.tensor(
-            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
-        )
+        ids, mask = _left_padded(prompts, 0, model.device)
         cache = _cache(model)
         logits = _logits(model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
         return cls(indices, [[token] for token in choose(logits, indices)], mask, cache)
@@ -120,6 +183,14 @@ class _RunningBatch:
         return _RunningBatch(
             [self.indices[row] for row in rows], [self.tokens[row] for row in rows], mask[:, -columns:], self.cache
         )
+
+
+def _left_padded(prompts: Sequence[list[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of prompts, aligned at the right."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return ids, mask
 
 
 def _cache(model: Any) -> Any:

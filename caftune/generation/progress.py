@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 class AnswersProgress:
     """A progress bar of answers. The time left is estimated from the average pace of finished answers.
 
-    Answers come a batch at a time, so the bar is drawn every half second (every half minute without a terminal), not with
-    each answer: drawn at the first of a batch it would count the time of the whole batch for one answer.
+    Answers come a batch at a time. The bar is drawn every half second (every half minute without a terminal), because drawn
+    at the first answer of a batch it would count the time of the whole batch for one answer.
     """
 
     def __init__(self, total: int, done: int, name: str) -> None:
@@ -31,7 +31,7 @@ class AnswersProgress:
         self.bar.total -= 1
 
     def draw(self) -> None:
-        """Draw the bar as it is now."""
+        """Draw the bar."""
         seconds = max(time.monotonic() - self._began, 1e-3)
         facts = {"tokens/s": f"{self._tokens / seconds:.0f}"} if self._tokens else {}
         self.bar.set_postfix({**facts, **({"failed": self._failed} if self._failed else {})})

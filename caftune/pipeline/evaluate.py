@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from caftune.checkpoints.heads_folder import model_fingerprint
+from caftune.checkpoints.fingerprint import model_fingerprint
 from caftune.data.forms import read_rows, refuse_unnamed_split
 from caftune.data.prompts import Conversation, is_chat, report_second_bos
 from caftune.errors import CaftuneError
@@ -30,8 +30,9 @@ from caftune.evals.statistics import interval, load_scipy
 from caftune.evals.task import Example, Task, text, until_stop
 from caftune.evals.tasks import TASKS
 from caftune.evals.thought import split_thought
+from caftune.files import write_lines
+from caftune.generation.answers import AnswerCache, generate_labels
 from caftune.generation.backends import Sampling
-from caftune.generation.labels import AnswerCache, generate_labels
 from caftune.pipeline.folder import record, with_commit
 from caftune.pipeline.recipe import Recipe
 from caftune.pipeline.stage_config import (
@@ -226,7 +227,7 @@ def _evaluate(recipe: Recipe, evaluated: _EvaluatedModel, task: Task, examples: 
         evaluated.free()  # its memory is needed by the folding model
         lines = with_structures(lines, recipe.eval.structures)
     label = label_of(recipe, evaluated.name)
-    _write(Path(recipe.output, "eval", label, f"{task.name}.jsonl"), lines)
+    write_lines(Path(recipe.output, "eval", label, f"{task.name}.jsonl"), lines)
     result = summarise(task, label, lines)
     record(recipe, {"stage": f"eval {label} {task.name}", **asdict(result)})
     return result
@@ -338,10 +339,3 @@ def in_words(values: Sequence[float]) -> str:
         return f"{values[0]:.4f}"
     mean, half = interval(values)
     return f"{mean:.4f} ± {half:.4f}"
-
-
-def _write(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)

@@ -15,18 +15,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from caftune.checkpoints.heads_folder import (
-    DESCRIPTION_FILE,
-    commit_of,
-    file_sha256,
-    package_version,
-    provenance,
-    read_json,
-    write_json,
-)
+from caftune.checkpoints.fingerprint import commit_of
+from caftune.checkpoints.heads_folder import DESCRIPTION_FILE
 from caftune.checkpoints.opening import opening
+from caftune.checkpoints.provenance import package_version, provenance
 from caftune.data.readers import HubSource, data_commit, hub_source
 from caftune.errors import CaftuneError
+from caftune.files import file_sha256, read_json, write_json, write_text
 from caftune.pipeline.recipe import Recipe, first_difference, parse_recipe, save_recipe
 from caftune.pipeline.recipe_text import read_yaml
 from caftune.training.resumption import Changes, refuse_checkpoint, remove_allowed_changes
@@ -324,9 +319,7 @@ def _replace_result(recipe: Recipe, stage: str, new: Sequence[str]) -> None:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     kept = [line for line in lines if json.loads(line)["stage"] != stage]
     if [*kept, *new] != lines:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in [*kept, *new]), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, "".join(f"{line}\n" for line in [*kept, *new]))
 
 
 def last_checkpoint(folder: Path) -> str | None:

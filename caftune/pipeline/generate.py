@@ -19,7 +19,8 @@ from caftune.core.speculative import Drafting, SpeculativeDecoding
 from caftune.data.forms import load_rows
 from caftune.data.prompts import Prompt, conversations, decoded, is_in_conversation, report_second_bos
 from caftune.errors import CaftuneError
-from caftune.generation.backends import Sampling, end_tokens, only_these_settings, padding_token, until_end
+from caftune.generation.backends import Sampling, end_tokens, padding_token, until_end
+from caftune.generation.batches import only_these_settings
 
 
 @dataclass(frozen=True)

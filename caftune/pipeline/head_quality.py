@@ -23,7 +23,8 @@ from caftune.core.backbone import Backbone, evaluating
 from caftune.core.cross_entropy import Unembedding, in_full, row_chunks
 from caftune.core.heads import AuxiliaryHeads, autocast_like
 from caftune.core.objective import IGNORED, horizon_targets
-from caftune.generation.backends import answer_in_batches, until_end
+from caftune.generation.backends import until_end
+from caftune.generation.batches import answer_in_batches
 
 _BATCH = 16
 _TOP = 5

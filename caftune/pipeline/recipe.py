@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from caftune.errors import CaftuneError
+from caftune.files import write_text
 from caftune.pipeline.recipe_text import parse_yaml, read_yaml
 
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
@@ -357,9 +358,7 @@ def _refuse_other_type(place: str, value: Any, default: Any) -> None:
 
 def save_recipe(path: Path, sections: Mapping[str, Any]) -> None:
     """Write sections of a recipe as YAML, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(yaml.safe_dump(dict(sections), sort_keys=False), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, yaml.safe_dump(dict(sections), sort_keys=False))
 
 
 def first_difference(one: Any, other: Any, place: str = "") -> str | None:

@@ -28,17 +28,16 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from caftune.checkpoints.cards import write_model_card
-from caftune.checkpoints.export import copy_adapter, export_model, load_trained, refuse_tied_adapters
+from caftune.checkpoints.export import export_checkpoint, load_trained, refuse_tied_adapters
+from caftune.checkpoints.fingerprint import model_fingerprint
 from caftune.checkpoints.heads_folder import (
     PICTURE_FILE,
     QUALITY_FILE,
     describe_heads,
     file_name,
     load_heads,
-    model_fingerprint,
     read_heads,
     save_heads,
-    write_json,
 )
 from caftune.core.backbone import Backbone
 from caftune.core.finite import refuse_not_finite
@@ -47,8 +46,10 @@ from caftune.core.objective import IGNORED, horizon_targets
 from caftune.data.forms import load_rows
 from caftune.data.prompts import conversations, is_in_conversation, refuse_long_prompts, report_second_bos
 from caftune.errors import CaftuneError
+from caftune.files import write_json
+from caftune.generation.answers import AnswerCache, Labelling, generate_labels
 from caftune.generation.backends import Sampling, end_tokens
-from caftune.generation.labels import AnswerCache, Labelling, generate_labels, write_labels
+from caftune.generation.labels import write_labels
 from caftune.pipeline.folder import (
     is_begun,
     is_done,
@@ -149,7 +150,7 @@ def label(recipe: Recipe) -> Path:
     write_labels(found.labels, folder / "labels.jsonl")
     cut = sum(label.finish == "length" for label in found.labels)
     tqdm.write(
-        f"{len(found.labels)} answers, {found.asked} of them new; {cut} cut off by labels.max_new_tokens, which the training "
+        f"{len(found.labels)} answers, {found.queried} of them new; {cut} cut off by labels.max_new_tokens, which the training "
         f"{'keeps' if recipe.labels.keep_truncated else 'leaves out unless labels.keep_truncated'}; "
         f"{found.dropped_turns} later turns dropped, {len(every) - len(kept)} rows left out.",
         file=sys.stderr,
@@ -161,7 +162,7 @@ def label(recipe: Recipe) -> Path:
             "rows": len(kept),
             "chat": in_conversation,
             "answers": len(found.labels),
-            "asked": found.asked,
+            "asked": found.queried,
             "left_out": len(every) - len(kept),
             "failed": len(found.failures),
             "dropped_turns": found.dropped_turns,
@@ -411,17 +412,22 @@ def export(recipe: Recipe, checkpoint: str | None = None) -> Path:
 
 def _write_model(recipe: Recipe, source: str, target: Path) -> None:
     """A checkpoint as `train` writes its result: a whole model, or the adapter alone where the recipe says so."""
+    merged = recipe.model.tuning == "full" or recipe.model.lora.merge
+    if merged:
+        refuse_quantised_base(recipe)
     tokenizer, rows = trained_tokenizer(recipe, source)
-    name, revision = recipe.model.name, recipe.model.revision
-    if recipe.model.tuning != "full" and not recipe.model.lora.merge:
-        copy_adapter(source, target, tokenizer, base_name=name)
-        return
-    refuse_quantised_base(recipe)
-    trust = bool(recipe.model.trust_remote_code)
     is_adapter = Path(source, "adapter_config.json").is_file()
-    with opening_model(recipe, None if is_adapter else source):
-        model = load_trained(source, name, revision, vocab_size=rows, tokenizer=tokenizer, trust_remote_code=trust)
-    export_model(model, target, tokenizer, base_name=name, base_revision=revision)
+    export_checkpoint(
+        source,
+        target,
+        tokenizer,
+        base_name=recipe.model.name,
+        base_revision=recipe.model.revision,
+        merged=merged,
+        vocab_size=rows,
+        trust_remote_code=bool(recipe.model.trust_remote_code),
+        opening=opening_model(recipe, None if is_adapter else source),
+    )
 
 
 def preview(recipe: Recipe, count: int = 3) -> Iterator[tuple[list[str], list[bool], dict[int, list[str]]]]:

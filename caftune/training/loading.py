@@ -9,7 +9,8 @@ from transformers import AutoProcessor, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl.trainer.utils import create_model_from_path
 
-from caftune.checkpoints.heads_folder import base_fingerprint, describe_heads, find_heads, load_heads
+from caftune.checkpoints.fingerprint import base_fingerprint
+from caftune.checkpoints.heads_folder import describe_heads, find_heads, load_heads
 from caftune.core.backbone import Backbone
 from caftune.core.heads import AuxiliaryHeads, HeadsConfig
 from caftune.errors import CaftuneError

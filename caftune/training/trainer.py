@@ -23,7 +23,7 @@ from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from caftune.checkpoints.cards import write_model_card
-from caftune.checkpoints.export import clear_export, export_model, load_trained
+from caftune.checkpoints.export import export_checkpoint, export_model
 from caftune.checkpoints.heads_folder import read_heads, save_heads
 from caftune.core.finite import LossWatch, refuse_not_finite
 from caftune.core.heads import ATTRIBUTE, attach_heads
@@ -219,21 +219,18 @@ class CAFTTrainer(SFTTrainer):
 
     def _write(self, folder: Path, state: dict[str, Any] | None, *, merged: bool) -> list[str]:
         """The model and its card; `state`: the whole weights, where they were gathered from all processes."""
-        native: list[str] = []
         (name, revision), model = self._base, self.accelerator.unwrap_model(self.model)
-        if not merged:
-            clear_export(folder, name)
-            self._save(str(folder), state)
-        else:
-            if state is not None or getattr(model, "is_quantized", False):
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                with TemporaryDirectory(dir=folder.parent, prefix=".export-") as saved:  # /tmp may be too small
-                    self._save(saved, state)
-                    rows = model.get_input_embeddings().weight.shape[0]
-                    as_trained: dict[str, Any] = {"vocab_size": rows, "tokenizer": self.processing_class}
-                    trust = self.args.trust_remote_code  # the plain base takes the trained weights up
-                    model = load_trained(saved, name, revision, trust_remote_code=trust, **as_trained)
-            native = export_model(model, folder, self.processing_class, base_name=name, base_revision=revision)
+        base: dict[str, Any] = {"base_name": name, "base_revision": revision}
+        if merged and state is None and not getattr(model, "is_quantized", False):
+            native = export_model(model, folder, self.processing_class, **base)
+        else:  # the adapter alone; or the plain base with the trained weights
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=folder.parent, prefix=".export-") as saved:  # /tmp may be too small
+                self._save(saved, state)
+                rows = model.get_input_embeddings().weight.shape[0]
+                trust = self.args.trust_remote_code
+                options: dict[str, Any] = {"merged": merged, "vocab_size": rows, "trust_remote_code": trust}
+                native = export_checkpoint(saved, folder, self.processing_class, **base, **options)
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         write_model_card(folder, name, self.args, best or self.state.global_step, heads=self._start.description)
         return native

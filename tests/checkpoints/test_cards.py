@@ -10,8 +10,8 @@ from trainers import config
 
 from caftune import CAFTTrainer
 from caftune.checkpoints.cards import heads_card, quality_table, read_quality
-from caftune.checkpoints.heads_folder import file_sha256, write_json
 from caftune.demo.run import BASE
+from caftune.files import file_sha256, write_json
 
 QUALITY = {
     "targets": {"2": 1200, "3": 1100},

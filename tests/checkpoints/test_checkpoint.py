@@ -9,11 +9,13 @@ from models import VOCABULARY, build
 from safetensors.torch import load_file, save_file
 
 from caftune.checkpoints import heads_folder as checkpoint
-from caftune.checkpoints.heads_folder import base_fingerprint, file_sha256, load_heads, model_fingerprint, save_heads
+from caftune.checkpoints.fingerprint import base_fingerprint, model_fingerprint
+from caftune.checkpoints.heads_folder import load_heads, save_heads
 from caftune.core.backbone import Backbone
 from caftune.core.heads import AuxiliaryHeads, HeadsConfig
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
+from caftune.files import file_sha256
 
 
 class Tokenizer:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForConditionalGeneration
 
 from caftune.checkpoints.export import clear_export, copy_adapter, export_model
-from caftune.checkpoints.heads_folder import base_fingerprint
+from caftune.checkpoints.fingerprint import base_fingerprint
 from caftune.core.backbone import Backbone
 from caftune.core.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
 from caftune.demo.run import BASE

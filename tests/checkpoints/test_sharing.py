@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 
 from caftune import Backbone, CAFTTrainer, load_heads
 from caftune.checkpoints.cards import quality_table
-from caftune.checkpoints.heads_folder import describe_heads, file_sha256, find_heads, write_json
+from caftune.checkpoints.heads_folder import describe_heads, find_heads
 from caftune.checkpoints.hub import pull_heads, push_heads
 from caftune.cli import app
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
+from caftune.files import file_sha256, write_json
 from caftune.pipeline import stages as pipeline
 from caftune.pipeline.head_quality import measure_heads
 from caftune.pipeline.recipe import Recipe

@@ -10,8 +10,9 @@ from transformers import AutoTokenizer
 from caftune.data.prompts import apply_template, conversations
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
+from caftune.generation.answers import AnswerCache, generate_labels
 from caftune.generation.backends import Answer, Sampling
-from caftune.generation.labels import AnswerCache, generate_labels, label_dataset
+from caftune.generation.labels import label_dataset
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 TEMPLATE = TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -94,7 +95,7 @@ def test_later_turns_without_room_are_dropped_and_counted(tokenizer, tmp_path):
 def test_a_finished_conversation_asks_nothing_again(tokenizer, tmp_path):
     first = labelled(tokenizer, talks_of(tokenizer, TALK), tmp_path, shout(tokenizer))
     again = labelled(tokenizer, talks_of(tokenizer, TALK), tmp_path, lambda _: pytest.fail("asked"))
-    assert (first.asked, again.asked, again.labels) == (2, 0, first.labels)
+    assert (first.queried, again.queried, again.labels) == (2, 0, first.labels)
 
 
 def test_turns_that_call_tools_stay_as_they_are(tokenizer):

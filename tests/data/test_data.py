@@ -131,7 +131,7 @@ def test_an_answer_that_is_a_number_is_refused(tmp_path):
 
 def test_rows_of_another_form_are_refused(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"text": "a"}, {"prompt": "a", "completion": "b"}])
-    with pytest.raises(CaftuneError, match=r"row 1 \(from 0\) is of another form"):
+    with pytest.raises(CaftuneError, match=r"row 1 \(from 0\) must have the columns and types of the rows before it"):
         load_rows(path)
 
 

@@ -1,4 +1,4 @@
-"""Rows as a Dataset: every value as it was, in memory and in a file alike."""
+"""Rows as a Dataset: every value as it was."""
 
 import json
 import random
@@ -23,9 +23,7 @@ def rows(count):
     ]
 
 
-@pytest.mark.parametrize("in_memory", [2**30, 100])
-def test_every_value_is_what_it_was(in_memory, monkeypatch):
-    monkeypatch.setattr(table, "_IN_MEMORY", in_memory)
+def test_every_value_is_what_it_was(monkeypatch):
     monkeypatch.setattr(table, "_BATCH", 16)
     given = rows(100)
     found = table.dataset(iter(given), FEATURES, optional={"tools": None, "options": {}})
@@ -45,8 +43,7 @@ def test_what_stands_for_an_option_that_a_row_lacks():
     assert found["options"] == [{}, {"x": 0}]
 
 
-def test_a_large_table_leaves_no_file_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "_IN_MEMORY", 100)
+def test_a_table_leaves_no_file_behind(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     found = table.dataset(iter(rows(100)), FEATURES, optional={})
     assert not list(tmp_path.iterdir())

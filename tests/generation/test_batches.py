@@ -9,8 +9,8 @@ from models import build
 from transformers import AutoModelForCausalLM
 
 from caftune.demo.run import BASE
-from caftune.generation.backends import Sampling, answer_in_batches, until_end
-from caftune.generation.batches import can_refill, refilled_batches
+from caftune.generation.backends import Sampling, until_end
+from caftune.generation.batches import answer_in_batches, can_refill, refilled_batches
 
 EOS = 7
 

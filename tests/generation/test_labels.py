@@ -20,8 +20,9 @@ from caftune.data.prompts import Conversation, Prompt, conversations, decoded, r
 from caftune.demo.chemistry import molecules, prompt
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
+from caftune.generation.answers import AnswerCache, Labelling, generate_labels
 from caftune.generation.backends import Answer, Failure, Sampling, transformers_backend
-from caftune.generation.labels import AnswerCache, Labelling, generate_labels, label_dataset, read_labels, write_labels
+from caftune.generation.labels import label_dataset, read_labels, write_labels
 from caftune.generation.progress import answers_progress
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0)
@@ -125,7 +126,7 @@ def test_a_resumed_run_asks_only_for_what_is_missing(model, tokenizer, talks, tm
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:6]) + lines[6][:30])  # killed within a line
     again = answered(model, tokenizer, talks, path)
-    assert again.asked == 4
+    assert again.queried == 4
     assert again.labels == whole.labels
     assert path.read_bytes().startswith(b"".join(lines[:6]))
     assert sorted(path.read_bytes().splitlines()) == sorted(line.strip() for line in lines)
@@ -135,7 +136,7 @@ def test_a_finished_run_asks_nothing(model, tokenizer, talks, tmp_path):
     first = answered(model, tokenizer, talks, tmp_path / "cache.jsonl")
     cache = AnswerCache(tmp_path / "cache.jsonl", GREEDY, seed=5, fingerprint="base")  # a greedy answer has no seed
     again = generate_labels(talks, tokenizer, cache, lambda: pytest.fail("asked"), room=256)
-    assert (again.asked, again.labels) == (0, first.labels)
+    assert (again.queried, again.labels) == (0, first.labels)
 
 
 @pytest.mark.parametrize(
@@ -154,13 +155,13 @@ def test_a_finished_run_asks_nothing(model, tokenizer, talks, tmp_path):
 def test_what_an_answer_depends_on_is_asked_anew(model, tokenizer, talks, tmp_path, sampling, seed, fingerprint, asked):
     answered(model, tokenizer, talks, tmp_path / "cache.jsonl", Sampling(24, temperature=0.9, top_p=0.9))
     again = answered(model, tokenizer, talks, tmp_path / "cache.jsonl", sampling, seed=seed, fingerprint=fingerprint)
-    assert again.asked == asked
+    assert again.queried == asked
 
 
 def test_more_room_asks_greedy_answers_again_only_where_they_were_cut_off(model, tokenizer, talks, tmp_path):
     short = answered(model, tokenizer, talks, tmp_path / "cache.jsonl", Sampling(12, temperature=0))
     long = answered(model, tokenizer, talks, tmp_path / "cache.jsonl", GREEDY)
-    assert 0 < long.asked == sum(label.finish == "length" for label in short.labels) < 10
+    assert 0 < long.queried == sum(label.finish == "length" for label in short.labels) < 10
     assert long.labels == answered(model, tokenizer, talks, tmp_path / "other.jsonl", GREEDY).labels
     assert (
         answered(None, tokenizer, talks, tmp_path / "cache.jsonl", Sampling(12, temperature=0)).labels == short.labels
@@ -170,7 +171,7 @@ def test_more_room_asks_greedy_answers_again_only_where_they_were_cut_off(model,
 def test_more_prompts_ask_only_for_the_new_ones(model, tokenizer, talks, tmp_path):
     few = {row: talks[row] for row in list(talks)[3:7]}
     answered(model, tokenizer, few, tmp_path / "cache.jsonl", Sampling(24, temperature=1.0))
-    assert answered(model, tokenizer, talks, tmp_path / "cache.jsonl", Sampling(24, temperature=1.0)).asked == 6
+    assert answered(model, tokenizer, talks, tmp_path / "cache.jsonl", Sampling(24, temperature=1.0)).queried == 6
 
 
 def test_the_same_prompt_twice_is_drawn_twice_and_greedily_asked_once(tokenizer, tmp_path):

@@ -13,10 +13,10 @@ from trainers import config
 from transformers import AutoConfig, AutoTokenizer
 
 from caftune import CAFTTrainer
-from caftune.checkpoints.heads_folder import file_sha256, write_json
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
+from caftune.files import file_sha256, write_json
 from caftune.pipeline import stages as pipeline
 from caftune.pipeline.recipe import Recipe
 from caftune.pipeline.stage_config import with_inherited_options

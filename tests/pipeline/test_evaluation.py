@@ -21,8 +21,8 @@ from caftune.errors import CaftuneError
 from caftune.evals.proteins import sequence_of
 from caftune.evals.task import means, until_stop
 from caftune.evals.tasks import TASKS
+from caftune.generation.answers import AnswerCache
 from caftune.generation.backends import Answer
-from caftune.generation.labels import AnswerCache
 from caftune.pipeline import evaluate as evaluation
 from caftune.pipeline import stage_config as stage_options
 from caftune.pipeline.recipe import Recipe

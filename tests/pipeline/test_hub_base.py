@@ -7,7 +7,7 @@ import torch
 from hub import files_in, serve_hub
 from safetensors.torch import load_file, save_file
 
-from caftune.checkpoints.heads_folder import model_fingerprint
+from caftune.checkpoints.fingerprint import model_fingerprint
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
 from caftune.pipeline import stages as pipeline

@@ -12,11 +12,11 @@ from trainers import config
 
 from caftune import CAFTTrainer
 from caftune.checkpoints.cards import heads_card
-from caftune.checkpoints.heads_folder import file_sha256, write_json
 from caftune.checkpoints.hub import pull_heads, push_heads
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
+from caftune.files import file_sha256, write_json
 from caftune.pipeline import stages as pipeline
 from caftune.pipeline.recipe import Recipe
 

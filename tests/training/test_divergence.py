@@ -21,7 +21,8 @@ from caftune.cli import app
 from caftune.core.finite import LossWatch, not_finite
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.generation.backends import Sampling, answer_in_batches
+from caftune.generation.backends import Sampling
+from caftune.generation.batches import answer_in_batches
 from caftune.pipeline import stages as pipeline
 from caftune.pipeline.recipe import save_recipe
 from caftune.pipeline.stage_config import load_model
@@ -323,7 +324,7 @@ def test_heads_that_are_kept_are_numbers(values, made_heads, tmp_path):
     file = tmp_path / "train" / "checkpoint-4" / "heads" / "heads.safetensors"
     save_file({k: v * float("nan") for k, v in read_heads(file.parent).items()}, file)
     description = json.loads((file.parent / "heads.json").read_text())
-    from caftune.checkpoints.heads_folder import file_sha256
+    from caftune.files import file_sha256
 
     (file.parent / "heads.json").write_text(json.dumps({**description, "weights_sha256": file_sha256(file)}))
     with pytest.raises(CaftuneError, match="The heads to keep must hold finite numbers"):
