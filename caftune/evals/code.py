@@ -1,27 +1,19 @@
-r"""Code: HumanEval and MBPP. A completion is right if the data set's own tests of it end without an exception.
+r"""Code: HumanEval and MBPP. A completion passes if the data set's own tests of it end without an exception.
 
 Scoring runs what a model wrote. It is off until the environment says CAFTUNE_RUN_GENERATED_CODE=1, and then happens in a
-sandbox (see `caftune.evals.sandbox`): no network, no files, limits on time and memory, Python's standard library alone.
-
-HumanEval's prompt is its head of a function, to be continued. MBPP's is a docstring with the description and the tests. Which
-program an answer gives is found in `caftune.evals.programs`: in Markdown and in plain text, without its examples and tests.
-For HumanEval it is the first that applies:
+sandbox (`caftune.evals.sandbox`). `caftune.evals.programs` finds the program in an answer. For HumanEval it is the first of:
 
 1. The answer begins with an indented line: it continues the function, up to the first line at the left margin.
-2. It defines the function: that runs behind the prompt, whose imports and other functions it may need.
+2. It defines the function: that runs after the prompt, whose imports and other functions it may need.
 3. It has a body of the function as a code block, or without its first indentation.
 
-An answer without a program fails.
+An answer without a program fails. Solution and tests share a process, as in the official checkers, so a solution that studies
+this file, or returns an object that equals everything, can pass. What cannot pass: leaving early with any status, printing,
+hooks at exit, or changing builtins. A pass needs the answer to a key of this one run, which is read after the tests have ended.
 
-The solution and its tests share a process, as in the official checkers, so that a solution that studies this file, or returns
-an object that equals everything, can pass without solving anything. What cannot pass: leaving early with any status, printing
-what a success might print, hooks at exit, or changing builtins that the checker uses. For a pass, the tests must have come to
-their end: only then is a key of this one run read, and its answer, which only the checker's last line computes, given.
-
-Source: HumanEval and its stops, arXiv 2107.03374 and github.com/openai/human-eval; MBPP, arXiv 2108.07732; the docstring as
-prompt without examples, arXiv 2204.05999 (InCoder). We differ: seconds of CPU time, not of a clock, so that a busy machine
-judges alike; sets have one order; a solution cannot import NumPy; MBPP's prompt has no examples. The official stops cut answers
-at "\nclass", "\ndef", "\n#", "\nif" and "\nprint" wherever they stand, within strings too, and lose functions that stand below.
+Source: HumanEval, arXiv 2107.03374 and github.com/openai/human-eval; MBPP, arXiv 2108.07732; the docstring as prompt without
+examples, arXiv 2204.05999 (InCoder). We differ: seconds of CPU time, not of a clock; sets have one order; a solution cannot
+import NumPy; no stop texts, as the official ones ("\nclass", "\ndef", "\n#", ...) also cut within strings and lose helpers.
 """
 
 import os
@@ -38,8 +30,8 @@ from caftune.evals.task import Example, Task, column, means
 PERMISSION = "CAFTUNE_RUN_GENERATED_CODE"
 LIMITS = Limits(cpu_s=10, wall_s=30.0)
 
-# Runs in the sandbox. Before the solution runs it takes hold of all that it needs afterwards; the solution's own prints go
-# nowhere; the descriptors that matter are not those that a program knows. Tests and key are not read before they are needed.
+# Runs in the sandbox. It binds all functions it needs before the solution runs, sends the solution's prints nowhere, and reads
+# tests and key from a copied descriptor, each only when needed.
 _CHECKER = """
 import os, sys
 
@@ -118,7 +110,7 @@ def _read_humaneval(row: Mapping[str, Any], number: int) -> Example:
 
 
 def _read_mbpp(row: Mapping[str, Any], number: int) -> Example:
-    """Of the full data set (974 rows) and of the sanitized one (427), which calls `text` `prompt` and has `test_imports`."""
+    """A row of the full data set, or of the sanitized one, which calls `text` `prompt` and has `test_imports`."""
     _check_permission()
     tests = column(row, number, "test_list")
     if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):

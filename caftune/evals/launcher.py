@@ -4,11 +4,11 @@
       first process           sees the program alone as its machine, buries orphans; when it ends, the kernel kills the rest
         the program
 
-It is given the length of its order, the order itself on stdin (what stands behind it is the program's input), and a descriptor
-for its reports: `returncode N`, `timed_out 0` or `timed_out 1`, or `error` with what this machine cannot do.
+Its arguments: the length of its order, which is on stdin with the program's input after it, and the descriptor of its reports:
+`returncode N`, `timed_out 0` or `timed_out 1`, or `error` with what this machine cannot do.
 
-It starts anew for every program, and importing typing, json, pathlib and the like would take it as long as all else it does: so
-it imports the few modules here, and nothing of caftune.
+It starts for every program, and importing typing, json, pathlib and the like would double its time. So it imports little, and
+nothing of caftune.
 """
 
 # ruff: noqa: PTH102, PTH103, PTH112, PTH114, PTH115, PTH120, PTH123, PTH211

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from caftune.errors import CaftuneError
+from caftune.evals.requirements import required
 
 _INDENTED_FENCE = re.compile(r"^(?=[ \t]+(?:```|~~~))", re.MULTILINE)
 
@@ -27,12 +27,8 @@ class Section:
 
 @cache
 def _parser() -> Any:
-    try:
+    with required("markdown-it-py", "code blocks in answers"):
         from markdown_it import MarkdownIt
-    except ImportError as absent:
-        raise CaftuneError(
-            "markdown-it-py must be installed to find code blocks in answers. Run pip install caftune[eval]."
-        ) from absent
     # Without the rule for indented code: it would split functions in the text at their blank lines.
     return MarkdownIt("commonmark").disable("code")
 

@@ -1,16 +1,13 @@
-r"""Maths: GSM8K and MATH-500. The final answer of a completion is found, and judged equal to the reference or not.
+r"""Maths: GSM8K and MATH-500. The final answer of a completion (`caftune.evals.answers`) is compared with the reference.
 
-The final answer is found by `caftune.evals.answers`.
+Answers are equal if they are the same text, or if math-verify finds them equal: 1/2, 0.5, 50% and \frac12; x = 3 and 3; 3, 5
+and 5, 3; but not (2, 4) and [2, 4], nor (4, 2). It is lenient: 50% is 50, {2, 4} is (2, 4), x is X, and decimals count to the
+sixth digit. It drops the base of a number, so two numbers with a base (2516_8) are compared as text, as are references that are
+words (\text{east}), whatever the case and the brackets.
 
-Answers are equal if they are the same text, or if math-verify finds them equal: 1/2, 0.5, 50% and \frac12; x = 3 and 3;
-1,000 and 1000; 3, 5 and 5, 3; but not (2, 4) and [2, 4], nor (2, 4) and (4, 2). It is lenient: 50% is 50, {2, 4} is (2, 4),
-x is X, and decimals count to the sixth digit. It drops the base of a number, so two numbers with a base (2516_8) are compared
-as text here, and so are references that are words (\text{east}), whatever the case and the brackets.
-
-math-verify computes with SymPy, which may take for ever, and its own time limits are signals, which only a main thread gets. So
-it runs without them in a process of its own, which ends itself over an answer that takes longer than TIMEOUT_S, and is started
-anew (a few seconds). Such an answer is wrong, and counted in `unjudged`. An answer that needs more memory than MEMORY_BYTES is
-wrong, and one of more than LONGEST_ANSWER characters is so without being looked at; the longest of MATH-500 has 53.
+math-verify computes with SymPy, which may never end, and its own time limits are signals, for the main thread only. So it runs
+in a separate process, which ends itself after TIMEOUT_S and is restarted. Such an answer is wrong and counted in `unjudged`;
+one that needs more than MEMORY_BYTES, or has more than LONGEST_ANSWER characters, is wrong.
 
 Source: math-verify, github.com/huggingface/Math-Verify. We differ in how an answer is found: it also reads formulas that nobody
 called an answer, and of several it takes one that it can read.
@@ -35,29 +32,10 @@ TIMEOUT_S = 5
 MEMORY_BYTES = 4 * 2**30
 
 _SIGNS = {
-    **{
-        "π": "\\pi ",
-        "∞": "\\infty ",
-        "°": "^\\circ ",
-        "²": "^2",
-        "³": "^3",
-        "×": "\\times ",
-        "·": "\\cdot ",
-        "÷": "/",
-        "±": "\\pm ",
-    },
-    **{
-        "≤": "\\le ",
-        "≥": "\\ge ",
-        "≠": "\\ne ",
-        "∈": "\\in ",
-        "∪": "\\cup ",
-        "∩": "\\cap ",
-        "½": "\\frac{1}{2}",
-        "¼": "\\frac{1}{4}",
-    },
-    **{"¾": "\\frac{3}{4}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "–": "-"},
-}
+    "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "²": "^2", "³": "^3", "×": r"\times ", "·": r"\cdot ", "÷": "/",
+    "±": r"\pm ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "–": "-",
+    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}",
+}  # fmt: skip
 _NEXT = ("\nQ:", "\nHuman:", "\nUser:")  # what base models write after an answer
 _BASE = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")
 _SCALE_ASKED = re.compile(rf"\b(?:how many(?: more)?|in) ({'|'.join(SCALES)})s?\b", re.IGNORECASE)
@@ -102,7 +80,7 @@ def is_equal(reference: str, answer: str) -> bool | None:
 
 
 class _Judge:
-    """math-verify in a process of its own. Any thread may ask; they are answered one after another."""
+    """math-verify in a separate process, for any thread; one pair at a time."""
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
@@ -115,7 +93,7 @@ class _Judge:
             self._started()
 
     def _started(self) -> subprocess.Popen[str]:
-        """The process, started where there is none (which takes a few seconds)."""
+        """The process, started if there is none (a few seconds)."""
         if self._process is not None and self._process.poll() is None:
             return self._process
         self._process = process = subprocess.Popen(
@@ -157,7 +135,7 @@ _JUDGE = _Judge()
 
 
 def _judge_pairs(timeout_s: float) -> None:
-    """Judge the pairs that stdin brings, one a line, until it ends: what the judge's process does."""
+    """The judge's process: judge the pairs on stdin, one per line."""
     import faulthandler
 
     answers, sys.stdout = sys.stdout, sys.stderr
@@ -244,10 +222,8 @@ GSM8K = Task(
         },
     ),
 )
-"""The solutions that a model is trained on end as the prompt asks, so that trained and untrained models are judged alike.
-
-Source: Cobbe et al., arXiv 2110.14168; data and checker github.com/openai/grade-school-math, which takes what follows the first
-####. "Question:" and "Answer:" are those of lm-evaluation-harness's gsm8k; the instruction, in place of examples, is ours.
+"""Source: Cobbe et al., arXiv 2110.14168; data and checker github.com/openai/grade-school-math. "Question:" and "Answer:" as in
+lm-evaluation-harness's gsm8k; the instruction, in place of examples, is ours, and asks for what the solutions end with (####).
 """
 
 MATH500 = Task(
@@ -282,9 +258,7 @@ MATH500 = Task(
         },
     ),
 )
-r"""Every solution of the data set has its answer in \boxed{}.
-
-Source: Hendrycks et al., arXiv 2103.03874; the 500 test problems are those of Lightman et al., arXiv 2305.20050.
+"""Source: Hendrycks et al., arXiv 2103.03874; the 500 test problems are those of Lightman et al., arXiv 2305.20050.
 "Problem:" and "Solution:" are those of Minerva's prompt (arXiv 2206.14858), without its four examples.
 """
 

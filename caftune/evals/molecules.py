@@ -18,6 +18,7 @@ from typing import Any
 
 from caftune.errors import CaftuneError
 from caftune.evals.markdown import sections
+from caftune.evals.requirements import required
 from caftune.evals.task import Example, Task, means, text, unix_lines
 
 LONGEST = 4000  # characters; a longer SMILES counts as invalid, so that no answer can hold up the evaluation
@@ -202,10 +203,8 @@ def molecule_of(smiles: str) -> Any:
     Raises:
         CaftuneError: RDKit is not installed.
     """
-    try:
+    with required("rdkit", "the task molecules"):
         from rdkit import Chem, rdBase
-    except ImportError as absent:
-        raise CaftuneError("rdkit must be installed for the task molecules. Run pip install caftune[eval].") from absent
     if not smiles.isascii() or len(smiles) > LONGEST:
         return None
     with rdBase.BlockLogs():

@@ -18,6 +18,7 @@ from typing import Any
 
 from caftune.errors import CaftuneError
 from caftune.evals.markdown import sections
+from caftune.evals.requirements import required
 from caftune.evals.task import Example, Task, column, means, unix_lines
 
 RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWYUOX")  # the 22 amino acids of the genetic code, and X for an unknown one
@@ -219,12 +220,8 @@ def _alignable(sequence: str) -> str:
 
 @cache
 def _aligner() -> Any:
-    try:
+    with required("biopython", "the task proteins"):
         from Bio.Align import PairwiseAligner, substitution_matrices
-    except ImportError as absent:
-        raise CaftuneError(
-            "biopython must be installed for the task proteins. Run pip install caftune[eval]."
-        ) from absent
     aligner = PairwiseAligner()
     aligner.mode = "global"
     aligner.substitution_matrix = substitution_matrices.load("BLOSUM62")

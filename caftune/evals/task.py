@@ -1,7 +1,7 @@
 """What a task is: rows of a data set turned into prompts, and completions turned into numbers.
 
-A task is one file with one `Task` in it. It knows nothing of models, heads or trainers: `score` takes a completion, whoever
-wrote it. Tasks use rows as their data sets publish them; where a data set names its columns otherwise, `columns` says so.
+A task is one file with one `Task` in it; `score` takes a completion, whoever wrote it. Rows are as their data sets publish
+them; where a data set names its columns otherwise, `columns` says so.
 """
 
 import math
@@ -15,10 +15,13 @@ from caftune.evals.thought import without_thought as without_thought
 
 @dataclass(frozen=True)
 class Example:
-    """One question: `prompt` is a text to be continued (in a conversation: what the user says).
+    """One question.
 
-    `reference` is what `score` compares with, JSON. `answer` is the text of a perfect answer, as the data set gives it, and
-    empty where it gives none. It is never shown to a model and nothing is scored by it.
+    Args:
+        id: of its row.
+        prompt: a text to be continued (in a conversation: what the user says).
+        reference: what `score` compares with, JSON.
+        answer: a perfect answer as the data set gives it, or empty. It is never shown to a model and not used for scores.
     """
 
     id: str
@@ -33,19 +36,17 @@ class Task:
 
     Args:
         name: as in `eval.tasks`.
-        primary: the measure that stands for the task where one number is wanted.
-        read: one row of the data set and its number -> an example.
-            Raises CaftuneError where a column is missing.
-        score: (example, completion) -> measures of this completion, each a number. Shares are between 0 and 1. It never
-            fails on what a model wrote: an empty or senseless completion has the lowest score.
-        combine: the measures of all completions -> the measures of the whole; by default the mean of each, over the
-            completions that have it. (F1 over a data set, for example, is no mean of F1s.)
+        primary: the measure that is shown where one number is wanted.
+        read: one row of the data set and its number -> an example. Raises CaftuneError if a column is missing.
+        score: (example, completion) -> measures of this completion; shares are between 0 and 1. An empty or senseless
+            completion has the lowest score, and never fails.
+        combine: the measures of all completions -> those of the whole. By default the mean of each, over the completions that
+            have it (F1 over a data set, for example, is no mean of F1s).
         max_new_tokens: room that an answer needs.
-        stop: an answer is cut where one of these texts begins.
         rows: a few rows of our own in the data set's format, for trying the task without its data.
+        stop: an answer is cut where one of these texts begins.
         lower_is_better: measures of which less is better.
-        past: an answer with one of these texts is complete, and does not count as cut off. The text is not cut there, as
-            right answers may contain them.
+        past: an answer with one of these texts is complete and does not count as cut off. The text itself is kept.
     """
 
     name: str
@@ -95,7 +96,7 @@ def text(row: Mapping[str, Any], number: int, *names: str) -> str:
     """The first of these columns that a row has, which must hold a text.
 
     Raises:
-        CaftuneError: it has none of them, or the value is not a text.
+        CaftuneError: it has none of them, or it is not a text.
     """
     found = column(row, number, *names)
     if not isinstance(found, str):

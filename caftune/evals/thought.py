@@ -1,14 +1,11 @@
 r"""Removing a model's thoughts (reasoning) from its completion, since only the answer is scored.
 
-Models mark their thoughts in many ways, and some chat templates write the opening mark themselves, so that the answer holds
-the closing mark alone. Everything up to the last closing mark is thought. A thought that is not closed reaches to the end: an
-answer that begins in one, or whose prompt opened it, has nothing to score.
+Everything up to the last closing mark is thought: some chat templates write the opening mark themselves. A thought that is not
+closed reaches to the end: an answer that begins in one, or whose prompt opened it, has nothing to score. Marks do not count
+within quotes or backticks, and (outside a thought) within a code block, a string of several lines or a comment of a program.
 
-Marks that are only quoted do not count: those within quotes, within backticks, and (outside a thought) within a block of code,
-a string of several lines or a comment of a program.
-
-Source of the marks: the models' chat templates (DeepSeek-R1, Qwen3, Seed-OSS, Magistral, Command A Reasoning, Kimi,
-OpenThinker, Gemma 4), and for gpt-oss its format "harmony" (github.com/openai/harmony), with and without its special tokens.
+Source of the marks: chat templates of DeepSeek-R1, Qwen3, Seed-OSS, Magistral, Command A Reasoning, Kimi, OpenThinker, Gemma 4;
+for gpt-oss the format "harmony" (github.com/openai/harmony), with and without its special tokens.
 """
 
 import re
