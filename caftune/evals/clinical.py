@@ -15,7 +15,7 @@ from typing import Any
 
 from caftune.errors import CaftuneError
 from caftune.evals.requirements import required
-from caftune.evals.task import Example, Task, column, means
+from caftune.evals.task import Example, Task, column
 
 _MEASURES = ("rouge1", "rouge2", "rougeL")
 
@@ -141,32 +141,8 @@ MTS_DIALOG = Task(
     primary="rouge1",
     read=_read_dialogue,
     score=_score,
-    combine=means,
     max_new_tokens=768,  # the longest reference of the two test files has 565 words
     stop=("\nConversation:", "\nDoctor:", "\nPatient:"),
-    rows=(
-        {
-            "ID": "0",
-            "section_header": "ALLERGY",
-            "section_text": "Penicillin, which causes a rash. No food allergies.",
-            "dialogue": "Doctor: Is there any medicine that you cannot take?\n"
-            "Patient: Penicillin. I get a rash from it.\nDoctor: And food?\nPatient: I can eat everything.",
-        },
-        {
-            "ID": "1",
-            "section_header": "FAM/SOCHX",
-            "section_text": "Her father has diabetes. She smokes ten cigarettes a day and does not drink alcohol.",
-            "dialogue": "Doctor: Does any illness run in your family?\nPatient: My dad is diabetic.\n"
-            "Doctor: Do you smoke or drink?\nPatient: Ten cigarettes a day, I'm afraid. I never drink.",
-        },
-        {
-            "ID": "2",
-            "section_header": "CC",
-            "section_text": "Sore throat and fever for three days.",
-            "dialogue": "Doctor: What brings you here today?\nPatient: My throat hurts and I am running a fever.\n"
-            "Doctor: Since when?\nPatient: Since three days ago.",
-        },
-    ),
 )
 """Test sets 1 (MEDIQA-Chat 2023, task A) and 2 (MEDIQA-Sum 2023); an ID is unique within its file only.
 
@@ -180,43 +156,8 @@ MIMIC_BHC = Task(
     primary="rouge1",
     read=_read_note,
     score=_score,
-    combine=means,
     max_new_tokens=1024,
     stop=("\nClinical note:",),
-    rows=(
-        {
-            "note_id": "invented-0",
-            "input": "<SEX> F <SERVICE> MEDICINE <ALLERGIES> No Known Allergies <CHIEF COMPLAINT> Cough and fever "
-            "<HISTORY OF PRESENT ILLNESS> Ms. ___ has coughed for five days and had a fever of 39 degrees since yesterday. "
-            "<PERTINENT RESULTS> Chest X-ray: consolidation in the right lower lobe. WBC 15.2 <DISCHARGE MEDICATIONS> "
-            "Amoxicillin 1 g three times a day for four more days <DISCHARGE DIAGNOSIS> Pneumonia",
-            "target": "Ms. ___ was admitted with pneumonia of the right lower lobe. She was given antibiotics, her fever fell "
-            "within two days, and she went home with amoxicillin to complete seven days.",
-            "input_tokens": 120,
-            "target_tokens": 45,
-        },
-        {
-            "note_id": "invented-1",
-            "input": "<SEX> M <SERVICE> SURGERY <ALLERGIES> Latex <CHIEF COMPLAINT> Abdominal pain <MAJOR SURGICAL OR INVASIVE "
-            "PROCEDURE> Laparoscopic appendectomy <HISTORY OF PRESENT ILLNESS> Mr. ___ had pain around the navel that moved to "
-            "the right lower quadrant. <PERTINENT RESULTS> CT: appendix of 11 mm with stranding, no perforation "
-            "<DISCHARGE CONDITION> Alert, walking, eating",
-            "target": "Mr. ___ had acute appendicitis without perforation and underwent a laparoscopic appendectomy on the day "
-            "of admission. Latex was avoided. He ate on the first day and went home in good condition.",
-            "input_tokens": 110,
-            "target_tokens": 48,
-        },
-        {
-            "note_id": "invented-2",
-            "input": "<SEX> M <SERVICE> CARDIOLOGY <ALLERGIES> No Known Allergies <CHIEF COMPLAINT> Breathlessness <HISTORY OF "
-            "PRESENT ILLNESS> Mr. ___ stopped his water tablets two weeks ago, gained 6 kg and cannot lie flat. <PERTINENT "
-            "RESULTS> Ejection fraction 30%, NT-proBNP 6200 <DISCHARGE INSTRUCTIONS> Weigh yourself every morning.",
-            "target": "Mr. ___ was admitted with decompensated heart failure after he had stopped his diuretic. He was given "
-            "intravenous furosemide, lost 5.5 kg, and was discharged on his former tablets.",
-            "input_tokens": 100,
-            "target_tokens": 44,
-        },
-    ),
 )
 """The data need credentials at PhysioNet: the rows are invented, in the format of the published mimic-iv-bhc.csv.
 

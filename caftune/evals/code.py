@@ -25,7 +25,7 @@ from typing import Any
 from caftune.errors import CaftuneError
 from caftune.evals.programs import body_of, continuation_of, names_in, solution_of, with_head
 from caftune.evals.sandbox import Limits, check_sandbox, run_python
-from caftune.evals.task import Example, Task, column, means
+from caftune.evals.task import Example, Task, column
 
 PERMISSION = "CAFTUNE_RUN_GENERATED_CODE"
 LIMITS = Limits(cpu_s=10, wall_s=30.0)
@@ -129,37 +129,8 @@ HUMANEVAL = Task(
     primary="pass",
     read=_read_humaneval,
     score=_score_humaneval,
-    combine=means,
     max_new_tokens=512,
     past=_PAST,
-    rows=(
-        {
-            "task_id": "Own/0",
-            "prompt": 'def count_above(values: list[int], limit: int) -> int:\n    """How many values exceed the limit."""\n',
-            "canonical_solution": "    return sum(value > limit for value in values)\n",
-            "test": "def check(candidate):\n    assert candidate([1, 5, 9], 4) == 2\n    assert candidate([], 0) == 0\n",
-            "entry_point": "count_above",
-        },
-        {
-            "task_id": "Own/1",
-            "prompt": (
-                "import math\n\n\ndef halve(number: float) -> float:\n    return number / 2\n\n\n"
-                'def hypotenuse(a: float, b: float) -> float:\n    """The longest side of a right triangle."""\n'
-            ),
-            "canonical_solution": "    return math.sqrt(a * a + b * b)\n",
-            "test": "def check(candidate):\n    assert candidate(3, 4) == 5\n    assert halve(candidate(6, 8)) == 5\n",
-            "entry_point": "hypotenuse",
-        },
-        {
-            "task_id": "Own/2",
-            "prompt": 'def vowels(text: str) -> str:\n    """The vowels.\n    >>> vowels("tree")\n    \'ee\'\n    """\n',
-            "canonical_solution": (
-                '    kept = ""\n    for c in text:\n        if c in "aeiou":\n            kept += c\n    return kept\n'
-            ),
-            "test": 'def check(candidate):\n    assert candidate("harbour") == "aou"\n    assert candidate("xyz") == ""\n',
-            "entry_point": "vowels",
-        },
-    ),
 )
 
 MBPP = Task(
@@ -167,34 +138,6 @@ MBPP = Task(
     primary="pass",
     read=_read_mbpp,
     score=_score_mbpp,
-    combine=means,
     max_new_tokens=512,
     past=_PAST,
-    rows=(
-        {
-            "task_id": 1,
-            "text": "Write a function to add up the digits of a number.",
-            "code": "def digit_sum(number):\r\n  return sum(int(digit) for digit in str(number))",
-            "test_setup_code": "",
-            "test_list": ["assert digit_sum(305) == 8", "assert digit_sum(0) == 0", "assert digit_sum(99) == 18"],
-            "challenge_test_list": [],
-        },
-        {
-            "task_id": 2,
-            "text": "Write a function to measure how deep a chain of boxes is.",
-            "code": "class Box:\n    def __init__(self, inner):\n        self.inner = inner\n\ndef depth(box):\n"
-            "    return 0 if box is None else 1 + depth(box.inner)",
-            "test_setup_code": "three = Box(Box(Box(None)))",
-            "test_list": ["assert depth(three) == 3", "assert depth(None) == 0"],
-            "challenge_test_list": ["assert depth(Box(three)) == 4"],
-        },
-        {
-            "task_id": 3,
-            "text": "Write a function to find whether a word reads the same from both ends.",
-            "code": "is_mirrored = lambda word: word == word[::-1]",
-            "test_setup_code": "",
-            "test_list": ["assert is_mirrored('level')", "assert not is_mirrored('lever')"],
-            "challenge_test_list": [],
-        },
-    ),
 )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from caftune.errors import CaftuneError
-from caftune.evals.task import Example, Task, means, text, unix_lines
+from caftune.evals.task import Example, Task, text, unix_lines
 from caftune.evals.thought import without_thought
 
 
@@ -43,11 +43,5 @@ EXACT_MATCH = Task(
     primary="exact_match",
     read=read,
     score=score,
-    combine=means,
     max_new_tokens=512,
-    rows=(
-        {"prompt": "The months in order: January, February,", "completion": " March"},
-        {"prompt": "The word 'kayak' backwards: ", "completion": "kayak"},
-        {"id": "sum", "prompt": "7 + 8 =", "completion": " 15"},
-    ),
 )

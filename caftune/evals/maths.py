@@ -26,7 +26,7 @@ from typing import Any
 from caftune.errors import CaftuneError
 from caftune.evals.answers import LONGEST_ANSWER, TEXT, final_answer, hash_answer, tidy
 from caftune.evals.quantity import SCALES, UNCLEAR, value_of
-from caftune.evals.task import Example, Task, column, means
+from caftune.evals.task import Example, Task, column
 
 TIMEOUT_S = 5
 MEMORY_BYTES = 4 * 2**30
@@ -203,24 +203,9 @@ GSM8K = Task(
     primary="accuracy",
     read=_read_gsm8k,
     score=_score,
-    combine=means,
     max_new_tokens=512,
     stop=("\nQuestion:", "\nProblem:", *_NEXT),
     lower_is_better=frozenset({"unjudged"}),
-    rows=(
-        {
-            "question": "A baker fills 6 trays with 8 rolls each and sells 31 rolls. How many rolls are left?",
-            "answer": "There are 6*8=<<6*8=48>>48 rolls.\nSo 48-31=<<48-31=17>>17 rolls are left.\n#### 17",
-        },
-        {
-            "question": "A hall has 25 rows of 48 seats. How many seats do three such halls have?",
-            "answer": "One hall has 25*48=<<25*48=1200>>1,200 seats.\nThree have 3*1200=<<3*1200=3600>>3,600.\n#### 3,600",
-        },
-        {
-            "question": "Mia has $5 and buys two pens for $3.50 each. How many dollars does she have now, if she may owe some?",
-            "answer": "The pens cost 2*3.5=$<<2*3.5=7>>7.\nShe has 5-7=$<<5-7=-2>>-2.\n#### -2",
-        },
-    ),
 )
 """Source: Cobbe et al., arXiv 2110.14168; data and checker github.com/openai/grade-school-math. "Question:" and "Answer:" as in
 lm-evaluation-harness's gsm8k; the instruction, in place of examples, is ours, and asks for what the solutions end with (####).
@@ -231,32 +216,9 @@ MATH500 = Task(
     primary="accuracy",
     read=_read_math,
     score=_score,
-    combine=means,
     max_new_tokens=2048,
     stop=("\nProblem:", "\nQuestion:", *_NEXT),
     lower_is_better=frozenset({"unjudged"}),
-    rows=(
-        {
-            "problem": "A fair die is thrown twice. What is the probability that the sum is $4$?",
-            "solution": r"Of $36$ pairs, $(1,3),$ $(2,2)$ and $(3,1)$ do, so it is $\frac{3}{36} = \boxed{\frac{1}{12}}.$",
-            "answer": r"\frac{1}{12}",
-        },
-        {
-            "problem": r"For which real $x$ is $\sqrt{x - 2}$ below $3$? Give the answer in interval notation.",
-            "solution": r"It needs $x \ge 2,$ and then $x - 2 < 9.$ So $x$ is in $\boxed{[2,11)}.$",
-            "answer": "[2,11)",
-        },
-        {
-            "problem": r"Multiply $\begin{pmatrix} 2 & 0 \\ 1 & 3 \end{pmatrix}$ by $\begin{pmatrix} 1 \\ -1 \end{pmatrix}.$",
-            "solution": r"The product is $\boxed{\begin{pmatrix} 2 \\ -2 \end{pmatrix}}.$",
-            "answer": r"\begin{pmatrix} 2 \\ -2 \end{pmatrix}",
-        },
-        {
-            "problem": "Ann runs $9$ km in $50$ minutes, Ben $7$ km in $40$ minutes. Who is faster?",
-            "solution": r"Ann runs $10.8$ km in an hour and Ben $10.5$ km, so it is $\boxed{\text{Ann}}.$",
-            "answer": r"\text{Ann}",
-        },
-    ),
 )
 """Source: Hendrycks et al., arXiv 2103.03874; the 500 test problems are those of Lightman et al., arXiv 2305.20050.
 "Problem:" and "Solution:" are those of Minerva's prompt (arXiv 2206.14858), without its four examples.

@@ -1,19 +1,19 @@
 """The task `molecules`: a description in, a molecule out, as SMILES.
 
-Rows: ChEBI-20 (columns `description`, `smiles`) and L+M-24 (`caption`, `molecule`), which are asked with a sentence of ours.
-A row with a column `prompt` is asked with that text as it is, so that what a model was trained on can be evaluated:
-rows with `prompt` and `completion` need no more than `eval.columns: {smiles: completion}`. RDKit decides what a molecule is.
+Rows: ChEBI-20 (columns `description`, `smiles`) and L+M-24 (`caption`, `molecule`), with a prompt of ours. A row with a column
+`prompt` keeps that prompt unchanged: `prompt` and `completion` need no more than `eval.columns: {smiles: completion}`.
 
-Source: MolT5 (arXiv 2204.11817) and its evaluation scripts (github.com/blender-nlp/MolT5, `evaluation`) for BLEU, exact
-match, Levenshtein distance, validity and fingerprints. Where we differ: an empty answer is invalid (RDKit reads it as a
-molecule without atoms), and two molecules without an InChI are not equal for that. L+M-24's own scripts count the
-similarity of an invalid answer as 0: that is our mean times `valid`.
+Source: MolT5 (arXiv 2204.11817) and its scripts (github.com/blender-nlp/MolT5, `evaluation`) for BLEU, exact match, Levenshtein
+distance, validity and fingerprints. We differ: an empty answer is invalid (RDKit reads a molecule without atoms), and two
+molecules without an InChI are not equal for that. L+M-24's scripts count the similarity of an invalid answer as 0: that is our
+mean times `valid`.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from caftune.errors import CaftuneError
@@ -36,28 +36,44 @@ _SMILES = re.compile(r"(?:\[[^\]\s]*\]|Br|Cl|[BCNOPSFIbcnops*]|[()\-=#$:/\\~.%@+
 _BONDS = frozenset("-=#$:/\\~.%@+)0123456789")  # no SMILES begins with these
 _CHAIN = re.compile(r"(?:Br|Cl|[BCNOPSFI])+")
 _SIGN = r"(?:\s|\*\*|\*(?=\s)|__|[`\"'“‘(])*"  # white space and marks between a label and its value
-_NAMED = re.compile(rf"(?:\b(?:is|be)|'s|[^:\n]:){_SIGN}(?=\S)")
-_IN_TICKS = re.compile(r"(`+)\s*(?:smiles\s+)?([^\s`]+)\s*\1", re.IGNORECASE)
-_BULLET = re.compile(r"^\s*(?:(?:[-+>•]|\*(?=\s)|\d+[.)])\s+)*")
+_BULLET = r"[^\S\n]*(?:(?:[-+>•]|\*(?=\s)|\d+[.)])\s+)*"
+# Places of a word that may be a SMILES.
+_FIRST = re.compile(rf"\A\s*{_BULLET}(?P<word>\S+)")
+_ON_A_LINE = re.compile(rf"^{_BULLET}(?P<word>\S+)", re.MULTILINE)
+_IN_TICKS = re.compile(r"(`+)\s*(?:smiles\s+)?(?P<word>[^\s`]+)\s*\1", re.IGNORECASE)
+_NAMED = re.compile(rf"(?:\b(?:is|be)|'s|[^:\n]:){_SIGN}(?=(?P<word>\S+))")
+_ANYWHERE = re.compile(r"(?P<word>\S+)")
+_LABEL = re.compile(r"(\bfinal\W{1,5}(?:canonical )?)?\bSMILES\b", re.IGNORECASE)
+_BEHIND_LABEL = re.compile(
+    rf"(?:^SMILES|[:：|]|->|→|(?<=\s)=|(?<=^SMILES)=|\b(?:is|be|as)\b){_SIGN}(?=\S)", re.IGNORECASE
+)
 _PART = re.compile(
     r"\W*(?:\w+ )?(?:bonds?|groups?|moiet\w+|rings?|linkages?|stretch\w*|atoms?|units?|double|triple|single|containing)\b"
 )
 _OTHER = re.compile(r"SELFIES|InChI|formula|IUPAC|\bname|\bCAS\b|group|bond|moiety", re.IGNORECASE)
 _LONG = 8  # characters; longer than any word that looks like a SMILES
-_WORDS = frozenset(
-    {"I", "NO", "SO", "ON", "IN", "IF", "OF", "BIO", "BIOS", "SOS", "ICON", "COIN", "COINS", "SPIN", "SIC"}
+_ENGLISH = frozenset(
+    ["I", "NO", "SO", "ON", "IN", "IF", "OF", "BIO", "BIOS", "SOS", "ICON", "COIN", "COINS", "SPIN", "SIC"]
 )
+
+
+@dataclass(frozen=True)
+class _Word:
+    """A word of a text: as it is written, bare, the rest of its line before and after it, and all that follows."""
+
+    written: str
+    smiles: str
+    before: str
+    after: str
+    rest: str
 
 
 def smiles_of(completion: str) -> str:
     r"""The SMILES that a completion gives, valid or not, or "" where it gives none (prose, a refusal).
 
-    The first of these that looks like a SMILES: what is within tags; the first line or its first word; a code block; what
-    follows the word SMILES; code within a line; a separate line; a value ("Ethanol: CCO", "It is CCO."); a word of no
-    language. Without any of them, a first line that is one word: BLEU and edit distance count what was written.
-
-    White space, Markdown, quotation marks and what ends a sentence are taken off; dots between molecules stay. A word that
-    English shares with chemistry (I, NO, CN, BIOS) is an answer alone, and none within a sentence.
+    The first of these that looks like a SMILES: what is within tags; the first word; a code block; what follows the word
+    SMILES; code within a line; a separate line; a value ("Ethanol: CCO", "It is CCO."); a word of no language. Without any of
+    them, a first line that is one word: BLEU and edit distance count what was written.
 
     >>> smiles_of(" CCO is ethanol.\nIt is an alcohol."), smiles_of("Sure:\n```smiles\nCCO\n```"), smiles_of("I don't know.")
     ('CCO', 'CCO', '')
@@ -66,19 +82,82 @@ def smiles_of(completion: str) -> str:
     if tagged := _TAGS.search(text):
         return smiles_of(tagged[1] or tagged[2] or "")
     text = _TEX.sub(r"\1", _TEX.sub(r"\1", _TAG.sub(" ", text)))
-    found = sections(text)
-    blocks = [f"{section.info.partition(' ')[2]}\n{section.text}" for section in found if section.is_code]
-    ways: tuple[Iterator[str], ...] = (
-        _at_the_start(text),
-        (smiles for block in blocks for smiles in (*_at_the_start(block), *_labelled(block))),
-        _labelled(text),
-        _within_ticks(text),
-        _separate_lines(text),
-        _named(text),
-        _long_words(text),
-        _single_word(text),
+    return next(_candidates(text), "")
+
+
+def _candidates(text: str) -> Iterator[str]:
+    """What may be meant as the SMILES, the surest first."""
+    yield from _words(text, _spans(_FIRST, text), _is_first)
+    for block in (section for section in sections(text) if section.is_code):
+        code = f"{block.info.partition(' ')[2]}\n{block.text}"
+        yield from _words(code, _spans(_FIRST, code), _is_first)
+        yield from _words(code, _after_labels(code), _is_answer)
+    yield from _words(text, _after_labels(text), _is_answer)
+    yield from _words(text, _spans(_IN_TICKS, text), lambda word: not _PART.match(word.after))
+    yield from _words(
+        text, _spans(_ON_A_LINE, text), lambda word: not word.after.strip() and word.smiles not in _ENGLISH
     )
-    return next((smiles for way in ways for smiles in way), "")
+    yield from _words(text, _spans(_NAMED, text), _is_value)
+    yield from _words(text, _spans(_ANYWHERE, text), _is_of_no_language)
+    line, _, others = text.partition("\n")
+    word = _bare(line.strip())
+    is_word = re.fullmatch(r"[A-Z][a-z']*|(?i:N/A)", word) or (word.isalpha() and others.strip())
+    if len(word.split()) == 1 and not is_word:
+        yield word
+
+
+def _spans(places: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
+    return (found.span("word") for found in places.finditer(text))
+
+
+def _after_labels(text: str) -> Iterator[tuple[int, int]]:
+    """The words that follow the word SMILES: directly, or behind a colon, an equals sign or a verb."""
+    for label in sorted(_LABEL.finditer(text), key=lambda label: label[1] is None):  # the final one first
+        start = label.end() - len("SMILES")
+        for mark in _BEHIND_LABEL.finditer(text[start : start + 200].partition("\n\n\n")[0]):
+            end = start + mark.end()
+            yield end, end + len(text[end:].split(maxsplit=1)[0])
+
+
+def _words(text: str, spans: Iterable[tuple[int, int]], is_meant: Callable[[_Word], bool]) -> Iterator[str]:
+    """The words at these places that look like a SMILES and are meant as one."""
+    for start, end in spans:
+        before, after = text[:start].rpartition("\n")[2], text[end:].partition("\n")[0]
+        word = _Word(text[start:end], _bare(text[start:end], before), before, after, text[end:])
+        if _is_smiles(word.smiles) and is_meant(word):
+            yield word.smiles
+
+
+def _is_first(word: _Word) -> bool:
+    return _is_answer(word) and (word.smiles not in _ENGLISH or not word.rest.strip())
+
+
+def _is_smiles(word: str) -> bool:
+    is_chain = not word.isalpha() or bool(_CHAIN.fullmatch(word))
+    return word[:1] not in _BONDS and is_chain and bool(_SMILES.fullmatch(word))
+
+
+def _is_answer(word: _Word) -> bool:
+    """Whether a word is meant as a SMILES, judged by the rest of its line."""
+    smiles, rest = word.smiles, word.after.strip(" \t*_`.,;:!?\"'”’)")
+    if not rest or re.match(r"\s*[(\[]", word.after):
+        return True
+    return not (smiles.isalpha() and "CC" not in smiles) and not (len(smiles) < 6 and _PART.match(word.after))
+
+
+def _is_value(word: _Word) -> bool:
+    """Whether a word that something "is" ends its sentence or line, and the sentence names no part or formula."""
+    is_end = not word.after.strip() or word.after.lstrip()[0] in "([" or word.written[-1] in ".,;"
+    sentence = re.split(r"[.!?]\s", word.before)[-1]
+    return (
+        is_end and not _OTHER.search(sentence) and word.smiles not in _ENGLISH and molecule_of(word.smiles) is not None
+    )
+
+
+def _is_of_no_language(word: _Word) -> bool:
+    smiles, line = word.smiles, word.before + word.written + word.after
+    is_long = len(smiles) >= _LONG and not smiles.isalpha()
+    return is_long and not _OTHER.search(line) and molecule_of(smiles) is not None
 
 
 def _bare(word: str, before: str = "") -> str:
@@ -86,9 +165,9 @@ def _bare(word: str, before: str = "") -> str:
     last = None
     while last != word:
         last = word
-        word = (
-            word.strip("`\"'“”‘’{}|\u200b").removeprefix("**").removesuffix("**").removeprefix("__").removesuffix("__")
-        )
+        word = word.strip("`\"'“”‘’{}|\u200b")
+        for mark in ("**", "__"):
+            word = word.removeprefix(mark).removesuffix(mark)
         word = word.rstrip(".,;:!?…")
         word = word.strip("$") if word[:1] == "$" else word
         if word.endswith(")") and word.count(")") > word.count("(") and before.count("(") > before.count(")"):
@@ -96,105 +175,6 @@ def _bare(word: str, before: str = "") -> str:
         if len(word) > 2 and word[0] == "(" and word[-1] == ")" and ")" not in word[:-1]:
             word = word[1:-1]
     return word
-
-
-def _is_smiles(word: str) -> bool:
-    return (
-        word[:1] not in _BONDS
-        and bool(_SMILES.fullmatch(word))
-        and (not word.isalpha() or bool(_CHAIN.fullmatch(word)))
-    )
-
-
-def _is_answer(word: str, after: str) -> bool:
-    """Whether a word that looks like a SMILES is meant as one, judged by the rest of its line."""
-    rest = after.strip(" \t*_`.,;:!?\"'”’)")
-    if not _is_smiles(word):
-        return False
-    if not rest or re.match(r"\s*[(\[]", after):
-        return True
-    return not (word.isalpha() and "CC" not in word) and not (len(word) < 6 and _PART.match(after))
-
-
-def _at_the_start(text: str) -> Iterator[str]:
-    """The first word of the first line, if it is the answer."""
-    line, _, others = text.strip().partition("\n")
-    line = line[len((_BULLET.match(line) or [""])[0]) :]
-    words = line.split(maxsplit=1)
-    if not words or (_bare(words[0]) in _WORDS and (others.strip() or len(words) > 1)):
-        return
-    smiles = _bare(words[0])
-    if _is_answer(smiles, line[len(words[0]) :]):
-        yield smiles
-
-
-def _word_at(text: str, place: int) -> tuple[str, str]:
-    """The word that begins at this place, bare, and what follows it on its line."""
-    line = text[place:].partition("\n")[0]
-    word = line.split(maxsplit=1)[0]
-    return _bare(word, text[:place].rpartition("\n")[2]), line[len(word) :]
-
-
-def _labelled(text: str) -> Iterator[str]:
-    """What follows the word SMILES."""
-    labels = re.finditer(r"(\bfinal\W{1,5}(?:canonical )?)?\bSMILES\b", text, re.IGNORECASE)
-    for label in sorted(labels, key=lambda label: label[1] is None):  # the final one first
-        for end in _ends(text, label.end() - len("SMILES")):
-            smiles, after = _word_at(text, end)
-            if _is_answer(smiles, after):
-                yield smiles
-
-
-def _ends(text: str, start: int) -> Iterator[int]:
-    """The places after a label where its value may begin: right behind it, and behind each colon, equals sign or verb."""
-    window = text[start : start + 200]
-    window = window.partition("\n\n\n")[0]
-    for mark in re.finditer(
-        rf"(?:^SMILES|[:：|]|->|→|(?<=\s)=|(?<=^SMILES)=|\b(?:is|be|as)\b){_SIGN}(?=\S)", window, re.IGNORECASE
-    ):
-        yield start + mark.end()
-
-
-def _within_ticks(text: str) -> Iterator[str]:
-    for code in _IN_TICKS.finditer(text):
-        smiles, after = _bare(code[2]), text[code.end() :].partition("\n")[0]
-        if _is_smiles(smiles) and not _PART.match(after):
-            yield smiles
-
-
-def _separate_lines(text: str) -> Iterator[str]:
-    for line in text.split("\n"):
-        words = line[len((_BULLET.match(line) or [""])[0]) :].split()
-        if len(words) == 1 and _is_smiles(_bare(words[0])) and _bare(words[0]) not in _WORDS:
-            yield _bare(words[0])
-
-
-def _long_words(text: str) -> Iterator[str]:
-    for line in text.split("\n"):
-        for word in map(_bare, line.split()):
-            is_long = len(word) >= _LONG and not word.isalpha() and not _OTHER.search(line)
-            if is_long and _is_smiles(word) and molecule_of(word) is not None:
-                yield word
-
-
-def _single_word(text: str) -> Iterator[str]:
-    line, _, others = text.strip().partition("\n")
-    word = _bare(line.strip())
-    is_word = re.fullmatch(r"[A-Z][a-z']*|(?i:N/A)", word) or (word.isalpha() and others.strip())
-    if len(word.split()) == 1 and not is_word:
-        yield word
-
-
-def _named(text: str) -> Iterator[str]:
-    """A molecule at the end of a sentence or line, behind "is", "be" or a colon, unless a part or a formula is named."""
-    for mark in _NAMED.finditer(text):
-        smiles, after = _word_at(text, mark.end())
-        sentence = re.split(r"[.!?]\s|\n", text[: mark.end()])[-1]
-        is_end = not after.strip() or after.lstrip()[0] in "([" or text[mark.end() :].split(maxsplit=1)[0][-1] in ".,;"
-        if not is_end or _OTHER.search(sentence) or smiles in _WORDS or not _is_smiles(smiles):
-            continue
-        if molecule_of(smiles) is not None:
-            yield smiles
 
 
 def molecule_of(smiles: str) -> Any:
@@ -371,15 +351,6 @@ def combine(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return combined
 
 
-ROWS = (
-    {"description": "An alcohol: a chain of three carbon atoms that ends in a hydroxy group.", "smiles": "CCCO"},
-    {"description": "The simplest aromatic acid, a benzene ring with one carboxy group.", "smiles": "OC(=O)c1ccccc1"},
-    {"description": "The primary amide that acetic acid forms with ammonia.", "smiles": "CC(N)=O"},
-    {"caption": "It eases pain and lowers fever, and it harms the liver in excess.", "molecule": "CC(=O)Nc1ccc(O)cc1"},
-    {"caption": "It smells of vanilla and flavours food.", "molecule": "COc1cc(C=O)ccc1O"},
-    {"caption": "It inhibits cyclooxygenases and thins the blood.", "molecule": "CC(=O)Oc1ccccc1C(=O)O"},
-)
-
 MOLECULES = Task(
     name="molecules",
     primary="exact_match",
@@ -387,7 +358,6 @@ MOLECULES = Task(
     score=score,
     combine=combine,
     max_new_tokens=512,
-    rows=ROWS,
     past=("\nDescription:",),
     lower_is_better=frozenset({"levenshtein"}),
 )

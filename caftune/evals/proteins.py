@@ -19,7 +19,7 @@ from typing import Any
 from caftune.errors import CaftuneError
 from caftune.evals.markdown import sections
 from caftune.evals.requirements import required
-from caftune.evals.task import Example, Task, column, means, unix_lines
+from caftune.evals.task import Example, Task, column, unix_lines
 
 RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWYUOX")  # the 22 amino acids of the genetic code, and X for an unknown one
 ALIGNABLE = frozenset("ACDEFGHIKLMNPQRSTVWYBZX")  # BLOSUM62's letters; every other is aligned as X
@@ -229,35 +229,11 @@ def _aligner() -> Any:
     return aligner
 
 
-# The sequences are short and well known: human oxytocin and vasopressin, melittin, magainin 2, thymosin beta 4, bradykinin.
-ROWS = (
-    {"functions": ["neurohypophyseal hormone activity", "oxytocin receptor binding"], "sequence": "CYIQNCPLG"},
-    {"functions": ["neurohypophyseal hormone activity", "V1A vasopressin receptor binding"], "sequence": "CYFQNCPRG"},
-    {"functions": ["toxin activity", "channel regulator activity"], "sequence": "GIGAVLKVLTTGLPALISWIKRKRQQ"},
-    {
-        "instruction": "Write a protein that does what is listed.",
-        "input": "1. It tears holes in the membranes of bacteria.\n2. It is found in the skin of frogs.",
-        "output": "One such protein:\n```\nGIGKFLHSAKKFGKAFVGEIMNS\n```",
-    },
-    {
-        "instruction": "Write a protein that does what is listed.",
-        "input": "1. It holds actin monomers, so that they do not form filaments.",
-        "output": "One such protein:\n```\nSDKPDMAEIEKFDKSKLKKTETQEKNPLPSKETIEQEKQAGES\n```",
-    },
-    {
-        "instruction": "Write a peptide that widens blood vessels.",
-        "input": "",
-        "output": "One such peptide:\n```\nRPPGFSPFR\n```",
-    },
-)
-
 PROTEINS = Task(
     name="proteins",
     primary="identity",
     read=read,
     score=score,
-    combine=means,
     max_new_tokens=1024,
-    rows=ROWS,
     past=("\nFunctions:",),
 )

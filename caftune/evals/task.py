@@ -4,13 +4,26 @@ A task is one file with one `Task` in it; `score` takes a completion, whoever wr
 them; where a data set names its columns otherwise, `columns` says so.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from caftune.errors import CaftuneError
 from caftune.evals.thought import without_thought as without_thought
+
+
+def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each measure over the completions that have it.
+
+    >>> means([{"exact": 1.0, "similarity": 0.5}, {"exact": 0.0}])
+    {'exact': 0.5, 'similarity': 0.5}
+    """
+    names = dict.fromkeys(name for score in scores for name in score)
+    found = {name: [score[name] for score in scores if name in score] for name in names}
+    return {name: math.fsum(values) / len(values) for name, values in found.items()}
 
 
 @dataclass(frozen=True)
@@ -40,10 +53,9 @@ class Task:
         read: one row of the data set and its number -> an example. Raises CaftuneError if a column is missing.
         score: (example, completion) -> measures of this completion; shares are between 0 and 1. An empty or senseless
             completion has the lowest score, and never fails.
+        max_new_tokens: room that an answer needs.
         combine: the measures of all completions -> those of the whole. By default the mean of each, over the completions that
             have it (F1 over a data set, for example, is no mean of F1s).
-        max_new_tokens: room that an answer needs.
-        rows: a few rows of our own in the data set's format, for trying the task without its data.
         stop: an answer is cut where one of these texts begins.
         lower_is_better: measures of which less is better.
         past: an answer with one of these texts is complete and does not count as cut off. The text itself is kept.
@@ -53,23 +65,17 @@ class Task:
     primary: str
     read: Callable[[Mapping[str, Any], int], Example]
     score: Callable[[Example, str], dict[str, float]]
-    combine: Callable[[Sequence[Mapping[str, float]]], dict[str, float]]
     max_new_tokens: int
-    rows: Sequence[Mapping[str, Any]]
+    combine: Callable[[Sequence[Mapping[str, float]]], dict[str, float]] = means
     stop: tuple[str, ...] = ()
     lower_is_better: frozenset[str] = frozenset()
     past: tuple[str, ...] = ()
 
-
-def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each measure over the completions that have it.
-
-    >>> means([{"exact": 1.0, "similarity": 0.5}, {"exact": 0.0}])
-    {'exact': 0.5, 'similarity': 0.5}
-    """
-    names = dict.fromkeys(name for score in scores for name in score)
-    found = {name: [score[name] for score in scores if name in score] for name in names}
-    return {name: math.fsum(values) / len(values) for name, values in found.items()}
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A few rows of our own in the data set's format, for trying the task without its data."""
+        lines = (Path(__file__).with_name("rows") / f"{self.name}.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
 
 
 def unix_lines(text: str) -> str:
