@@ -24,8 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from caftune.errors import CaftuneError
-from caftune.evals.answers import LONGEST_ANSWER, TEXT, final_answer, hash_answer, tidy
-from caftune.evals.quantity import SCALES, UNCLEAR, value_of
+from caftune.evals.answers import LONGEST_ANSWER, SCALES, TEXT, UNCLEAR, final_answer, hash_answer, tidy, value_of
 from caftune.evals.task import Example, Task, column
 
 TIMEOUT_S = 5

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from caftune.errors import CaftuneError
-from caftune.evals.markdown import sections
+from caftune.evals.reading import TAG, code_blocks, plain
 from caftune.evals.requirements import required
-from caftune.evals.task import Example, Task, means, text, unix_lines
+from caftune.evals.task import Example, Task, means, text
 
 LONGEST = 4000  # characters; a longer SMILES counts as invalid, so that no answer can hold up the evaluation
 ORDERS = (1, 2, 3, 4)  # of BLEU's n-grams
@@ -29,7 +29,6 @@ AVERAGED = ("exact_match", "exact_match_inchi", "valid", "levenshtein", "morgan"
 _TAGS = re.compile(
     r"<SMILES>(.*?)(?:</SMILES>|\Z)|\[START_(?:I_)?SMILES\](.*?)(?:\[END_|\Z)", re.DOTALL | re.IGNORECASE
 )
-_TAG = re.compile(r"<[^<>\s]{1,30}>")
 _TEX = re.compile(r"\\(?:boxed|text|texttt|mathrm)\{([^{}]*)\}")
 # What is written as SMILES are written, valid or not. Letters alone must be atoms outside of rings: no aromatic ones.
 _SMILES = re.compile(r"(?:\[[^\]\s]*\]|Br|Cl|[BCNOPSFIbcnops*]|[()\-=#$:/\\~.%@+\d])+(?:\[[^\]\s]*)?")
@@ -78,17 +77,17 @@ def smiles_of(completion: str) -> str:
     >>> smiles_of(" CCO is ethanol.\nIt is an alcohol."), smiles_of("Sure:\n```smiles\nCCO\n```"), smiles_of("I don't know.")
     ('CCO', 'CCO', '')
     """
-    text = unix_lines(completion).strip("\ufeff\u200b \t\n")
+    text = plain(completion).strip()
     if tagged := _TAGS.search(text):
         return smiles_of(tagged[1] or tagged[2] or "")
-    text = _TEX.sub(r"\1", _TEX.sub(r"\1", _TAG.sub(" ", text)))
+    text = _TEX.sub(r"\1", _TEX.sub(r"\1", TAG.sub(" ", text)))
     return next(_candidates(text), "")
 
 
 def _candidates(text: str) -> Iterator[str]:
     """What may be meant as the SMILES, the surest first."""
     yield from _words(text, _spans(_FIRST, text), _is_first)
-    for block in (section for section in sections(text) if section.is_code):
+    for block in code_blocks(text):
         code = f"{block.info.partition(' ')[2]}\n{block.text}"
         yield from _words(code, _spans(_FIRST, code), _is_first)
         yield from _words(code, _after_labels(code), _is_answer)

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from caftune.evals.answers import in_words, stated_number, value_of
 from caftune.evals.maths import GSM8K, MATH500, TIMEOUT_S
-from caftune.evals.quantity import in_words, stated_number, value_of
 from caftune.evals.task import Example, until_stop
 
 # (reference, what a model wrote)
