@@ -265,7 +265,7 @@ _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox|framebox)\s*\{)|\\.|(?P<open>\{)|(
 _BETWEEN_BOXES = re.compile(r"[\s$]*(?:\\\))?\s*(?:,|,?\s*(?:\\text\{\s*)?(?:and|or)\s*\}?)\s*(?:\\\()?[\s$]*")
 _HASH = re.compile(r"(?:^|(?<=\s))####(?!#)[ \t]*+(.*)$", re.MULTILINE)
 _TITLED = re.compile(r"[*_ ]*\d{1,2}[.):][*_ ]+[A-Za-z(]")
-_NUMBERED = re.compile(r"(?<=[*_ ])?\d{1,2}(?![\d,./])|(?=[*_ ]+\d)")
+_NUMBERED = re.compile(r"\d{1,2}(?![\d,./])")
 _ANNOUNCED = re.compile(
     r"\b(?:answers?\**(?: (?:to|of|for) [^.\n]{1,80}?)?\**(?:,? (?:therefore|then|thus|indeed),?)?"
     r"\s+(?:(?:is|are|would be|should be|will be|comes to|equals)\b|=)|"
@@ -430,15 +430,14 @@ def _last_box(text: str) -> tuple[str, int, str]:
 
 
 def _hash_lines(text: str) -> list[re.Match[str]]:
-    """Lines after ####, without headings: titles after "1." or "1)", and lines numbered 1, 2, ... in order."""
-    lines = [line for line in _HASH.finditer(text) if not _TITLED.match(line[1])]
-    numbers = [(_NUMBERED.match(line[1]) or [""])[0] for line in _HASH.finditer(text)]
-    turns = [str(number) for number in range(1, len(numbers) + 1)]
-    count = next((i for i, (number, turn) in enumerate(zip(numbers, turns, strict=True)) if number != turn), len(turns))
-    is_announced = "\\boxed" in text or _ANNOUNCED.search(text)
-    is_numbering = count > 1 or (count == 1 and is_announced and re.search("[A-Za-z]", next(_HASH.finditer(text))[1]))
-    headings = {line.start() for line in list(_HASH.finditer(text))[:count]} if is_numbering else set()
-    return [line for line in lines if line.start() not in headings]
+    """The texts after ####, without headings: titles after "1." or "1)", and lines numbered 1, 2, ... in order."""
+    lines, count = list(_HASH.finditer(text)), 0
+    while count < len(lines) and (number := _NUMBERED.match(lines[count][1])) and number[0] == str(count + 1):
+        count += 1
+    if count == 1:  # "#### 1 clip" is an answer, unless there is another
+        is_other = "\\boxed" in text or _ANNOUNCED.search(text)
+        count = int(bool(is_other and re.search("[A-Za-z]", lines[0][1])))
+    return [line for line in lines[count:] if not _TITLED.match(line[1])]
 
 
 def _as_number(text: str, kind: str, units: Collection[str]) -> str:
@@ -477,10 +476,7 @@ def _number_in_formula(formula: str, units: Collection[str]) -> str:
 def _only_number(bare: str, units: Collection[str]) -> str:
     """The number in a formula that is one number, with or without words for its unit; else empty."""
     found = quantity_at(bare, 0, units)
-    is_whole = found and (
-        found.end == len(bare) or re.fullmatch(r"( [A-Za-z]{3,}| per| of| a| in)+", bare[found.end :])
-    )
-    return found.text if found and is_whole else ""
+    return found.text if found and re.fullmatch(r"( [A-Za-z]{3,}| per| of| a| in)*", bare[found.end :]) else ""
 
 
 def _side_of(equation: str, units: Collection[str]) -> str:
@@ -534,7 +530,8 @@ def _is_formula(content: str) -> bool:
 
 def _last_number(text: str, units: Collection[str]) -> str:
     """The last number near the end of a text, or its last formula if that is later; a bold one of its line first."""
-    text = _without_headings(text)[-2 * _NEAR :]
+    kept = {line.start() for line in _hash_lines(text)}
+    text = _HASH.sub(lambda line: line.group() if line.start() in kept else "", text)[-2 * _NEAR :]
     if _GIVES_UP.search(text, max(0, len(text) - 200)):
         return ""
     formulas = _last_formulas(text)
@@ -543,8 +540,7 @@ def _last_number(text: str, units: Collection[str]) -> str:
         return _number_in_formula(_content(formulas[-1]), units)
     if not every:
         return "" if re.search(r"\d", text) else in_words(text[-_NEAR:]) or ""
-    start, end = text.rfind("\n", 0, every[-1].start) + 1, text.find("\n", every[-1].end)
-    line = text[start : end if end >= 0 else len(text)]
+    line = text[text.rfind("\n", 0, every[-1].start) + 1 :].partition("\n")[0]
     bold = [found for mark in _BOLD.findall(line) if (found := quantities(mark, units))]
     if len(bold) == 1 and len(bold[0]) == 1:
         return bold[0][0].text
@@ -568,13 +564,8 @@ def _is_ruled_out(text: str, place: int) -> bool:
     return _NOT_MEANT.search(text, max(0, place - 60), place) is not None
 
 
-def _without_headings(text: str) -> str:
-    kept = {line.start() for line in _hash_lines(text)}
-    return _HASH.sub(lambda line: line.group() if line.start() in kept else "", text)
-
-
 def _last_of_all(text: str) -> str:
-    """The last formula, where nothing but words follows it, or else the last number."""
+    """The last formula, if only words follow it, or else the last number."""
     numbers = [found for found in _PLAIN.finditer(text) if not _is_ruled_out(text, found.start())]
     formulas = _last_formulas(text)
     if formulas and (not numbers or formulas[-1].end() >= numbers[-1].end()):

@@ -11,7 +11,8 @@ import tokenize
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def _grown(ids: Sequence[int], tokenizer: Any, text: str, window: int) -> list[t
     last = piece = ""
     for end in range(1, len(ids) + 1):
         piece = _decoded(ids[begin:end], tokenizer)
-        finished = max(done, before + _agreement(piece.rstrip(_BROKEN), text, before))
+        finished = max(done, before + len(commonprefix([piece.rstrip(_BROKEN), text[before : before + len(piece)]])))
         is_final = text.startswith(piece, before)
         if piece == last and not piece.endswith(_BROKEN):
             reach = done
@@ -150,13 +151,6 @@ def _grown(ids: Sequence[int], tokenizer: Any, text: str, window: int) -> list[t
 
 def _decoded(ids: Sequence[int], tokenizer: Any) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _agreement(piece: str, text: str, start: int) -> int:
-    """How many characters of `piece` are those of `text` from `start` on."""
-    if text.startswith(piece, start):
-        return len(piece)
-    return next(i for i in range(len(piece)) if text[start + i : start + i + 1] != piece[i])
 
 
 def _occurrences(text: str, terms: Sequence[str]) -> Iterator[Concept]:
@@ -192,10 +186,7 @@ def _shape(character: str) -> str:
 
 
 def _identifiers(text: str) -> Iterator[Concept]:
-    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
+    starts = [0, *accumulate(map(len, re.findall(r"[^\n]*\n|[^\n]+", text)))]
     try:
         for token in tokenize.generate_tokens(io.StringIO(text, newline="\n").readline):
             if token.type == tokenize.NAME and not keyword.iskeyword(token.string):

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from caftune.errors import CaftuneError
@@ -197,6 +198,7 @@ def read(row: Mapping[str, Any], number: int) -> Example:
     Raises:
         CaftuneError: a column is missing, or the SMILES is none that RDKit reads.
     """
+    _edits()  # if a package is missing, that is said before anything is generated
     prompt = text(row, number, "prompt", "description", "caption")
     if row.get("prompt") is None:
         prompt = f"Write the SMILES of the molecule that is described.\n\nDescription: {prompt.strip()}\nSMILES:"
@@ -211,15 +213,13 @@ def read(row: Mapping[str, Any], number: int) -> Example:
 def score(example: Example, completion: str) -> dict[str, float]:
     """The measures of one completion.
 
-    - `exact_match`: 1 for the same canonical SMILES, stereochemistry included; `exact_match_inchi`: for the same
-      standard InChI, which also takes tautomers for one molecule. A reference that has no InChI (one with a wildcard atom,
-      for example) is compared by its canonical SMILES there too.
+    - `exact_match`: 1 for the same canonical SMILES, with stereochemistry; `exact_match_inchi`: for the same standard InChI,
+      where tautomers are one molecule (or for the same canonical SMILES, if the reference has no InChI: wildcard atoms).
     - `valid`: 1 if RDKit reads the answer as a molecule.
-    - `levenshtein`: edits from answer to reference, in characters of the SMILES as they are written.
+    - `levenshtein`: edits from answer to reference, in characters of the SMILES as written.
     - `morgan`, `maccs`, `rdk`: Tanimoto similarity of fingerprints, for valid answers only.
-    - `bleu_*`, `reference_length`, `answer_length`: counts, of which `combine` makes BLEU.
-    - `fr_*_tp`, `fr_*_fp`, `fr_*_fn`: 1 for a functional group that both have, the answer only, the reference only. One
-      that neither has is a true negative and left out. An invalid answer has no groups.
+    - `bleu_*`, `reference_length`, `answer_length`: counts for `combine`.
+    - `fr_*_tp`, `fr_*_fp`, `fr_*_fn`: 1 for a functional group of both, of the answer only, of the reference only.
     """
     answer = smiles_of(completion)
     reference, found = molecule_of(example.reference), molecule_of(answer)
@@ -228,7 +228,9 @@ def score(example: Example, completion: str) -> dict[str, float]:
     measures |= _bleu_counts(example.reference, answer)
     if found is not None:
         measures |= _identity(reference, found) | similarities(reference, found)
-    return measures | _group_outcomes(groups(reference), groups(found) if found is not None else frozenset())
+    there, said = groups(reference), groups(found) if found is not None else frozenset()
+    outcomes = {"tp": there & said, "fp": said - there, "fn": there - said}
+    return measures | {f"{name}_{outcome}": 1.0 for outcome, names in outcomes.items() for name in sorted(names)}
 
 
 def _identity(reference: Any, answer: Any) -> dict[str, float]:
@@ -243,8 +245,7 @@ def _identity(reference: Any, answer: Any) -> dict[str, float]:
 def similarities(reference: Any, answer: Any) -> dict[str, float]:
     """Tanimoto similarity of two molecules by three fingerprints, with the settings of MolT5's evaluation.
 
-    Morgan: radius 2, counts of environments, not folded into bits. MACCS: 166 keys. RDK: paths of 1 to 7 bonds, 2,048
-    bits. A molecule without bonds has no paths, and an RDK similarity of 0 even with itself.
+    Morgan: radius 2, unfolded counts. MACCS: 166 keys. RDK: paths of 1 to 7 bonds, 2,048 bits (0 for a molecule without bonds).
     """
     from rdkit.Chem import RDKFingerprint, rdFingerprintGenerator
     from rdkit.Chem.rdMolDescriptors import GetMACCSKeysFingerprint
@@ -264,35 +265,22 @@ def groups(molecule: Any) -> frozenset[str]:
     return frozenset(name for name, count in vars(Fragments).items() if name.startswith("fr_") and count(molecule))
 
 
-def _group_outcomes(reference: frozenset[str], answer: frozenset[str]) -> dict[str, float]:
-    outcomes = {"tp": reference & answer, "fp": answer - reference, "fn": reference - answer}
-    return {f"{name}_{outcome}": 1.0 for outcome, names in outcomes.items() for name in sorted(names)}
+@cache
+def _edits() -> Any:
+    with required("biopython", "the task molecules"):
+        from Bio.Align import PairwiseAligner
+    return PairwiseAligner(match_score=0, mismatch_score=-1, gap_score=-1)
 
 
 def levenshtein(first: str, second: str) -> int:
     """The least number of characters to insert, delete or replace that turns one text into the other.
 
-    A column of the table of distances is two integers: bit i tells whether row i + 1 is one more, or one less, than row i.
-    Source: Hyyrö, "A Bit-Vector Algorithm for Computing Levenshtein and Damerau Edit Distances", 2003, figure 3.
-
     >>> levenshtein("CCO", "CCN"), levenshtein("c1ccccc1", "c1ccccc1O"), levenshtein("", "CC")
     (1, 1, 2)
     """
-    if not first:
-        return len(second)
-    rows, last, distance = (1 << len(first)) - 1, 1 << (len(first) - 1), len(first)
-    equal: dict[str, int] = {}
-    for row, letter in enumerate(first):
-        equal[letter] = equal.get(letter, 0) | 1 << row
-    more, less = rows, 0
-    for letter in second:
-        here = equal.get(letter, 0)
-        unchanged = (((here & more) + more) ^ more) | here | less
-        up, down = less | ~(unchanged | more), unchanged & more
-        distance += bool(up & last) - bool(down & last)
-        up = up << 1 | 1
-        more, less = (down << 1 | ~(unchanged | up)) & rows, unchanged & up & rows
-    return distance
+    if not (first and second):
+        return len(first) + len(second)
+    return -int(_edits().score(*(text.encode(errors="replace").decode() for text in (first, second))))
 
 
 def _bleu_counts(reference: str, answer: str) -> dict[str, float]:
@@ -323,15 +311,14 @@ def _f1(sums: Mapping[str, float], names: Sequence[str]) -> tuple[float, float, 
 def combine(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The measures of all completions.
 
-    - The mean of `exact_match`, `exact_match_inchi`, `valid` and `levenshtein`; the mean of `morgan`, `maccs` and `rdk`
-      over the valid answers only, as MolT5 does (they are missing where no answer is valid).
-    - `bleu`: corpus-level BLEU-4, every character a token, one reference, equal weights, no smoothing, of the SMILES as
-      written, invalid ones included. Equals NLTK's `corpus_bleu`, except that it is 0 where NLTK gives less than 1e-70.
-      An answer of fewer than four characters lowers it even if it is right.
-    - `benzene_*`, `amide_*`, `carboxylic_acid_*`: `precision`, `recall` and `f1` of RDKit's fr_benzene, fr_amide (any
-      N-C=O, ureas and carbamates too) and fr_COO (acid or carboxylate on carbon). Missing where no reference has the group.
-    - `fragments_micro_f1`: F1 of all decisions on all of RDKit's fragments; `fragments_macro_f1`: the mean of the F1s of
-      those fragments that at least one reference has, so that all models are averaged over the same ones.
+    - The mean of `exact_match`, `exact_match_inchi`, `valid` and `levenshtein`; that of `morgan`, `maccs` and `rdk` over the
+      valid answers, as MolT5 does.
+    - `bleu`: corpus BLEU-4 over characters, one reference, equal weights, no smoothing, invalid answers included. NLTK's
+      `corpus_bleu`, but 0 below 1e-70. An answer of fewer than four characters lowers it even if it is right.
+    - `benzene_*`, `amide_*`, `carboxylic_acid_*`: `precision`, `recall` and `f1` of RDKit's fr_benzene, fr_amide (any N-C=O)
+      and fr_COO (acid or carboxylate on carbon), if a reference has the group.
+    - `fragments_micro_f1`: F1 of all decisions on all of RDKit's fragments; `fragments_macro_f1`: the mean F1 of the fragments
+      that at least one reference has.
     """
     sums: Counter[str] = Counter()
     for measures in scores:

@@ -181,8 +181,8 @@ def score(example: Example, completion: str) -> dict[str, float]:
 def align(reference: str, answer: str) -> tuple[float, float]:
     """Identity and score of the best global alignment (Needleman-Wunsch, BLOSUM62, a gap of n letters -10 - 0.5 (n - 1)).
 
-    Biopython's first of equally good ones. Of an answer, only COMPARED times the reference's length is aligned, to bound time and
-    memory; the rest counts as gap in the identity, and not in the score.
+    Biopython's first of equally good ones. Only COMPARED times the reference's length of an answer is aligned, to bound
+    time and memory; the rest counts as gap in the identity only.
 
     Raises:
         CaftuneError: Biopython is not installed.
