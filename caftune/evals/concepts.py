@@ -11,8 +11,7 @@ import tokenize
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from os.path import commonprefix
+from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,7 @@ def _grown(ids: Sequence[int], tokenizer: Any, text: str, window: int) -> list[t
     last = piece = ""
     for end in range(1, len(ids) + 1):
         piece = _decoded(ids[begin:end], tokenizer)
-        finished = max(done, before + len(commonprefix([piece.rstrip(_BROKEN), text[before : before + len(piece)]])))
+        finished = max(done, before + _agreement(piece.rstrip(_BROKEN), text[before:]))
         is_final = text.startswith(piece, before)
         if piece == last and not piece.endswith(_BROKEN):
             reach = done
@@ -151,6 +150,11 @@ def _grown(ids: Sequence[int], tokenizer: Any, text: str, window: int) -> list[t
 
 def _decoded(ids: Sequence[int], tokenizer: Any) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _agreement(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _occurrences(text: str, terms: Sequence[str]) -> Iterator[Concept]:
