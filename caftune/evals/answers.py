@@ -57,7 +57,7 @@ _LISTED = re.compile(
     rf"\s*(?:times|plus|minus|multiplied by|divided by|over|(?<=[%t]\s)of)\s+(?:the\s+)?{_MONEY}"
 )
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)|≈|\\approx")
-_EQUATION = re.compile(r"\s*(?:[A-Za-z$%*)°]+\s*){0,3}(?<![<>!])(?:=|≈|\\approx)")
+_THEN_EQUALS = re.compile(r"\s*(?:[A-Za-z$%*)°]+\s*){0,3}(?<![<>!])(?:=|≈|\\approx)")
 _EXPRESSION = re.compile(
     r"\s*(?:[-+*/×÷·^<>≤≥±]|\*\*|x(?=\s?\d)|\\times|\\cdot|\\div|\\pm)\s*\(*\$?[\d(]|[²³]|\("
     r"|\s*[πτ√]|\s?(?![mgshlLCFWVJN]\b)[a-zA-Z](?=\s*(?:[-+.,;)$*/^]|\Z))"
@@ -132,7 +132,7 @@ def _value(found: re.Match[str]) -> tuple[Fraction, str | None]:
 
 
 def _further(found: re.Match[str]) -> Fraction:
-    """The part of a mixed number behind its whole."""
+    """The fraction of a mixed number."""
     if found["top"]:
         return Fraction(int(found["top"]), int(found["bottom"]))
     if found["words"]:
@@ -167,7 +167,7 @@ def _clause(text: str, place: int) -> str:
 
 def _settled(text: str, found: Quantity, units: Collection[str]) -> str:
     """A number that a statement begins with, unless what follows makes it an expression or one of several."""
-    if _EQUATION.match(text, found.end):
+    if _THEN_EQUALS.match(text, found.end):
         return _side(_clause(text, found.start), units) or found.text
     if _EXPRESSION.match(text, found.end):
         clause = _clause(text, found.start)
@@ -185,7 +185,7 @@ def _side(clause: str, units: Collection[str]) -> str | None:
 
 
 def _among_words(clause: str, units: Collection[str]) -> str | None:
-    """The number of a sentence that begins with words: the one behind the last equals sign, or the only one."""
+    """The number of a sentence that begins with words: the one after the last equals sign, or the only one."""
     if _COMPARED.search(clause):
         return UNCLEAR if quantities(clause) else None
     if _DENIED.search(clause):
@@ -339,7 +339,7 @@ _PLACES = 20  # places where an answer is announced: the last ones
 
 
 def final_answer(completion: str, *, is_number: bool = False, units: Collection[str] = ()) -> str | None:
-    r"""The final answer of a completion, or None where there is none.
+    r"""The final answer of a completion, or None.
 
     Args:
         completion: what the model wrote.
@@ -365,7 +365,7 @@ def final_answer(completion: str, *, is_number: bool = False, units: Collection[
 
 
 def hash_answer(solution: str, units: Collection[str] = ()) -> str:
-    """The number after ####, as at the end of GSM8K's solutions; empty where there is none."""
+    """The number after ####, as at the end of GSM8K's solutions, or an empty text."""
     found = (_as_number(line[1], "hash", units) for line in _hash_lines("\n".join(solution.splitlines())))
     return next(filter(None, found), "")
 

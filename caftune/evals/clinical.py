@@ -115,7 +115,7 @@ def _score(example: Example, completion: str) -> dict[str, float]:
 
 def _read_dialogue(row: Mapping[str, Any], number: int) -> Example:
     """A conversation and the name of a section (written out if the data set's README explains it) -> that section's text."""
-    _scorer()  # where it is missing, that is said before anything is generated
+    _scorer()  # fails before anything is generated
     header = str(column(row, number, "section_header")).strip()
     section = _SECTIONS.get(header.upper(), header)
     prompt = (

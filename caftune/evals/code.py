@@ -103,7 +103,7 @@ def _verdict(program: str | None, tests: str) -> dict[str, float]:
 
 
 def _read_humaneval(row: Mapping[str, Any], number: int) -> Example:
-    _check_permission()  # here too: before a model is asked
+    _check_permission()  # here too, before anything is generated
     reference = {name: column(row, number, name) for name in ("entry_point", "test")}
     answer = str(row.get("canonical_solution") or "")
     return Example(str(column(row, number, "task_id")), column(row, number, "prompt"), reference, answer)

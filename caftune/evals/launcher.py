@@ -1,4 +1,4 @@
-"""What starts a program in the sandbox: a process of its own, which is this file run by itself (see `caftune.evals.sandbox`).
+"""The process that starts a program in the sandbox: this file, run as a script (see `caftune.evals.sandbox`).
 
     launcher                  makes the namespaces, waits for the end or the time, kills
       first process           sees the program alone as its machine, buries orphans; when it ends, the kernel kills the rest
@@ -118,7 +118,7 @@ def _be_first(order: dict[str, Any], control: int, alive: tuple[int, int], is_ro
     """The first process: when it ends, the kernel kills the others. It starts the program and buries the orphans."""
     _c("prctl", _DEATH_SIGNAL, _SIGKILL)
     os.close(alive[0])
-    os.write(alive[1], b".")  # fails where the launcher died before it could be told so
+    os.write(alive[1], b".")  # fails if the launcher has died already
     _write("/proc/self/oom_score_adj", b"1000")  # where memory runs out, this goes first
     _build_root(order, is_root)
     _c("prctl", _DUMPABLE, 0)  # nobody may trace it

@@ -173,7 +173,7 @@ def _score(example: Example, completion: str) -> dict[str, float]:
 
 
 def _read_gsm8k(row: Mapping[str, Any], number: int) -> Example:
-    _JUDGE.require()  # where it is missing, that is said before anything is generated
+    _JUDGE.require()  # fails before anything is generated
     solution = str(column(row, number, "answer"))
     reference = hash_answer(solution)
     if not reference:

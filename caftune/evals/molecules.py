@@ -111,7 +111,7 @@ def _spans(places: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
 
 
 def _after_labels(text: str) -> Iterator[tuple[int, int]]:
-    """The words that follow the word SMILES: directly, or behind a colon, an equals sign or a verb."""
+    """The words that follow the word SMILES: directly, or after a colon, an equals sign or a verb."""
     for label in sorted(_LABEL.finditer(text), key=lambda label: label[1] is None):  # the final one first
         start = label.end() - len("SMILES")
         for mark in _BEHIND_LABEL.finditer(text[start : start + 200].partition("\n\n\n")[0]):
@@ -193,12 +193,12 @@ def molecule_of(smiles: str) -> Any:
 
 
 def read(row: Mapping[str, Any], number: int) -> Example:
-    """A row of ChEBI-20 or L+M-24, or one with a prompt of its own, as an example; the reference is its SMILES.
+    """A row of ChEBI-20 or L+M-24, or one with a column `prompt`, as an example; the reference is its SMILES.
 
     Raises:
         CaftuneError: a column is missing, or the SMILES is none that RDKit reads.
     """
-    _edits()  # if a package is missing, that is said before anything is generated
+    _edits()  # fails before anything is generated
     prompt = text(row, number, "prompt", "description", "caption")
     if row.get("prompt") is None:
         prompt = f"Write the SMILES of the molecule that is described.\n\nDescription: {prompt.strip()}\nSMILES:"

@@ -11,7 +11,7 @@ An answer is Python, or Markdown with Python in it. Of its code blocks, and of i
 
 A block whose end is missing or broken is read up to its last complete definition; a function is never cut. No part is chosen by
 running it. Only what Markdown and copying do to a program is repaired: a fence in a docstring, code on the line of a fence, a
-fence behind the last line, zero-width characters, no-break spaces, a body that was moved to the left margin.
+fence after the last line, zero-width characters, no-break spaces, a body that was moved to the left margin.
 """
 
 import ast
@@ -229,7 +229,7 @@ def _python_sections(answer: str) -> list[Section]:
         longer = _to_a_later_fence(section, source, answer.split("\n"))
         if longer is not None:
             return [*found, replace(section, text=longer[0]), *_python_sections(longer[1])]
-        whole, rest = _to_a_fence_behind(source)
+        whole, rest = _to_an_inline_fence(source)
         if whole:
             found += [replace(section, text=whole), *_python_sections(rest)]
         else:
@@ -255,11 +255,12 @@ def _to_a_later_fence(section: Section, source: str, lines: Sequence[str]) -> tu
     return None
 
 
-def _to_a_fence_behind(source: str) -> tuple[str, str]:
+def _to_an_inline_fence(source: str) -> tuple[str, str]:
     """The block up to a fence at the end of its last line instead of below it, and the rest; else an empty text and all."""
-    behind = re.search(r"(?<=\S)[ \t]*```[ \t]*$", source, re.MULTILINE)
-    is_whole = behind is not None and units_of(source[: behind.start()]) is not None
-    return (source[: behind.start()], source[behind.end() :]) if behind and is_whole else ("", source)
+    fence = re.search(r"(?<=\S)[ \t]*```[ \t]*$", source, re.MULTILINE)
+    if fence is None or units_of(source[: fence.start()]) is None:
+        return "", source
+    return source[: fence.start()], source[fence.end() :]
 
 
 def _parts(found: Sequence[Section]) -> list[_Part]:

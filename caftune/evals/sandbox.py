@@ -125,12 +125,12 @@ def _run(program: str, limits: Limits, stdin: bytes) -> Outcome:
     finally:
         os.close(source)
         os.close(reports)
-    told = dict(line.split(" ", 1) for line in lines.decode().splitlines())
-    if "error" in told or "timed_out" not in told:
-        raise _refusal(told.get("error") or f"the launcher ended early: {stderr[-300:].decode(errors='replace')}")
+    reported = dict(line.split(" ", 1) for line in lines.decode().splitlines())
+    if "error" in reported or "timed_out" not in reported:
+        raise _refusal(reported.get("error") or f"the launcher ended early: {stderr[-300:].decode(errors='replace')}")
     # Without a returncode, the sandbox's first process was killed from outside: the machine had no memory left.
-    returncode = int(told.get("returncode", -signal.SIGKILL))
-    return Outcome(None if told["timed_out"] == "1" else returncode, stdout, stderr)
+    returncode = int(reported.get("returncode", -signal.SIGKILL))
+    return Outcome(None if reported["timed_out"] == "1" else returncode, stdout, stderr)
 
 
 def _file_in_memory(content: bytes) -> int:
@@ -160,7 +160,7 @@ def _call_launcher(command: list[str], source: int, reports: int, control: int, 
 
 
 def _read(streams: dict[int, int]) -> list[bytes]:
-    """Read streams to their ends, keeping of each its first so many bytes."""
+    """Read streams to their ends, keeping the first bytes of each."""
     kept = {stream: b"" for stream in streams}
     with selectors.DefaultSelector() as selector:
         for stream in streams:

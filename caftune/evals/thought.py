@@ -58,20 +58,20 @@ def split_thought(completion: str, prompt: str = "", question: str = "") -> tupl
     in_harmony = _harmony(completion, prompt)
     if in_harmony is not None:
         return in_harmony
-    answer, is_open = _behind_marks(completion, is_open=_opens(prompt, question))
+    answer, is_open = _after_marks(completion, is_open=_opens(prompt, question))
     ending = next((ending for ending in _ENDS_OF_ANSWER if answer.rstrip().endswith(ending)), "")
     return answer.rstrip().removesuffix(ending) if ending else answer, is_open
 
 
 def _opens(prompt: str, question: str) -> bool:
-    """Whether a prompt leaves a thought open: at its very end, or in what a chat template wrote behind the question."""
+    """Whether a prompt leaves a thought open: at its very end, or in what a chat template wrote after the question."""
     if _OPENS_AT_ITS_END.search(prompt):
         return True
-    _, found, behind = prompt.rpartition(question.strip()) if question.strip() else ("", "", "")
-    return bool(found) and _behind_marks(behind, is_open=False)[1]
+    _, found, after = prompt.rpartition(question.strip()) if question.strip() else ("", "", "")
+    return bool(found) and _after_marks(after, is_open=False)[1]
 
 
-def _behind_marks(text: str, *, is_open: bool) -> tuple[str, bool]:
+def _after_marks(text: str, *, is_open: bool) -> tuple[str, bool]:
     """The text after the last closing mark (up to an open thought), and whether a thought is open at the end."""
     start, end, place = 0, 0 if is_open else len(text), 0
     while mark := (_WITHIN if is_open else _OUTSIDE).search(text, place):

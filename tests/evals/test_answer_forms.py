@@ -198,6 +198,7 @@ GSM8K_RIGHT = [
     ("1.5", "The answer is 1 1/2 hours."),
     ("2500", "The answer is 2.5e3"),
     ("864", "#### 72 dozen"),
+    ("35", "The answer is 5 weeks = 35 days."),
 ]
 
 GSM8K_WRONG = [
