@@ -44,7 +44,7 @@ _IN_TICKS = re.compile(r"(`+)\s*(?:smiles\s+)?(?P<word>[^\s`]+)\s*\1", re.IGNORE
 _NAMED = re.compile(rf"(?:\b(?:is|be)|'s|[^:\n]:){_SIGN}(?=(?P<word>\S+))")
 _ANYWHERE = re.compile(r"(?P<word>\S+)")
 _LABEL = re.compile(r"(\bfinal\W{1,5}(?:canonical )?)?\bSMILES\b", re.IGNORECASE)
-_BEHIND_LABEL = re.compile(
+_AFTER_LABEL = re.compile(
     rf"(?:^SMILES|[:：|]|->|→|(?<=\s)=|(?<=^SMILES)=|\b(?:is|be|as)\b){_SIGN}(?=\S)", re.IGNORECASE
 )
 _PART = re.compile(
@@ -114,7 +114,7 @@ def _after_labels(text: str) -> Iterator[tuple[int, int]]:
     """The words that follow the word SMILES: directly, or after a colon, an equals sign or a verb."""
     for label in sorted(_LABEL.finditer(text), key=lambda label: label[1] is None):  # the final one first
         start = label.end() - len("SMILES")
-        for mark in _BEHIND_LABEL.finditer(text[start : start + 200].partition("\n\n\n")[0]):
+        for mark in _AFTER_LABEL.finditer(text[start : start + 200].partition("\n\n\n")[0]):
             end = start + mark.end()
             yield end, end + len(text[end:].split(maxsplit=1)[0])
 

@@ -30,6 +30,7 @@ from caftune.evals.reading import Section, inline_code, plain, sections, with_se
 _MOST_CHUNKS = 200  # of a text that does not parse as a whole, tried one by one
 _MOST_ENDS = 40  # of a body, tried one by one
 _FAILURES = 12  # lines at the margin in a row that do not parse, as within a string: the next are not tried
+_DEEPEST = 3  # blocks within blocks
 _LOCK = threading.Lock()  # warnings.catch_warnings is not safe in threads
 _IN_INFO = re.compile(
     r"(?:^|[ \t])((?:async def|def|class|import|from|return|for|while|if|with|try)\b.*|@\w.*|\w+ = .*)$"
@@ -70,7 +71,7 @@ class _Unit:
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of an answer: statements, or text that does not parse (no units). `is_code`: in a code block."""
+    """A part of an answer: statements, or text that does not parse (no units). `is_code`: a whole code block."""
 
     text: str
     units: tuple[_Unit, ...]
@@ -218,7 +219,7 @@ def _indented(answer: str, names: frozenset[str] = frozenset()) -> list[str]:
     return [textwrap.dedent(text) for text in texts if text.strip()]
 
 
-def _python_sections(answer: str) -> list[Section]:
+def _python_sections(answer: str, depth: int = 0) -> list[Section]:
     """The sections of an answer, with code blocks repaired that Python needs otherwise than Markdown cuts them."""
     found: list[Section] = []
     for section in sections(answer):
@@ -228,10 +229,12 @@ def _python_sections(answer: str) -> list[Section]:
             continue
         longer = _to_a_later_fence(section, source, answer.split("\n"))
         if longer is not None:
-            return [*found, replace(section, text=longer[0]), *_python_sections(longer[1])]
+            return [*found, replace(section, text=longer[0]), *_python_sections(longer[1], depth)]
         whole, rest = _to_an_inline_fence(source)
         if whole:
-            found += [replace(section, text=whole), *_python_sections(rest)]
+            found += [replace(section, text=whole), *_python_sections(rest, depth + 1)]
+        elif depth < _DEEPEST and re.search(r"^[ \t]*(?:```|~~~)", source, re.MULTILINE):  # Markdown in a block
+            found += _python_sections(source, depth + 1)
         else:
             found.append(replace(section, text=source))
     return found
@@ -275,7 +278,7 @@ def _parts(found: Sequence[Section]) -> list[_Part]:
         while at < len(chunks):
             end = _longest(chunks, at, leaves=not section.is_code)
             text = "".join(chunks[at : end or at + 1])
-            parts.append(_Part(text, (units_of(text) or ()) if end else (), section.is_code))
+            parts.append(_Part(text, (units_of(text) or ()) if end else (), False))
             at = end or at + 1
     return parts
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from caftune.errors import CaftuneError
-from caftune.evals.thought import without_thought as without_thought
 
 
 def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
