@@ -45,6 +45,7 @@ _SCALE = re.compile(
 _PERCENT = re.compile(r"\s?(?:\\?%|per\s?cent\b)", re.IGNORECASE)
 _PARTS = {"half": Fraction(1, 2), "quarter": Fraction(1, 4), "third": Fraction(1, 3), "quarters": Fraction(3, 4)}
 
+# What follows a number and makes it one of several: "72 or 73", "72, 73", "72:30", "70 to 72", "72-74", "72 plus 3".
 _MONEY = rf"{_CURRENCY}?\s?-?\d"
 _MEASURE = (
     r"(?:hours?|hrs?|minutes?|mins?|seconds?|days?|weeks?|months?|years?|feet|foot|ft|dollars?|pounds?|lbs?|kg|km|m)"
@@ -56,6 +57,7 @@ _LISTED = re.compile(
     rf"[–-]{_MONEY}|\s–\s?{_MONEY}[\d.,]*\s*\Z|"
     rf"\s*(?:times|plus|minus|multiplied by|divided by|over|(?<=[%t]\s)of)\s+(?:the\s+)?{_MONEY}"
 )
+# What makes a number a side of an equation ("72 clips = 6 dozen") or a part of an expression ("72x").
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)|≈|\\approx")
 _THEN_EQUALS = re.compile(r"\s*(?:[A-Za-z$%*)°]+\s*){0,3}(?<![<>!])(?:=|≈|\\approx)")
 _EXPRESSION = re.compile(
@@ -63,6 +65,7 @@ _EXPRESSION = re.compile(
     r"|\s*[πτ√]|\s?(?![mgshlLCFWVJN]\b)[a-zA-Z](?=\s*(?:[-+.,;)$*/^]|\Z))"
     r"|\s*\\(?!text|mathrm|mbox|textbf|mathbf|quad|[,;!: ()\[\]%$\\]|[Cc]irc)"
 )
+# What may stand before the number of a statement ("it is about 72"), and what makes it another one ("more than 72").
 _NEUTRAL = re.compile(
     r"(?:[\s:*_=>≈~(\[{]|\\[(\[]|\\(?:approx|text|mathbf|textbf|left|displaystyle)\b|\$(?=\s*\\?[\w({-])|[a-zA-Z]\w?\s*=(?!=)"
     r"|(?:is|are|was|it|will|would|be|going|to|the|a|an|just|simply|only|exactly|about|"
@@ -261,6 +264,7 @@ def _spelt(words: Sequence[str]) -> Fraction:
 LONGEST_ANSWER = 1000
 TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 
+# Marks of an answer: a box, #### (and the headings that use it too), "the answer is", "Answer:".
 _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox|framebox)\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
 _BETWEEN_BOXES = re.compile(r"[\s$]*(?:\\\))?\s*(?:,|,?\s*(?:\\text\{\s*)?(?:and|or)\s*\}?)\s*(?:\\\()?[\s$]*")
 _HASH = re.compile(r"(?:^|(?<=\s))####(?!#)[ \t]*+(.*)$", re.MULTILINE)
@@ -275,6 +279,7 @@ _ANNOUNCED = re.compile(
 _LABELLED = re.compile(
     r"^[^A-Za-z0-9\n]{0,12}(?:final )?answer[*_ ]*:?[*_]*[ \t]*(?:\n\s*)?", re.IGNORECASE | re.MULTILINE
 )
+# What takes an answer back; what doubts it, if another is given then; what says before "the answer is" that it is not.
 _TAKEN_BACK = re.compile(
     r"\bI (?:made|see) (?:a|an|my) (?:\w+ )?(?:mistake|error)|"
     r"\bI (?:forgot|was wrong|miscounted|misread|miscalculated|misunderstood)|"
@@ -303,6 +308,7 @@ _GIVES_UP = re.compile(
     r"\b(?:not enough|insufficient|missing) information\b|\b(?:cannot|can't|can not) be (?:determined|answered|known)\b",
     re.IGNORECASE,
 )
+# Formulas, what joins two of them ("$3$ or $5$"), and sentences: where they end, where their reasons begin.
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$((?:\\.|[^$\n\\])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _JOINT = re.compile(r"\s*(?:,\s*)?(?:(?:and|or)\s+)?(?=\$|\\\(|\\\[|-?\d)")
 _BEFORE_FORMULA = re.compile(
@@ -314,13 +320,15 @@ _SAYS_NOTHING = re.compile(
     r"(?:indeed |therefore |clearly |also )*"
     r"(?:correct|right|wrong|incorrect|reasonable|verified|confirmed|consistent|valid|not)\b"
 )
+# Words, spacing and commas that are no part of an answer.
 _LONG_WORD = re.compile(r"[A-Za-z][A-Za-z']{2,}[,;:]?")
 _WORD = re.compile(rf"{_LONG_WORD.pattern}|(?:an?|as|at|by|in|is|it|of|on|or|so|to)[,;:]?", re.IGNORECASE)
 _SPACING = re.compile(r"(?<!\\)\\[!,;: ]|\\(?:left|right|displaystyle)(?![A-Za-z])|\\?\$|~")
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?%?")
 _PLAIN = re.compile(r"(?:(?<![\w)])-)?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?(?:\s?\\?%)?")
-_MEANT = {"sqrt", "percent", "infinity", "dozen", "hundred", "thousand", "million", "billion", "trillion"}
+_MEANT = {"sqrt", "percent", "infinity", *SCALES}  # words that change a number
 _EQUATION = re.compile(r"(?<![<>!\\])=")
+# In a text without a mark: which numbers are not meant ("not 72", "2. Then", "(6 boxes)").
 _ABOUT = re.compile(r"\A\s*(?:\\approx|≈)")
 _ONLY_WORDS = re.compile(r"[A-Za-z ,-]*")
 _ASIDE = re.compile(r"\([^()\n]{1,80}\)")
@@ -329,9 +337,7 @@ _NOT_MEANT = re.compile(
     r"(?:(?:be|equal|think|believe|that|the answer|it|is|a|an)\s+)*\Z",
     re.IGNORECASE,
 )
-_MARKER = re.compile(
-    r"^[ \t>*_-]*(?:step\s+)?(\d{1,2})[.):](?=[*_\s]*[A-Za-z])", re.IGNORECASE | re.MULTILINE
-)  # of a list
+_MARKER = re.compile(r"^[ \t>*_-]*(?:step\s+)?(\d{1,2})[.):](?=[*_\s]*[A-Za-z])", re.IGNORECASE | re.MULTILINE)
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
 _NEAR = 2 * LONGEST_ANSWER  # characters in which a formula is looked for
