@@ -1,10 +1,9 @@
 """A task that needs no download: systematic chemical names and their SMILES, from one structural description.
 
-A molecule is a parent (chain, cycloalkane or benzene ring), at most one principal group, which gives the name its
-ending, and substituents, which give it its prefixes. The name follows the IUPAC rules that such molecules need: the
-principal group by seniority, the longest chain, lowest locants for the principal group, then for all prefixes
-together, then for the prefix cited first, prefixes in alphabetical order. The SMILES is written along the same
-numbering, so one name has one SMILES. Stereochemistry, multiple bonds and condensed rings are left out.
+A molecule is a parent (chain, cycloalkane or benzene ring), at most one principal group (the name's ending), and substituents
+(its prefixes). Names follow the IUPAC rules that such molecules need: seniority of the principal group, longest chain, lowest
+locants for the principal group, then for all prefixes, then for the prefix cited first, prefixes in alphabetical order. The
+SMILES follows the same numbering, so one name has one SMILES. No stereochemistry, multiple bonds or condensed rings.
 
     3-chloro-2-methylbutanoic acid    OC(=O)C(C)C(Cl)C
     N,4-dimethylbenzamide             CNC(=O)c1ccc(C)cc1
@@ -14,7 +13,6 @@ Source: Nomenclature of Organic Chemistry, IUPAC Recommendations 2013, P-14 (loc
 """
 
 import random
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -112,8 +110,6 @@ SUBSTITUENTS = (
 NITROGEN = 0  # the locant "N" of amides and amines; it sorts before the numbers, as it should
 ON_NITROGEN = {AMIDE: ("methyl", "ethyl", "phenyl"), AMINE: ("methyl", "ethyl")}
 
-Placed = tuple[tuple[int, Substituent], ...]
-
 
 @dataclass(frozen=True)
 class Structure:
@@ -123,7 +119,7 @@ class Structure:
     size: int
     principal: str
     position: int
-    placed: Placed = ()
+    placed: tuple[tuple[int, Substituent], ...] = ()
     alkyl: str = "methyl"
 
     def at(self, carbon: int) -> list[Substituent]:
@@ -157,30 +153,22 @@ class Structure:
         clashes = {"carbon": set(), "halogen": {"hetero"}, "hetero": {"hetero", "halogen"}}[sub.element]
         return not others & clashes  # acetals, aminals and the like fall apart
 
-    def numberings(self) -> Iterator[Callable[[int], int]]:
-        """Every way to number the parent's carbons: two for a chain, two from each carbon of a ring."""
-        if self.parent == CHAIN:
-            yield lambda carbon: carbon
-            yield lambda carbon: self.size + 1 - carbon
-            return
-        for start in range(self.size):
-            yield lambda carbon, start=start: (carbon - 1 + start) % self.size + 1
-            yield lambda carbon, start=start: (start - carbon) % self.size + 1
-
     def numbered(self) -> "Structure":
         """The same structure under the numbering that the rules prescribe."""
+        carbons, found = list(range(1, self.size + 1)), list[Structure]()
+        for start in [0] if self.parent == CHAIN else range(self.size):
+            turned = carbons[start:] + carbons[:start]
+            for order in (turned, turned[::-1]):
+                number = dict(zip(order, carbons, strict=True)) | {0: 0}  # no principal group, or the nitrogen
+                placed = [(number[locant], sub) for locant, sub in self.placed]
+                placed.sort(key=lambda item: (item[1].order, item[0]))
+                found.append(replace(self, position=number[self.position], placed=tuple(placed)))
 
-        def renumbered(number: Callable[[int], int]) -> Structure:
-            placed = [(number(locant) if locant else NITROGEN, sub) for locant, sub in self.placed]
-            placed.sort(key=lambda item: (item[1].order, item[0]))
-            position = number(self.position) if self.position else 0
-            return replace(self, position=position, placed=tuple(placed))
-
-        def lowest(structure: Structure) -> tuple[int, list[int], list[int]]:
+        def locants(structure: Structure) -> tuple[int, list[int], list[int]]:
             cited = [locant for locant, _ in structure.placed]
             return structure.position, sorted(cited), cited
 
-        return min(map(renumbered, self.numberings()), key=lowest)
+        return min(found, key=locants)
 
     def name(self) -> str:
         """The systematic name of a numbered structure."""

@@ -1,25 +1,21 @@
-"""Clinical text: a section of a note from a conversation (MTS-Dialog), a hospital course from a discharge note (MIMIC-IV-BHC).
+"""Clinical text: a note's section from a conversation (MTS-Dialog), a hospital course from a discharge note (MIMIC-IV-BHC).
 
-Both are scored by ROUGE-1, ROUGE-2 and ROUGE-L (F1 between 0 and 1; papers print it times 100) of one completion against one
-reference, and by the mean over completions. Texts are lower-cased and split at everything that is no letter, mark or digit. A
-text in ASCII is split exactly as rouge-score splits it, so numbers are comparable; other letters, which rouge-score drops (a
-Russian text has no words for it), belong to words as in `words`. A reference without a word is refused.
-Words are not stemmed: the checkers of both data sets call Hugging Face's `evaluate` with its defaults, where stemming is off.
-Numbers of papers that stem are higher.
+Measures: ROUGE-1, ROUGE-2 and ROUGE-L, F1 between 0 and 1 of each completion against its reference, by rouge-score. Words are
+not stemmed, as in the checkers of both data sets; numbers of papers that stem are higher. Prompts hold the whole conversation
+or note (up to 2,000 tokens and more), nothing is cut.
 
-Nothing is cut: a prompt holds the whole conversation or note (up to 1,500 words in MTS-Dialog, over 2,000 tokens on average in
-MIMIC-IV-BHC), and a model's context has to hold it and the answer.
-
-Source: ROUGE by Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", ACL 2004, computed by the package rouge-score.
+Source: ROUGE by Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", ACL 2004.
 """
 
 import unicodedata
 from collections.abc import Mapping
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 from caftune.errors import CaftuneError
-from caftune.evals.task import Example, Task, column, means
+from caftune.evals.requirements import required
+from caftune.evals.task import Example, Task, column
 
 _MEASURES = ("rouge1", "rouge2", "rougeL")
 
@@ -47,25 +43,17 @@ _SECTIONS = {
 }
 
 
-# Scripts that put no spaces between words: each letter counts as a word, as is usual for ROUGE of Chinese.
+# Scripts without spaces between words: each letter counts as a word, as is usual for ROUGE of Chinese.
 _UNSPACED = (
-    "CJK",
-    "IDEOGRAPHIC",
-    "HIRAGANA",
-    "KATAKANA",
-    "THAI",
-    "LAO",
-    "KHMER",
-    "MYANMAR",
-    "TIBETAN",
-    "YI",
-    "BOPOMOFO",
-)
+    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI", "BOPOMOFO",
+)  # fmt: skip
 _SIGNS = frozenset("ªºµ")  # letters for Unicode, signs in clinical text (37 ºC, 5 µg): left out, as rouge-score does
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, in small letters: runs of letters, marks and decimal digits, NFC; of Chinese and the like, letters.
+    """The words of a text in small letters: runs of letters, marks and digits, or single letters of Chinese and the like.
+
+    ASCII is split exactly as rouge-score splits it; other letters, which rouge-score drops, belong to words here.
 
     >>> words("BP 120/80, naïve; болит голова"), words("头痛3天")
     (['bp', '120', '80', 'naïve', 'болит', 'голова'], ['头', '痛', '3', '天'])
@@ -93,30 +81,15 @@ def _kind(character: str) -> str:
     return "alone" if category == "Lo" and unicodedata.name(character, "").startswith(_UNSPACED) else "letter"
 
 
-class _Words:
-    """`words` as a tokenizer of rouge-score."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return words(text)
-
-
 @cache
 def _scorer() -> Any:
-    try:
+    with required("rouge-score", "clinical text"):
         from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise CaftuneError(
-            f"Clinical text is scored by the package rouge-score, which cannot be imported ({error}). "
-            "Install it: pip install caftune[eval]"
-        ) from error
-    return RougeScorer(list(_MEASURES), tokenizer=_Words())
+    return RougeScorer(list(_MEASURES), tokenizer=SimpleNamespace(tokenize=words))
 
 
 def rouge(reference: str, text: str) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L of `text` against `reference`: F1, between 0 and 1.
-
-    A text without words has 0, and so has everything against a reference without words. A text of one word has no pairs, and
-    a ROUGE-2 of 0 even with itself.
+    """ROUGE-1, ROUGE-2 and ROUGE-L of `text` against `reference`: F1, 0 where either has no words (ROUGE-2: no pairs).
 
     Raises:
         CaftuneError: rouge-score is not installed.
@@ -141,11 +114,8 @@ def _score(example: Example, completion: str) -> dict[str, float]:
 
 
 def _read_dialogue(row: Mapping[str, Any], number: int) -> Example:
-    """A conversation and the name of a section -> the text of that section.
-
-    Abbreviated names are written out, as the data set's README explains them; a name that it does not list stays as it is.
-    """
-    _scorer()  # where it is missing, that is said before anything is generated
+    """A conversation and the name of a section (written out if the data set's README explains it) -> that section's text."""
+    _scorer()  # fails before anything is generated
     header = str(column(row, number, "section_header")).strip()
     section = _SECTIONS.get(header.upper(), header)
     prompt = (
@@ -171,38 +141,14 @@ MTS_DIALOG = Task(
     primary="rouge1",
     read=_read_dialogue,
     score=_score,
-    combine=means,
     max_new_tokens=768,  # the longest reference of the two test files has 565 words
     stop=("\nConversation:", "\nDoctor:", "\nPatient:"),
-    rows=(
-        {
-            "ID": "0",
-            "section_header": "ALLERGY",
-            "section_text": "Penicillin, which causes a rash. No food allergies.",
-            "dialogue": "Doctor: Is there any medicine that you cannot take?\n"
-            "Patient: Penicillin. I get a rash from it.\nDoctor: And food?\nPatient: I can eat everything.",
-        },
-        {
-            "ID": "1",
-            "section_header": "FAM/SOCHX",
-            "section_text": "Her father has diabetes. She smokes ten cigarettes a day and does not drink alcohol.",
-            "dialogue": "Doctor: Does any illness run in your family?\nPatient: My dad is diabetic.\n"
-            "Doctor: Do you smoke or drink?\nPatient: Ten cigarettes a day, I'm afraid. I never drink.",
-        },
-        {
-            "ID": "2",
-            "section_header": "CC",
-            "section_text": "Sore throat and fever for three days.",
-            "dialogue": "Doctor: What brings you here today?\nPatient: My throat hurts and I am running a fever.\n"
-            "Doctor: Since when?\nPatient: Since three days ago.",
-        },
-    ),
 )
-"""Test sets: MTS-Dialog-TestSet-1 (MEDIQA-Chat 2023, task A) and -2 (MEDIQA-Sum 2023). An ID is one within its file only.
+"""Test sets 1 (MEDIQA-Chat 2023, task A) and 2 (MEDIQA-Sum 2023); an ID is unique within its file only.
 
-Source: Ben Abacha et al., "An Empirical Study of Clinical Note Generation from Doctor-Patient Encounters", EACL 2023; data
-github.com/abachaa/MTS-Dialog (CC BY 4.0); checker github.com/abachaa/MEDIQA-Chat-2023, scripts/evaluate_summarization.py.
-The section is given and its text asked for. Naming the section is left out, as are BERTScore and BLEURT. The prompt is ours.
+Source: Ben Abacha et al., EACL 2023; data github.com/abachaa/MTS-Dialog (CC BY 4.0); checker
+github.com/abachaa/MEDIQA-Chat-2023, scripts/evaluate_summarization.py. The prompt is ours. The section is given; predicting its
+name, BERTScore and BLEURT are left out.
 """
 
 MIMIC_BHC = Task(
@@ -210,51 +156,12 @@ MIMIC_BHC = Task(
     primary="rouge1",
     read=_read_note,
     score=_score,
-    combine=means,
     max_new_tokens=1024,
     stop=("\nClinical note:",),
-    rows=(
-        {
-            "note_id": "invented-0",
-            "input": "<SEX> F <SERVICE> MEDICINE <ALLERGIES> No Known Allergies <CHIEF COMPLAINT> Cough and fever "
-            "<HISTORY OF PRESENT ILLNESS> Ms. ___ has coughed for five days and had a fever of 39 degrees since yesterday. "
-            "<PERTINENT RESULTS> Chest X-ray: consolidation in the right lower lobe. WBC 15.2 <DISCHARGE MEDICATIONS> "
-            "Amoxicillin 1 g three times a day for four more days <DISCHARGE DIAGNOSIS> Pneumonia",
-            "target": "Ms. ___ was admitted with pneumonia of the right lower lobe. She was given antibiotics, her fever fell "
-            "within two days, and she went home with amoxicillin to complete seven days.",
-            "input_tokens": 120,
-            "target_tokens": 45,
-        },
-        {
-            "note_id": "invented-1",
-            "input": "<SEX> M <SERVICE> SURGERY <ALLERGIES> Latex <CHIEF COMPLAINT> Abdominal pain <MAJOR SURGICAL OR INVASIVE "
-            "PROCEDURE> Laparoscopic appendectomy <HISTORY OF PRESENT ILLNESS> Mr. ___ had pain around the navel that moved to "
-            "the right lower quadrant. <PERTINENT RESULTS> CT: appendix of 11 mm with stranding, no perforation "
-            "<DISCHARGE CONDITION> Alert, walking, eating",
-            "target": "Mr. ___ had acute appendicitis without perforation and underwent a laparoscopic appendectomy on the day "
-            "of admission. Latex was avoided. He ate on the first day and went home in good condition.",
-            "input_tokens": 110,
-            "target_tokens": 48,
-        },
-        {
-            "note_id": "invented-2",
-            "input": "<SEX> M <SERVICE> CARDIOLOGY <ALLERGIES> No Known Allergies <CHIEF COMPLAINT> Breathlessness <HISTORY OF "
-            "PRESENT ILLNESS> Mr. ___ stopped his water tablets two weeks ago, gained 6 kg and cannot lie flat. <PERTINENT "
-            "RESULTS> Ejection fraction 30%, NT-proBNP 6200 <DISCHARGE INSTRUCTIONS> Weigh yourself every morning.",
-            "target": "Mr. ___ was admitted with decompensated heart failure after he had stopped his diuretic. He was given "
-            "intravenous furosemide, lost 5.5 kg, and was discharged on his former tablets.",
-            "input_tokens": 100,
-            "target_tokens": 44,
-        },
-    ),
 )
-"""The data need credentials at PhysioNet, so none are here: the rows are invented, in the format of the published file.
+"""The data need credentials at PhysioNet: the rows are invented, in the format of the published mimic-iv-bhc.csv.
 
-That file, mimic-iv-bhc.csv, has the columns note_id, input, target, input_tokens and target_tokens.
-
-Source: Aali et al., "A dataset and benchmark for hospital course summarization with adapted large language models", JAMIA 2024
-(arXiv 2403.05720); data MIMIC-IV-Ext-BHC, physionet.org/content/labelled-notes-hospital-course; checker
-github.com/StanfordMIMI/clin-bhc-summ, src/calc_metrics.py, which rounds each ROUGE-L to four digits before the mean and lets a
-model write 200 tokens, where we round nothing and allow 1,024. BLEU and BERTScore are left out. The prompt has the layout of
-theirs (task, note, heading), in our words.
+Source: Aali et al., JAMIA 2024 (arXiv 2403.05720); data physionet.org/content/labelled-notes-hospital-course; checker
+github.com/StanfordMIMI/clin-bhc-summ, src/calc_metrics.py, which rounds each ROUGE-L to four digits before the mean and stops
+at 200 tokens, where we allow 1,024. BLEU and BERTScore are left out. The prompt has their layout (task, note, heading).
 """

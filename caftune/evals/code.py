@@ -1,27 +1,19 @@
-r"""Code: HumanEval and MBPP. A completion is right if the data set's own tests of it end without an exception.
+r"""Code: HumanEval and MBPP. A completion passes if the data set's own tests of it end without an exception.
 
 Scoring runs what a model wrote. It is off until the environment says CAFTUNE_RUN_GENERATED_CODE=1, and then happens in a
-sandbox (see `caftune.evals.sandbox`): no network, no files, limits on time and memory, Python's standard library alone.
-
-HumanEval's prompt is its head of a function, to be continued. MBPP's is a docstring with the description and the tests. Which
-program an answer gives is found in `caftune.evals.programs`: in Markdown and in plain text, without its examples and tests.
-For HumanEval it is the first that applies:
+sandbox (`caftune.evals.sandbox`). `caftune.evals.programs` finds the program in an answer. For HumanEval it is the first of:
 
 1. The answer begins with an indented line: it continues the function, up to the first line at the left margin.
-2. It defines the function: that runs behind the prompt, whose imports and other functions it may need.
+2. It defines the function: that runs after the prompt, whose imports and other functions it may need.
 3. It has a body of the function as a code block, or without its first indentation.
 
-An answer without a program fails.
+An answer without a program fails. Solution and tests share a process, as in the official checkers, so a solution that studies
+this file, or returns an object that equals everything, can pass. What cannot pass: leaving early with any status, printing,
+hooks at exit, or changing builtins. A pass needs the answer to a key of this one run, which is read after the tests have ended.
 
-The solution and its tests share a process, as in the official checkers, so that a solution that studies this file, or returns
-an object that equals everything, can pass without solving anything. What cannot pass: leaving early with any status, printing
-what a success might print, hooks at exit, or changing builtins that the checker uses. For a pass, the tests must have come to
-their end: only then is a key of this one run read, and its answer, which only the checker's last line computes, given.
-
-Source: HumanEval and its stops, arXiv 2107.03374 and github.com/openai/human-eval; MBPP, arXiv 2108.07732; the docstring as
-prompt without examples, arXiv 2204.05999 (InCoder). We differ: seconds of CPU time, not of a clock, so that a busy machine
-judges alike; sets have one order; a solution cannot import NumPy; MBPP's prompt has no examples. The official stops cut answers
-at "\nclass", "\ndef", "\n#", "\nif" and "\nprint" wherever they stand, within strings too, and lose functions that stand below.
+Source: HumanEval, arXiv 2107.03374 and github.com/openai/human-eval; MBPP, arXiv 2108.07732; the docstring as prompt without
+examples, arXiv 2204.05999 (InCoder). We differ: seconds of CPU time, not of a clock; sets have one order; a solution cannot
+import NumPy; no stop texts, as the official ones ("\nclass", "\ndef", "\n#", ...) also cut within strings and lose helpers.
 """
 
 import os
@@ -33,13 +25,13 @@ from typing import Any
 from caftune.errors import CaftuneError
 from caftune.evals.programs import body_of, continuation_of, names_in, solution_of, with_head
 from caftune.evals.sandbox import Limits, check_sandbox, run_python
-from caftune.evals.task import Example, Task, column, means
+from caftune.evals.task import Example, Task, column
 
 PERMISSION = "CAFTUNE_RUN_GENERATED_CODE"
 LIMITS = Limits(cpu_s=10, wall_s=30.0)
 
-# Runs in the sandbox. Before the solution runs it takes hold of all that it needs afterwards; the solution's own prints go
-# nowhere; the descriptors that matter are not those that a program knows. Tests and key are not read before they are needed.
+# Runs in the sandbox. It binds all functions it needs before the solution runs, sends the solution's prints nowhere, and reads
+# tests and key from a copied descriptor, each only when needed.
 _CHECKER = """
 import os, sys
 
@@ -111,14 +103,14 @@ def _verdict(program: str | None, tests: str) -> dict[str, float]:
 
 
 def _read_humaneval(row: Mapping[str, Any], number: int) -> Example:
-    _check_permission()  # here too: before a model is asked
+    _check_permission()  # here too, before anything is generated
     reference = {name: column(row, number, name) for name in ("entry_point", "test")}
     answer = str(row.get("canonical_solution") or "")
     return Example(str(column(row, number, "task_id")), column(row, number, "prompt"), reference, answer)
 
 
 def _read_mbpp(row: Mapping[str, Any], number: int) -> Example:
-    """Of the full data set (974 rows) and of the sanitized one (427), which calls `text` `prompt` and has `test_imports`."""
+    """A row of the full data set, or of the sanitized one, which calls `text` `prompt` and has `test_imports`."""
     _check_permission()
     tests = column(row, number, "test_list")
     if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
@@ -137,37 +129,8 @@ HUMANEVAL = Task(
     primary="pass",
     read=_read_humaneval,
     score=_score_humaneval,
-    combine=means,
     max_new_tokens=512,
     past=_PAST,
-    rows=(
-        {
-            "task_id": "Own/0",
-            "prompt": 'def count_above(values: list[int], limit: int) -> int:\n    """How many values exceed the limit."""\n',
-            "canonical_solution": "    return sum(value > limit for value in values)\n",
-            "test": "def check(candidate):\n    assert candidate([1, 5, 9], 4) == 2\n    assert candidate([], 0) == 0\n",
-            "entry_point": "count_above",
-        },
-        {
-            "task_id": "Own/1",
-            "prompt": (
-                "import math\n\n\ndef halve(number: float) -> float:\n    return number / 2\n\n\n"
-                'def hypotenuse(a: float, b: float) -> float:\n    """The longest side of a right triangle."""\n'
-            ),
-            "canonical_solution": "    return math.sqrt(a * a + b * b)\n",
-            "test": "def check(candidate):\n    assert candidate(3, 4) == 5\n    assert halve(candidate(6, 8)) == 5\n",
-            "entry_point": "hypotenuse",
-        },
-        {
-            "task_id": "Own/2",
-            "prompt": 'def vowels(text: str) -> str:\n    """The vowels.\n    >>> vowels("tree")\n    \'ee\'\n    """\n',
-            "canonical_solution": (
-                '    kept = ""\n    for c in text:\n        if c in "aeiou":\n            kept += c\n    return kept\n'
-            ),
-            "test": 'def check(candidate):\n    assert candidate("harbour") == "aou"\n    assert candidate("xyz") == ""\n',
-            "entry_point": "vowels",
-        },
-    ),
 )
 
 MBPP = Task(
@@ -175,34 +138,6 @@ MBPP = Task(
     primary="pass",
     read=_read_mbpp,
     score=_score_mbpp,
-    combine=means,
     max_new_tokens=512,
     past=_PAST,
-    rows=(
-        {
-            "task_id": 1,
-            "text": "Write a function to add up the digits of a number.",
-            "code": "def digit_sum(number):\r\n  return sum(int(digit) for digit in str(number))",
-            "test_setup_code": "",
-            "test_list": ["assert digit_sum(305) == 8", "assert digit_sum(0) == 0", "assert digit_sum(99) == 18"],
-            "challenge_test_list": [],
-        },
-        {
-            "task_id": 2,
-            "text": "Write a function to measure how deep a chain of boxes is.",
-            "code": "class Box:\n    def __init__(self, inner):\n        self.inner = inner\n\ndef depth(box):\n"
-            "    return 0 if box is None else 1 + depth(box.inner)",
-            "test_setup_code": "three = Box(Box(Box(None)))",
-            "test_list": ["assert depth(three) == 3", "assert depth(None) == 0"],
-            "challenge_test_list": ["assert depth(Box(three)) == 4"],
-        },
-        {
-            "task_id": 3,
-            "text": "Write a function to find whether a word reads the same from both ends.",
-            "code": "is_mirrored = lambda word: word == word[::-1]",
-            "test_setup_code": "",
-            "test_list": ["assert is_mirrored('level')", "assert not is_mirrored('lever')"],
-            "challenge_test_list": [],
-        },
-    ),
 )

@@ -1,10 +1,7 @@
 """Where a text has concepts that a tokenizer cuts into several tokens.
 
-A concept is a word, an identifier of a program, a functional group of a molecule, or a term of a list. It need not be
-contiguous: in CC(N)=O the atoms of the amide are the characters 1, 3 and 6. Counted are those of at least two tokens.
-
-The paper ties the gain of concept-aware fine-tuning to how dense a text is with concepts, and gives no definition of either.
-What counts as a concept here, and `density`, are ours.
+A concept is a word, an identifier of a program, a functional group of a molecule, or a term of a list, contiguous or not: in
+CC(N)=O the atoms of the amide are the characters 1, 3 and 6. Concepts and density are our definitions, not the paper's.
 """
 
 import io
@@ -14,7 +11,7 @@ import tokenize
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +38,20 @@ class Concept:
 
 
 def find_concepts(text: str, kind: str, terms: Sequence[str] = ()) -> list[Concept]:
-    """The concepts of a text, in the order of their first characters, whatever number of tokens they have.
+    """The concepts of a text, in the order of their first characters, whatever their number of tokens.
 
-    - `words`: runs of letters, marks and digits with at least one letter, so numbers are left out; inner hyphens and
-      apostrophes belong to the word. Named as written. A script without spaces is taken run by run.
-    - `code`: identifiers of Python, keywords left out; each name of `a.b_c` is one. Named as written. Where a text is no
-      Python, what Python's tokenizer finds before it gives up is kept. It depends on the version: 3.12 and later also read
-      the fields of f-strings, and give up earlier on prose.
-    - `smiles`: the functional groups (RDKit's fr_*, each match of its pattern) of the molecule that the first word of the
-      text is; none where it is none. A group's characters are those of its atoms, all between two of them that are
-      neighbours in the text, and the ring labels of its bonds. Hydrogen written as an atom of its own belongs to none.
+    - `words`: runs of letters, marks and digits with at least one letter, with inner hyphens and apostrophes.
+    - `code`: identifiers of Python without keywords, each name of `a.b_c` separately, up to where Python's tokenizer gives up
+      (3.12 and later also read the fields of f-strings, and give up earlier on prose).
+    - `smiles`: the functional groups (RDKit's fr_*, each match) of the molecule that is the first word of the text. A group's
+      characters are those of its atoms, all between two of them that are neighbours in the text, and the ring labels of its
+      bonds; not hydrogen that is written as an atom.
 
-    Besides, for any kind, every occurrence of one of `terms` is a concept named by the term: whole words, in any case, any
-    white space for a space, the earliest first and of those the longest. What shares a character with it is left out.
+    For any kind, every occurrence of one of `terms` is a concept, named by the term: whole words, in any case and spacing, the
+    earliest first and of those the longest. Other concepts that share a character with it are left out.
 
     Raises:
-        CaftuneError: no such kind, or a term without a character.
-        CaftuneError: RDKit is needed and not installed.
+        CaftuneError: no such kind, a term without a character, or RDKit is needed and not installed.
     """
     if kind not in _FINDERS:
         raise CaftuneError(f"kind must be one of {', '.join(_FINDERS)}, got {kind!r}. Name one of these.")
@@ -92,7 +86,7 @@ def token_positions(
 ) -> list[tuple[Concept, tuple[int, ...]]]:
     """The concepts of at least two tokens, each with the positions of its tokens, in order.
 
-    A token belongs to a concept when they share a character, also where it holds a neighbour besides (a space before).
+    A token belongs to a concept if they share a character, even if it holds others too (a space before).
 
     >>> token_positions([Concept("acid", ((2, 6),)), Concept("is", ((7, 9),))], [(0, 1), (1, 4), (4, 6), (6, 9)])
     [(Concept(name='acid', ranges=((2, 6),)), (1, 2))]
@@ -110,10 +104,7 @@ def token_positions(
 
 
 def density(text: str, kind: str, tokenizer: Any, terms: Sequence[str] = ()) -> float:
-    """Share of a text's tokens that belong to a concept of at least two tokens; 0 for a text without tokens.
-
-    The paper gives no definition of concept density; this one is ours.
-    """
+    """Share of a text's tokens that belong to a concept of at least two tokens; 0 for a text without tokens."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     decoded, offsets = offsets_of(ids, tokenizer)
     found = token_positions(find_concepts(decoded, kind, terms), offsets)
@@ -123,13 +114,12 @@ def density(text: str, kind: str, tokenizer: Any, terms: Sequence[str] = ()) -> 
 def offsets_of(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     """The text that tokens decode to, and the characters [start, end) of it that each token holds.
 
-    Found by decoding one token more at a time, so it holds for any tokenizer. A token that adds a space and letters holds
-    both. Tokens that are parts of one character hold that character, each of them. Special tokens are no part of the text
-    and hold nothing, as does a token that adds nothing (the space that sentencepiece leaves out at the start).
+    Found by decoding one token more at a time, so it holds for any tokenizer. Tokens that are parts of one character hold that
+    character, each of them; special tokens, and those that add nothing, hold nothing.
     """
     text = _decoded(ids, tokenizer)
     offsets = _grown(ids, tokenizer, text, _WINDOW)
-    # A decoder that looks farther than the window, of which none is known, is given all that came before.
+    # A decoder that looks farther back than the window (none is known) gets all tokens before.
     return text, _grown(ids, tokenizer, text, len(ids)) if offsets is None else offsets  # type: ignore[return-value]
 
 
@@ -141,7 +131,7 @@ def _grown(ids: Sequence[int], tokenizer: Any, text: str, window: int) -> list[t
     last = piece = ""
     for end in range(1, len(ids) + 1):
         piece = _decoded(ids[begin:end], tokenizer)
-        finished = max(done, before + _agreement(piece.rstrip(_BROKEN), text, before))
+        finished = max(done, before + _agreement(piece.rstrip(_BROKEN), text[before:]))
         is_final = text.startswith(piece, before)
         if piece == last and not piece.endswith(_BROKEN):
             reach = done
@@ -162,11 +152,9 @@ def _decoded(ids: Sequence[int], tokenizer: Any) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _agreement(piece: str, text: str, start: int) -> int:
-    """How many characters of `piece` are those of `text` from `start` on."""
-    if text.startswith(piece, start):
-        return len(piece)
-    return next(i for i in range(len(piece)) if text[start + i : start + i + 1] != piece[i])
+def _agreement(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _occurrences(text: str, terms: Sequence[str]) -> Iterator[Concept]:
@@ -202,10 +190,7 @@ def _shape(character: str) -> str:
 
 
 def _identifiers(text: str) -> Iterator[Concept]:
-    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
+    starts = [0, *accumulate(map(len, re.findall(r"[^\n]*\n|[^\n]+", text)))]
     try:
         for token in tokenize.generate_tokens(io.StringIO(text, newline="\n").readline):
             if token.type == tokenize.NAME and not keyword.iskeyword(token.string):

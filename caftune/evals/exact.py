@@ -1,13 +1,8 @@
-r"""The task `exact_match`: anybody's own prompts and completions. An answer is right if it is the completion to the letter.
+r"""The task `exact_match`: your own prompts and completions. An answer is right if it equals the completion to the letter.
 
-Rows: those that a model is trained on, with the columns `prompt` and `completion`, both texts, and `id` where there is one. A
-prompt is given as it is. White space at both ends of answer and completion does not count; within, it does, and so do case
-and marks. Invisible differences do not count either: line ends (\r\n is \n), a byte order mark, and Unicode composition
-(NFC: é is one character or two).
-A thought that the completion begins with is taken off, as it is from the answers.
-
-The least that can be said of an answer: one that means the same in other words is wrong. Where a task of its own fits the data,
-it says more.
+Rows: columns `prompt` and `completion`, both texts, and `id` if present. These do not count: white space at both ends, line
+ends (\r\n is \n), a byte order mark, Unicode composition (NFC: é is one character or two), and a thought that begins the
+completion. An answer that means the same in other words is wrong.
 """
 
 import unicodedata
@@ -15,16 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from caftune.errors import CaftuneError
-from caftune.evals.task import Example, Task, means, text, unix_lines
+from caftune.evals.task import Example, Task, text, unix_lines
 from caftune.evals.thought import without_thought
 
 
 def read(row: Mapping[str, Any], number: int) -> Example:
-    """A row as an example, under its own `id` or else its number; the reference is its completion.
+    """A row as an example, with its `id` or else its number; the reference is its completion.
 
     Raises:
-        CaftuneError: a column is missing or holds something else than a text (a conversation, for example), or the completion
-            is empty, so that saying nothing would be right.
+        CaftuneError: a column is missing or no text, or the completion is empty, so that saying nothing would be right.
     """
     prompt, completion = text(row, number, "prompt"), text(row, number, "completion").strip()
     reference = without_thought(completion, prompt).strip()
@@ -36,13 +30,12 @@ def read(row: Mapping[str, Any], number: int) -> Example:
 
 
 def score(example: Example, completion: str) -> dict[str, float]:
-    """`exact_match`: 1 for the reference to the letter, white space at both ends and its bytes aside."""
-    return {"exact_match": float(_seen(completion) == _seen(example.reference))}
+    """`exact_match`: 1 for the reference to the letter."""
+    return {"exact_match": float(_normalized(completion) == _normalized(example.reference))}
 
 
-def _seen(text: str) -> str:
-    text = unix_lines(text).strip("\ufeff").strip()
-    return unicodedata.normalize("NFC", text)
+def _normalized(text: str) -> str:
+    return unicodedata.normalize("NFC", unix_lines(text).strip("\ufeff").strip())
 
 
 EXACT_MATCH = Task(
@@ -50,11 +43,5 @@ EXACT_MATCH = Task(
     primary="exact_match",
     read=read,
     score=score,
-    combine=means,
     max_new_tokens=512,
-    rows=(
-        {"prompt": "The months in order: January, February,", "completion": " March"},
-        {"prompt": "The word 'kayak' backwards: ", "completion": "kayak"},
-        {"id": "sum", "prompt": "7 + 8 =", "completion": " 15"},
-    ),
 )

@@ -1,14 +1,14 @@
-"""What starts a program in the sandbox: a process of its own, which is this file run by itself (see `caftune.evals.sandbox`).
+"""The process that starts a program in the sandbox: this file, run as a script (see `caftune.evals.sandbox`).
 
     launcher                  makes the namespaces, waits for the end or the time, kills
       first process           sees the program alone as its machine, buries orphans; when it ends, the kernel kills the rest
         the program
 
-It is given the length of its order, the order itself on stdin (what stands behind it is the program's input), and a descriptor
-for its reports: `returncode N`, `timed_out 0` or `timed_out 1`, or `error` with what this machine cannot do.
+Its arguments: the length of its order, which is on stdin with the program's input after it, and the descriptor of its reports:
+`returncode N`, `timed_out 0` or `timed_out 1`, or `error` with what this machine cannot do.
 
-It starts anew for every program, and importing typing, json, pathlib and the like would take it as long as all else it does: so
-it imports the few modules here, and nothing of caftune.
+It starts for every program, and importing typing, json, pathlib and the like would double its time. So it imports little, and
+nothing of caftune.
 """
 
 # ruff: noqa: PTH102, PTH103, PTH112, PTH114, PTH115, PTH120, PTH123, PTH211
@@ -118,7 +118,7 @@ def _be_first(order: dict[str, Any], control: int, alive: tuple[int, int], is_ro
     """The first process: when it ends, the kernel kills the others. It starts the program and buries the orphans."""
     _c("prctl", _DEATH_SIGNAL, _SIGKILL)
     os.close(alive[0])
-    os.write(alive[1], b".")  # fails where the launcher died before it could be told so
+    os.write(alive[1], b".")  # fails if the launcher has died already
     _write("/proc/self/oom_score_adj", b"1000")  # where memory runs out, this goes first
     _build_root(order, is_root)
     _c("prctl", _DUMPABLE, 0)  # nobody may trace it

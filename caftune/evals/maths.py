@@ -1,16 +1,13 @@
-r"""Maths: GSM8K and MATH-500. The final answer of a completion is found, and judged equal to the reference or not.
+r"""Maths: GSM8K and MATH-500. The final answer of a completion (`caftune.evals.answers`) is compared with the reference.
 
-The final answer is found by `caftune.evals.answers`.
+Answers are equal if they are the same text, or if math-verify finds them equal: 1/2, 0.5, 50% and \frac12; x = 3 and 3; 3, 5
+and 5, 3; but not (2, 4) and [2, 4], nor (4, 2). It is lenient: 50% is 50, {2, 4} is (2, 4), x is X, and decimals count to the
+sixth digit. It drops the base of a number, so two numbers with a base (2516_8) are compared as text, as are references that are
+words (\text{east}), whatever the case and the brackets.
 
-Answers are equal if they are the same text, or if math-verify finds them equal: 1/2, 0.5, 50% and \frac12; x = 3 and 3;
-1,000 and 1000; 3, 5 and 5, 3; but not (2, 4) and [2, 4], nor (2, 4) and (4, 2). It is lenient: 50% is 50, {2, 4} is (2, 4),
-x is X, and decimals count to the sixth digit. It drops the base of a number, so two numbers with a base (2516_8) are compared
-as text here, and so are references that are words (\text{east}), whatever the case and the brackets.
-
-math-verify computes with SymPy, which may take for ever, and its own time limits are signals, which only a main thread gets. So
-it runs without them in a process of its own, which ends itself over an answer that takes longer than TIMEOUT_S, and is started
-anew (a few seconds). Such an answer is wrong, and counted in `unjudged`. An answer that needs more memory than MEMORY_BYTES is
-wrong, and one of more than LONGEST_ANSWER characters is so without being looked at; the longest of MATH-500 has 53.
+math-verify computes with SymPy, which may never end, and its own time limits are signals, for the main thread only. So it runs
+in a separate process, which ends itself after TIMEOUT_S and is restarted. Such an answer is wrong and counted in `unjudged`;
+one that needs more than MEMORY_BYTES, or has more than LONGEST_ANSWER characters, is wrong.
 
 Source: math-verify, github.com/huggingface/Math-Verify. We differ in how an answer is found: it also reads formulas that nobody
 called an answer, and of several it takes one that it can read.
@@ -27,37 +24,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from caftune.errors import CaftuneError
-from caftune.evals.answers import LONGEST_ANSWER, TEXT, final_answer, hash_answer, tidy
-from caftune.evals.quantity import SCALES, UNCLEAR, value_of
-from caftune.evals.task import Example, Task, column, means
+from caftune.evals.answers import LONGEST_ANSWER, SCALES, TEXT, UNCLEAR, final_answer, hash_answer, tidy, value_of
+from caftune.evals.task import Example, Task, column
 
 TIMEOUT_S = 5
 MEMORY_BYTES = 4 * 2**30
 
 _SIGNS = {
-    **{
-        "π": "\\pi ",
-        "∞": "\\infty ",
-        "°": "^\\circ ",
-        "²": "^2",
-        "³": "^3",
-        "×": "\\times ",
-        "·": "\\cdot ",
-        "÷": "/",
-        "±": "\\pm ",
-    },
-    **{
-        "≤": "\\le ",
-        "≥": "\\ge ",
-        "≠": "\\ne ",
-        "∈": "\\in ",
-        "∪": "\\cup ",
-        "∩": "\\cap ",
-        "½": "\\frac{1}{2}",
-        "¼": "\\frac{1}{4}",
-    },
-    **{"¾": "\\frac{3}{4}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "–": "-"},
-}
+    "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "²": "^2", "³": "^3", "×": r"\times ", "·": r"\cdot ", "÷": "/",
+    "±": r"\pm ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "–": "-",
+    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}",
+}  # fmt: skip
 _NEXT = ("\nQ:", "\nHuman:", "\nUser:")  # what base models write after an answer
 _BASE = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")
 _SCALE_ASKED = re.compile(rf"\b(?:how many(?: more)?|in) ({'|'.join(SCALES)})s?\b", re.IGNORECASE)
@@ -102,7 +79,7 @@ def is_equal(reference: str, answer: str) -> bool | None:
 
 
 class _Judge:
-    """math-verify in a process of its own. Any thread may ask; they are answered one after another."""
+    """math-verify in a separate process, for any thread; one pair at a time."""
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
@@ -115,7 +92,7 @@ class _Judge:
             self._started()
 
     def _started(self) -> subprocess.Popen[str]:
-        """The process, started where there is none (which takes a few seconds)."""
+        """The process, started if there is none (a few seconds)."""
         if self._process is not None and self._process.poll() is None:
             return self._process
         self._process = process = subprocess.Popen(
@@ -157,7 +134,7 @@ _JUDGE = _Judge()
 
 
 def _judge_pairs(timeout_s: float) -> None:
-    """Judge the pairs that stdin brings, one a line, until it ends: what the judge's process does."""
+    """The judge's process: judge the pairs on stdin, one per line."""
     import faulthandler
 
     answers, sys.stdout = sys.stdout, sys.stderr
@@ -196,7 +173,7 @@ def _score(example: Example, completion: str) -> dict[str, float]:
 
 
 def _read_gsm8k(row: Mapping[str, Any], number: int) -> Example:
-    _JUDGE.require()  # where it is missing, that is said before anything is generated
+    _JUDGE.require()  # fails before anything is generated
     solution = str(column(row, number, "answer"))
     reference = hash_answer(solution)
     if not reference:
@@ -225,29 +202,12 @@ GSM8K = Task(
     primary="accuracy",
     read=_read_gsm8k,
     score=_score,
-    combine=means,
     max_new_tokens=512,
     stop=("\nQuestion:", "\nProblem:", *_NEXT),
     lower_is_better=frozenset({"unjudged"}),
-    rows=(
-        {
-            "question": "A baker fills 6 trays with 8 rolls each and sells 31 rolls. How many rolls are left?",
-            "answer": "There are 6*8=<<6*8=48>>48 rolls.\nSo 48-31=<<48-31=17>>17 rolls are left.\n#### 17",
-        },
-        {
-            "question": "A hall has 25 rows of 48 seats. How many seats do three such halls have?",
-            "answer": "One hall has 25*48=<<25*48=1200>>1,200 seats.\nThree have 3*1200=<<3*1200=3600>>3,600.\n#### 3,600",
-        },
-        {
-            "question": "Mia has $5 and buys two pens for $3.50 each. How many dollars does she have now, if she may owe some?",
-            "answer": "The pens cost 2*3.5=$<<2*3.5=7>>7.\nShe has 5-7=$<<5-7=-2>>-2.\n#### -2",
-        },
-    ),
 )
-"""The solutions that a model is trained on end as the prompt asks, so that trained and untrained models are judged alike.
-
-Source: Cobbe et al., arXiv 2110.14168; data and checker github.com/openai/grade-school-math, which takes what follows the first
-####. "Question:" and "Answer:" are those of lm-evaluation-harness's gsm8k; the instruction, in place of examples, is ours.
+"""Source: Cobbe et al., arXiv 2110.14168; data and checker github.com/openai/grade-school-math. "Question:" and "Answer:" as in
+lm-evaluation-harness's gsm8k; the instruction, in place of examples, is ours, and asks for what the solutions end with (####).
 """
 
 MATH500 = Task(
@@ -255,36 +215,11 @@ MATH500 = Task(
     primary="accuracy",
     read=_read_math,
     score=_score,
-    combine=means,
     max_new_tokens=2048,
     stop=("\nProblem:", "\nQuestion:", *_NEXT),
     lower_is_better=frozenset({"unjudged"}),
-    rows=(
-        {
-            "problem": "A fair die is thrown twice. What is the probability that the sum is $4$?",
-            "solution": r"Of $36$ pairs, $(1,3),$ $(2,2)$ and $(3,1)$ do, so it is $\frac{3}{36} = \boxed{\frac{1}{12}}.$",
-            "answer": r"\frac{1}{12}",
-        },
-        {
-            "problem": r"For which real $x$ is $\sqrt{x - 2}$ below $3$? Give the answer in interval notation.",
-            "solution": r"It needs $x \ge 2,$ and then $x - 2 < 9.$ So $x$ is in $\boxed{[2,11)}.$",
-            "answer": "[2,11)",
-        },
-        {
-            "problem": r"Multiply $\begin{pmatrix} 2 & 0 \\ 1 & 3 \end{pmatrix}$ by $\begin{pmatrix} 1 \\ -1 \end{pmatrix}.$",
-            "solution": r"The product is $\boxed{\begin{pmatrix} 2 \\ -2 \end{pmatrix}}.$",
-            "answer": r"\begin{pmatrix} 2 \\ -2 \end{pmatrix}",
-        },
-        {
-            "problem": "Ann runs $9$ km in $50$ minutes, Ben $7$ km in $40$ minutes. Who is faster?",
-            "solution": r"Ann runs $10.8$ km in an hour and Ben $10.5$ km, so it is $\boxed{\text{Ann}}.$",
-            "answer": r"\text{Ann}",
-        },
-    ),
 )
-r"""Every solution of the data set has its answer in \boxed{}.
-
-Source: Hendrycks et al., arXiv 2103.03874; the 500 test problems are those of Lightman et al., arXiv 2305.20050.
+"""Source: Hendrycks et al., arXiv 2103.03874; the 500 test problems are those of Lightman et al., arXiv 2305.20050.
 "Problem:" and "Solution:" are those of Minerva's prompt (arXiv 2206.14858), without its four examples.
 """
 

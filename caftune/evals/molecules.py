@@ -1,24 +1,26 @@
 """The task `molecules`: a description in, a molecule out, as SMILES.
 
-Rows: ChEBI-20 (columns `description`, `smiles`) and L+M-24 (`caption`, `molecule`), which are asked with a sentence of ours.
-A row with a column `prompt` is asked with that text as it is, so that what a model was trained on can be evaluated:
-rows with `prompt` and `completion` need no more than `eval.columns: {smiles: completion}`. RDKit decides what a molecule is.
+Rows: ChEBI-20 (columns `description`, `smiles`) and L+M-24 (`caption`, `molecule`), with a prompt of ours. A row with a column
+`prompt` keeps that prompt unchanged: `prompt` and `completion` need no more than `eval.columns: {smiles: completion}`.
 
-Source: MolT5 (arXiv 2204.11817) and its evaluation scripts (github.com/blender-nlp/MolT5, `evaluation`) for BLEU, exact
-match, Levenshtein distance, validity and fingerprints. Where we differ: an empty answer is invalid (RDKit reads it as a
-molecule without atoms), and two molecules without an InChI are not equal for that. L+M-24's own scripts count the
-similarity of an invalid answer as 0: that is our mean times `valid`.
+Source: MolT5 (arXiv 2204.11817) and its scripts (github.com/blender-nlp/MolT5, `evaluation`) for BLEU, exact match, Levenshtein
+distance, validity and fingerprints. We differ: an empty answer is invalid (RDKit reads a molecule without atoms), and two
+molecules without an InChI are not equal for that. L+M-24's scripts count the similarity of an invalid answer as 0: that is our
+mean times `valid`.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from caftune.errors import CaftuneError
-from caftune.evals.markdown import sections
-from caftune.evals.task import Example, Task, means, text, unix_lines
+from caftune.evals.reading import TAG, code_blocks, plain
+from caftune.evals.requirements import required
+from caftune.evals.task import Example, Task, means, text
 
 LONGEST = 4000  # characters; a longer SMILES counts as invalid, so that no answer can hold up the evaluation
 ORDERS = (1, 2, 3, 4)  # of BLEU's n-grams
@@ -28,56 +30,134 @@ AVERAGED = ("exact_match", "exact_match_inchi", "valid", "levenshtein", "morgan"
 _TAGS = re.compile(
     r"<SMILES>(.*?)(?:</SMILES>|\Z)|\[START_(?:I_)?SMILES\](.*?)(?:\[END_|\Z)", re.DOTALL | re.IGNORECASE
 )
-_TAG = re.compile(r"<[^<>\s]{1,30}>")
 _TEX = re.compile(r"\\(?:boxed|text|texttt|mathrm)\{([^{}]*)\}")
 # What is written as SMILES are written, valid or not. Letters alone must be atoms outside of rings: no aromatic ones.
 _SMILES = re.compile(r"(?:\[[^\]\s]*\]|Br|Cl|[BCNOPSFIbcnops*]|[()\-=#$:/\\~.%@+\d])+(?:\[[^\]\s]*)?")
 _BONDS = frozenset("-=#$:/\\~.%@+)0123456789")  # no SMILES begins with these
 _CHAIN = re.compile(r"(?:Br|Cl|[BCNOPSFI])+")
 _SIGN = r"(?:\s|\*\*|\*(?=\s)|__|[`\"'“‘(])*"  # white space and marks between a label and its value
-_NAMED = re.compile(rf"(?:\b(?:is|be)|'s|[^:\n]:){_SIGN}(?=\S)")
-_IN_TICKS = re.compile(r"(`+)\s*(?:smiles\s+)?([^\s`]+)\s*\1", re.IGNORECASE)
-_BULLET = re.compile(r"^\s*(?:(?:[-+>•]|\*(?=\s)|\d+[.)])\s+)*")
+_BULLET = r"[^\S\n]*(?:(?:[-+>•]|\*(?=\s)|\d+[.)])\s+)*"
+# Places of a word that may be a SMILES.
+_FIRST = re.compile(rf"\A\s*{_BULLET}(?P<word>\S+)")
+_ON_A_LINE = re.compile(rf"^{_BULLET}(?P<word>\S+)", re.MULTILINE)
+_IN_TICKS = re.compile(r"(`+)\s*(?:smiles\s+)?(?P<word>[^\s`]+)\s*\1", re.IGNORECASE)
+_NAMED = re.compile(rf"(?:\b(?:is|be)|'s|[^:\n]:){_SIGN}(?=(?P<word>\S+))")
+_ANYWHERE = re.compile(r"(?P<word>\S+)")
+_LABEL = re.compile(r"(\bfinal\W{1,5}(?:canonical )?)?\bSMILES\b", re.IGNORECASE)
+_AFTER_LABEL = re.compile(
+    rf"(?:^SMILES|[:：|]|->|→|(?<=\s)=|(?<=^SMILES)=|\b(?:is|be|as)\b){_SIGN}(?=\S)", re.IGNORECASE
+)
 _PART = re.compile(
     r"\W*(?:\w+ )?(?:bonds?|groups?|moiet\w+|rings?|linkages?|stretch\w*|atoms?|units?|double|triple|single|containing)\b"
 )
 _OTHER = re.compile(r"SELFIES|InChI|formula|IUPAC|\bname|\bCAS\b|group|bond|moiety", re.IGNORECASE)
 _LONG = 8  # characters; longer than any word that looks like a SMILES
-_WORDS = frozenset(
-    {"I", "NO", "SO", "ON", "IN", "IF", "OF", "BIO", "BIOS", "SOS", "ICON", "COIN", "COINS", "SPIN", "SIC"}
+_ENGLISH = frozenset(
+    ["I", "NO", "SO", "ON", "IN", "IF", "OF", "BIO", "BIOS", "SOS", "ICON", "COIN", "COINS", "SPIN", "SIC"]
 )
+
+
+@dataclass(frozen=True)
+class _Word:
+    """A word of a text: as it is written, bare, the rest of its line before and after it, and all that follows."""
+
+    written: str
+    smiles: str
+    before: str
+    after: str
+    rest: str
 
 
 def smiles_of(completion: str) -> str:
     r"""The SMILES that a completion gives, valid or not, or "" where it gives none (prose, a refusal).
 
-    The first of these that looks like a SMILES: what is within tags; the first line or its first word; a code block; what
-    follows the word SMILES; code within a line; a separate line; a value ("Ethanol: CCO", "It is CCO."); a word of no
-    language. Without any of them, a first line that is one word: BLEU and edit distance count what was written.
-
-    White space, Markdown, quotation marks and what ends a sentence are taken off; dots between molecules stay. A word that
-    English shares with chemistry (I, NO, CN, BIOS) is an answer alone, and none within a sentence.
+    The first of these that looks like a SMILES: what is within tags; the first word; a code block; what follows the word
+    SMILES; code within a line; a separate line; a value ("Ethanol: CCO", "It is CCO."); a word of no language. Without any of
+    them, a first line that is one word: BLEU and edit distance count what was written.
 
     >>> smiles_of(" CCO is ethanol.\nIt is an alcohol."), smiles_of("Sure:\n```smiles\nCCO\n```"), smiles_of("I don't know.")
     ('CCO', 'CCO', '')
     """
-    text = unix_lines(completion).strip("\ufeff\u200b \t\n")
+    text = plain(completion).strip()
     if tagged := _TAGS.search(text):
         return smiles_of(tagged[1] or tagged[2] or "")
-    text = _TEX.sub(r"\1", _TEX.sub(r"\1", _TAG.sub(" ", text)))
-    found = sections(text)
-    blocks = [f"{section.info.partition(' ')[2]}\n{section.text}" for section in found if section.is_code]
-    ways: tuple[Iterator[str], ...] = (
-        _at_the_start(text),
-        (smiles for block in blocks for smiles in (*_at_the_start(block), *_labelled(block))),
-        _labelled(text),
-        _within_ticks(text),
-        _separate_lines(text),
-        _named(text),
-        _long_words(text),
-        _single_word(text),
+    text = _TEX.sub(r"\1", _TEX.sub(r"\1", TAG.sub(" ", text)))
+    return next(_candidates(text), "")
+
+
+def _candidates(text: str) -> Iterator[str]:
+    """What may be meant as the SMILES, the surest first."""
+    yield from _words(text, _spans(_FIRST, text), _is_first)
+    for block in code_blocks(text):
+        code = f"{block.info.partition(' ')[2]}\n{block.text}"
+        yield from _words(code, _spans(_FIRST, code), _is_first)
+        yield from _words(code, _after_labels(code), _is_answer)
+    yield from _words(text, _after_labels(text), _is_answer)
+    yield from _words(text, _spans(_IN_TICKS, text), lambda word: not _PART.match(word.after))
+    yield from _words(
+        text, _spans(_ON_A_LINE, text), lambda word: not word.after.strip() and word.smiles not in _ENGLISH
     )
-    return next((smiles for way in ways for smiles in way), "")
+    yield from _words(text, _spans(_NAMED, text), _is_value)
+    yield from _words(text, _spans(_ANYWHERE, text), _is_of_no_language)
+    line, _, others = text.partition("\n")
+    word = _bare(line.strip())
+    is_word = re.fullmatch(r"[A-Z][a-z']*|(?i:N/A)", word) or (word.isalpha() and others.strip())
+    if len(word.split()) == 1 and not is_word:
+        yield word
+
+
+def _spans(places: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
+    return (found.span("word") for found in places.finditer(text))
+
+
+def _after_labels(text: str) -> Iterator[tuple[int, int]]:
+    """The words that follow the word SMILES: directly, or after a colon, an equals sign or a verb."""
+    for label in sorted(_LABEL.finditer(text), key=lambda label: label[1] is None):  # the final one first
+        start = label.end() - len("SMILES")
+        for mark in _AFTER_LABEL.finditer(text[start : start + 200].partition("\n\n\n")[0]):
+            end = start + mark.end()
+            yield end, end + len(text[end:].split(maxsplit=1)[0])
+
+
+def _words(text: str, spans: Iterable[tuple[int, int]], is_meant: Callable[[_Word], bool]) -> Iterator[str]:
+    """The words at these places that look like a SMILES and are meant as one."""
+    for start, end in spans:
+        before, after = text[:start].rpartition("\n")[2], text[end:].partition("\n")[0]
+        word = _Word(text[start:end], _bare(text[start:end], before), before, after, text[end:])
+        if _is_smiles(word.smiles) and is_meant(word):
+            yield word.smiles
+
+
+def _is_first(word: _Word) -> bool:
+    return _is_answer(word) and (word.smiles not in _ENGLISH or not word.rest.strip())
+
+
+def _is_smiles(word: str) -> bool:
+    is_chain = not word.isalpha() or bool(_CHAIN.fullmatch(word))
+    return word[:1] not in _BONDS and is_chain and bool(_SMILES.fullmatch(word))
+
+
+def _is_answer(word: _Word) -> bool:
+    """Whether a word is meant as a SMILES, judged by the rest of its line."""
+    smiles, rest = word.smiles, word.after.strip(" \t*_`.,;:!?\"'”’)")
+    if not rest or re.match(r"\s*[(\[]", word.after):
+        return True
+    return not (smiles.isalpha() and "CC" not in smiles) and not (len(smiles) < 6 and _PART.match(word.after))
+
+
+def _is_value(word: _Word) -> bool:
+    """Whether a word that something "is" ends its sentence or line, and the sentence names no part or formula."""
+    is_end = not word.after.strip() or word.after.lstrip()[0] in "([" or word.written[-1] in ".,;"
+    sentence = re.split(r"[.!?]\s", word.before)[-1]
+    return (
+        is_end and not _OTHER.search(sentence) and word.smiles not in _ENGLISH and molecule_of(word.smiles) is not None
+    )
+
+
+def _is_of_no_language(word: _Word) -> bool:
+    smiles, line = word.smiles, word.before + word.written + word.after
+    is_long = len(smiles) >= _LONG and not smiles.isalpha()
+    return is_long and not _OTHER.search(line) and molecule_of(smiles) is not None
 
 
 def _bare(word: str, before: str = "") -> str:
@@ -85,9 +165,9 @@ def _bare(word: str, before: str = "") -> str:
     last = None
     while last != word:
         last = word
-        word = (
-            word.strip("`\"'“”‘’{}|\u200b").removeprefix("**").removesuffix("**").removeprefix("__").removesuffix("__")
-        )
+        word = word.strip("`\"'“”‘’{}|\u200b")
+        for mark in ("**", "__"):
+            word = word.removeprefix(mark).removesuffix(mark)
         word = word.rstrip(".,;:!?…")
         word = word.strip("$") if word[:1] == "$" else word
         if word.endswith(")") and word.count(")") > word.count("(") and before.count("(") > before.count(")"):
@@ -97,115 +177,14 @@ def _bare(word: str, before: str = "") -> str:
     return word
 
 
-def _is_smiles(word: str) -> bool:
-    return (
-        word[:1] not in _BONDS
-        and bool(_SMILES.fullmatch(word))
-        and (not word.isalpha() or bool(_CHAIN.fullmatch(word)))
-    )
-
-
-def _is_answer(word: str, after: str) -> bool:
-    """Whether a word that looks like a SMILES is meant as one, judged by the rest of its line."""
-    rest = after.strip(" \t*_`.,;:!?\"'”’)")
-    if not _is_smiles(word):
-        return False
-    if not rest or re.match(r"\s*[(\[]", after):
-        return True
-    return not (word.isalpha() and "CC" not in word) and not (len(word) < 6 and _PART.match(after))
-
-
-def _at_the_start(text: str) -> Iterator[str]:
-    """The first word of the first line, if it is the answer."""
-    line, _, others = text.strip().partition("\n")
-    line = line[len((_BULLET.match(line) or [""])[0]) :]
-    words = line.split(maxsplit=1)
-    if not words or (_bare(words[0]) in _WORDS and (others.strip() or len(words) > 1)):
-        return
-    smiles = _bare(words[0])
-    if _is_answer(smiles, line[len(words[0]) :]):
-        yield smiles
-
-
-def _word_at(text: str, place: int) -> tuple[str, str]:
-    """The word that begins at this place, bare, and what follows it on its line."""
-    line = text[place:].partition("\n")[0]
-    word = line.split(maxsplit=1)[0]
-    return _bare(word, text[:place].rpartition("\n")[2]), line[len(word) :]
-
-
-def _labelled(text: str) -> Iterator[str]:
-    """What follows the word SMILES."""
-    labels = re.finditer(r"(\bfinal\W{1,5}(?:canonical )?)?\bSMILES\b", text, re.IGNORECASE)
-    for label in sorted(labels, key=lambda label: label[1] is None):  # the final one first
-        for end in _ends(text, label.end() - len("SMILES")):
-            smiles, after = _word_at(text, end)
-            if _is_answer(smiles, after):
-                yield smiles
-
-
-def _ends(text: str, start: int) -> Iterator[int]:
-    """The places after a label where its value may begin: right behind it, and behind each colon, equals sign or verb."""
-    window = text[start : start + 200]
-    window = window.partition("\n\n\n")[0]
-    for mark in re.finditer(
-        rf"(?:^SMILES|[:：|]|->|→|(?<=\s)=|(?<=^SMILES)=|\b(?:is|be|as)\b){_SIGN}(?=\S)", window, re.IGNORECASE
-    ):
-        yield start + mark.end()
-
-
-def _within_ticks(text: str) -> Iterator[str]:
-    for code in _IN_TICKS.finditer(text):
-        smiles, after = _bare(code[2]), text[code.end() :].partition("\n")[0]
-        if _is_smiles(smiles) and not _PART.match(after):
-            yield smiles
-
-
-def _separate_lines(text: str) -> Iterator[str]:
-    for line in text.split("\n"):
-        words = line[len((_BULLET.match(line) or [""])[0]) :].split()
-        if len(words) == 1 and _is_smiles(_bare(words[0])) and _bare(words[0]) not in _WORDS:
-            yield _bare(words[0])
-
-
-def _long_words(text: str) -> Iterator[str]:
-    for line in text.split("\n"):
-        for word in map(_bare, line.split()):
-            is_long = len(word) >= _LONG and not word.isalpha() and not _OTHER.search(line)
-            if is_long and _is_smiles(word) and molecule_of(word) is not None:
-                yield word
-
-
-def _single_word(text: str) -> Iterator[str]:
-    line, _, others = text.strip().partition("\n")
-    word = _bare(line.strip())
-    is_word = re.fullmatch(r"[A-Z][a-z']*|(?i:N/A)", word) or (word.isalpha() and others.strip())
-    if len(word.split()) == 1 and not is_word:
-        yield word
-
-
-def _named(text: str) -> Iterator[str]:
-    """A molecule at the end of a sentence or line, behind "is", "be" or a colon, unless a part or a formula is named."""
-    for mark in _NAMED.finditer(text):
-        smiles, after = _word_at(text, mark.end())
-        sentence = re.split(r"[.!?]\s|\n", text[: mark.end()])[-1]
-        is_end = not after.strip() or after.lstrip()[0] in "([" or text[mark.end() :].split(maxsplit=1)[0][-1] in ".,;"
-        if not is_end or _OTHER.search(sentence) or smiles in _WORDS or not _is_smiles(smiles):
-            continue
-        if molecule_of(smiles) is not None:
-            yield smiles
-
-
 def molecule_of(smiles: str) -> Any:
     """RDKit's molecule, or None where the text is no SMILES, has no atoms or is longer than LONGEST.
 
     Raises:
         CaftuneError: RDKit is not installed.
     """
-    try:
+    with required("rdkit", "the task molecules"):
         from rdkit import Chem, rdBase
-    except ImportError as absent:
-        raise CaftuneError("rdkit must be installed for the task molecules. Run pip install caftune[eval].") from absent
     if not smiles.isascii() or len(smiles) > LONGEST:
         return None
     with rdBase.BlockLogs():
@@ -214,11 +193,12 @@ def molecule_of(smiles: str) -> Any:
 
 
 def read(row: Mapping[str, Any], number: int) -> Example:
-    """A row of ChEBI-20 or L+M-24, or one with a prompt of its own, as an example; the reference is its SMILES.
+    """A row of ChEBI-20 or L+M-24, or one with a column `prompt`, as an example; the reference is its SMILES.
 
     Raises:
         CaftuneError: a column is missing, or the SMILES is none that RDKit reads.
     """
+    _edits()  # fails before anything is generated
     prompt = text(row, number, "prompt", "description", "caption")
     if row.get("prompt") is None:
         prompt = f"Write the SMILES of the molecule that is described.\n\nDescription: {prompt.strip()}\nSMILES:"
@@ -233,15 +213,13 @@ def read(row: Mapping[str, Any], number: int) -> Example:
 def score(example: Example, completion: str) -> dict[str, float]:
     """The measures of one completion.
 
-    - `exact_match`: 1 for the same canonical SMILES, stereochemistry included; `exact_match_inchi`: for the same
-      standard InChI, which also takes tautomers for one molecule. A reference that has no InChI (one with a wildcard atom,
-      for example) is compared by its canonical SMILES there too.
+    - `exact_match`: 1 for the same canonical SMILES, with stereochemistry; `exact_match_inchi`: for the same standard InChI,
+      where tautomers are one molecule (or for the same canonical SMILES, if the reference has no InChI: wildcard atoms).
     - `valid`: 1 if RDKit reads the answer as a molecule.
-    - `levenshtein`: edits from answer to reference, in characters of the SMILES as they are written.
+    - `levenshtein`: edits from answer to reference, in characters of the SMILES as written.
     - `morgan`, `maccs`, `rdk`: Tanimoto similarity of fingerprints, for valid answers only.
-    - `bleu_*`, `reference_length`, `answer_length`: counts, of which `combine` makes BLEU.
-    - `fr_*_tp`, `fr_*_fp`, `fr_*_fn`: 1 for a functional group that both have, the answer only, the reference only. One
-      that neither has is a true negative and left out. An invalid answer has no groups.
+    - `bleu_*`, `reference_length`, `answer_length`: counts for `combine`.
+    - `fr_*_tp`, `fr_*_fp`, `fr_*_fn`: 1 for a functional group of both, of the answer only, of the reference only.
     """
     answer = smiles_of(completion)
     reference, found = molecule_of(example.reference), molecule_of(answer)
@@ -250,7 +228,9 @@ def score(example: Example, completion: str) -> dict[str, float]:
     measures |= _bleu_counts(example.reference, answer)
     if found is not None:
         measures |= _identity(reference, found) | similarities(reference, found)
-    return measures | _group_outcomes(groups(reference), groups(found) if found is not None else frozenset())
+    there, said = groups(reference), groups(found) if found is not None else frozenset()
+    outcomes = {"tp": there & said, "fp": said - there, "fn": there - said}
+    return measures | {f"{name}_{outcome}": 1.0 for outcome, names in outcomes.items() for name in sorted(names)}
 
 
 def _identity(reference: Any, answer: Any) -> dict[str, float]:
@@ -265,8 +245,7 @@ def _identity(reference: Any, answer: Any) -> dict[str, float]:
 def similarities(reference: Any, answer: Any) -> dict[str, float]:
     """Tanimoto similarity of two molecules by three fingerprints, with the settings of MolT5's evaluation.
 
-    Morgan: radius 2, counts of environments, not folded into bits. MACCS: 166 keys. RDK: paths of 1 to 7 bonds, 2,048
-    bits. A molecule without bonds has no paths, and an RDK similarity of 0 even with itself.
+    Morgan: radius 2, unfolded counts. MACCS: 166 keys. RDK: paths of 1 to 7 bonds, 2,048 bits (0 for a molecule without bonds).
     """
     from rdkit.Chem import RDKFingerprint, rdFingerprintGenerator
     from rdkit.Chem.rdMolDescriptors import GetMACCSKeysFingerprint
@@ -286,35 +265,22 @@ def groups(molecule: Any) -> frozenset[str]:
     return frozenset(name for name, count in vars(Fragments).items() if name.startswith("fr_") and count(molecule))
 
 
-def _group_outcomes(reference: frozenset[str], answer: frozenset[str]) -> dict[str, float]:
-    outcomes = {"tp": reference & answer, "fp": answer - reference, "fn": reference - answer}
-    return {f"{name}_{outcome}": 1.0 for outcome, names in outcomes.items() for name in sorted(names)}
+@cache
+def _edits() -> Any:
+    with required("biopython", "the task molecules"):
+        from Bio.Align import PairwiseAligner
+    return PairwiseAligner(match_score=0, mismatch_score=-1, gap_score=-1)
 
 
 def levenshtein(first: str, second: str) -> int:
     """The least number of characters to insert, delete or replace that turns one text into the other.
 
-    A column of the table of distances is two integers: bit i tells whether row i + 1 is one more, or one less, than row i.
-    Source: Hyyrö, "A Bit-Vector Algorithm for Computing Levenshtein and Damerau Edit Distances", 2003, figure 3.
-
     >>> levenshtein("CCO", "CCN"), levenshtein("c1ccccc1", "c1ccccc1O"), levenshtein("", "CC")
     (1, 1, 2)
     """
-    if not first:
-        return len(second)
-    rows, last, distance = (1 << len(first)) - 1, 1 << (len(first) - 1), len(first)
-    equal: dict[str, int] = {}
-    for row, letter in enumerate(first):
-        equal[letter] = equal.get(letter, 0) | 1 << row
-    more, less = rows, 0
-    for letter in second:
-        here = equal.get(letter, 0)
-        unchanged = (((here & more) + more) ^ more) | here | less
-        up, down = less | ~(unchanged | more), unchanged & more
-        distance += bool(up & last) - bool(down & last)
-        up = up << 1 | 1
-        more, less = (down << 1 | ~(unchanged | up)) & rows, unchanged & up & rows
-    return distance
+    if not (first and second):
+        return len(first) + len(second)
+    return -int(_edits().score(*(text.encode(errors="replace").decode() for text in (first, second))))
 
 
 def _bleu_counts(reference: str, answer: str) -> dict[str, float]:
@@ -345,15 +311,14 @@ def _f1(sums: Mapping[str, float], names: Sequence[str]) -> tuple[float, float, 
 def combine(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The measures of all completions.
 
-    - The mean of `exact_match`, `exact_match_inchi`, `valid` and `levenshtein`; the mean of `morgan`, `maccs` and `rdk`
-      over the valid answers only, as MolT5 does (they are missing where no answer is valid).
-    - `bleu`: corpus-level BLEU-4, every character a token, one reference, equal weights, no smoothing, of the SMILES as
-      written, invalid ones included. Equals NLTK's `corpus_bleu`, except that it is 0 where NLTK gives less than 1e-70.
-      An answer of fewer than four characters lowers it even if it is right.
-    - `benzene_*`, `amide_*`, `carboxylic_acid_*`: `precision`, `recall` and `f1` of RDKit's fr_benzene, fr_amide (any
-      N-C=O, ureas and carbamates too) and fr_COO (acid or carboxylate on carbon). Missing where no reference has the group.
-    - `fragments_micro_f1`: F1 of all decisions on all of RDKit's fragments; `fragments_macro_f1`: the mean of the F1s of
-      those fragments that at least one reference has, so that all models are averaged over the same ones.
+    - The mean of `exact_match`, `exact_match_inchi`, `valid` and `levenshtein`; that of `morgan`, `maccs` and `rdk` over the
+      valid answers, as MolT5 does.
+    - `bleu`: corpus BLEU-4 over characters, one reference, equal weights, no smoothing, invalid answers included. NLTK's
+      `corpus_bleu`, but 0 below 1e-70. An answer of fewer than four characters lowers it even if it is right.
+    - `benzene_*`, `amide_*`, `carboxylic_acid_*`: `precision`, `recall` and `f1` of RDKit's fr_benzene, fr_amide (any N-C=O)
+      and fr_COO (acid or carboxylate on carbon), if a reference has the group.
+    - `fragments_micro_f1`: F1 of all decisions on all of RDKit's fragments; `fragments_macro_f1`: the mean F1 of the fragments
+      that at least one reference has.
     """
     sums: Counter[str] = Counter()
     for measures in scores:
@@ -372,15 +337,6 @@ def combine(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return combined
 
 
-ROWS = (
-    {"description": "An alcohol: a chain of three carbon atoms that ends in a hydroxy group.", "smiles": "CCCO"},
-    {"description": "The simplest aromatic acid, a benzene ring with one carboxy group.", "smiles": "OC(=O)c1ccccc1"},
-    {"description": "The primary amide that acetic acid forms with ammonia.", "smiles": "CC(N)=O"},
-    {"caption": "It eases pain and lowers fever, and it harms the liver in excess.", "molecule": "CC(=O)Nc1ccc(O)cc1"},
-    {"caption": "It smells of vanilla and flavours food.", "molecule": "COc1cc(C=O)ccc1O"},
-    {"caption": "It inhibits cyclooxygenases and thins the blood.", "molecule": "CC(=O)Oc1ccccc1C(=O)O"},
-)
-
 MOLECULES = Task(
     name="molecules",
     primary="exact_match",
@@ -388,7 +344,6 @@ MOLECULES = Task(
     score=score,
     combine=combine,
     max_new_tokens=512,
-    rows=ROWS,
     past=("\nDescription:",),
     lower_is_better=frozenset({"levenshtein"}),
 )

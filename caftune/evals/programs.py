@@ -1,20 +1,17 @@
 """The program in an answer to a coding task: what a reader of the answer would run.
 
-An answer is Python, or Markdown with Python in it (`caftune.evals.markdown`). Of its code blocks, and of its text outside of
-them, the program is:
+An answer is Python, or Markdown with Python in it. Of its code blocks, and of its text outside of them, the program is:
 
 1. The first that defines one of the wanted names, parses, and is no stub (a signature with `pass`, `...` or a docstring alone).
-   A later one takes its place where the text between says that it corrects the earlier ("fixed", "oops", "wait", ...). Where
-   two are offered as alternatives, the first counts, whatever the other is worth.
-2. Of a block, what follows the definitions and is neither definition, import nor a value that they read is left out:
-   examples, tests and prints. So are all asserts. Of text without a fence the same, and what is prose.
-3. Imports, functions, classes and values that the program uses and does not define are taken from other places of the answer.
+   A later one replaces it if the text between says that it corrects the earlier ("fixed", "oops", "wait", ...). Of two
+   alternatives the first counts.
+2. Without what follows the definitions and is neither definition, import nor a value that they read (examples, tests, prints),
+   without asserts, and in text without a fence also without prose.
+3. With the imports, functions, classes and values from elsewhere in the answer that it uses and does not define.
 
-A block whose end is missing or broken is read up to its last complete definition. A function is never cut: one that does not
-parse to its end is not read. No part is chosen by running it.
-
-Only what Markdown and copying do to a program is repaired: a fence within a docstring, code on the line of a fence, a fence
-behind the last line, zero-width characters, no-break spaces, a body that was moved to the left margin.
+A block whose end is missing or broken is read up to its last complete definition; a function is never cut. No part is chosen by
+running it. Only what Markdown and copying do to a program is repaired: a fence in a docstring, code on the line of a fence, a
+fence after the last line, zero-width characters, no-break spaces, a body that was moved to the left margin.
 """
 
 import ast
@@ -28,8 +25,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from caftune.evals.markdown import Section, inline_code, sections, with_separate_fences
-from caftune.evals.task import unix_lines
+from caftune.evals.reading import Section, inline_code, plain, sections, with_separate_fences
 
 _MOST_CHUNKS = 200  # of a text that does not parse as a whole, tried one by one
 _MOST_ENDS = 40  # of a body, tried one by one
@@ -74,21 +70,23 @@ class _Unit:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A part of the answer that parses, and where it begins (section, line)."""
+class _Part:
+    """A part of an answer: statements, or text that does not parse (no units). `is_code`: a whole code block."""
 
+    text: str
     units: tuple[_Unit, ...]
-    place: tuple[int, int]
+    is_code: bool
 
 
 def solution_of(answer: str, wanted: frozenset[str], known: frozenset[str] = frozenset()) -> str | None:
     """The program in an answer that defines one of the `wanted` names, or None. `known` are names that it need not define."""
-    answer = plain(answer)
-    for found in _readings(answer):
-        piece = _chosen(found, wanted)
-        if piece is not None:
-            units = _without_tests(piece.units, wanted)
-            return _joined([*_helpers(units, found, piece, known, wanted), *units])
+    for parts in _readings(plain(answer)):
+        place = _chosen(parts, wanted)
+        if place is not None:
+            units = _without_tests(parts[place].units, wanted)
+            before = [unit for part in parts[:place] for unit in part.units]
+            others = [*reversed(before), *(unit for part in parts[place + 1 :] for unit in part.units)]
+            return _joined([*_helpers(units, others, known, wanted), *units])
     return None
 
 
@@ -107,7 +105,7 @@ def continuation_of(answer: str, head: str, name: str) -> str | None:
         or _PROSE.match(first.strip())
     ):
         return None
-    run = "\n".join(line for line in _leading(lines))
+    run = "\n".join(itertools.takewhile(lambda line: not re.match(r"\S", line), lines))
     if name in _bound(units_of(textwrap.dedent(run)) or ()):
         return None
     return _continued(head, answer) or head + run
@@ -124,11 +122,6 @@ def body_of(answer: str, head: str, name: str) -> str | None:
                 if program is not None and _returns(program, name):
                     return program
     return None
-
-
-def plain(answer: str) -> str:
-    """The answer with line ends of one kind, and without a byte order mark or zero-width characters around it."""
-    return unix_lines(answer).strip("\ufeff\u200b\u2060")
 
 
 def names_in(source: str) -> frozenset[str]:
@@ -204,18 +197,14 @@ def _bound(units: Sequence[_Unit]) -> frozenset[str]:
 # The parts of an answer
 
 
-def _readings(answer: str) -> Iterator[list[tuple[Section, list[_Piece]]]]:
-    """The answer's sections with what parses in each, in several ways: the first with a program is the one to take."""
+def _readings(answer: str) -> Iterator[list[_Part]]:
+    """The parts of an answer in several readings: the first with a program is the one to take."""
     if units_of(answer):
-        yield _with_pieces([Section(answer, False)])
-    yield _with_pieces(_python_sections(answer))
-    yield _with_pieces(_python_sections(with_separate_fences(answer)))
+        yield _parts([Section(answer, False)])
+    yield _parts(_python_sections(answer))
+    yield _parts(_python_sections(with_separate_fences(answer)))
     codes = [re.sub(r"^(?:python|py) ", "", code) for code in inline_code(answer)]
-    yield _with_pieces([Section(code, True) for code in [*codes, *_indented(answer)]])
-
-
-def _with_pieces(found: Sequence[Section]) -> list[tuple[Section, list[_Piece]]]:
-    return [(section, list(_pieces(section, number))) for number, section in enumerate(found)]
+    yield _parts([Section(code, True) for code in [*codes, *_indented(answer)]])
 
 
 def _indented(answer: str, names: frozenset[str] = frozenset()) -> list[str]:
@@ -241,10 +230,10 @@ def _python_sections(answer: str, depth: int = 0) -> list[Section]:
         longer = _to_a_later_fence(section, source, answer.split("\n"))
         if longer is not None:
             return [*found, replace(section, text=longer[0]), *_python_sections(longer[1], depth)]
-        whole, rest = _to_a_fence_behind(source)
+        whole, rest = _to_an_inline_fence(source)
         if whole:
             found += [replace(section, text=whole), *_python_sections(rest, depth + 1)]
-        elif depth < _DEEPEST and re.search(r"^[ \t]*(?:```|~~~)", source, re.MULTILINE):
+        elif depth < _DEEPEST and re.search(r"^[ \t]*(?:```|~~~)", source, re.MULTILINE):  # Markdown in a block
             found += _python_sections(source, depth + 1)
         else:
             found.append(replace(section, text=source))
@@ -269,26 +258,29 @@ def _to_a_later_fence(section: Section, source: str, lines: Sequence[str]) -> tu
     return None
 
 
-def _to_a_fence_behind(source: str) -> tuple[str, str]:
+def _to_an_inline_fence(source: str) -> tuple[str, str]:
     """The block up to a fence at the end of its last line instead of below it, and the rest; else an empty text and all."""
-    behind = re.search(r"(?<=\S)[ \t]*```[ \t]*$", source, re.MULTILINE)
-    is_whole = behind is not None and units_of(source[: behind.start()]) is not None
-    return (source[: behind.start()], source[behind.end() :]) if behind and is_whole else ("", source)
+    fence = re.search(r"(?<=\S)[ \t]*```[ \t]*$", source, re.MULTILINE)
+    if fence is None or units_of(source[: fence.start()]) is None:
+        return "", source
+    return source[: fence.start()], source[fence.end() :]
 
 
-def _pieces(section: Section, number: int) -> Iterator[_Piece]:
-    units = units_of(section.text) if section.is_code else None
-    if units is not None:
-        yield _Piece(units, (number, 0))
-        return
-    chunks, at = _chunks(section.text), 0
-    while at < len(chunks):
-        end = _longest(chunks, at, leaves=not section.is_code)
-        if end is None:
-            at += 1
+def _parts(found: Sequence[Section]) -> list[_Part]:
+    """The sections in order: a block that parses as it is, other text in the longest runs of lines that parse."""
+    parts = list[_Part]()
+    for section in found:
+        units = units_of(section.text) if section.is_code else None
+        if units is not None:
+            parts.append(_Part(section.text, units, True))
             continue
-        yield _Piece(units_of("".join(chunks[at:end])) or (), (number, at))
-        at = end
+        chunks, at = _chunks(section.text), 0
+        while at < len(chunks):
+            end = _longest(chunks, at, leaves=not section.is_code)
+            text = "".join(chunks[at : end or at + 1])
+            parts.append(_Part(text, (units_of(text) or ()) if end else (), False))
+            at = end or at + 1
+    return parts
 
 
 def _chunks(text: str) -> list[str]:
@@ -314,28 +306,20 @@ def _longest(chunks: Sequence[str], start: int, *, leaves: bool) -> int | None:
 # The choice
 
 
-def _chosen(found: Sequence[tuple[Section, list[_Piece]]], wanted: frozenset[str]) -> _Piece | None:
-    chosen: _Piece | None = None
-    pieces = [
-        piece for _, own in found for piece in own if wanted & _bound(piece.units) and not _is_stub(piece, wanted)
-    ]
-    for piece in pieces:
-        if chosen is None or _CORRECTS.search(_between(found, chosen, piece)):
-            chosen = piece
+def _chosen(parts: Sequence[_Part], wanted: frozenset[str]) -> int | None:
+    """The place of the part that is the program: the first, or a later one that corrects it."""
+    chosen = None
+    for place, part in enumerate(parts):
+        if wanted & _bound(part.units) and not _is_stub(part, wanted):
+            between = "" if chosen is None else "\n".join(p.text for p in parts[chosen + 1 : place] if not p.is_code)
+            if chosen is None or _CORRECTS.search(between):
+                chosen = place
     return chosen
 
 
-def _between(found: Sequence[tuple[Section, list[_Piece]]], one: _Piece, other: _Piece) -> str:
-    """The text between two pieces: of the sections between, or of the one that holds both."""
-    first, last = one.place[0], other.place[0]
-    if first == last:
-        return "".join(_chunks(found[first][0].text)[one.place[1] : other.place[1]])
-    return "\n".join(section.text for section, _ in found[first + 1 : last] if not section.is_code)
-
-
-def _is_stub(piece: _Piece, wanted: frozenset[str]) -> bool:
-    """Whether the piece defines the wanted functions only as stubs."""
-    defined = [node for unit in piece.units for node in unit.nodes if wanted & set(_bound_by(node))]
+def _is_stub(part: _Part, wanted: frozenset[str]) -> bool:
+    """Whether the part defines the wanted functions only as stubs."""
+    defined = [node for unit in part.units for node in unit.nodes if wanted & set(_bound_by(node))]
     return all(
         isinstance(node, ast.Import | ast.ImportFrom)
         or (isinstance(node, ast.FunctionDef) and all(map(_is_placeholder, node.body)))
@@ -368,16 +352,12 @@ def _is_program(unit: _Unit, *, is_after: bool, read: set[str]) -> bool:
 
 def _helpers(
     units: Sequence[_Unit],
-    found: Sequence[tuple[Section, list[_Piece]]],
-    own: _Piece,
-    known: frozenset[str],
+    others: Sequence[_Unit],
+    known: frozenset[str] = frozenset(),
     wanted: frozenset[str] = frozenset(),
 ) -> list[_Unit]:
-    """Definitions, imports and values elsewhere in the answer that the program lacks; the nearest before it come first."""
-    others = [(piece, unit) for _, pieces in found for piece in pieces if piece is not own for unit in piece.units]
-    before = [unit for piece, unit in others if piece.place < own.place]
-    pool = [*reversed(before), *(unit for piece, unit in others if piece.place > own.place)]
-    pool = [unit for unit in pool if unit.is_one_of(*_DEFINITIONS, *_VALUES)]
+    """The definitions, imports and values of `others`, the first first, that a program of these units lacks."""
+    pool = [unit for unit in others if unit.is_one_of(*_DEFINITIONS, *_VALUES)]
     taken: list[_Unit] = []
     known |= frozenset(vars(builtins))
     while True:
@@ -405,12 +385,6 @@ def with_head(head: str, program: str) -> str:
 # Bodies
 
 
-def _leading(lines: Sequence[str]) -> list[str]:
-    """The lines up to the first at the left margin."""
-    end = next((number for number, line in enumerate(lines) if re.match(r"\S", line)), len(lines))
-    return list(lines[:end])
-
-
 def _continued(head: str, body: str) -> str | None:
     """`head` with the shortest part of the body, up to a line at the margin, with which it compiles, and its helpers."""
     lines = body.split("\n")
@@ -418,9 +392,8 @@ def _continued(head: str, body: str) -> str | None:
     for end in [*ends[:_MOST_ENDS], len(lines)]:
         program = head + "\n".join(lines[:end]) + "\n"
         if any(line.strip() for line in lines[:end]) and _parsed(program) is not None:
-            rest = Section("\n".join(lines[end:]), False, 0, 0)
-            units = units_of(program) or ()
-            helpers = _helpers(units, [(rest, list(_pieces(rest, 1)))], _Piece(units, (0, 0)), frozenset())
+            units, rest = units_of(program) or (), Section("\n".join(lines[end:]), False)
+            helpers = _helpers(units, [unit for part in _parts([rest]) for unit in part.units])
             return program + _joined([unit for unit in helpers if not unit.binds & _bound(units)])
     return None
 

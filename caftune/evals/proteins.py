@@ -4,9 +4,7 @@ Rows: Gene Ontology functions with a sequence (columns `functions`, `sequence`),
 publishes it (`instruction`, `input` and `output`, the sequence within a fence).
 
 Source: Mol-Instructions (arXiv 2306.08018); InstructProtein (arXiv 2310.03269) for the pairs of functions and sequences.
-Identity as EMBOSS's needle counts it, with its matrix and gap costs; unlike needle's default, gaps at the ends cost what
-others do.
-
+Identity as EMBOSS's needle counts it, with its matrix and gap costs; gaps at the ends cost what others do.
 Structures (confidence, TM-score) need a folding model, named by `eval.structures`: see caftune.pipeline.structures.
 """
 
@@ -17,8 +15,9 @@ from functools import cache
 from typing import Any
 
 from caftune.errors import CaftuneError
-from caftune.evals.markdown import sections
-from caftune.evals.task import Example, Task, column, means, unix_lines
+from caftune.evals.reading import TAG, code_blocks, plain
+from caftune.evals.requirements import required
+from caftune.evals.task import Example, Task, column
 
 RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWYUOX")  # the 22 amino acids of the genetic code, and X for an unknown one
 ALIGNABLE = frozenset("ACDEFGHIKLMNPQRSTVWYBZX")  # BLOSUM62's letters; every other is aligned as X
@@ -30,9 +29,8 @@ _LABEL = re.compile(
     r"(?:[^:\n]{0,60}\b)?(?:seq|sequence|protein|peptide|answer)\b[^:：\n]{0,60}?(?:[:：]|\bis\b)[\s*_]*(.*)",
     re.IGNORECASE,
 )
-_TAG = re.compile(r"<[^<>\s]{1,30}>|\[(?:START|END)_\w+\]")
 _BULLET = re.compile(r"\s*(?:(?:[-+•]|\*(?=\s)|\d+[.)])\s+)?")
-_LETTERS = frozenset(string.ascii_uppercase)
+_CAPITAL_LETTERS = frozenset(string.ascii_uppercase + "?-~.*")
 _LONG = 25  # more letters than a word has; _LABELLED are enough after a label
 _LABELLED = 10
 _IN_SENTENCE = 12
@@ -49,18 +47,16 @@ _CAPITALS = frozenset({
 def sequence_of(completion: str) -> str:
     r"""The sequence in a completion: the first line that is one, with the lines that carry it on; "" if there is none.
 
-    A line is one if it is a single word of capital letters, at least three in four of them residues, or blocks of one length
-    (of ten letters, say), with numbers at either end or without. Small letters count where they are too many for a word, or
-    stand in FASTA, in a code block, in numbered blocks or after a label ("Sequence: ..."). Within a sentence a long word of
-    residues in capital letters is one. FASTA headers, rulers and prose, prose in capital letters too, are passed over; a
-    stop mark (*) at the end is taken off; where there are code blocks, their contents come first.
+    Such a line is one word of capital letters (at least three in four of them residues), or blocks of one length (of ten, say)
+    with numbers at either end or without. Small letters count where they are too many for a word, or stand in FASTA, a code
+    block, numbered blocks or after a label ("Sequence: ..."). A long word of residues in capitals within a sentence is one.
+    FASTA headers, rulers, prose (also in capitals) and a stop mark (*) at the end are left out. Code blocks come first.
 
     >>> sequence_of("Here it is:\n```\n>designed\nMKTAYIAK\nQRQISF*\n```"), sequence_of("I cannot design one.")
     ('MKTAYIAKQRQISF', '')
     """
-    text = _TAG.sub(" ", unix_lines(completion).strip("\ufeff\u200b"))
-    blocks = (section.text for section in sections(text) if section.is_code)
-    found = (_first_sequence(block, is_marked=True) for block in blocks)
+    text = TAG.sub(" ", plain(completion))
+    found = (_first_sequence(block.text, is_marked=True) for block in code_blocks(text))
     return next(filter(None, found), "") or _first_sequence(text, is_marked=False)
 
 
@@ -72,17 +68,17 @@ def _first_sequence(text: str, *, is_marked: bool) -> str:
         is_header = line.lstrip().startswith(">")
         is_marked |= is_header
         residues = "" if is_header else _residues(line, is_marked=is_marked, is_begun=bool(sequence))
-        is_last = sequence.endswith("*") or len(set(sizes)) > 1 or _label(line) is not None
+        is_last = sequence.endswith("*") or len(set(sizes)) > 1 or bool(_LABEL.match(line))
         if sequence and (not residues or is_last or len(residues) > max(sizes, default=len(residues))):
             break
         sequence += residues
-        sizes += [len(residues)] if residues and not _label(line) else []
+        sizes += [len(residues)] if residues and not _LABEL.match(line) else []
     return sequence.rstrip("*")
 
 
 def _residues(line: str, *, is_marked: bool, is_begun: bool) -> str:
     """The residues of a line in capital letters, or "" where it is no part of a sequence, or of the one that `is_begun`."""
-    label = _label(line)
+    label = _LABEL.match(line)
     text = label[1] if label else line[len((_BULLET.match(line) or [""])[0]) :] or line
     groups = _bare(text).split()
     blocks = [group for group in groups if not group.isdigit()]
@@ -95,11 +91,6 @@ def _residues(line: str, *, is_marked: bool, is_begun: bool) -> str:
         return _bare(blocks[0])
     words = (_bare(word) for word in groups) if re.search(r"[a-z]", line) and not is_begun else ()
     return next((word for word in words if _is_sequence(word, _IN_SENTENCE)), "")
-
-
-def _label(line: str) -> re.Match[str] | None:
-    """The label that a line begins with, and what follows it as its first group."""
-    return _LABEL.match(line)
 
 
 def _bare(text: str) -> str:
@@ -135,14 +126,11 @@ def _is_sequence(word: str, least: int) -> bool:
 def _in_capitals(word: str, *, is_marked: bool, is_begun: bool) -> str:
     """The residues that a single word or blocks stand for, or "" where it is a word of a language."""
     letters = word.rstrip("*")
-    if is_begun and word == "*":
-        return word
+    if is_begun and not letters:
+        return word  # a stop mark
     if letters == letters.upper():
-        is_some = (
-            not set(letters) - set("?-~.*") - _LETTERS
-            and valid_residues(letters) >= 0.75
-            and (is_begun or len(letters) >= 3)
-        )
+        is_long = len(letters) >= (1 if is_begun else 3)
+        is_some = is_long and _CAPITAL_LETTERS.issuperset(letters) and valid_residues(letters) >= 0.75
         return word if is_some and not _is_word(letters) else ""
     is_long = is_begun or len(letters) >= (_LABELLED if is_marked else _LONG)
     return word.upper() if is_long and (RESIDUES - {"O", "U"}).issuperset(letters.upper()) else ""
@@ -193,9 +181,8 @@ def score(example: Example, completion: str) -> dict[str, float]:
 def align(reference: str, answer: str) -> tuple[float, float]:
     """Identity and score of the best global alignment (Needleman-Wunsch, BLOSUM62, a gap of n letters -10 - 0.5 (n - 1)).
 
-    Of equally good alignments Biopython's first is taken. Of an answer longer than COMPARED times the reference only that
-    much is aligned, so that time and memory stay within bounds; the rest counts as columns of gap in the identity, and
-    not in the score.
+    Biopython's first of equally good ones. Only COMPARED times the reference's length of an answer is aligned, to bound
+    time and memory; the rest counts as gap in the identity only.
 
     Raises:
         CaftuneError: Biopython is not installed.
@@ -219,12 +206,8 @@ def _alignable(sequence: str) -> str:
 
 @cache
 def _aligner() -> Any:
-    try:
+    with required("biopython", "the task proteins"):
         from Bio.Align import PairwiseAligner, substitution_matrices
-    except ImportError as absent:
-        raise CaftuneError(
-            "biopython must be installed for the task proteins. Run pip install caftune[eval]."
-        ) from absent
     aligner = PairwiseAligner()
     aligner.mode = "global"
     aligner.substitution_matrix = substitution_matrices.load("BLOSUM62")
@@ -232,35 +215,11 @@ def _aligner() -> Any:
     return aligner
 
 
-# The sequences are short and well known: human oxytocin and vasopressin, melittin, magainin 2, thymosin beta 4, bradykinin.
-ROWS = (
-    {"functions": ["neurohypophyseal hormone activity", "oxytocin receptor binding"], "sequence": "CYIQNCPLG"},
-    {"functions": ["neurohypophyseal hormone activity", "V1A vasopressin receptor binding"], "sequence": "CYFQNCPRG"},
-    {"functions": ["toxin activity", "channel regulator activity"], "sequence": "GIGAVLKVLTTGLPALISWIKRKRQQ"},
-    {
-        "instruction": "Write a protein that does what is listed.",
-        "input": "1. It tears holes in the membranes of bacteria.\n2. It is found in the skin of frogs.",
-        "output": "One such protein:\n```\nGIGKFLHSAKKFGKAFVGEIMNS\n```",
-    },
-    {
-        "instruction": "Write a protein that does what is listed.",
-        "input": "1. It holds actin monomers, so that they do not form filaments.",
-        "output": "One such protein:\n```\nSDKPDMAEIEKFDKSKLKKTETQEKNPLPSKETIEQEKQAGES\n```",
-    },
-    {
-        "instruction": "Write a peptide that widens blood vessels.",
-        "input": "",
-        "output": "One such peptide:\n```\nRPPGFSPFR\n```",
-    },
-)
-
 PROTEINS = Task(
     name="proteins",
     primary="identity",
     read=read,
     score=score,
-    combine=means,
     max_new_tokens=1024,
-    rows=ROWS,
     past=("\nFunctions:",),
 )

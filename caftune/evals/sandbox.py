@@ -1,23 +1,21 @@
-"""Programs that a model wrote, run where they can do no harm: Linux namespaces, resource limits and a filter of system calls.
+"""A sandbox for programs that a model wrote: Linux namespaces, resource limits and a filter of system calls.
 
-What is guaranteed, or refused with a CaftuneError before the program starts (a self-test checks it at first use):
+Guaranteed, or refused with a CaftuneError before the program starts (a self-test checks it at first use):
 
-- Files: a read-only view of Python's standard library and the machine's shared libraries, and one empty folder, /tmp, that is
-  kept in memory, limited in size and number of files, executes nothing, and is gone with the program. No other file of the
-  machine exists for it: no /etc, /home, /proc or /sys, no repository, no shell, no installed packages (NumPy).
-- Processes: it sees its own alone. All of them die when the program ends or its time is up, also those that left its session
-  or group, and also when the caller is killed. `run_python` returns when they are gone.
-- Network: no sockets can be opened (connected pairs within a process can), and there is no interface to reach anything by.
-- Privileges: a user namespace without any capability and without a way to a new one; where the caller is root, another user
-  than root. Tracing, kernel keys and memory outside any process are refused. The environment is PYTHONHASHSEED=0.
+- Files: a read-only view of Python's standard library and the machine's shared libraries, and an empty folder /tmp in memory,
+  limited in size and number of files, without execution. No /etc, /home, /proc or /sys, no shell, no packages (NumPy).
+- Processes: it sees only its own. All die when the program ends, its time is up, or the caller is killed, also those that
+  left its session or group. `run_python` returns when they are gone.
+- Network: no sockets (connected pairs within a process can be opened), no interface.
+- Privileges: a user namespace without capabilities and without a way to a new one; another user than root. No tracing, kernel
+  keys, or memory outside any process. The environment is PYTHONHASHSEED=0.
 - Limits (see `Limits`): CPU time, memory, processes with threads, files, wall time, the output that is kept. No core dumps.
 
-What is not: a defence against faults of the kernel or the processor. Nor a limit of its memory together, which is at most
-`processes` times `memory_bytes`, and the folder; or of its CPU time: `processes` times `cpu_s`. It can read the machine's
-name and clock, and what lies in the folders of shared libraries (/usr/lib and the like).
+Not guaranteed: a defence against faults of the kernel or the processor; a limit of all processes together, which is `processes`
+times `memory_bytes` (and `cpu_s`). It can read the machine's name and clock, and the folders of shared libraries (/usr/lib).
 
-Needs Linux 5.14 (processes counted for each user namespace; read-only trees of mounts), libseccomp 2.4, and either root with
-all capabilities or the right to make user namespaces.
+Needs Linux 5.14 (processes counted per user namespace; read-only trees of mounts), libseccomp 2.4, and either root with all
+capabilities or the right to make user namespaces.
 Source: the manual pages namespaces(7), user_namespaces(7), pid_namespaces(7), pivot_root(2), seccomp_rule_add(3), getrlimit(2).
 """
 
@@ -67,7 +65,7 @@ class Outcome:
 
 
 def run_python(program: str, *, limits: Limits, stdin: bytes = b"") -> Outcome:
-    """Run a program as /program.py in a sandbox of its own (see above), from the folder /tmp. Safe to call from many threads.
+    """Run a program as /program.py in a new sandbox (see above), from the folder /tmp. Thread-safe.
 
     Raises:
         CaftuneError: this machine cannot isolate it as promised; it was not started.
@@ -78,7 +76,7 @@ def run_python(program: str, *, limits: Limits, stdin: bytes = b"") -> Outcome:
 
 @functools.cache
 def check_sandbox() -> None:
-    """Try once whether this machine keeps the promises above; CaftuneError says which it does not, and what to do."""
+    """Check once that this machine keeps the guarantees above; a CaftuneError names the one that fails, and the remedy."""
     if sys.platform != "linux":
         raise _refusal(f"this is {sys.platform}")
     outcome = _run(_SELF_TEST, Limits(), b"")
@@ -127,12 +125,12 @@ def _run(program: str, limits: Limits, stdin: bytes) -> Outcome:
     finally:
         os.close(source)
         os.close(reports)
-    told = dict(line.split(" ", 1) for line in lines.decode().splitlines())
-    if "error" in told or "timed_out" not in told:
-        raise _refusal(told.get("error") or f"the launcher ended early: {stderr[-300:].decode(errors='replace')}")
+    reported = dict(line.split(" ", 1) for line in lines.decode().splitlines())
+    if "error" in reported or "timed_out" not in reported:
+        raise _refusal(reported.get("error") or f"the launcher ended early: {stderr[-300:].decode(errors='replace')}")
     # Without a returncode, the sandbox's first process was killed from outside: the machine had no memory left.
-    returncode = int(told.get("returncode", -signal.SIGKILL))
-    return Outcome(None if told["timed_out"] == "1" else returncode, stdout, stderr)
+    returncode = int(reported.get("returncode", -signal.SIGKILL))
+    return Outcome(None if reported["timed_out"] == "1" else returncode, stdout, stderr)
 
 
 def _file_in_memory(content: bytes) -> int:
@@ -162,7 +160,7 @@ def _call_launcher(command: list[str], source: int, reports: int, control: int, 
 
 
 def _read(streams: dict[int, int]) -> list[bytes]:
-    """Read streams to their ends, keeping of each its first so many bytes."""
+    """Read streams to their ends, keeping the first bytes of each."""
     kept = {stream: b"" for stream in streams}
     with selectors.DefaultSelector() as selector:
         for stream in streams:
@@ -178,11 +176,8 @@ def _read(streams: dict[int, int]) -> list[bytes]:
 
 def _visible(python: str) -> list[str]:
     """Files and folders that a program sees: the interpreter, its library, and the shared libraries of the machine."""
-    bases = {
-        "base": sys.base_prefix,
-        "installed_base": sys.base_prefix,
-        "platbase": sys.base_exec_prefix,
-    }  # no environment
+    # The bases without a virtual environment.
+    bases = {"base": sys.base_prefix, "installed_base": sys.base_prefix, "platbase": sys.base_exec_prefix}
     library = [str(Path(sysconfig.get_path(name, vars=bases)).resolve().parent) for name in ("stdlib", "platstdlib")]
     shared = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
     found = sorted(path for path in {python, *library, *shared} if Path(path).exists())

@@ -1,7 +1,7 @@
-"""Statistics of a fair comparison: what a difference between two arms is worth, over runs (seeds) and over examples.
+"""Difference between two arms: its interval, its p-value, and corrections for several measures.
 
-A score has two causes of chance: which examples were asked, and which run of the training answered them. Runs are few and
-examples many, so runs decide, and an analysis that counts examples only is wrong however many there are. Here both are random.
+Runs (seeds) and examples are both random factors. Runs are few and examples many, so the runs' variance decides: an analysis
+that counts examples only is invalid, however many there are.
 """
 
 import math
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from caftune.errors import CaftuneError
+from caftune.evals.requirements import required
 
 Array = NDArray[np.float64]
 LEVEL, POWER = 0.05, 0.8
@@ -21,18 +22,16 @@ _BLOCK = 2_000_000  # draws in memory at once: 32 MB
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found, in the unit of the scores.
+    """The result of `compare`, in the unit of the scores.
 
     Args:
         difference: mean of the treatment less mean of the baseline.
         low: lower end of the 95% interval of the difference.
         high: its upper end.
-        p_value: two-sided, of the hypothesis that over all runs and examples the arms have the same mean.
-        effect_size: Cohen's d_z over examples, the mean of the examples' differences (each averaged over the seeds) by their
-            standard deviation. Infinite where every example differs by the same. More seeds average out noise and raise it.
-        minimum_detectable: the true difference that such a test at level 0.05 would find in 80% of repetitions, given the
-            spread seen here. With five seeds the spread, and so this number, is itself known to about a quarter. 0 without any
-            spread: then it is not known.
+        p_value: two-sided, of equal means over all runs and examples.
+        effect_size: Cohen's d_z over examples (each averaged over its seeds). Infinite if every example differs by the same.
+        minimum_detectable: the true difference that a test at level 0.05 finds with a power of 80%, given this spread; 0 if
+            there is no spread.
         num_seeds: of the treatment and of the baseline.
         num_examples: of both.
     """
@@ -63,9 +62,7 @@ def interval(values: Sequence[float] | Array) -> tuple[float, float]:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k): the chance that one of k samples passes, estimated from n samples of which c passed.
-
-    Unbiased, and computed in whole numbers, so that nothing is rounded before the one division.
+    """1 - C(n-c, k) / C(n, k): the unbiased chance that one of k samples passes, if c of n samples passed.
 
     >>> pass_at_k(n=5, c=2, k=2)
     0.7
@@ -84,10 +81,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def holm(p_values: Sequence[float] | Array) -> Array:
-    """Adjusted p-values, in the order given: all that are at most 0.05 may be claimed together, at that level for the family.
+    """Adjusted p-values, in the order given: those of at most 0.05 hold together, at that level for the whole family.
 
-    The i-th smallest of m becomes the largest of (m - j + 1) * p_(j) over j <= i, at most 1. The measures may depend on each
-    other in any way.
+    The i-th smallest of m becomes the largest of (m - j + 1) * p_(j) over j <= i, at most 1, however the measures depend.
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
 
@@ -111,56 +107,34 @@ def compare(
 ) -> Comparison:
     """Two arms scored on the same examples by several runs each.
 
-    The difference seen is the true one, plus a part of the runs and a part of the examples. Their errors add:
+    The variance of the difference is V_runs + V_examples:
 
-        V = V_runs + V_examples
-        V_runs      the variance of the runs' means over the number of runs (for independent seeds the sum of both arms', with
-                    Welch's degrees of freedom), which holds the training's chance and what noise the examples leave in a mean.
-                    Two runs can tie by luck, so it is at least what makes the 95% interval as wide as the noise alone would
-                    if its variance (the residual below, over examples and runs) were known: 1.96 of its standard deviations
-        V_examples  the variance of the examples' differences, less what of it is noise within runs (the residual of examples
-                    x seeds; at least 0), over the number of examples
+        V_runs      variance of the runs' means over the number of runs (independent seeds: the sum over both arms, Welch's
+                    degrees of freedom). At least what the noise alone would give, as two runs can tie by luck.
+        V_examples  variance of the examples' differences without the noise within runs (the residual of examples x seeds;
+                    at least 0), over the number of examples.
 
-    The interval bootstraps the examples' differences, shrunk to V_examples, and adds to every draw a run part of Student's t
-    scaled by V_runs. The test does the same with random signs in place of draws with replacement: an example's arms are
-    swapped in all its runs at once. The two can disagree where p is very near 0.05.
+    The interval bootstraps the examples' differences, shrunk to V_examples, and adds Student's t scaled by V_runs to every
+    draw. The test does the same with random signs: an example's arms are swapped in all its runs at once. Both can disagree
+    where p is very near 0.05. Runs are taken as normal, which a few runs cannot check; nothing is assumed of the examples.
 
-    Why so, and not otherwise. Swapping the arms per example, pooled over the seeds, asks about these runs only: with a real
-    variance between runs it rejects where the procedures are the same. Swapping whole runs is exact for equal procedures, but
-    it says nothing of other examples, and five pairs of runs have 32 swaps (p at least 0.0625), three runs an arm 20 (0.1).
-    So runs are given a normal distribution, which a few runs cannot check; nothing is assumed of the examples.
+    Simulated without a true difference (eight worlds, 100 examples, 2,000 comparisons each): five seeds reject at 0.05 in
+    1.7 to 4.3% and cover 95.5 to 98.1%; three 0.8 to 5.1%, 94.6 to 99.2%; two 0.1 to 3.6%, 96.1 to 99.7%.
 
     Args:
-        treatment: scores [seeds, examples], at least two of each. Samples of one example by one run are averaged before.
-            A model that was not trained has no seeds: give its row twice.
+        treatment: scores [seeds, examples], at least two of each; samples of one example by one run are averaged before.
+            For an untrained model, give its row twice.
         baseline: scores [seeds, examples], the same examples in the same order.
-        paired_seeds: True where run s of both arms shares what varies (its draw of data, their order), which then cancels out.
-            It costs half of the degrees of freedom, so it pays where runs correlate by more than about 0.3 (five seeds).
-            False is valid too, and wider than needed, where the shared part is ignored.
+        paired_seeds: run s of both arms shares its data and their order. It costs half of the degrees of freedom and pays
+            where runs correlate by more than about 0.3. False is valid too, and wider.
         resamples: of the interval and of the test; the smallest p-value is 1 / (resamples + 1).
-        seed: of the resampling; the result is a function of the arguments.
+        seed: of the resampling.
 
-    Simulated, 2,000 comparisons of arms without a true difference in each of eight worlds (variance of runs or none, examples
-    on which the arms differ not, a little or much; right and wrong answers of which chance turns 1 or 2 of 100 round), 100
-    examples, paired and independent seeds:
-
-        seeds            rejected at 0.05    interval covers
-        5                1.7 to 4.3%         95.5 to 98.1%
-        3                0.8 to 5.1%         94.6 to 99.2%
-        2                0.1 to 3.6%         96.1 to 99.7%
-
-    Welch's degrees of freedom, the least V_runs and the clipping of V_examples at 0 lean to the safe side. Without that least
-    V_runs two paired seeds would tell equal arms apart in 12% of comparisons where chance turns 1 of 100 answers round.
-
-    Where runs vary, percentiles of a plain two-level bootstrap covered 92% with five seeds and 86% with three, and swaps per
-    example rejected half of the time.
-
-    Source: two random factors and one treatment, Clark 1973 (Journal of Verbal Learning and Verbal Behavior 12), from whose
-    min F' we differ by subtracting the residual that it counts twice; bootstrap of crossed factors, Owen 2007 (Annals of
-    Applied Statistics 1(2)), which we use for the examples only.
+    Source: two random factors, Clark 1973 (Journal of Verbal Learning and Verbal Behavior 12), less the residual that its
+    min F' counts twice; bootstrap of crossed factors, Owen 2007 (Annals of Applied Statistics 1(2)), for the examples only.
 
     Raises:
-        CaftuneError: arms that cannot be compared, or a score that is no finite number.
+        CaftuneError: arms that cannot be compared, or a score that is not finite.
     """
     first, second = _scores("treatment", treatment), _scores("baseline", baseline)
     _check_pair(first, second, paired_seeds)
@@ -184,14 +158,13 @@ def compare(
 
 
 def compare_runs(treatment: Sequence[float], baseline: Sequence[float]) -> Comparison:
-    """Two arms by one number a run, for measures that are no means over examples (an F1 of a data set, a loss).
+    """Two arms by one number per run, for measures that are no means over examples (an F1 of a data set, a loss).
 
-    Run s of both arms shares its seed: Student's paired t test over the runs, and its interval. It says what other runs
-    would give on these examples, and nothing of other examples. `effect_size` is over runs, `num_examples` is 0. Where all runs
-    differ by the same there is no spread to hold the difference against: p is 1.
+    Student's paired t test over the runs; it says nothing of other examples. `effect_size` is over runs, `num_examples` is 0,
+    and without any spread p is 1.
 
     Raises:
-        CaftuneError: fewer than two runs, arms of different length, or a value that is no finite number.
+        CaftuneError: fewer than two runs, arms of different length, or a value that is not finite.
     """
     first, second = (np.asarray(values, dtype=np.float64) for values in (treatment, baseline))
     if first.ndim != 1 or first.shape != second.shape or len(first) < 2:
@@ -338,10 +311,6 @@ def load_scipy() -> tuple[Any, Any]:
     Raises:
         CaftuneError: scipy is not installed.
     """
-    try:
+    with required("scipy", "statistics"):
         from scipy import special, stats
-    except ImportError as error:
-        raise CaftuneError(
-            "scipy must be installed for statistics, got none. Run: pip install caftune[eval]"
-        ) from error
     return stats, special

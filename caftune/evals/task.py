@@ -1,24 +1,39 @@
 """What a task is: rows of a data set turned into prompts, and completions turned into numbers.
 
-A task is one file with one `Task` in it. It knows nothing of models, heads or trainers: `score` takes a completion, whoever
-wrote it. Tasks use rows as their data sets publish them; where a data set names its columns otherwise, `columns` says so.
+A task is one file with one `Task` in it; `score` takes a completion, whoever wrote it. Rows are as their data sets publish
+them; where a data set names its columns otherwise, `columns` says so.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from caftune.errors import CaftuneError
-from caftune.evals.thought import without_thought as without_thought
+
+
+def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each measure over the completions that have it.
+
+    >>> means([{"exact": 1.0, "similarity": 0.5}, {"exact": 0.0}])
+    {'exact': 0.5, 'similarity': 0.5}
+    """
+    names = dict.fromkeys(name for score in scores for name in score)
+    found = {name: [score[name] for score in scores if name in score] for name in names}
+    return {name: math.fsum(values) / len(values) for name, values in found.items()}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question: `prompt` is a text to be continued (in a conversation: what the user says).
+    """One question.
 
-    `reference` is what `score` compares with, JSON. `answer` is the text of a perfect answer, as the data set gives it, and
-    empty where it gives none. It is never shown to a model and nothing is scored by it.
+    Args:
+        id: of its row.
+        prompt: a text to be continued (in a conversation: what the user says).
+        reference: what `score` compares with, JSON.
+        answer: a perfect answer as the data set gives it, or empty. It is never shown to a model and not used for scores.
     """
 
     id: str
@@ -33,42 +48,33 @@ class Task:
 
     Args:
         name: as in `eval.tasks`.
-        primary: the measure that stands for the task where one number is wanted.
-        read: one row of the data set and its number -> an example.
-            Raises CaftuneError where a column is missing.
-        score: (example, completion) -> measures of this completion, each a number. Shares are between 0 and 1. It never
-            fails on what a model wrote: an empty or senseless completion has the lowest score.
-        combine: the measures of all completions -> the measures of the whole; by default the mean of each, over the
-            completions that have it. (F1 over a data set, for example, is no mean of F1s.)
+        primary: the measure that is shown where one number is wanted.
+        read: one row of the data set and its number -> an example. Raises CaftuneError if a column is missing.
+        score: (example, completion) -> measures of this completion; shares are between 0 and 1. An empty or senseless
+            completion has the lowest score, and never fails.
         max_new_tokens: room that an answer needs.
+        combine: the measures of all completions -> those of the whole. By default the mean of each, over the completions that
+            have it (F1 over a data set, for example, is no mean of F1s).
         stop: an answer is cut where one of these texts begins.
-        rows: a few rows of our own in the data set's format, for trying the task without its data.
         lower_is_better: measures of which less is better.
-        past: an answer with one of these texts is complete, and does not count as cut off. The text is not cut there, as
-            right answers may contain them.
+        past: an answer with one of these texts is complete and does not count as cut off. The text itself is kept.
     """
 
     name: str
     primary: str
     read: Callable[[Mapping[str, Any], int], Example]
     score: Callable[[Example, str], dict[str, float]]
-    combine: Callable[[Sequence[Mapping[str, float]]], dict[str, float]]
     max_new_tokens: int
-    rows: Sequence[Mapping[str, Any]]
+    combine: Callable[[Sequence[Mapping[str, float]]], dict[str, float]] = means
     stop: tuple[str, ...] = ()
     lower_is_better: frozenset[str] = frozenset()
     past: tuple[str, ...] = ()
 
-
-def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each measure over the completions that have it.
-
-    >>> means([{"exact": 1.0, "similarity": 0.5}, {"exact": 0.0}])
-    {'exact': 0.5, 'similarity': 0.5}
-    """
-    names = dict.fromkeys(name for score in scores for name in score)
-    found = {name: [score[name] for score in scores if name in score] for name in names}
-    return {name: math.fsum(values) / len(values) for name, values in found.items()}
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A few rows of our own in the data set's format, for trying the task without its data."""
+        lines = (Path(__file__).with_name("rows") / f"{self.name}.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
 
 
 def unix_lines(text: str) -> str:
@@ -95,7 +101,7 @@ def text(row: Mapping[str, Any], number: int, *names: str) -> str:
     """The first of these columns that a row has, which must hold a text.
 
     Raises:
-        CaftuneError: it has none of them, or the value is not a text.
+        CaftuneError: it has none of them, or it is not a text.
     """
     found = column(row, number, *names)
     if not isinstance(found, str):

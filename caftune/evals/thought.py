@@ -1,14 +1,11 @@
 r"""Removing a model's thoughts (reasoning) from its completion, since only the answer is scored.
 
-Models mark their thoughts in many ways, and some chat templates write the opening mark themselves, so that the answer holds
-the closing mark alone. Everything up to the last closing mark is thought. A thought that is not closed reaches to the end: an
-answer that begins in one, or whose prompt opened it, has nothing to score.
+Everything up to the last closing mark is thought: some chat templates write the opening mark themselves. A thought that is not
+closed reaches to the end: an answer that begins in one, or whose prompt opened it, has nothing to score. Marks do not count
+within quotes or backticks, and (outside a thought) within a code block, a string of several lines or a comment of a program.
 
-Marks that are only quoted do not count: those within quotes, within backticks, and (outside a thought) within a block of code,
-a string of several lines or a comment of a program.
-
-Source of the marks: the models' chat templates (DeepSeek-R1, Qwen3, Seed-OSS, Magistral, Command A Reasoning, Kimi,
-OpenThinker, Gemma 4), and for gpt-oss its format "harmony" (github.com/openai/harmony), with and without its special tokens.
+Source of the marks: chat templates of DeepSeek-R1, Qwen3, Seed-OSS, Magistral, Command A Reasoning, Kimi, OpenThinker, Gemma 4;
+for gpt-oss the format "harmony" (github.com/openai/harmony), with and without its special tokens.
 """
 
 import re
@@ -61,20 +58,20 @@ def split_thought(completion: str, prompt: str = "", question: str = "") -> tupl
     in_harmony = _harmony(completion, prompt)
     if in_harmony is not None:
         return in_harmony
-    answer, is_open = _behind_marks(completion, is_open=_opens(prompt, question))
+    answer, is_open = _after_marks(completion, is_open=_opens(prompt, question))
     ending = next((ending for ending in _ENDS_OF_ANSWER if answer.rstrip().endswith(ending)), "")
     return answer.rstrip().removesuffix(ending) if ending else answer, is_open
 
 
 def _opens(prompt: str, question: str) -> bool:
-    """Whether a prompt leaves a thought open: at its very end, or in what a chat template wrote behind the question."""
+    """Whether a prompt leaves a thought open: at its very end, or in what a chat template wrote after the question."""
     if _OPENS_AT_ITS_END.search(prompt):
         return True
-    _, found, behind = prompt.rpartition(question.strip()) if question.strip() else ("", "", "")
-    return bool(found) and _behind_marks(behind, is_open=False)[1]
+    _, found, after = prompt.rpartition(question.strip()) if question.strip() else ("", "", "")
+    return bool(found) and _after_marks(after, is_open=False)[1]
 
 
-def _behind_marks(text: str, *, is_open: bool) -> tuple[str, bool]:
+def _after_marks(text: str, *, is_open: bool) -> tuple[str, bool]:
     """The text after the last closing mark (up to an open thought), and whether a thought is open at the end."""
     start, end, place = 0, 0 if is_open else len(text), 0
     while mark := (_WITHIN if is_open else _OUTSIDE).search(text, place):

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from caftune.evals.answers import in_words, stated_number, value_of
 from caftune.evals.maths import GSM8K, MATH500, TIMEOUT_S
-from caftune.evals.quantity import in_words, stated_number, value_of
 from caftune.evals.task import Example, until_stop
 
 # (reference, what a model wrote)
@@ -198,6 +198,7 @@ GSM8K_RIGHT = [
     ("1.5", "The answer is 1 1/2 hours."),
     ("2500", "The answer is 2.5e3"),
     ("864", "#### 72 dozen"),
+    ("35", "The answer is 5 weeks = 35 days."),
 ]
 
 GSM8K_WRONG = [

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from caftune.errors import CaftuneError
-from caftune.evals import code, markdown
+from caftune.evals import code, reading
 from caftune.evals.code import HUMANEVAL, MBPP, PERMISSION
 from caftune.evals.programs import body_of, continuation_of, solution_of
 from caftune.evals.sandbox import Limits, run_python
@@ -398,10 +398,10 @@ def test_long_answers_are_read_in_seconds_at_most():
 
 
 def test_without_markdown_it_the_remedy_is_named(monkeypatch):
-    markdown._parser.cache_clear()
+    reading._parser.cache_clear()
     monkeypatch.setitem(sys.modules, "markdown_it", None)
     with pytest.raises(CaftuneError, match=r"markdown-it-py must be installed .* pip install caftune\[eval\]"):
-        markdown.sections(fenced("text\n"))
+        reading.sections(fenced("text\n"))
 
 
 def test_an_answer_that_goes_past_its_end_is_not_cut_there():

@@ -136,7 +136,7 @@ def test_terms_are_read_one_a_line(tmp_path):
     assert read_terms(tmp_path / "terms.txt") == ["ribonucleic acid", "amide"]
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "be a file of terms, .* got No such file"), *NO_TERMS])
+@pytest.mark.parametrize(("content", "message"), [(None, "be a readable file .* got: No such file"), *NO_TERMS])
 def test_a_file_without_terms_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "terms.txt").write_bytes(content)

@@ -1,20 +1,32 @@
-"""Code blocks in an answer, by markdown-it-py: fences of any kind, in lists and quotations, closed or not."""
+"""Reading an answer, for all tasks that look for something in it: bare text, then its code blocks, then the text between.
+
+Tasks get answers without thoughts (`caftune.evals.thought`), and say themselves what they look for. Code blocks are found by
+markdown-it-py: fences of any kind, in lists and quotations, closed or not.
+"""
 
 import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from caftune.errors import CaftuneError
+from caftune.evals.requirements import required
+from caftune.evals.task import unix_lines
 
+TAG = re.compile(r"<[^<>\s]{1,30}>|\[(?:START|END)_\w+\]")  # of a chat template, HTML, or Galactica's marks
 _INDENTED_FENCE = re.compile(r"^(?=[ \t]+(?:```|~~~))", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A code block of an answer, or the text between two. `first` and `end` are its lines [first, end) in the answer.
+    """A code block of an answer, or the text between two.
 
-    `info` is what follows the opening fence on its line, usually a language; `fence` is that fence.
+    Args:
+        text: its contents.
+        is_code: whether it is a code block.
+        first: its first line in the answer.
+        end: the line after its last.
+        info: what follows the opening fence on its line, usually a language.
+        fence: the opening fence.
     """
 
     text: str
@@ -25,14 +37,15 @@ class Section:
     fence: str = ""
 
 
+def plain(answer: str) -> str:
+    r"""The answer with \n as line end, and without a byte order mark or zero-width characters around it."""
+    return unix_lines(answer).strip("\ufeff\u200b\u2060")
+
+
 @cache
 def _parser() -> Any:
-    try:
+    with required("markdown-it-py", "code blocks in answers"):
         from markdown_it import MarkdownIt
-    except ImportError as absent:
-        raise CaftuneError(
-            "markdown-it-py must be installed to find code blocks in answers. Run pip install caftune[eval]."
-        ) from absent
     # Without the rule for indented code: it would split functions in the text at their blank lines.
     return MarkdownIt("commonmark").disable("code")
 
@@ -55,6 +68,11 @@ def sections(answer: str) -> list[Section]:
             last = end
     found.append(Section("\n".join(lines[last:]), False, last, len(lines)))
     return [section for section in found if section.text.strip()]
+
+
+def code_blocks(answer: str) -> list[Section]:
+    """The fenced blocks of an answer."""
+    return [section for section in sections(answer) if section.is_code]
 
 
 def with_separate_fences(answer: str) -> str:
