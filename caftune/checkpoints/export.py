@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from caftune.checkpoints.heads_folder import write_json
+from caftune.core.attach import ATTRIBUTE
 from caftune.core.finite import refuse_not_finite
-from caftune.core.heads import ATTRIBUTE
 from caftune.errors import CaftuneError
 
 _logger = logging.getLogger(__name__)

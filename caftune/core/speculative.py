@@ -28,11 +28,12 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from caftune.core._compat import has_sparse_attention
 from caftune.core.backbone import Backbone, UnsupportedModelError, evaluating, is_close, probe
-from caftune.core.calls import LayerCall
 from caftune.core.cross_entropy import in_full
 from caftune.core.heads import AuxiliaryHeads, autocast_like
 from caftune.core.probes import try_call
+from caftune.core.replay import LayerCall
 from caftune.errors import CaftuneError
 
 # How fast the shares of accepted drafts follow what happens, and drift back to 1 where nothing is drafted, so that a horizon
@@ -338,8 +339,8 @@ def _takes_tokens_back(model: Any) -> bool:
     if model._is_stateful or not model._supports_default_dynamic_cache():
         return False
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if any(hasattr(layer, "indexer_keys") for layer in cache.layers):
-        return False  # transformers 5.23: sparse attention picks other tokens when several are read at once
+    if has_sparse_attention(cache):
+        return False
     cache.activate_past_recording()
 
     def in_parts() -> bool:

@@ -34,6 +34,28 @@ class DivergedError(CaftuneError):
         self.result: Mapping[str, Any] = {}
 
 
+class LossWatch:
+    """Tracks the optimizer step since which losses are not finite. Only reading `since` synchronises the device."""
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._odd: Tensor | None = None  # the first and the last of the latest steps in a row without a finite loss
+
+    def add(self, loss: Tensor, step: int) -> None:
+        """Add the loss of a micro-batch of `step` (from 1); a step is finite if all its micro-batches are."""
+        self._step = step
+        odd = torch.zeros(2, dtype=torch.long, device=loss.device) if self._odd is None else self._odd
+        first, last = odd
+        again = torch.stack([torch.where(last >= step - 1, first, step).clamp(min=1), torch.full_like(last, step)])
+        self._odd = torch.where(loss.detach().isfinite().all(), odd, again)
+
+    @property
+    def since(self) -> int:
+        """The first of the latest steps in a row without a finite loss; 0 where the last step's loss is finite."""
+        first, last = (0, 0) if self._odd is None else self._odd.tolist()
+        return first if last == self._step else 0
+
+
 class StopOnDivergence(TrainerCallback):
     """Raises DivergedError where a CAFTTrainer's training diverges, and CaftuneError where it starts with such weights.
 

@@ -4,15 +4,13 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from caftune.training._compat import evaluation_leaves_rng
 from caftune.training.divergence import StopOnDivergence
 from caftune.training.resumption import refuse_missing_optimizer_state, too_short_error
 
@@ -142,7 +140,7 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
     trainer.add_callback(stop)
     trainer.add_callback(StopOnDivergence(trainer))
     try:
-        with _evaluation_leaves_rng(trainer):
+        with evaluation_leaves_rng(trainer):
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         stop.restore()
@@ -155,26 +153,6 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
             file=sys.stderr,
         )
         raise SystemExit(128 + signal.SIGTERM)
-
-
-@contextmanager
-def _evaluation_leaves_rng(trainer: Trainer) -> Iterator[None]:
-    """Within the block evaluations leave the random state of training unchanged.
-
-    Their data loader draws a number, so dropout and the sample of targets would depend on when a run is evaluated; and
-    transformers (5.23) also evaluates after the last step.
-    """
-    evaluate = trainer.evaluate
-
-    def evaluate_apart(*args: Any, **options: Any) -> dict[str, float]:
-        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-            return evaluate(*args, **options)
-
-    trainer.evaluate = evaluate_apart  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del trainer.evaluate  # the class's own again
 
 
 def _close_bars(trainer: Trainer) -> None:
