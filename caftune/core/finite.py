@@ -1,4 +1,4 @@
-"""Finding NaN and infinity in weights, losses and logits."""
+"""Finding NaN and infinity in weights and logits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +10,9 @@ from caftune.errors import CaftuneError
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the floating-point tensors that hold NaN or infinity. It synchronises once per device and copies nothing.
+    """The names of the floating-point tensors with NaN or infinity: one synchronisation per device, no copies.
 
-    Of a sharded tensor the local shard is checked. Quantised weights are left out.
+    Of a sharded tensor the local shard is checked. Quantised weights are skipped.
     """
     read: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -24,14 +24,13 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    fine = [
-        torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in tensors.values()
-    ]  # aminmax returns NaN for a NaN
+    # aminmax returns NaN for a NaN.
+    fine = [torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in tensors.values()]
     return [name for name, is_fine in zip(tensors, torch.stack(fine).tolist(), strict=True) if not is_fine]
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], what: str, remedy: str) -> None:
-    """Raise CaftuneError that names `what` and the first tensor where one is not finite."""
+    """Raise CaftuneError with `what` and the first tensor that is not finite, if there is one."""
     odd = not_finite(tensors)
     if odd:
         raise CaftuneError(f"{what} must hold finite numbers, got NaN or inf in {first_and_count(odd)}. {remedy}")
@@ -46,5 +45,5 @@ def nan_logits(model: Any) -> CaftuneError:
 
 
 def first_and_count(names: list[str]) -> str:
-    """The first name, and how many more there are."""
+    """The first name, and the number of others."""
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -63,7 +63,7 @@ class LayerCall:
 
     @property
     def all_tensors_visible(self) -> bool:
-        """Whether `differentiable` finds every tensor (not those that Gemma 4's layers share in a container of its own)."""
+        """Whether `differentiable` finds every tensor (not so in Gemma 4, whose layers share some in a container)."""
         return all(isinstance(leaf, _VISIBLE) for leaf in tree_leaves((self.args, self.kwargs, self.output)))
 
     def differentiable(self) -> list[Tensor]:

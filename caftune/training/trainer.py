@@ -212,32 +212,23 @@ class CAFTTrainer(SFTTrainer):
     def _write(self, folder: Path, state: dict[str, Any] | None, *, merged: bool) -> list[str]:
         """The model and its card; `state`: the whole weights, where they were gathered from all processes."""
         native: list[str] = []
-        name, revision = self._base
-        if merged:
-            model = self._whole_model(folder, state)
-            native = export_model(model, folder, self.processing_class, base_name=name, base_revision=revision)
-        else:
+        (name, revision), model = self._base, self.accelerator.unwrap_model(self.model)
+        if not merged:
             clear_export(folder, name)
             self._save(str(folder), state)
+        else:
+            if state is not None or getattr(model, "is_quantized", False):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                with TemporaryDirectory(dir=folder.parent, prefix=".export-") as saved:  # /tmp may be too small
+                    self._save(saved, state)
+                    rows = model.get_input_embeddings().weight.shape[0]
+                    as_trained: dict[str, Any] = {"vocab_size": rows, "tokenizer": self.processing_class}
+                    trust = self.args.trust_remote_code  # the plain base takes the trained weights up
+                    model = load_trained(saved, name, revision, trust_remote_code=trust, **as_trained)
+            native = export_model(model, folder, self.processing_class, base_name=name, base_revision=revision)
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         write_model_card(folder, name, self.args, best or self.state.global_step, heads=self._start.description)
         return native
-
-    def _whole_model(self, folder: Path, state: dict[str, Any] | None) -> Any:
-        """The trained model; if it is sharded or quantised, the plain base with the trained weights."""
-        model = self.accelerator.unwrap_model(self.model)
-        if state is None and not getattr(model, "is_quantized", False):
-            return model
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent, prefix=".export-") as saved:  # /tmp may be too small
-            self._save(saved, state)
-            return load_trained(
-                saved,
-                *self._base,
-                trust_remote_code=self.args.trust_remote_code,
-                vocab_size=model.get_input_embeddings().weight.shape[0],
-                tokenizer=self.processing_class,
-            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """SFTTrainer's optimizer, with `heads_learning_rate` for the heads where it is given."""
