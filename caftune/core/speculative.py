@@ -188,7 +188,7 @@ def _refuse(
     for processor in processors:
         if isinstance(processor, _REFUSED_PROCESSORS):
             raise CaftuneError(
-                f"{type(processor).__name__} keeps state between calls, which calls for drafts would change. Use model.generate."
+                f"{type(processor).__name__} keeps state, which calls for drafts would change. Use model.generate."
             )
     context = _changing_context(model.config.get_text_config())
     if context is not None and int(config.max_length or 0) > context:
