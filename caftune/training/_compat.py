@@ -35,12 +35,21 @@ def as_sft_trainer_needs(args: CAFTConfig, processing_class: Any, *, has_model: 
 def keep_trainable_on_cpu(model: Any) -> None:
     """Keep 4-bit weights in a layout that gradients flow through.
 
-    bitsandbytes 0.50 packs them for a CPU kernel in the first evaluation, and its backward pass cannot read that. Ends when
-    it unpacks them for training.
+    bitsandbytes 0.50 packs them for a CPU kernel in the first evaluation (since its pull request 1804), and its backward pass
+    cannot read that. Ends when it unpacks them for training.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def use_current_cadence(args: Any, state: Any) -> None:
+    """Take the cadence of logging, evaluating and saving from the options of a resumed run.
+
+    transformers 5.23 takes it from the checkpoint. Ends with its pull request 36303 (open).
+    """
+    state.compute_steps(args, state.max_steps)
+    state.train_batch_size = args.train_batch_size
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from caftune.training._compat import evaluation_leaves_rng
+from caftune.training._compat import evaluation_leaves_rng, use_current_cadence
 from caftune.training.divergence import StopOnDivergence
 from caftune.training.resumption import refuse_missing_optimizer_state, too_short_error
 
@@ -50,8 +50,7 @@ class StopOnSigterm(TrainerCallback):
 class ResumeCallback(TrainerCallback):
     """Resume from a checkpoint with the current options.
 
-    transformers (5.23) takes the cadence of saving and logging from the checkpoint, not from the options, and without the
-    optimizer's state restarts optimizer and learning rate silently.
+    Refuses a checkpoint without the optimizer's state, where transformers restarts optimizer and learning rate silently.
     """
 
     def __init__(self, checkpoint: str) -> None:
@@ -59,8 +58,7 @@ class ResumeCallback(TrainerCallback):
         self._before = json.loads((self._checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        state.compute_steps(args, state.max_steps)
-        state.train_batch_size = args.train_batch_size
+        use_current_cadence(args, state)
         if state.global_step > state.max_steps:
             raise too_short_error(self._checkpoint, state.global_step, state.max_steps)
         if state.global_step < state.max_steps:
