@@ -33,7 +33,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 import caftune
-from caftune.core.objective import count_targets, weights_of_sums
+from caftune.core.objective import HorizonTargets, weights_of_sums
 
 ROUNDS = 5
 LIMIT_S = 120  # of one trainer run
@@ -102,7 +102,8 @@ def loss_of(model: Any, heads: caftune.AuxiliaryHeads | None, batch: dict[str, t
     if heads is None:
         return model(**batch, fused_lm_head=True, use_cache=False).loss
     horizons = heads.config.horizons
-    weights = weights_of_sums(WEIGHTS.at(0, 100, horizons), count_targets(batch, horizons))
+    counts = HorizonTargets.of(batch, horizons).counts_of(horizons).to(batch["labels"].device)
+    weights = weights_of_sums(WEIGHTS.at(0, 100, horizons), counts)
     outputs = model(**batch, fused_lm_head=True, use_cache=False, auxiliary="add", auxiliary_weights=weights)
     return outputs.loss + outputs["auxiliary"]["loss"]
 

@@ -58,10 +58,10 @@ def caftune_terms(logits: Tensor, labels: Tensor, schedule: str, step: int) -> T
     hidden states, so caftune's own targets and cross-entropy are used as in training. Horizon 1, which training leaves to
     TRL, goes through the same two functions.
     """
-    from caftune.core.backbone import LayerCall
     from caftune.core.cross_entropy import Unembedding, log_likelihood
     from caftune.core.heads import AuxiliaryHeads, HeadsConfig
-    from caftune.core.objective import IGNORED, AuxiliaryWeights, auxiliary_loss, horizon_targets
+    from caftune.core.objective import IGNORED, AuxiliaryWeights, HorizonTargets, auxiliary_loss, horizon_targets
+    from caftune.core.replay import LayerCall
 
     class StoredHead(torch.nn.Module):
         def __init__(self, output: Tensor) -> None:
@@ -75,7 +75,7 @@ def caftune_terms(logits: Tensor, labels: Tensor, schedule: str, step: int) -> T
     backbone = SimpleNamespace(close=lambda hidden: hidden, unembedding=lambda: identity)
     heads = AuxiliaryHeads(HeadsConfig(count=NUM_HEADS, kind="mlp"), [StoredHead(output) for output in logits[1:]])
     numbers = torch.arange(labels.numel()).view(*labels.shape, 1)
-    scores = heads(backbone, LayerCall(output=numbers), labels)
+    scores = heads(backbone, LayerCall(output=numbers), HorizonTargets.of({"labels": labels}, heads.config.horizons))
     targets = horizon_targets(labels, 1)
     rows = targets != IGNORED
     main = -log_likelihood(logits[0][rows], identity, targets[rows])[0].mean()

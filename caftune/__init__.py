@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from caftune.checkpoints.export import export_model
     from caftune.checkpoints.heads_folder import load_heads, save_heads
+    from caftune.core.attach import attach_heads, detach_heads
     from caftune.core.backbone import Backbone
-    from caftune.core.heads import AuxiliaryHeads, HeadsConfig, attach_heads, detach_heads
+    from caftune.core.heads import AuxiliaryHeads, HeadsConfig
     from caftune.core.objective import AuxiliaryWeights, auxiliary_loss
     from caftune.core.speculative import SpeculativeDecoding
     from caftune.errors import CaftuneError
@@ -26,8 +27,8 @@ _HOME = {
     "Backbone": "core.backbone",
     "AuxiliaryHeads": "core.heads",
     "HeadsConfig": "core.heads",
-    "attach_heads": "core.heads",
-    "detach_heads": "core.heads",
+    "attach_heads": "core.attach",
+    "detach_heads": "core.attach",
     "AuxiliaryWeights": "core.objective",
     "auxiliary_loss": "core.objective",
     "load_heads": "checkpoints.heads_folder",

@@ -8,8 +8,9 @@ import torch
 from models import VOCABULARY, build
 from torch._dynamo.utils import get_compilation_metrics
 
+from caftune.core.attach import attach_heads
 from caftune.core.backbone import Backbone
-from caftune.core.heads import AuxiliaryHeads, HeadsConfig, attach_heads
+from caftune.core.heads import AuxiliaryHeads, HeadsConfig
 from caftune.core.objective import IGNORED
 
 WEIGHTS = torch.tensor([0.8, 0.3])

@@ -10,7 +10,14 @@ from jaxtyping import install_import_hook
 from caftune.errors import CaftuneError
 
 # Before caftune is imported: from here on a call that breaks a shape annotation of these modules raises.
-_CHECKED = ("caftune.core.backbone", "caftune.core.cross_entropy", "caftune.core.heads", "caftune.core.objective")
+_CHECKED = (
+    "caftune.core.backbone",
+    "caftune.core.cross_entropy",
+    "caftune.core.heads",
+    "caftune.core.objective",
+    "caftune.core.replay",
+    "caftune.core.soft_targets",
+)
 _HOOK = install_import_hook(_CHECKED, "beartype.beartype")
 
 torch.set_num_threads(1)

@@ -23,8 +23,9 @@ from transformers.utils import logging
 from caftune.checkpoints.export import export_model
 from caftune.checkpoints.heads_folder import load_heads, save_heads
 from caftune.core import speculative
+from caftune.core.attach import attach_heads, detach_heads
 from caftune.core.backbone import Backbone, UnsupportedModelError
-from caftune.core.heads import AuxiliaryHeads, HeadsConfig, attach_heads, detach_heads
+from caftune.core.heads import AuxiliaryHeads, HeadsConfig
 from caftune.core.speculative import SpeculativeDecoding
 
 logging.disable_progress_bar()

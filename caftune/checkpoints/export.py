@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
+from caftune.core.attach import ATTRIBUTE
 from caftune.core.finite import refuse_not_finite
-from caftune.core.heads import ATTRIBUTE
 from caftune.errors import CaftuneError
 from caftune.files import read_json, write_json
 

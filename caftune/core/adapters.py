@@ -1,15 +1,15 @@
-"""Modules without the adapters that PEFT wrapped around their layers."""
+"""Modules and weights without the adapters that PEFT wrapped around layers."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
-# FSDP's activation checkpointing puts it into the names of modules, but not into the keys of state_dict.
+# FSDP's activation checkpointing adds this to the names of modules, but not to the keys of state_dict.
 _CHECKPOINTED = "_checkpoint_wrapped_module."
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module that PEFT wrapped (in a LoRA, or as a trained copy); `module` itself where it is not wrapped."""
+    """The module that PEFT wrapped (in a LoRA, or as a trained copy); `module` itself if it is not wrapped."""
     name = _inner_name(module)
     return module if name is None else unwrapped(module.get_submodule(name))
 

@@ -1,10 +1,10 @@
-"""What the method needs to know of the inside of a Hugging Face causal language model.
+"""The parts of a Hugging Face causal language model that heads use.
 
-The last decoder layer is watched, not rebuilt: a forward pre-hook keeps the arguments of its call, and an auxiliary head
-is called with the same ones. Masks, rotary phases, sliding windows and packing come along without being named here.
-`Backbone.of(model)` finds the parts and compares, on eight tokens: replaying the last layer, what follows it and the
-unembedding must give the model's own output, and no output may move when a later token does. A model that fails the first
-carries MLP heads only, at the earliest place from which its output can be rebuilt; one that fails the second is refused.
+A hook captures the arguments of the last decoder layer's call, and a head is called with the same ones: masks, rotary phases,
+sliding windows and packing are passed on without being named here. `Backbone.of(model)` finds the parts and checks them on
+eight tokens: (1) the last layer called again, then the final norm and the unembedding, must give the model's logits;
+(2) changing a later token must not change earlier logits. A model that fails (1) carries MLP heads only, behind the first
+part from which its logits can be rebuilt; a model that fails (2) is refused.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,38 +18,37 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from caftune.core.calls import LayerCall
 from caftune.core.cross_entropy import Unembedding
 from caftune.core.probes import try_call
-from caftune.core.replay import Mixer, choose_mixer
+from caftune.core.replay import LayerCall, Mixer, choose_mixer
 from caftune.errors import CaftuneError
 
 _PROBE_TOKENS = 8
 
 
 class UnsupportedModelError(CaftuneError):
-    """The model cannot carry auxiliary heads; the message says why."""
+    """The model cannot carry auxiliary heads, for the reason that the message gives."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """The parts of a causal LM that heads touch, by name, so that later wrapping (PEFT, FSDP) is followed."""
+    """The parts of a causal LM that heads use, by name, so that modules wrapped later (PEFT, FSDP) are found."""
 
     model: Any  # a transformers model with a language-modelling head
-    layer_name: str  # the last decoder layer; the whole trunk where `copy_refusal` says so
+    layer_name: str  # the last decoder layer; the whole trunk where `copy_refusal` is set
     closing_names: tuple[str, ...]
     width: int
     scale: float
     softcap: float | None
     copy_refusal: str | None = None  # why the last layer cannot be copied; None where it can
-    mixer: Mixer | None = None  # how to run a copy of it at some rows; None: at all of them
+    mixer: Mixer | None = None  # for running a copy at some positions only; None: at all
 
     @classmethod
     def of(cls, model: Any) -> "Backbone":
-        """Find the parts of `model` and verify them on eight tokens.
+        """Find the parts of `model` and check them on eight tokens.
 
         Raises:
-            UnsupportedModelError: no output embeddings, outputs that cannot be rebuilt, or outputs that see later tokens.
+            UnsupportedModelError: no output embeddings, logits that cannot be rebuilt, or a model that is not causal.
         """
         name = type(model).__name__
         if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
@@ -57,7 +56,7 @@ class Backbone:
         draft = cls(model, "", (), 0, *_logit_transform(model.config.get_text_config()))
         _refuse_rescaling(model)
         with evaluating(model), torch.no_grad(), _as_flash_attention_needs(model):
-            _refuse_foresight(model)
+            _refuse_not_causal(model)
             try:
                 return _verified(replace(draft, layer_name=last_layer(model)))
             except UnsupportedModelError as error:
@@ -79,7 +78,7 @@ class Backbone:
 
     @contextmanager
     def capture(self) -> Iterator[LayerCall]:
-        """Within the block, a forward pass of the model fills in the yielded `LayerCall`."""
+        """Within the block, a forward pass of the model fills the yielded `LayerCall`."""
         call = LayerCall()
 
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -97,13 +96,13 @@ class Backbone:
                 handle.remove()
 
     def close(self, hidden: Float[Tensor, "... width"]) -> Float[Tensor, "... unembedding_width"]:
-        """What the model does between its last layer and its unembedding (the final norm)."""
+        """Apply the modules between the last layer and the unembedding (the final norm)."""
         for name in self.closing_names:
             hidden = self.model.get_submodule(name)(hidden)
         return hidden
 
     def unembedding(self) -> Unembedding:
-        """The output projection as it stands now; within a forward pass, whole where FSDP2 has sharded it."""
+        """The current output projection; within a forward pass gathered, if FSDP2 shards it."""
         head = self.model.get_output_embeddings()
         if isinstance(head.weight, DTensor) and isinstance(head, FSDPModule):
             head.unshard()  # its own forward, which would gather the weight, is not called
@@ -111,7 +110,7 @@ class Backbone:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, gathered where FSDP2 has sharded it (then every rank must call)."""
+    """The tensor itself, gathered if FSDP2 shards it (then every rank must call)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -130,11 +129,11 @@ def _name_of(part: nn.Module, model: nn.Module) -> str:
 def last_layer(model: Any) -> str:
     """Name of the last decoder layer: the end of the outermost list of as many modules as the configuration has layers.
 
-    A vision tower may have as many blocks as the language model has layers, so lists within the decoder come first.
+    Lists within the decoder come first: a vision tower may have as many blocks as the language model has layers.
     """
     config, trunk = model.config.get_text_config(), _trunk(model)
-    # A layer can hold several attention layers, which num_hidden_layers then counts and num_layers does not (LongCat),
-    # and the decoder of an encoder-decoder counts its own (BART).
+    # num_hidden_layers counts the attention layers where a decoder layer has several (LongCat: num_layers counts the others);
+    # an encoder-decoder has decoder_layers (BART).
     depths = (config.num_hidden_layers, getattr(config, "num_layers", None), getattr(config, "decoder_layers", None))
     stacks = {
         name: len(module)
@@ -155,7 +154,7 @@ def _is_decoder_stack(layers: nn.ModuleList) -> bool:
 
 
 def _logit_transform(config: Any) -> tuple[float, float | None]:
-    """Scale and softcap of the logits, under the names transformers' configurations use for them."""
+    """Scale and softcap of the logits, by the names that transformers' configurations use."""
     scale = 1.0
     for attribute in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale *= _first_set(config, attribute) or 1.0
@@ -173,7 +172,7 @@ def _first_set(config: Any, *attributes: str) -> float | None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block `model` is in evaluation mode; afterwards every module is in the mode it was in."""
+    """Within the block `model` is in evaluation mode; afterwards every module is in its earlier mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -183,8 +182,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _refuse_foresight(model: Any) -> None:
-    """Change the last token of the probe: the logits before it must stay."""
+def _refuse_not_causal(model: Any) -> None:
+    """Changing the last token of the probe must not change the logits before it."""
     ids = probe(model)
     changed = ids.clone()
     changed[0, -1] = ids[0, 0]
@@ -192,13 +191,13 @@ def _refuse_foresight(model: Any) -> None:
     rounded = getattr(model, "is_quantized", False)  # LLM.int8 picks its outlier columns over the whole row
     if not is_close(after, before, tolerance=5e-2 if rounded else None):
         raise UnsupportedModelError(
-            f"The outputs of {type(model).__name__} move when a later token is changed, so what its heads are to predict "
-            "would be before their eyes. Use a causal model; some become one with is_decoder=True in their configuration."
+            f"{type(model).__name__} is not causal: changing a later token changes earlier logits, so heads could see their "
+            "targets. Use a causal model (for some classes: is_decoder=True in the configuration)."
         )
 
 
 def _verified(draft: Backbone) -> Backbone:
-    """`draft` with its closing modules, after comparing with the model's own output."""
+    """`draft` with its closing modules, if the logits rebuilt from it are the model's own."""
     model = draft.model
     with draft.capture() as call, _watch(draft) as closing_names:
         logits = model(input_ids=probe(model), use_cache=False).logits
@@ -222,7 +221,7 @@ def _verified(draft: Backbone) -> Backbone:
 
 @contextmanager
 def _watch(draft: Backbone) -> Iterator[list[str]]:
-    """Within the block, fill in the names of the modules that a forward pass runs from the layer to the unembedding."""
+    """Within the block, a forward pass fills in the names of the modules that run between the layer and the unembedding."""
     layer, unembedding = draft.layer, draft.model.get_output_embeddings()
     names = {module: name for name, module in draft.model.named_modules()}
     begun: list[tuple[nn.Module, tuple[nn.Module, ...]]] = []  # each with the modules it was called in
@@ -258,13 +257,13 @@ def _watch(draft: Backbone) -> Iterator[list[str]]:
 
 
 def has_flash_attention(model: Any) -> bool:
-    """Whether its attention is one of the flash kernels, which compute in half precision alone."""
+    """Whether its attention is a flash kernel, which computes in half precision only."""
     return "flash" in str(getattr(model.config.get_text_config(), "_attn_implementation", None))
 
 
 @contextmanager
 def _as_flash_attention_needs(model: Any) -> Iterator[None]:
-    """Float32 weights are probed as a trainer will run them, in bfloat16; on a CPU, where the kernel cannot run, without it."""
+    """Flash attention: run float32 weights under bfloat16 autocast, as a trainer will; on a CPU, use eager attention."""
     if not has_flash_attention(model):
         yield
         return
@@ -289,7 +288,7 @@ def _runs(model: Any) -> bool:
 
 
 def _refuse_rescaling(model: Any) -> None:
-    """RWKV divides the weights of its later layers in evaluation, and multiplies them back in training."""
+    """Refuse RWKV's rescaling: it divides the weights of later layers in evaluation, and multiplies them in training."""
     every, depth = getattr(model.config, "rescale_every", 0), getattr(model.config, "num_hidden_layers", 0)
     if 0 < every < depth:
         raise UnsupportedModelError(
@@ -305,13 +304,13 @@ def probe(model: Any) -> Tensor:
 
 
 def _repeats(compute: Callable[[], Tensor], expected: Tensor, is_same: Callable[[Tensor, Tensor], bool]) -> bool:
-    """Whether `compute` runs at all (the parts of an unknown model may ask for more arguments) and gives `expected`."""
+    """Whether `compute` runs (an unknown model's parts may need more arguments) and returns `expected`."""
     found = try_call(compute)
     return found is not None and found.shape == expected.shape and is_same(found, expected)
 
 
 def is_close(found: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
-    """Whether two computations of the same thing agree to rounding, half precision's where they are in it."""
+    """Whether two results agree up to rounding, in half precision up to its rounding."""
     is_half = torch.is_autocast_enabled(expected.device.type) or expected.dtype not in (torch.float32, torch.float64)
     tolerance = tolerance or (5e-2 if is_half else 1e-4)
     return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))

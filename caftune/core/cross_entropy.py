@@ -1,4 +1,4 @@
-"""Cross-entropy of `hidden @ W.T` against targets or a teacher, without holding the logits of all rows."""
+"""Cross-entropy of `hidden @ W.T` against targets or a teacher, without holding the logits of all positions."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class Unembedding:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
-        """Logits of a few rows; for many, and for a loss, see `log_likelihood`."""
+    def logits(self, hidden: Float[Tensor, "*positions width"]) -> Float[Tensor, "*positions vocabulary"]:
+        """Logits of a few positions; for many, and for a loss, see `log_likelihood`."""
         logits = functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)  # some norms end in float32
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -35,27 +35,25 @@ class Unembedding:
 
 
 def log_likelihood(
-    hidden: Float[Tensor, "rows width"], unembedding: Unembedding, targets: Int[Tensor, " rows"]
-) -> tuple[Float[Tensor, " rows"], Bool[Tensor, " rows"]]:
-    """Log-probability of each row's target, and whether the target is the row's most likely token.
+    hidden: Float[Tensor, "positions width"], unembedding: Unembedding, targets: Int[Tensor, " positions"]
+) -> tuple[Float[Tensor, " positions"], Bool[Tensor, " positions"]]:
+    """Log-probability of each position's target, and whether the target is the most likely token there.
 
         log p(target) = logits[target] - logsumexp(logits),   logits = unembedding.logits(hidden)
 
-    Rows go through in chunks whose logits are computed again in the backward pass instead of being kept, so the memory
-    needed does not grow with rows x vocabulary. (The hits are computed again, too, for nothing: `summed_loss` does not.)
-    Logits in half precision are summed in float32; float64 stays float64.
+    Computed in chunks of positions whose logits are computed again in the backward pass instead of being kept, so memory does
+    not grow with positions x vocabulary. Logits in half precision are summed in float32; float64 stays float64.
     """
     return _scored(_score_targets, hidden, unembedding, targets)
 
 
 def summed_loss(
-    hidden: Float[Tensor, "rows width"], unembedding: Unembedding, targets: Int[Tensor, " rows"]
+    hidden: Float[Tensor, "positions width"], unembedding: Unembedding, targets: Int[Tensor, " positions"]
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """-sum of `log_likelihood`, and the number of rows whose target is their most likely token.
+    """-sum of `log_likelihood`, and the number of positions whose target is the most likely token.
 
-    Here no logits are computed twice: the gradients of a chunk are computed with its logits, which one sum of losses allows
-    (every row has the same factor upstream) at the price of holding the weight's gradient, where it has one, until the
-    backward pass.
+    No logits are computed twice: a chunk's gradients are computed with its logits, which is possible for a sum (every position
+    has the same factor upstream). The cost: the weight's gradient, if it has one, is held until the backward pass.
     """
     transform = (unembedding.scale, unembedding.softcap)
     weights = (unembedding.weight, unembedding.bias)
@@ -63,9 +61,9 @@ def summed_loss(
 
 
 def divergence(
-    hidden: Float[Tensor, "rows width"], unembedding: Unembedding, teacher: Float[Tensor, "rows width"]
-) -> tuple[Float[Tensor, " rows"], Bool[Tensor, " rows"]]:
-    """How far each row's distribution is from its teacher's, in nats, and whether both have the same most likely token.
+    hidden: Float[Tensor, "positions width"], unembedding: Unembedding, teacher: Float[Tensor, "positions width"]
+) -> tuple[Float[Tensor, " positions"], Bool[Tensor, " positions"]]:
+    """KL divergence of each position's distribution from its teacher's, in nats, and whether their most likely tokens agree.
 
         KL(p || q) = sum_v p(v) (log p(v) - log q(v)),   p, q = softmax(unembedding.logits(teacher, hidden))
 
@@ -75,43 +73,43 @@ def divergence(
 
 
 def top_tokens(
-    teacher: Float[Tensor, "rows width"], unembedding: Unembedding, k: int
-) -> tuple[Int[Tensor, "rows k"], Float[Tensor, "rows k"]]:
-    """The k most likely tokens of each row, most likely first, and their log-probabilities among themselves; no gradient."""
+    teacher: Float[Tensor, "positions width"], unembedding: Unembedding, k: int
+) -> tuple[Int[Tensor, "positions k"], Float[Tensor, "positions k"]]:
+    """Each position's k most likely tokens, most likely first, and their log-probabilities among these k; no gradient."""
     k = min(k, unembedding.weight.shape[0])
     with torch.no_grad():
         found = [
-            in_full(unembedding.logits(rows)).topk(k) for (rows,) in row_chunks(unembedding.weight.shape[0], teacher)
+            in_full(unembedding.logits(chunk)).topk(k) for (chunk,) in chunks(unembedding.weight.shape[0], teacher)
         ]
         tokens = torch.cat([part.indices for part in found])
         return tokens, functional.log_softmax(torch.cat([part.values for part in found]), -1)
 
 
 def top_divergence(
-    hidden: Float[Tensor, "rows width"],
+    hidden: Float[Tensor, "positions width"],
     unembedding: Unembedding,
-    tokens: Int[Tensor, "rows k"],
-    logs: Float[Tensor, "rows k"],
-) -> tuple[Float[Tensor, " rows"], Bool[Tensor, " rows"]]:
-    """`divergence` from a teacher of whom only `top_tokens` is kept, its probabilities made to add up to one there.
+    tokens: Int[Tensor, "positions k"],
+    logs: Float[Tensor, "positions k"],
+) -> tuple[Float[Tensor, " positions"], Bool[Tensor, " positions"]]:
+    """`divergence` from a teacher of which only `top_tokens` are kept, with probabilities that sum to one over them.
 
         KL(p || q) = sum_{v in tokens} p(v) (log p(v) - log q(v)),   q over the whole vocabulary
 
-    With k the whole vocabulary it is `divergence`. One pass through the unembedding serves the teacher of all horizons.
+    With k the whole vocabulary it equals `divergence`. One pass through the unembedding serves all horizons.
     """
     return _scored(_score_top, hidden, unembedding, tokens, logs.detach())
 
 
-def row_chunks(vocabulary: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of equal length cut into as many rows as have logits that may be held at a time."""
-    rows = max(1, CHUNK_VALUES // vocabulary)
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+def chunks(vocabulary: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of equal length in chunks of positions whose logits have at most `CHUNK_VALUES` values."""
+    length = max(1, CHUNK_VALUES // vocabulary)
+    return zip(*(tensor.split(length) for tensor in tensors), strict=True)
 
 
 def _scored(
     score: Callable[..., tuple[Tensor, Tensor]], hidden: Tensor, unembedding: Unembedding, *others: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`score` of all rows, chunk by chunk, each computed again in the backward pass."""
+    """`score` of all positions, chunk by chunk, each computed again in the backward pass."""
 
     def run(weight: Tensor, bias: Tensor | None, *chunk: Tensor) -> tuple[Tensor, Tensor]:
         return score(Unembedding(weight, bias, unembedding.scale, unembedding.softcap), *chunk)
@@ -119,7 +117,7 @@ def _scored(
     weight, bias = unembedding.weight, unembedding.bias
     parts = [
         checkpoint(run, weight, bias, *chunk, use_reentrant=False, preserve_rng_state=False)
-        for chunk in row_chunks(weight.shape[0], hidden, *others)
+        for chunk in chunks(weight.shape[0], hidden, *others)
     ]
     return torch.cat([value for value, _ in parts]), torch.cat([hit for _, hit in parts])
 
@@ -145,7 +143,7 @@ def _score_top(unembedding: Unembedding, hidden: Tensor, tokens: Tensor, logs: T
 
 
 def in_full(logits: Tensor) -> Tensor:
-    """Logits as they are summed: half precision in float32."""
+    """Logits in the precision they are summed in: float32 for half precision."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
@@ -167,22 +165,23 @@ class _SummedLoss(torch.autograd.Function):
         of_hidden, of_weight, of_bias = (None if x is None or not wants else torch.zeros_like(x) for x, wants in given)
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        losses, hits, start = [], [], 0
+        losses, hits = [], []
+        start = 0
         with torch.autocast(device, enabled=False):
             cast = Unembedding(weight.to(dtype), None if bias is None else bias.to(dtype))
-            for rows, chunk in row_chunks(weight.shape[0], hidden, targets):
-                rows = rows.to(dtype)
-                loss, right, slope = _loss_and_slope(in_full(cast.logits(rows)), chunk, *transform)
+            for part, tokens in chunks(weight.shape[0], hidden, targets):
+                part = part.to(dtype)
+                loss, right, slope = _loss_and_slope(in_full(cast.logits(part)), tokens, *transform)
                 losses.append(loss)
                 hits.append(right)
                 slope = slope.to(dtype)
                 if of_hidden is not None:
-                    of_hidden[start : start + len(rows)] = slope @ cast.weight
+                    of_hidden[start : start + len(part)] = slope @ cast.weight
                 if of_weight is not None:
-                    _add_product(of_weight, slope.T, rows)
+                    _add_product(of_weight, slope.T, part)
                 if of_bias is not None:
                     of_bias += slope.sum(0)
-                start += len(rows)
+                start += len(part)
                 del slope  # before the next chunk's logits
         keep_gradients(ctx, [of_hidden, of_weight, of_bias])
         found = torch.stack(hits).sum()
@@ -196,11 +195,10 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def keep_gradients(ctx: Any, gradients: list[Tensor | None]) -> None:
-    """Keep gradients that a forward pass has computed already, for `scaled_gradients` in the backward pass."""
+    """Keep gradients that a forward pass has computed, for `scaled_gradients` in the backward pass."""
     ctx.gradients = gradients
-    ctx.save_for_backward(
-        torch.empty(0)
-    )  # freed with the graph, so torch raises its own error in a second backward pass
+    # Freed with the graph, so torch raises its own error in a second backward pass.
+    ctx.save_for_backward(torch.empty(0))
 
 
 def scaled_gradients(ctx: Any, upstream: Tensor, *, in_place: bool) -> list[Tensor | None]:
@@ -225,9 +223,9 @@ def scaled_gradients(ctx: Any, upstream: Tensor, *, in_place: bool) -> list[Tens
 
 
 def _loss_and_slope(
-    logits: Float[Tensor, "rows vocabulary"], targets: Tensor, scale: float, softcap: float | None
+    logits: Float[Tensor, "positions vocabulary"], targets: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-sum of log p(target), the number of right rows, and the loss's derivative by the logits, which are destroyed."""
+    """-sum of log p(target), the number of hits, and the loss's derivative by the logits, which are overwritten."""
     if scale != 1.0:
         logits *= scale
     bend = None

@@ -1,4 +1,4 @@
-"""Finding NaN and infinity in weights, losses and logits."""
+"""Finding NaN and infinity in weights and logits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +10,9 @@ from caftune.errors import CaftuneError
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the floating-point tensors that hold NaN or infinity. It synchronises once per device and copies nothing.
+    """The names of the floating-point tensors with NaN or infinity: one synchronisation per device, no copies.
 
-    Of a sharded tensor the local shard is checked. Quantised weights are left out.
+    Of a sharded tensor the local shard is checked. Quantised weights are skipped.
     """
     read: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -24,14 +24,13 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    fine = [
-        torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in tensors.values()
-    ]  # aminmax returns NaN for a NaN
+    # aminmax returns NaN for a NaN.
+    fine = [torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in tensors.values()]
     return [name for name, is_fine in zip(tensors, torch.stack(fine).tolist(), strict=True) if not is_fine]
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], what: str, remedy: str) -> None:
-    """Raise CaftuneError that names `what` and the first tensor where one is not finite."""
+    """Raise CaftuneError with `what` and the first tensor that is not finite, if there is one."""
     odd = not_finite(tensors)
     if odd:
         raise CaftuneError(f"{what} must hold finite numbers, got NaN or inf in {first_and_count(odd)}. {remedy}")
@@ -46,27 +45,5 @@ def nan_logits(model: Any) -> CaftuneError:
 
 
 def first_and_count(names: list[str]) -> str:
-    """The first name, and how many more there are."""
+    """The first name, and the number of others."""
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-class LossWatch:
-    """Tracks the optimizer step since which losses are not finite. Only reading `since` synchronises the device."""
-
-    def __init__(self) -> None:
-        self._step = 0
-        self._odd: Tensor | None = None  # the first and the last of the latest steps in a row without a finite loss
-
-    def add(self, loss: Tensor, step: int) -> None:
-        """Add the loss of a micro-batch of `step` (from 1); a step is finite if all its micro-batches are."""
-        self._step = step
-        odd = torch.zeros(2, dtype=torch.long, device=loss.device) if self._odd is None else self._odd
-        first, last = odd
-        again = torch.stack([torch.where(last >= step - 1, first, step).clamp(min=1), torch.full_like(last, step)])
-        self._odd = torch.where(loss.detach().isfinite().all(), odd, again)
-
-    @property
-    def since(self) -> int:
-        """The first of the latest steps in a row without a finite loss; 0 where the last step's loss is finite."""
-        first, last = (0, 0) if self._odd is None else self._odd.tolist()
-        return first if last == self._step else 0

@@ -1,14 +1,16 @@
-"""The concept-aware objective: which token each horizon is held to, and what each horizon's loss weighs.
+"""The concept-aware objective: the target of each position at each horizon, and the weight of each horizon's loss.
 
     L(t) = L_1 + beta * gamma(t) * sum_{h=2..n} alpha^(h-1) * L_h
 
-A *horizon* h >= 1 is what position t says of token t+h; h = 1 is the model's own output, h >= 2 the auxiliary heads'.
+At *horizon* h >= 1, position t predicts token t+h: with the model's own output for h = 1, with an auxiliary head for h >= 2.
 Source: arXiv 2506.07833; gamma and the values of alpha and beta from its reference code.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -29,7 +31,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class AuxiliaryWeights:
-    """What the auxiliary losses weigh: `weight` is beta, `decay` alpha, `schedule` names gamma.
+    """The weights of the auxiliary losses: `weight` is beta, `decay` alpha, `schedule` names gamma.
 
     Raises:
         CaftuneError: a value outside its range, or an unknown schedule.
@@ -64,11 +66,11 @@ def horizon_targets(
     position_ids: Int[Tensor, "#batch tokens"] | None = None,
     attention_mask: Tensor | None = None,
 ) -> Int[Tensor, "batch tokens"]:
-    """The token each position is held to at `horizon`: targets[t] = labels[t + horizon], or -100 where there is none.
+    """The target of each position at `horizon`: targets[t] = labels[t + horizon], or -100 where there is none.
 
-    There is none past the end of the row, where the label is -100, and where t and t + horizon are not in one document.
-    Documents are told apart by their positions, which start at 0: token t + horizon lies in t's document exactly where its
-    position is at least `horizon`. Padding (attention_mask 0) belongs to no document.
+    There is none past the end of the row, where the label is -100, and where t and t + horizon are in different documents.
+    Position ids start at 0 in each document, so token t + horizon is in t's document exactly where its position id is at
+    least `horizon`. Padding (attention_mask 0) belongs to no document.
 
         two packed documents, horizon 2
         labels        a  b  c  d  x  y  z
@@ -87,10 +89,69 @@ def horizon_targets(
     return targets
 
 
-def count_targets(batch: Mapping[str, Tensor], horizons: Sequence[int]) -> Int[Tensor, " heads"]:
-    """How many targets each of the horizons has in a batch as a data collator makes it."""
-    where = {"position_ids": batch.get("position_ids"), "attention_mask": batch.get("attention_mask")}
-    return torch.stack([(horizon_targets(batch["labels"], h, **where) != IGNORED).sum() for h in horizons])
+@dataclass(frozen=True)
+class HorizonTargets:
+    """The positions of a batch that have a target, and their targets, of all horizons in two tensors."""
+
+    positions: Int[Tensor, " targets"]  # counted through the flattened batch; one horizon after the other
+    tokens: Int[Tensor, " targets"]
+    counts: Mapping[int, int]  # the number of targets by horizon, in the tensors' order
+
+    @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def of(cls, batch: Mapping[str, Any], horizons: Sequence[int]) -> "HorizonTargets":
+        """`horizon_targets` of a batch as a data collator makes it. On the CPU; a batch on a GPU costs one synchronisation."""
+        where = {name: batch.get(name) for name in ("position_ids", "attention_mask")}
+        every = torch.stack(
+            [horizon_targets(batch["labels"], horizon, **where).flatten() for horizon in horizons]
+        ).cpu()
+        head, positions = (every != IGNORED).nonzero(as_tuple=True)
+        counts = torch.bincount(head, minlength=len(horizons)).tolist()
+        return cls(positions, every[head, positions], dict(zip(horizons, counts, strict=True)))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "HorizonTargets":
+        """The same on a device, without waiting for it. Accelerate's data loaders call this, too."""
+        positions, tokens = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.positions, self.tokens))
+        return HorizonTargets(positions, tokens, self.counts)
+
+    def at(self, horizon: int) -> tuple[Int[Tensor, " scored"], Int[Tensor, " scored"]]:
+        """The positions and tokens of one horizon."""
+        place = list(self.counts).index(horizon)
+        positions, tokens = (tensor.split([*self.counts.values()]) for tensor in (self.positions, self.tokens))
+        return positions[place], tokens[place]
+
+    def counts_of(self, horizons: Sequence[int]) -> Int[Tensor, " heads"]:
+        """The number of targets of each of the horizons, on the CPU."""
+        return torch.tensor([self.counts[horizon] for horizon in horizons])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A random share of each horizon's targets, drawn without replacement and without touching the global random state.
+
+    Sums over the sample times the factor that `of` returns estimate, without bias, the sums over all targets: every target
+    is drawn with probability 1 / factor.
+
+    Args:
+        share: in (0, 1]; the number of drawn targets is rounded up.
+        seed: numbers that differ for every batch. The horizon is added, so that heads draw different targets.
+    """
+
+    share: float
+    seed: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise CaftuneError(f"share must be in (0, 1], got {self.share}.")
+
+    def of(self, count: int, horizon: int) -> tuple[Int[Tensor, " drawn"], float]:
+        """The numbers of the drawn ones among `count` targets, in ascending order, and how many targets each stands for."""
+        drawn = -int(-count * self.share // 1)
+        if drawn == count:
+            return torch.arange(count), 1.0
+        digest = hashlib.blake2b(repr((*self.seed, horizon)).encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+        return torch.randperm(count, generator=generator)[:drawn].sort().values, count / drawn
 
 
 def auxiliary_loss(
@@ -111,5 +172,5 @@ def auxiliary_loss(
 def weights_of_sums(
     weights: Sequence[float], counts: Int[Tensor, " heads"], dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, " heads"]:
-    """What one nat of each horizon weighs in `auxiliary_loss`: its weight divided by its number of targets."""
-    return torch.tensor(weights, dtype=dtype, device=counts.device) / counts.clamp(min=1)
+    """The weight of one nat of each horizon in `auxiliary_loss`: weights[h] / counts[h]."""
+    return torch.tensor(weights, dtype=dtype).to(counts.device, non_blocking=True) / counts.clamp(min=1)

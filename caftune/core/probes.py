@@ -1,4 +1,4 @@
-"""Trying calls that a model's code may not support, without hiding errors of the machine."""
+"""Trying calls that a model's code may not support, without hiding errors about memory or devices."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 
 _Found = TypeVar("_Found")
-# What code raises for arguments or shapes that it does not support.
+# Errors of code that does not support the given arguments or shapes.
 _UNSUPPORTED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ImportError, StopIteration)
 # Parts of messages of plain RuntimeErrors: CPU memory, Apple's GPUs, CUDA and its libraries.
 _MACHINE_MESSAGES = (
@@ -20,10 +20,7 @@ _MACHINE_MESSAGES = (
 
 
 def try_call(compute: Callable[[], _Found]) -> _Found | None:
-    """What `compute` returns; None where the code does not support the call.
-
-    Errors of the machine (`is_machine_error`) say nothing about the code, and are raised.
-    """
+    """The result of `compute`; None if the code does not support the call. Machine errors (`is_machine_error`) are raised."""
     try:
         return compute()
     except _UNSUPPORTED as error:
@@ -33,10 +30,8 @@ def try_call(compute: Callable[[], _Found]) -> _Found | None:
 
 
 def is_machine_error(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, is about memory or a device.
-
-    torch.OutOfMemoryError and torch.AcceleratorError are RuntimeErrors, as is whatever a layer raises for a wrong shape.
-    """
+    """Whether an error, or one that it was raised from, is about memory or a device."""
+    # torch's own classes for these are RuntimeErrors, as is what a layer raises for a wrong shape.
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError | torch.AcceleratorError):
             return True

@@ -1,55 +1,118 @@
-"""A decoder layer at some of its rows: its token mixer sees every row, everything else only those that are asked for.
+"""Calling the last decoder layer again: as it was called, with another layer in its place, or at some positions only.
 
-A layer is a mixer (attention, a state space), which alone looks at other rows, among parts that treat each row by itself:
-norms, residuals, a perceptron. So the layer is called with the wanted rows only, and its mixer, through hooks, is given what
-it would have been given in the whole layer: all rows, with the call's own mask, positions and phases. What the mixer
-returns is cut to the wanted rows, before its output projection where that is its last step. Nothing here names a part of a
-layer: `find_mixer` watches one, and the caller compares what comes out with the whole layer before relying on it.
+A layer is a mixer (attention, a state space), which alone looks at other positions, among parts that treat each position by
+itself: norms, residuals, a perceptron. So `run_at` calls the layer with the wanted positions only and, through hooks, gives
+the mixer all positions with the call's own mask, position ids and phases. The mixer's output is cut to the wanted positions,
+before its output projection where that is its last step. No part of a layer is named here: `find_mixer` finds the mixer by
+watching, and `choose_mixer` compares the result with the whole layer before it is used.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers.cache_utils import Cache
 
-from caftune.core.calls import LayerCall
 from caftune.core.probes import try_call
+
+# Keyword arguments that would let a replayed layer read or write a cache. All are optional in every decoder layer.
+_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache_position", "state")
+# Values through which no gradient flows, or whose tensors `tree_leaves` lists.
+_VISIBLE = (Tensor, bool, int, float, str, type(None), Cache, BlockMask)
+
+
+@dataclass
+class LayerCall:
+    """The arguments of one call of the last decoder layer, and what it returned."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
+
+    def replay(self, layer: nn.Module, cache: Cache | None = None) -> Float[Tensor, "batch tokens *streams width"]:
+        """The hidden states of `layer`, called as the last layer was, but with `cache` in place of the model's cache."""
+        args = tuple(cache if isinstance(value, Cache) else value for value in self.args)
+        kwargs = {name: cache if isinstance(value, Cache) else value for name, value in self.kwargs.items()}
+        if cache is None:
+            kwargs = {name: value for name, value in kwargs.items() if name not in _CACHE_ARGUMENTS}
+            if "use_cache" in kwargs:
+                kwargs["use_cache"] = False
+        return hidden_of(layer(*args, **kwargs))
+
+    @property
+    def hidden(self) -> Float[Tensor, "batch tokens *streams width"]:
+        """The last layer's output, before the final norm."""
+        return hidden_of(self.output)
+
+    @property
+    def input(self) -> Float[Tensor, "batch tokens *streams width"]:
+        """The hidden states that the last layer was called with."""
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def with_input(self, hidden: Tensor) -> "LayerCall":
+        """The same call with other hidden states."""
+        if self.args:
+            return replace(self, args=(hidden, *self.args[1:]))
+        return replace(self, kwargs={**self.kwargs, "hidden_states": hidden})
+
+    @property
+    def all_tensors_visible(self) -> bool:
+        """Whether `differentiable` finds every tensor (not so in Gemma 4, whose layers share some in a container)."""
+        return all(isinstance(leaf, _VISIBLE) for leaf in tree_leaves((self.args, self.kwargs, self.output)))
+
+    def differentiable(self) -> list[Tensor]:
+        """The tensors of the call that gradients flow back through, each once."""
+        leaves = tree_leaves((self.args, self.kwargs, self.output))
+        return list({id(x): x for x in leaves if isinstance(x, Tensor) and x.requires_grad}.values())
+
+    def with_tensors(self, given: list[Tensor], instead: list[Tensor]) -> "LayerCall":
+        """The same call with the tensors `instead` in place of the tensors `given`."""
+        swap = {id(old): new for old, new in zip(given, instead, strict=True)}
+        args, kwargs, output = tree_map(lambda x: swap.get(id(x), x), (self.args, self.kwargs, self.output))
+        return LayerCall(args, kwargs, output)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states that a layer returned: the output itself, or the first element of a tuple."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 @dataclass(frozen=True)
 class Mixer:
-    """The parts of a layer that must see all rows, by their names in it."""
+    """The part of a layer that must see all positions, and its surroundings, by their names in the layer."""
 
     name: str
-    norm: str | None  # what the layer's input goes through on its way to the mixer; None: nothing
-    last: str | None  # the part of the mixer that makes its output out of rows, one by one; None: the mixer itself
+    norm: str | None  # applied to the layer's input before the mixer; None: nothing is
+    last: str | None  # the mixer's last step, if it treats each position by itself; None: no such step
 
 
-def at_rows(values: Tensor, rows: Int[Tensor, " rows"]) -> Tensor:
-    """[batch, tokens, ...] -> [1, rows, ...]; `rows` counts through the batch, row by row."""
-    return values.flatten(0, 1).index_select(0, rows)[None]
+def at_positions(values: Tensor, positions: Int[Tensor, " positions"]) -> Tensor:
+    """[batch, tokens, ...] -> [1, positions, ...]; `positions` count through the flattened batch."""
+    return values.flatten(0, 1).index_select(0, positions)[None]
 
 
 def run_at(
-    layer: nn.Module, mixer: Mixer, call: LayerCall, rows: Int[Tensor, " rows"]
-) -> Float[Tensor, "1 rows *streams width"]:
-    """`call.replay(layer)` at `rows` alone."""
+    layer: nn.Module, mixer: Mixer, call: LayerCall, positions: Int[Tensor, " positions"]
+) -> Float[Tensor, "1 positions *streams width"]:
+    """`call.replay(layer)` at `positions` only."""
     whole = call.input
-    with _mixing_all_rows(layer, mixer, whole, rows):
-        return call.with_input(at_rows(whole, rows)).replay(layer)
+    with _mixing_all_positions(layer, mixer, whole, positions):
+        return call.with_input(at_positions(whole, positions)).replay(layer)
 
 
 def find_mixer(layer: nn.Module, call: LayerCall) -> Mixer | None:
-    """The mixer of a layer that was called as in `call`, None where it has no such shape.
+    """The first part of `layer` whose output at the last position changes with its input at other positions.
 
-    It is the first part whose output at the last row moves when the other rows do, though its input there did not.
-    Whether the layer at some rows then equals the whole layer is left to the caller to check.
+    None where the layer is not built as described above. The caller checks that `run_at` equals the whole layer.
     """
     whole = call.input
+    # The same at the last position, different everywhere else.
     moved = torch.cat([-whole[:, :-1], whole[:, -1:]], 1)
     with _watching(layer) as before:
         call.replay(layer)
@@ -74,11 +137,12 @@ class _Seen:
 
 
 def _same_end(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors are equal at the last position."""
     return one is not None and other is not None and one.shape == other.shape and torch.equal(one[:, -1], other[:, -1])
 
 
 def _last_part(layer: nn.Module, name: str, call: LayerCall) -> str | None:
-    """The first part of the mixer whose output is the mixer's own."""
+    """The first part of the mixer whose output is the mixer's output."""
     mixer = layer.get_submodule(name)
     with _watching(mixer, deep=True) as inside, _watching(layer) as outside:
         call.replay(layer)
@@ -88,7 +152,7 @@ def _last_part(layer: nn.Module, name: str, call: LayerCall) -> str | None:
 
 @contextmanager
 def _watching(parent: nn.Module, *, deep: bool = False) -> Iterator[dict[str, _Seen]]:
-    """Within the block, collect the first tensors that go in and out of the parent's parts, in the order they end."""
+    """Within the block, collect the first tensor in and out of each of the parent's parts, in the order they return."""
     found: dict[str, _Seen] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -109,8 +173,8 @@ def _watching(parent: nn.Module, *, deep: bool = False) -> Iterator[dict[str, _S
 
 
 @contextmanager
-def _mixing_all_rows(layer: nn.Module, mixer: Mixer, whole: Tensor, rows: Tensor) -> Iterator[None]:
-    """Within the block, the layer's mixer takes all rows of `whole` for its input, and hands out `rows`."""
+def _mixing_all_positions(layer: nn.Module, mixer: Mixer, whole: Tensor, positions: Tensor) -> Iterator[None]:
+    """Within the block, the layer's mixer reads all positions of `whole` and returns `positions` only."""
     is_cut = False
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -125,15 +189,19 @@ def _mixing_all_rows(layer: nn.Module, mixer: Mixer, whole: Tensor, rows: Tensor
     def cut(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal is_cut
         is_cut = True
-        return (at_rows(args[0], rows), *args[1:])
+        return (at_positions(args[0], positions), *args[1:])
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> Any:
         if is_cut:
             return output
-        return (at_rows(output[0], rows), *output[1:]) if isinstance(output, tuple) else at_rows(output, rows)
+        return (
+            (at_positions(output[0], positions), *output[1:])
+            if isinstance(output, tuple)
+            else at_positions(output, positions)
+        )
 
     module = layer.get_submodule(mixer.name)
-    # State-space kernels, which run in training alone, take the weight of the last part and never call it.
+    # The kernels of state spaces, used in training only, read the last part's weight and never call it: then `leave` cuts.
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
     if mixer.last is not None:
         handles.append(layer.get_submodule(mixer.last).register_forward_pre_hook(cut))
@@ -145,8 +213,8 @@ def _mixing_all_rows(layer: nn.Module, mixer: Mixer, whole: Tensor, rows: Tensor
 
 
 def choose_mixer(layer: nn.Module, call: LayerCall, is_same: Callable[[Tensor, Tensor], bool]) -> Mixer | None:
-    """`find_mixer`, but only if the layer at some rows equals the whole layer: what it adds to its input is compared."""
-    found = try_call(lambda: find_mixer(layer, call))  # parts of an unknown layer may ask for other shapes
+    """`find_mixer`, if the layer at some positions then equals the whole layer (compared: what it adds to its input)."""
+    found = try_call(lambda: find_mixer(layer, call))  # an unknown layer's parts may need other shapes
     for mixer in (found, found and replace(found, last=None)):
         if mixer is not None and _equals_whole(layer, mixer, call, is_same):
             return mixer
@@ -156,10 +224,10 @@ def choose_mixer(layer: nn.Module, call: LayerCall, is_same: Callable[[Tensor, T
 def _equals_whole(layer: nn.Module, mixer: Mixer, call: LayerCall, is_same: Callable[[Tensor, Tensor], bool]) -> bool:
     whole = call.input
     count = whole.shape[0] * whole.shape[1]
-    rows = torch.arange(1, count, 3, device=whole.device)
-    found = try_call(lambda: run_at(layer, mixer, call, rows))
+    positions = torch.arange(1, count, 3, device=whole.device)
+    found = try_call(lambda: run_at(layer, mixer, call, positions))
     if found is None:
         return False
-    expected = at_rows(call.replay(layer), rows)
-    entering = at_rows(whole, rows)
+    expected = at_positions(call.replay(layer), positions)
+    entering = at_positions(whole, positions)
     return found.shape == expected.shape and is_same(found - entering, expected - entering)

@@ -1,8 +1,8 @@
-"""Heads one at a time, forward and backward: the memory they need does not grow with their number.
+"""Heads one after another, each forward and backward: their activation memory does not grow with their number.
 
-In a plain graph every head keeps its activations from the forward pass to the backward pass. Here each head's gradient is
-computed right after its loss, within the forward pass, and only the sums of the gradients are kept: one tensor for every
-input and parameter, whatever the number of heads. Nothing is computed twice. The scheme is that of Fast-LLM's heads.
+In a plain graph every head keeps its activations until the backward pass. Here each head's gradient is computed right after
+its loss, within the forward pass, and only sums of gradients are kept: one tensor per input and parameter. Nothing is
+computed twice. Source: the heads of Fast-LLM work in this way.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,32 +15,33 @@ from torch.autograd.function import once_differentiable
 
 from caftune.core.cross_entropy import keep_gradients, scaled_gradients
 
-# Sum of the losses of head i, given stand-ins for the inputs, and what else is to be known of it.
+# (i, stand-ins for the inputs) -> the sum of head i's losses, and one more tensor to report.
 Score = Callable[[int, list[Tensor]], tuple[Float[Tensor, ""], Tensor]]
 
 
 def weighted_sum(
     score: Score, weights: Float[Tensor, " heads"], inputs: Sequence[Tensor], parameters: Sequence[Sequence[Tensor]]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " heads"], Tensor]:
-    """sum_i weights[i] * loss_i, with gradient; and, without, every loss_i and what `score` says beside it.
+    """sum_i weights[i] * loss_i, with gradient; and without gradient every loss_i and the other tensor of `score`.
 
     Args:
-        score: head i's loss and one more tensor, from tensors in the place of `inputs`.
-        weights: not below 0.
-        inputs: tensors that all heads read and whose gradients go on.
+        score: head i's loss and one more tensor, from tensors in place of `inputs`.
+        weights: at least 0.
+        inputs: tensors that all heads read and through which gradients flow back.
         parameters: of each head, the other tensors that its loss has a gradient for; heads may share some.
 
-    The gradients in between are those of losses weighed relative to the largest weight, so small weights do not make them
-    vanish in half precision.
+    Inside, weights are divided by the largest one, so that small weights do not make gradients vanish in half precision.
     """
     largest = weights.max().clamp(min=torch.finfo(weights.dtype).tiny)
     shared = {id(tensor): tensor for own in parameters for tensor in own}
-    total, losses, others = _AtOnce.apply(score, weights / largest, parameters, len(inputs), *inputs, *shared.values())
+    total, losses, others = _SequentialHeads.apply(
+        score, weights / largest, parameters, len(inputs), *inputs, *shared.values()
+    )
     return largest * total, losses, others
 
 
-class _AtOnce(torch.autograd.Function):
-    """The loss, with gradients for the tensors at the end of its arguments."""
+class _SequentialHeads(torch.autograd.Function):
+    """The loss; its forward pass computes the gradients of `tensors`."""
 
     @staticmethod
     def forward(
@@ -52,14 +53,14 @@ class _AtOnce(torch.autograd.Function):
         losses, others = [], []
         for index, own in enumerate(parameters):
             with torch.enable_grad():
-                # Views, because hooks on what a module is given cannot stand leaves here.
+                # Views, because hooks on a module's inputs fail on leaves here.
                 loss, other = score(index, [leaf.view_as(leaf) for leaf in leaves])
-                weighed = loss * weights[index].to(loss.dtype)
+                weighted = loss * weights[index].to(loss.dtype)
             with torch.autocast(weights.device.type, enabled=False):
-                found = torch.autograd.grad(weighed, [*leaves, *own], allow_unused=True)
+                found = torch.autograd.grad(weighted, [*leaves, *own], allow_unused=True)
             losses.append(loss.detach())
             others.append(other)
-            del loss, weighed
+            del loss, weighted
             for place, gradient in zip([*range(count), *(places[id(tensor)] for tensor in own)], found, strict=True):
                 gradients[place] = _added(gradients[place], gradient, in_place=place >= count)
         keep_gradients(ctx, gradients)
@@ -71,11 +72,11 @@ class _AtOnce(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Tensor | None, ...]:
-        return (None, None, None, None, *scaled_gradients(ctx, upstream, in_place=False))  # some may be one tensor
+        return (None, None, None, None, *scaled_gradients(ctx, upstream, in_place=False))  # some may be the same tensor
 
 
 def _added(total: Tensor | None, more: Tensor | None, *, in_place: bool) -> Tensor | None:
-    """The sum. A gradient of an input may be one tensor with another's, so only those of parameters are added in place."""
+    """The sum. Gradients of two inputs may be the same tensor, so only those of parameters are added in place."""
     if total is None or more is None:
         return more if total is None else total
     return total.add_(more) if in_place else total + more

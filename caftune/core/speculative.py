@@ -1,9 +1,9 @@
-"""Speculative decoding with a model's own heads: they draft the next tokens, and one forward pass of the model checks them all.
+"""Speculative decoding with a model's heads: they draft the next tokens, and one forward pass of the model checks them all.
 
-What comes out is what the model alone would write: greedy answers token for token, sampled ones from the same distribution.
-The loop is transformers' own, for assisted generation; here is what it asks for drafts. Head h reads the last token that the
-model has accepted and says what the h-th token after it will be. Decoder heads keep keys and values of their own, in a copy of
-the model's cache: they are called as the last layer was, with its rows, mask and positions, and forget what it forgets.
+The output is the model's: greedy answers token for token, sampled ones from the same distribution. The loop is transformers'
+assisted generation, and this module supplies its drafts. From the last accepted token, the head of horizon h predicts the
+h-th token after it. Decoder heads have a separate copy of the model's cache: they are called as the last layer was, with its
+hidden states, mask and position ids, and their cache is cropped with the model's.
 
 Source: arXiv 2211.17192 (acceptance of sampled drafts), arXiv 2401.10774 (drafts from heads, Medusa).
 """
@@ -28,43 +28,44 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from caftune.core._compat import has_sparse_attention
 from caftune.core.backbone import Backbone, UnsupportedModelError, evaluating, is_close, probe
-from caftune.core.calls import LayerCall
 from caftune.core.cross_entropy import in_full
 from caftune.core.heads import AuxiliaryHeads, autocast_like
 from caftune.core.probes import try_call
+from caftune.core.replay import LayerCall
 from caftune.errors import CaftuneError
 
-# How fast the shares of accepted drafts follow what happens, and drift back to 1 where nothing is drafted, so that a horizon
-# that was given up is tried again when those before it do well.
+# Rates at which the estimated shares of accepted tokens follow new checks, and drift back to 1 where nothing is drafted, so
+# that a horizon is tried again when those before it are accepted often.
 _FOLLOW, _DRIFT = 0.1, 0.01
-_WAITING = 32  # passes of the model after which a head reads them though it is not asked
-# Processors that remember calls or run the model: asked about drafts too, they would say something else than without.
+_WAITING = 32  # number of unread passes of the model after which a head reads them even without drafting
+# Processors that keep state between calls or run the model, so that calls for drafts would change their results.
 _REFUSED_PROCESSORS = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 
 _OTHER_WAY = (
-    "Speculative decoding must be greedy or plain sampling, got arguments for another method (beam search, say). Use "
+    "Speculative decoding must be greedy or plain sampling, got arguments for another method (such as beam search). Use "
     "model.generate."
 )
 
 
 @dataclass
 class Drafting:
-    """What became of the drafts."""
+    """Draft statistics: passes, drafted, accepted."""
 
     passes: int = 0  # forward passes of the model, that over the prompt included
-    checks: int = 0  # those among them that checked a draft
+    checks: int = 0  # of these, those that checked a draft
     tokens: int = 0  # new tokens
     drafted: list[int] = field(default_factory=list)  # of each head
-    accepted: list[int] = field(default_factory=list)  # of each head: those that the model took over
+    accepted: list[int] = field(default_factory=list)  # of each head
 
     @property
     def accepted_length(self) -> float:
-        """Tokens of a draft that are taken over, on average."""
+        """Mean number of accepted tokens of a draft."""
         return sum(self.accepted) / max(self.checks, 1)
 
     def add(self, other: "Drafting") -> None:
-        """Count what `other` counts, too."""
+        """Add the counts of `other`."""
         self.passes += other.passes
         self.checks += other.checks
         self.tokens += other.tokens
@@ -80,11 +81,11 @@ class SpeculativeDecoding:
         output = decoding.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=200)
 
     Args:
-        heads: of this model. Others draft badly, and cost time, but cannot change what is generated.
-        length: tokens of a draft, at most; None: as many as recent acceptance makes worth their operations.
+        heads: of this model. Heads of another model cost time, but do not change the output.
+        length: maximum number of tokens of a draft; None: chosen by recent acceptance.
 
     Attributes:
-        total: what became of all drafts so far.
+        total: statistics of all drafts so far.
 
     Raises:
         UnsupportedModelError: the model cannot check a draft.
@@ -106,14 +107,13 @@ class SpeculativeDecoding:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate` with the same arguments, for one row: greedy or sampled.
 
-        Processors of logits and stopping criteria must be functions of the text, for they are asked about drafts, too.
-        Equal to `model.generate` up to rounding: the model checks several rows at once, and in half precision two tokens of
-        nearly equal probability can change places.
+        Logits processors and stopping criteria must depend on the text only, because they are also called for drafts.
+        Equal to `model.generate` up to rounding: the model computes several positions at once, and in half precision two
+        tokens of nearly equal probability can change places.
 
         Raises:
-            CaftuneError: several rows, beams or return sequences, a cache with tokens in it, a model in training mode, a
-                processor that is known to remember, or a text that passes the context at which the model's rotary phases
-                begin to change with the length of the text.
+            CaftuneError: several rows, beams or return sequences, a cache that is not empty, a model in training mode, a
+                processor that keeps state, or a length from which on the model's rotary phases depend on the length.
         """
         if self.model.training:
             raise CaftuneError("The model must be in evaluation mode for speculative decoding. Call model.eval().")
@@ -125,7 +125,7 @@ class SpeculativeDecoding:
         else:
             kwargs |= {"prompt_lookup_num_tokens": count, "use_cache": True}
         drafts: list[_Drafts] = []
-        with self.backbone.capture() as call, evaluating(self.heads), self._asked_for_drafts(call, drafts):
+        with self.backbone.capture() as call, evaluating(self.heads), self._drafts_from_heads(call, drafts):
             output = self.model.generate(*args, **kwargs)
         if not drafts:
             raise CaftuneError(_OTHER_WAY)
@@ -133,8 +133,8 @@ class SpeculativeDecoding:
         return output
 
     @contextmanager
-    def _asked_for_drafts(self, call: LayerCall, drafts: "list[_Drafts]") -> Iterator[None]:
-        """Within the block, the model's assisted generation takes its candidates from the heads."""
+    def _drafts_from_heads(self, call: LayerCall, drafts: "list[_Drafts]") -> Iterator[None]:
+        """Within the block, the model's assisted generation gets its candidates from the heads."""
         model = self.model
         own_criteria, criteria = model._get_stopping_criteria, StoppingCriteriaList()
 
@@ -173,13 +173,13 @@ def _refuse_other_ways(config: GenerationConfig) -> None:
 def _refuse(
     model: Any, config: GenerationConfig, processors: LogitsProcessorList, ids: Int[Tensor, "rows tokens"], cache: Cache
 ) -> None:
-    """Raise CaftuneError for what drafts would change, or cannot be made for."""
+    """Raise CaftuneError for inputs that cannot be drafted for, or whose results drafts would change."""
     if len(ids) > 1:
         raise CaftuneError(f"Speculative decoding must be given 1 row, got {len(ids)}. Give them one by one.")
     if cache.get_seq_length() > 0:
         raise CaftuneError(
             f"past_key_values must be empty for speculative decoding, got {cache.get_seq_length()} tokens, which "
-            "the heads have not read. Give the whole prompt."
+            "the heads have not read. Pass the whole prompt."
         )
     if config.assistant_ensemble_weight is not None:
         raise CaftuneError(
@@ -188,7 +188,7 @@ def _refuse(
     for processor in processors:
         if isinstance(processor, _REFUSED_PROCESSORS):
             raise CaftuneError(
-                f"{type(processor).__name__} cannot be asked about drafts, for it remembers calls. Use model.generate."
+                f"{type(processor).__name__} keeps state, which calls for drafts would change. Use model.generate."
             )
     context = _changing_context(model.config.get_text_config())
     if context is not None and int(config.max_length or 0) > context:
@@ -199,7 +199,7 @@ def _refuse(
 
 
 def _changing_context(config: Any) -> int | None:
-    """From where on the phases of a text's first tokens depend on its last ones (dynamic NTK, LongRoPE); None: nowhere."""
+    """The length from which on the phases of early tokens depend on the length (dynamic NTK, LongRoPE); None: none."""
     given = getattr(config, "rope_parameters", None) or {}
     kinds = [given, *(part for part in given.values() if isinstance(part, dict))]
     changing = [part for part in kinds if part.get("rope_type") in ("dynamic", "longrope")]
@@ -231,18 +231,20 @@ class _Drafts(CandidateGenerator):
         count = self.length or len(self.heads.heads)
         self.is_stateless = self.heads.config.kind == "mlp"
         self.caches = [copy.deepcopy(cache) for _ in range(count)]  # empty: of its kind and settings
-        self.behind: list[list[_Read]] = [[] for _ in range(count)]  # what the model has read and a head has not
-        self.latest: list[Tensor] = [torch.empty(0)] * count  # what each says of the last token it has read
+        self.behind: list[list[_Read]] = [[] for _ in range(count)]  # passes of the model that a head has not read
+        self.latest: list[Tensor] = [torch.empty(0)] * count  # each head's output at the last token it has read
         self.limit = int(config.max_length or 0)
-        self.size, self.draft = 0, torch.empty(0)  # what is being checked
+        self.size, self.draft = 0, torch.empty(0)  # the draft that is being checked
         self.price = relative_price(self.backbone, self.heads)
-        self.shares = [1.0] * count  # how often each head's token is accepted where those before it were
+        self.shares = [
+            1.0
+        ] * count  # estimated acceptance of each head's token, given that those before it are accepted
         self.found = Drafting(drafted=[0] * count, accepted=[0] * count)
 
     def get_candidates(  # type: ignore[override]
         self, input_ids: Int[Tensor, "1 tokens"], *, is_first_iteration: bool, n_last_matches: int, **_outputs: Any
     ) -> tuple[Int[Tensor, "1 longer"], Float[Tensor, "1 drafted vocabulary"] | None]:
-        """The text with a draft behind it and, where tokens are sampled, the logits these were drawn from."""
+        """The text followed by a draft and, if tokens are sampled, the logits from which the draft was drawn."""
         if is_first_iteration:
             return input_ids, None
         read = _Read(copy.copy(self.call), self.size - int(n_last_matches))
@@ -252,7 +254,7 @@ class _Drafts(CandidateGenerator):
             waiting.append(read)
             if len(waiting) > _WAITING:
                 self._catch_up(index)
-        room = self.limit - input_ids.shape[1] - 1  # the model adds a token of its own
+        room = self.limit - input_ids.shape[1] - 1  # the model adds one token
         longer, logits = self._drafted(input_ids, min(self._wanted(), room))
         self.draft = longer[0, input_ids.shape[1] :]
         self.size = len(self.draft)
@@ -261,7 +263,7 @@ class _Drafts(CandidateGenerator):
         return longer, torch.cat(logits, 1) if logits and self.config.do_sample else None
 
     def update_candidate_strategy(self, ids: Int[Tensor, "1 tokens"], _scores: Tensor, num_matches: int) -> None:
-        """Learn what was accepted. (`num_matches` is one less where the text ends with a draft that is right throughout.)"""
+        """Count what was accepted. (`num_matches` is one too low if the text ends with a draft that is accepted entirely.)"""
         new = int(num_matches) + 1
         kept = ids[0, ids.shape[1] - new :][: self.size]
         matches = int((kept == self.draft[: len(kept)].to(kept.device)).cumprod(0).sum())
@@ -277,7 +279,7 @@ class _Drafts(CandidateGenerator):
                 self.shares[index] += _DRIFT * (1 - self.shares[index])
 
     def _wanted(self) -> int:
-        """The length of draft with the most tokens per operation: what is accepted of it, and the model's own."""
+        """The draft length with the most expected tokens (accepted ones and the model's own) per operation."""
         if self.length is not None:
             return self.length
         best, wanted, reached, tokens = 1.0, 0, 1.0, 1.0
@@ -314,7 +316,7 @@ class _Drafts(CandidateGenerator):
             return self.backbone.close(hidden)[:, 0]
 
     def _catch_up(self, index: int) -> None:
-        """Let head `index` read what it has not read yet."""
+        """Let head `index` read the passes it has not read yet."""
         head, cache = self.heads.heads[index], self.caches[index]
         for read in self.behind[index]:
             with autocast_like(read.call.hidden):
@@ -327,19 +329,19 @@ class _Drafts(CandidateGenerator):
 
 
 def _is_used(layer: Any) -> bool:
-    """Whether a layer of a cache holds anything. In a head's cache those of the trunk do not; some cannot be cropped then."""
+    """Whether a layer of a cache holds anything. In a head's cache the trunk's layers do not, and some cannot be cropped."""
     convolutions = getattr(layer, "is_conv_states_initialized", {})
     return bool(getattr(layer, "is_initialized", False)) or any(convolutions.values())
 
 
 def _takes_tokens_back(model: Any) -> bool:
-    """Whether eight tokens, read in parts of which one is taken back, give the logits they give at once."""
+    """Whether eight tokens, read in parts of which one is cropped again, give the same logits as in one pass."""
     ids = probe(model)
     if model._is_stateful or not model._supports_default_dynamic_cache():
         return False
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if any(hasattr(layer, "indexer_keys") for layer in cache.layers):
-        return False  # transformers 5.23: sparse attention picks other tokens when several are read at once
+    if has_sparse_attention(cache):
+        return False
     cache.activate_past_recording()
 
     def in_parts() -> bool:
@@ -359,14 +361,14 @@ def _drawn(logits: Float[Tensor, "1 vocabulary"]) -> Int[Tensor, "1 1"]:
 
 @dataclass(frozen=True)
 class _Read:
-    """A forward pass of the model over new tokens, as its last layer saw it; the last `refused` of them were taken back."""
+    """A forward pass of the model over new tokens, as its last layer saw it; the last `refused` tokens were rejected."""
 
     call: LayerCall
     refused: int
 
 
 def relative_price(backbone: Backbone, heads: AuxiliaryHeads) -> float:
-    """Weights that a head's draft reads, its own and the unembedding, over those that a forward pass of the model reads."""
+    """Weights that a head's draft reads (its own and the unembedding) / those that a forward pass of the model reads."""
     unembedding = backbone.unembedding().weight.numel()
     embeddings = backbone.model.get_input_embeddings().weight.numel()
     trunk = sum(weight.numel() for weight in backbone.trunk.parameters()) - embeddings

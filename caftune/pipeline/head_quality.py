@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from caftune.core.backbone import Backbone, evaluating
-from caftune.core.cross_entropy import Unembedding, in_full, row_chunks
+from caftune.core.cross_entropy import Unembedding, chunks, in_full
 from caftune.core.heads import AuxiliaryHeads, autocast_like
 from caftune.core.objective import IGNORED, horizon_targets
 from caftune.generation.backends import until_end
@@ -124,7 +124,7 @@ def _scores(
     rows = targets != IGNORED
     scores = torch.zeros(*targets.shape, 3, dtype=torch.float64, device=hidden.device)
     parts = []
-    for some, wanted in row_chunks(unembedding.weight.shape[0], hidden[rows], targets[rows]):
+    for some, wanted in chunks(unembedding.weight.shape[0], hidden[rows], targets[rows]):
         logits = in_full(unembedding.logits(some))
         loss = logits.logsumexp(-1) - logits.gather(1, wanted[:, None])[:, 0]
         first = logits.topk(min(_TOP, logits.shape[-1])).indices

@@ -1,8 +1,8 @@
 """Stop a training that diverged, name the step, and export nothing.
 
-Divergence is decided by the weights: a loss that is not finite may never reach them (float16's loss scaling skips such
-steps), and gradients can make them NaN in a step whose loss was finite. They are checked where the trainer waits anyway: before
-it logs, evaluates, saves or ends.
+The weights decide: a loss that is not finite may not change them (float16's loss scaling skips such steps), and gradients can
+make them NaN in a step with a finite loss. They are checked where the trainer synchronises anyway: before it logs, evaluates,
+saves or ends.
 """
 
 import sys
@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from caftune.core.finite import first_and_count, not_finite, refuse_not_finite
 from caftune.errors import CaftuneError
 
-_MAX_NOT_FINITE_STEPS = 20  # steps in a row without a finite loss that are a divergence, even with finite weights
+_MAX_NOT_FINITE_STEPS = 20  # in a row without a finite loss are a divergence, even with finite weights
 
 
 class DivergedError(CaftuneError):
@@ -25,7 +25,7 @@ class DivergedError(CaftuneError):
 
     Attributes:
         step: the first optimizer step, from 1, without a finite loss.
-        result: the run's measurements up to then, where the stage records them.
+        result: the run's measurements up to that step, if the stage records them.
     """
 
     def __init__(self, message: str, step: int) -> None:
@@ -34,8 +34,30 @@ class DivergedError(CaftuneError):
         self.result: Mapping[str, Any] = {}
 
 
+class LossWatch:
+    """Tracks since which optimizer step losses are not finite. Only reading `since` synchronises the device."""
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._odd: Tensor | None = None  # the first and the last of the latest steps in a row without a finite loss
+
+    def add(self, loss: Tensor, step: int) -> None:
+        """Add the loss of a micro-batch of `step` (from 1); a step is finite if all its micro-batches are."""
+        self._step = step
+        odd = torch.zeros(2, dtype=torch.long, device=loss.device) if self._odd is None else self._odd
+        first, last = odd
+        again = torch.stack([torch.where(last >= step - 1, first, step).clamp(min=1), torch.full_like(last, step)])
+        self._odd = torch.where(loss.detach().isfinite().all(), odd, again)
+
+    @property
+    def since(self) -> int:
+        """The first of the latest steps in a row without a finite loss; 0 if the last step's loss is finite."""
+        first, last = (0, 0) if self._odd is None else self._odd.tolist()
+        return first if last == self._step else 0
+
+
 class StopOnDivergence(TrainerCallback):
-    """Raises DivergedError where a CAFTTrainer's training diverges, and CaftuneError where it starts with such weights.
+    """Raises DivergedError if a CAFTTrainer's training diverges, and CaftuneError if its initial weights are not finite.
 
     All processes raise at the same step.
     """
@@ -49,11 +71,11 @@ class StopOnDivergence(TrainerCallback):
         refuse_not_finite(
             self._weights(trained=False),
             "The weights that training begins with",
-            "The base, the heads or the checkpoint they come from is broken: use another, or download it again.",
+            "The base, the heads or the checkpoint is broken: use another, or download it again.",
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Check before anything is logged, evaluated, saved or ended."""
+        """Check before anything is logged, evaluated or saved, and before the end."""
         if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
             self._check(state)
 
@@ -75,7 +97,7 @@ class StopOnDivergence(TrainerCallback):
         return {name: weight for name, weight in every if weight.requires_grad or not trained}
 
     def _of_all_processes(self, since: int, broken: bool) -> tuple[int, bool]:
-        """The first step without a finite loss in any process, and whether any holds weights that are not finite."""
+        """The first step without a finite loss in any process, and whether any process has weights that are not finite."""
         found = torch.tensor([[since, broken]], device=self._trainer.args.device)
         steps, flags = self._trainer.accelerator.gather(found).T.tolist()
         return min((step for step in steps if step), default=0), any(flags)
@@ -86,6 +108,6 @@ class StopOnDivergence(TrainerCallback):
         named = f" ({first_and_count(odd)})" if odd else ""
         return (
             f"The training diverged: losses and weights must be finite numbers, got NaN or inf {where}, of {state.max_steps}"
-            f"{named}. Nothing was exported, and checkpoints of steps before are as they were. Lower learning_rate, lengthen "
-            f"the warm-up or use bf16 in place of fp16, and remove {folder} to train again."
+            f"{named}. Nothing was exported; earlier checkpoints are unchanged. Lower learning_rate, lengthen the warm-up or "
+            f"use bf16 instead of fp16, and remove {folder} to train again."
         )

@@ -1,4 +1,4 @@
-"""What a run of the trainer starts from: the base, and its heads."""
+"""Loading what a run starts from: the base, its tokenizer and its heads."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from caftune.training.config import CAFTConfig
 
 @dataclass(frozen=True)
 class Start:
-    """The heads of a run and where they go; all None in a run without."""
+    """The heads of a run and their place in the model; all None in a run without heads."""
 
     heads: AuxiliaryHeads | None = None
     backbone: Backbone | None = None
@@ -35,12 +35,12 @@ def load_processing_class(name: str, args: CAFTConfig) -> Any:
 
 
 def text_tokenizer(processing_class: Any) -> Any:
-    """The tokenizer, where a model of several media has a processor around it."""
+    """The tokenizer itself, or that inside the processor of a multimodal model."""
     return processing_class if hasattr(processing_class, "get_vocab") else processing_class.tokenizer
 
 
 def load_or_build_heads(model: PreTrainedModel | PeftModel, args: CAFTConfig, tokenizer: Any) -> Start:
-    """The heads of `args.heads`, or in stage 1 without these new ones."""
+    """The heads in the folder `args.heads`; in stage 1 without a folder, new heads."""
     if not args.has_heads:
         return Start()
     backbone = Backbone.of(model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -81,10 +81,3 @@ def holds_adapter(name: str) -> bool:
 def holds_tokenizer(name: str) -> bool:
     """Whether `name` is a folder with a tokenizer."""
     return Path(name, "tokenizer_config.json").is_file()
-
-
-def keep_trainable_on_cpu(model: Any) -> None:
-    """bitsandbytes 0.50 packs 4-bit weights in an evaluation on a CPU, into a layout through which no gradient flows."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False

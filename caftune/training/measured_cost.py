@@ -1,4 +1,4 @@
-"""What a training cost: seconds, tokens, FLOPs, peak memory. A run that was stopped goes on counting."""
+"""The cost of a training: seconds, tokens, FLOPs, peak memory. A resumed run continues to count."""
 
 import ctypes
 import re
@@ -14,7 +14,8 @@ from transformers import Trainer, TrainerCallback
 
 _KEY = "caftune_costs"  # in the state that a checkpoint keeps
 _aten = torch.ops.aten
-# torch (2.13) has no formulas for products in place (TRL's loss) and the CPU's attention, which take the same arguments.
+# torch 2.13 has no formulas for in-place products (TRL's loss) and the CPU's attention, which take the same arguments. Ends
+# when it has them.
 _FORMULAS = {
     **flop_registry,
     _aten.addmm_: flop_registry[_aten.addmm],
@@ -28,9 +29,9 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class FlopCount(TorchDispatchMode):
-    """Counts with torch's formulas, and half of what they say of causal attention, whose kernels skip what lies ahead.
+    """Counts FLOPs by torch's formulas; half of them for causal attention, whose kernels skip later positions.
 
-    (torch's own counter takes operations apart, which changes the last bits of results.)
+    Not torch's own counter, which decomposes operations and so changes the last bits of results.
     """
 
     def __init__(self) -> None:
@@ -49,23 +50,19 @@ class FlopCount(TorchDispatchMode):
 
 
 class Costs(TrainerCallback):
-    """Counts while a trainer trains: `with Costs(trainer) as costs: trainer.train()`, then `costs.total()`.
+    """Measures a training: `with Costs(trainer) as costs: trainer.train()`, then `costs.total()`.
 
-    - `seconds`: of the optimizer steps alone, without evaluations, checkpoints and the reading of data.
-    - `tokens`: read, padding left out. None without `include_num_input_tokens_seen`.
-    - `flops`: matrix products and attention of the first step, forward and backward, counted by torch as it ran, by that
-      step's tokens, times all tokens. Kernels that torch does not know are not in it. None with several processes.
-    - `peak_memory_bytes`: of the GPU's allocator; on a CPU of the whole process with Python and its libraries (Linux; else
-      None). `memory_bytes` before a model is loaded says how much of that is not the training's.
+    - `seconds`: of the optimizer steps only, without evaluations, checkpoints and reading data.
+    - `tokens`: read, without padding. None without `include_num_input_tokens_seen`.
+    - `flops`: matrix products and attention of the first step, forward and backward, divided by its tokens, times all tokens.
+      Without kernels that torch does not know. None with several processes.
+    - `peak_memory_bytes`: of the GPU's allocator; on a CPU of the whole process, with Python and its libraries (Linux only,
+      otherwise None). Subtract `memory_bytes` before the model is loaded to get the training's share.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self._counted: dict[str, Any] = {
-            "seconds": 0.0,
-            "tokens": None,
-            "peak_memory_bytes": None,
-            "flops_per_token": None,
-        }
+        names = ("tokens", "peak_memory_bytes", "flops_per_token")
+        self._counted: dict[str, Any] = {"seconds": 0.0, **dict.fromkeys(names)}
         self._counter: FlopCount | None = None
         self._began = 0.0
         self._tokens_before = 0
@@ -78,13 +75,11 @@ class Costs(TrainerCallback):
         self._stop_counter()  # where the first step failed
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        kept = state.stateful_callbacks.get(_KEY, {}) if state.global_step > 0 else {}
-        self._counted |= kept
+        self._counted |= state.stateful_callbacks.get(_KEY, {}) if state.global_step > 0 else {}
         state.stateful_callbacks[_KEY] = self._counted
         _reset_peak_memory()
-        if (
-            args.world_size == 1 and self._counted["flops_per_token"] is None
-        ):  # a resumed run has counted its first step
+        # A resumed run has counted its first step before.
+        if args.world_size == 1 and self._counted["flops_per_token"] is None:
             self._counter = FlopCount()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -119,15 +114,15 @@ class Costs(TrainerCallback):
 
 
 def device_name() -> str:
-    """The GPU that trainings run on, or `cpu`."""
+    """The name of the GPU that trainings run on, or `cpu`."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def memory_bytes() -> int | None:
-    """What is held now of that which `peak_memory_bytes` is the highest of, all that is free given back."""
+    """The current value of what `peak_memory_bytes` is the maximum of, after freed memory is returned to the system."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
-    with suppress(AttributeError, TypeError):  # glibc alone has it, and keeps what an earlier model took
+    with suppress(AttributeError, TypeError):  # only glibc has it, and only it keeps freed memory
         ctypes.CDLL(None).malloc_trim(0)
     return _of_process("VmRSS")
 
@@ -142,7 +137,7 @@ def _of_process(name: str) -> int | None:
 
 
 def _reset_peak_memory() -> None:
-    """Start anew, as far as the system lets us: a process of Linux may reset its own peak."""
+    """Reset the peak, as far as the system allows: on Linux a process may reset its own."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):

@@ -1,18 +1,16 @@
-"""A running stage and the world: what a person sees of it, and how it is stopped."""
+"""Running a stage: its progress output, resuming it, and stopping it on SIGTERM."""
 
 import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from caftune.training._compat import evaluation_leaves_rng, use_current_cadence
 from caftune.training.divergence import StopOnDivergence
 from caftune.training.resumption import refuse_missing_optimizer_state, too_short_error
 
@@ -20,40 +18,39 @@ from caftune.training.resumption import refuse_missing_optimizer_state, too_shor
 class StopOnSigterm(TrainerCallback):
     """On SIGTERM, which schedulers send before they kill: finish the step, write a checkpoint, stop.
 
-    With several processes all stop at the same step, whichever of them got the signal. transformers' own
-    `enable_jit_checkpoint` (5.23) saves before the optimizer step, when the batch has been drawn, and waits three seconds.
+    All processes stop at the same step, whichever received the signal. Not transformers' `enable_jit_checkpoint`: it (5.23)
+    saves before the optimizer step, after the batch has been drawn, and waits three seconds.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._asked = False
+        self._signalled = False
         self._before: Any = None
         self.stopped = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-            self._before = signal.signal(signal.SIGTERM, self._ask)
+            self._before = signal.signal(signal.SIGTERM, self._on_signal)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._asked:
+        if self._signalled:
             self._trainer.accelerator.set_trigger()
         if self._trainer.accelerator.check_trigger():
             self.stopped = control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
-        """Put the handler back that was there before."""
+        """Restore the earlier handler."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def _ask(self, *_: Any) -> None:
-        self._asked = True
+    def _on_signal(self, *_: Any) -> None:
+        self._signalled = True
 
 
 class ResumeCallback(TrainerCallback):
     """Resume from a checkpoint with the current options.
 
-    transformers (5.23) takes the cadence of saving and logging from the checkpoint, not from the options; and without the
-    optimizer's state it would silently restart optimizer and learning rate.
+    Refuses a checkpoint without the optimizer's state, where transformers restarts optimizer and learning rate silently.
     """
 
     def __init__(self, checkpoint: str) -> None:
@@ -61,24 +58,15 @@ class ResumeCallback(TrainerCallback):
         self._before = json.loads((self._checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        state.compute_steps(args, state.max_steps)
-        state.train_batch_size = args.train_batch_size
-        self._refuse_end_before(state)
-        self._refuse_missing_optimizer_state(state)
-        ended = self._before["max_steps"]
-        if state.max_steps != ended and state.is_world_process_zero:
-            tqdm.write(
-                f"The training ends at step {state.max_steps} instead of {ended}, {_length_note(args)}.",
-                file=sys.stderr,
-            )
-
-    def _refuse_end_before(self, state: Any) -> None:
+        use_current_cadence(args, state)
         if state.global_step > state.max_steps:
             raise too_short_error(self._checkpoint, state.global_step, state.max_steps)
-
-    def _refuse_missing_optimizer_state(self, state: Any) -> None:
         if state.global_step < state.max_steps:
             refuse_missing_optimizer_state(self._checkpoint)
+        ended = self._before["max_steps"]
+        if state.max_steps != ended and state.is_world_process_zero:
+            text = f"The training ends at step {state.max_steps} instead of {ended}, {_length_note(args)}."
+            tqdm.write(text, file=sys.stderr)
 
 
 def _length_note(args: Any) -> str:
@@ -106,7 +94,7 @@ def depends_on_length(args: Any) -> list[str]:
 
 
 class StageProgress(ProgressCallback):
-    """transformers' progress bars, with log lines that hold what matters, rounded."""
+    """transformers' progress bars, with short log lines: losses, rounded."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -126,55 +114,35 @@ def show_progress(trainer: Trainer, name: str) -> None:
 
 
 def run(trainer: Trainer, *, checkpoint: str | None) -> None:
-    """Train, from `checkpoint` on where there is one.
+    """Train, from `checkpoint` if it is given.
 
     Raises:
         CaftuneError: the checkpoint has no optimizer state (`save_only_model`) and steps remain; or training would
             end before the checkpoint's step.
         DivergedError: weights or losses became NaN or infinite; CaftuneError where the initial weights are.
-        SystemExit: SIGTERM came; the checkpoint is written.
+        SystemExit: SIGTERM was received; the checkpoint is written.
     """
     if checkpoint is not None:
         trainer.add_callback(ResumeCallback(checkpoint))
-    if checkpoint is not None and trainer.is_world_process_zero():
-        tqdm.write(f"Going on from {checkpoint}.", file=sys.stderr)
+        if trainer.is_world_process_zero():
+            tqdm.write(f"Resuming from {checkpoint}.", file=sys.stderr)
     stop = StopOnSigterm(trainer)
     trainer.add_callback(stop)
     trainer.add_callback(StopOnDivergence(trainer))
     try:
-        with _evaluation_leaves_rng(trainer):
+        with evaluation_leaves_rng(trainer):
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         stop.restore()
         _close_bars(trainer)
     if stop.stopped:
-        goes_on = "" if trainer.args.save_only_model else " The same command goes on from there."
+        resumes = "" if trainer.args.save_only_model else " The same command resumes from there."
         tqdm.write(
             f"Stopped by SIGTERM after step {trainer.state.global_step}, with a checkpoint in {trainer.args.output_dir}."
-            + goes_on,
+            + resumes,
             file=sys.stderr,
         )
         raise SystemExit(128 + signal.SIGTERM)
-
-
-@contextmanager
-def _evaluation_leaves_rng(trainer: Trainer) -> Iterator[None]:
-    """Within the block evaluations leave the random state of training unchanged.
-
-    Their data loader draws a number, so dropout and the sample of targets would depend on when a run is evaluated; and
-    transformers (5.23) also evaluates after the last step.
-    """
-    evaluate = trainer.evaluate
-
-    def evaluate_apart(*args: Any, **options: Any) -> dict[str, float]:
-        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-            return evaluate(*args, **options)
-
-    trainer.evaluate = evaluate_apart  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del trainer.evaluate  # the class's own again
 
 
 def _close_bars(trainer: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Which options may change when a run resumes: those that affect neither the steps so far nor the order of rows."""
+"""Which options may change when a run resumes: those that affect neither past steps nor the order of examples."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Heads as they are trained: through a LoRA of their own, at their own learning rate, and back out of a sharded model."""
+"""Heads in training: in full or with a LoRA, their learning rate, and saving and loading them, also from a sharded model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from caftune.core.backbone import whole
@@ -18,29 +17,16 @@ from caftune.errors import CaftuneError
 from caftune.training.config import CAFTConfig
 
 _ADAPTER_FILE = "adapter.safetensors"
-# PEFT's own name for a model's only adapter, so that switching the model's adapter off and on takes the heads' along.
+# PEFT's default name, so that disabling the model's adapter disables the heads' adapter, too.
 _ADAPTER = "default"
 
 
-class ForgetSums(TrainerCallback):
-    """A training begins with empty sums, as one does that starts over; a prediction, which logs nothing, leaves none."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
-        """Forget what came before."""
-        self._trainer.forget_sums()
-
-    on_predict = on_train_begin
-
-
 def make_trainable(heads: AuxiliaryHeads, *, lora_rank: int | None) -> None:
-    """Let the optimizer change the heads: all their weights, in float32, or a LoRA of `lora_rank` on their linear layers."""
+    """Make the heads trainable: all weights, in float32, or a LoRA of `lora_rank` on their linear layers."""
     if lora_rank is None:
         heads.float().requires_grad_(True)
         return
-    # Not their subclasses: routers and grouped layers return or take something else.
+    # Not subclasses of them: routers and grouped layers have other inputs or outputs.
     linear = [name for name, module in heads.named_modules() if type(module) in (nn.Linear, Conv1D)]
     if not linear:
         raise CaftuneError(
@@ -56,7 +42,7 @@ def make_trainable(heads: AuxiliaryHeads, *, lora_rank: int | None) -> None:
 
 
 def give_own_learning_rate(optimizer: torch.optim.Optimizer, heads: AuxiliaryHeads, learning_rate: float) -> None:
-    """Move the heads' parameters into groups of their own; a scheduler made later scales each group's rate alike."""
+    """Move the heads' parameters into separate groups; a scheduler created later scales all groups alike."""
     own = {id(parameter) for parameter in heads.parameters()}
     for group in list(optimizer.param_groups):
         heads_part = [parameter for parameter in group["params"] if id(parameter) in own]
@@ -67,7 +53,7 @@ def give_own_learning_rate(optimizer: torch.optim.Optimizer, heads: AuxiliaryHea
 
 
 def training_record(args: CAFTConfig, steps: int) -> dict[str, Any]:
-    """How heads were trained, for their heads.json: in stage 1, or in stage 2 along with the model or frozen beside it."""
+    """How heads were trained, for their heads.json: in stage 1, or in stage 2, trained with the model or frozen."""
     names = ["learning_rate", "num_train_epochs", "seed", "aux_decay", "soft_targets", "soft_top_k"]
     if not args.pretrain_heads:
         names += ["aux_weight", "aux_schedule", "train_heads", "heads_lora_rank", "heads_learning_rate"]
@@ -76,7 +62,7 @@ def training_record(args: CAFTConfig, steps: int) -> dict[str, Any]:
 
 
 def merged_state(heads: AuxiliaryHeads) -> dict[str, Tensor]:
-    """The heads' weights with their LoRA merged, whole where FSDP2 has sharded them (then every rank must call)."""
+    """The heads' weights with their LoRA merged, gathered if FSDP2 shards them (then every rank must call)."""
     state = {name: whole(tensor.detach()) for name, tensor in heads.state_dict().items()}
     for name in [key.removesuffix(".base_layer.weight") for key in state if key.endswith(".base_layer.weight")]:
         module: Any = heads.get_submodule(name)  # the state's names are without the wrappers around layers
@@ -90,14 +76,14 @@ def merged_state(heads: AuxiliaryHeads) -> dict[str, Tensor]:
 
 
 def save_adapter(folder: Path, heads: AuxiliaryHeads, *, write: bool) -> None:
-    """Beside merged heads, what a resumed run needs: the LoRA's own factors."""
+    """Save the LoRA's factors next to the merged heads: a resumed run needs them."""
     factors = {name: whole(value.detach()).cpu() for name, value in heads.state_dict().items() if "lora_" in name}
     if factors and write:
         save_file(factors, folder / _ADAPTER_FILE)
 
 
 def load_state(heads: AuxiliaryHeads, folder: Path, merged: Mapping[str, Tensor]) -> None:
-    """Put back what `merged_state` and `save_adapter` wrote: the LoRA's factors where there is one, else the weights."""
+    """Load what `merged_state` and `save_adapter` wrote: the LoRA's factors if there is one, otherwise the weights."""
     has_adapter = any(isinstance(module, LoraLayer) for module in heads.modules())
     _copy_into(heads, load_file(folder / _ADAPTER_FILE) if has_adapter else merged)
 

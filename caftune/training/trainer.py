@@ -1,14 +1,15 @@
 """`CAFTTrainer`, a drop-in for TRL's `SFTTrainer`.
 
-One class serves both stages. Stage 1 (`pretrain_heads=True`) trains the heads alone: the trunk is frozen and runs without a
-graph, beta = 1, gamma constant, and the main loss is left out. Stage 2 trains the model with the auxiliary losses added.
-With `aux_weight=0` stage 2 is the stock SFTTrainer, step for step.
+Stage 1 (`pretrain_heads=True`) trains the heads only: the trunk is frozen and runs without a graph, beta = 1, gamma is
+constant, and there is no main loss. Stage 2 trains the model on the main loss plus the auxiliary losses. With `aux_weight=0`
+stage 2 is SFTTrainer, step for step.
 """
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -18,19 +19,21 @@ import torch
 from datasets import IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
+from torch.utils.data import DataLoader
+from torch.utils.data import IterableDataset as TorchIterableDataset
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from caftune.checkpoints.cards import write_model_card
 from caftune.checkpoints.export import export_checkpoint, export_model
 from caftune.checkpoints.heads_folder import read_heads, save_heads
-from caftune.core.finite import LossWatch, refuse_not_finite
-from caftune.core.heads import ATTRIBUTE, attach_heads
-from caftune.core.objective import count_targets, weights_of_sums
-from caftune.core.targets import Sample
-from caftune.data.template_errors import remove_byte_order_mark, template_in
+from caftune.core.attach import ATTRIBUTE, attach_heads
+from caftune.core.finite import refuse_not_finite
+from caftune.core.objective import HorizonTargets, Sample, weights_of_sums
+from caftune.training._compat import as_sft_trainer_needs, keep_trainable_on_cpu
 from caftune.training.checks import (
+    RefuseLeaks,
     cut_length,
     find_truncated_rows,
     refuse_arguments,
@@ -43,19 +46,17 @@ from caftune.training.checks import (
     refuse_unknown_tokens_of,
 )
 from caftune.training.config import CAFTConfig, as_caft_config
+from caftune.training.divergence import LossWatch
 from caftune.training.loading import (
     Start,
     holds_adapter,
     holds_tokenizer,
-    keep_trainable_on_cpu,
     load_base,
     load_or_build_heads,
     load_processing_class,
     text_tokenizer,
 )
-from caftune.training.packing import RefuseLeaks
 from caftune.training.trained_heads import (
-    ForgetSums,
     give_own_learning_rate,
     load_state,
     make_trainable,
@@ -70,11 +71,11 @@ _DIVERGED = "The training diverged: train again with a lower learning_rate, or e
 class CAFTTrainer(SFTTrainer):
     """TRL's SFTTrainer with auxiliary heads.
 
-    Takes the arguments of SFTTrainer, in its order. `args` says whether there are heads: a CAFTConfig with `heads` or
-    `pretrain_heads`. Without `args`, with an SFTConfig or TrainingArguments, and with a CAFTConfig of `aux_weight=0` and no
-    `heads`, there are none, and it is SFTTrainer: the same data, losses and weights, and the same errors. `model` may
-    also be a folder with an adapter, which is trained further. Checkpoints and `save_model` are ordinary ones without heads
-    (stage 1: only the heads); `export` writes the finished model with the base's keys.
+    Takes the arguments of SFTTrainer, in its order. There are heads where `args` is a CAFTConfig with `heads` or
+    `pretrain_heads`. Otherwise (no `args`, an SFTConfig, TrainingArguments, a CAFTConfig with `aux_weight=0` and no `heads`) it
+    is SFTTrainer: the same data, losses, weights and errors. `model` may also be a folder with an adapter, which is trained
+    further. Checkpoints and `save_model` are ordinary ones without heads (stage 1: the heads only); `export` writes the
+    finished model with the base's keys.
 
     Raises:
         CaftuneError: heads of another model, options that do not work with heads, or rows without a trained token.
@@ -127,17 +128,9 @@ class CAFTTrainer(SFTTrainer):
             self._given_tokenizer = copy.deepcopy(text_tokenizer(processing_class))  # SFTTrainer may add tokens to it
             self._start = load_or_build_heads(model, args, self._given_tokenizer)
         self.heads, self.backbone = self._start.heads, self._start.backbone
-        # By data set: numbers of the rows without a trained token within max_length, which are left out.
+        # By data set: numbers of the examples that are left out, since they have no trained token within max_length.
         self.dropped_rows: dict[str, list[int]] = {}
-        # SFTTrainer would warn that these are unused, as the model is already built.
-        model_init_kwargs = args.model_init_kwargs
-        args.model_init_kwargs = None if is_loaded else model_init_kwargs
-        template, template_path = template_in(args.chat_template_path), args.chat_template_path
-        if processing_class is not None:  # SFTTrainer (TRL 1.16) would keep a byte order mark in the template
-            if template is not None:
-                processing_class.chat_template, args.chat_template_path = template, None
-            remove_byte_order_mark(processing_class)
-        try:
+        with as_sft_trainer_needs(args, processing_class, has_model=is_loaded):
             super().__init__(
                 model=model,
                 args=args,
@@ -155,19 +148,18 @@ class CAFTTrainer(SFTTrainer):
                 peft_config=peft_config,
                 formatting_func=formatting_func,
             )
-        finally:
-            args.model_init_kwargs, args.chat_template_path = model_init_kwargs, template_path
         name = get_config_model_id(self.model.config)
         # Absolute, because a run may change its folder before it exports.
         self._base = (str(Path(name).resolve()) if Path(name).is_dir() else name, revision)
         keep_trainable_on_cpu(self.model)
         refuse_lost_adapters(self.accelerator, self.model)
         self.add_callback(RefuseLeaks(self, refuse=not is_stock))
-        self.add_callback(ForgetSums(self))
+        self.add_callback(ResetLogSums(self))
         self.loss_watch = LossWatch()
-        self._horizon_counts: Tensor | None = None
-        self._micro_batch, self._batches = 0, 1  # within the optimizer step, and what Trainer divides their losses by
-        self.forget_sums()
+        self._horizon_counts: Tensor | None = None  # targets of each horizon in the current optimizer step
+        self._micro_batch = 0  # number within the optimizer step
+        self._batches = 1  # by which Trainer divides the losses of micro-batches
+        self.reset_log_sums()
         if self.heads is not None:
             self._attach()
 
@@ -184,25 +176,25 @@ class CAFTTrainer(SFTTrainer):
 
     @property
     def trains_heads(self) -> bool:
-        """Whether the heads' weights are trained: in stage 1, and in stage 2 if asked for and if their losses count."""
-        asked = self.args.pretrain_heads or self.args.train_heads
-        return self.heads is not None and asked and bool(self.args.aux_weight)
+        """Whether the heads' weights are trained: in stage 1, and in stage 2 with `train_heads` and an `aux_weight` above 0."""
+        is_wanted = self.args.pretrain_heads or self.args.train_heads
+        return self.heads is not None and is_wanted and bool(self.args.aux_weight)
 
     def export(
         self, folder: str | os.PathLike[str], *, merged: bool = True, about: Mapping[str, Any] | None = None
     ) -> list[str]:
-        """Write the trained model as an ordinary checkpoint (stage 1: the heads). With several processes, call it on all.
+        """Write the trained model as an ordinary checkpoint (stage 1: the heads). With several processes, all must call it.
 
         Args:
             merged: write the base with its adapters merged; False: write the adapter alone, as PEFT does.
-            about: stage 1: what to record beside the settings in heads.json (the data, the command).
+            about: stage 1: more to record in heads.json, next to the settings (the data, the command).
 
         Returns:
             The names of the base's own multi-token tensors, which were copied unchanged (see `export_model`).
 
         Raises:
-            CaftuneError: weights that are not finite; nothing is written. (Training does not stop for them, as in SFTTrainer,
-                unless a `StopOnDivergence` is among the callbacks.)
+            CaftuneError: weights that are not finite; nothing is written. (As in SFTTrainer, training itself does not stop for
+                them; add the callback `StopOnDivergence` for that.)
         """
         native: list[str] = []
         trained = self.heads if self.args.pretrain_heads else self.model
@@ -236,7 +228,7 @@ class CAFTTrainer(SFTTrainer):
         return native
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """SFTTrainer's optimizer; trained heads get their own learning rate where one is given."""
+        """SFTTrainer's optimizer, with `heads_learning_rate` for the heads where it is given."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.trains_heads and self.args.heads_learning_rate is not None:
@@ -244,7 +236,7 @@ class CAFTTrainer(SFTTrainer):
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip the heads' gradients apart from the model's, so that training them along leaves its steps' size alone."""
+        """Clip the heads' gradients apart from the model's, so that they do not change the size of its steps."""
         if not self.trains_heads or self.args.pretrain_heads:
             return super()._clip_grad_norm(model)
         own = {id(parameter) for parameter in self.heads.parameters()}
@@ -255,7 +247,7 @@ class CAFTTrainer(SFTTrainer):
         return norm
 
     def _run_epoch(self, **arguments: Any) -> None:  # type: ignore[override]
-        """transformers (5.23) trains a step too many where a run goes on from its last step, inside an epoch."""
+        """Without a step too many: transformers 5.23 trains one where a run resumes from its last step, inside an epoch."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**arguments)
         else:
@@ -264,14 +256,9 @@ class CAFTTrainer(SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """L_1 as SFTTrainer computes it, and the auxiliary losses. In evaluation L_1 alone; stage 1 has no L_1."""
+        """L_1 as SFTTrainer computes it, plus the auxiliary losses. In evaluation L_1 only; in stage 1 no L_1."""
         if self.args.pretrain_heads:
-            soft = {"auxiliary": "soft", "soft_top_k": self.args.soft_top_k}
-            mode = soft if self.args.soft_targets and self.model.training else {"auxiliary": "only"}
-            scoring = self._scoring(inputs, num_items_in_batch)
-            auxiliary = model(**inputs, use_cache=False, **mode, **scoring)["auxiliary"]
-            self._record(auxiliary)
-            return (auxiliary["loss"], auxiliary) if return_outputs else auxiliary["loss"]
+            return self._loss_of_heads(model, inputs, return_outputs, num_items_in_batch)
         training = self.model.training
         is_plain = self.heads is None or (training and self._scored_horizons == 0)
         scoring = self._scoring(inputs, num_items_in_batch) if training and not is_plain else {}
@@ -298,10 +285,21 @@ class CAFTTrainer(SFTTrainer):
         loss = main + scores["loss"]
         return (loss, result[1]) if return_outputs else loss
 
+    def _loss_of_heads(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any
+    ) -> Any:
+        """Stage 1: the auxiliary losses only."""
+        soft = {"auxiliary": "soft", "soft_top_k": self.args.soft_top_k}
+        mode = soft if self.args.soft_targets and self.model.training else {"auxiliary": "only"}
+        scoring = self._scoring(inputs, num_items_in_batch)
+        auxiliary = model(**inputs, use_cache=False, **mode, **scoring)["auxiliary"]
+        self._record(auxiliary)
+        return (auxiliary["loss"], auxiliary) if return_outputs else auxiliary["loss"]
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        """As SFTTrainer; in stage 1 the loss alone, as there are no logits of the model."""
+        """As SFTTrainer; in stage 1 the loss only, because the model's logits are not computed."""
         return super().prediction_step(model, inputs, prediction_loss_only or self.args.pretrain_heads, ignore_keys)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -310,10 +308,11 @@ class CAFTTrainer(SFTTrainer):
         self.loss_watch.add(loss, self.state.global_step + 1)
         return loss
 
-    def forget_sums(self) -> None:
-        """Begin the sums for the next log anew."""
+    def reset_log_sums(self) -> None:
+        """Set the sums since the last log to zero."""
         self._horizon_sums: dict[str, dict[str, Tensor]] = {}
-        self._main_sum, self._steps = torch.zeros((), device=self.args.device), 0  # L_1
+        self._main_sum = torch.zeros((), device=self.args.device)  # of L_1
+        self._steps = 0
 
     def _add_main(self, loss: Tensor) -> None:
         """Add a batch's part to the sum since the last log, as Trainer does with the whole loss."""
@@ -321,26 +320,47 @@ class CAFTTrainer(SFTTrainer):
             loss = torch.where(loss.isfinite(), loss, self._main_sum / max(self._steps, 1))
         self._main_sum = self._main_sum + loss
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As SFTTrainer; the collator also computes the horizons' targets, while the batch is on the CPU."""
+        rows = self.train_dataset
+        # A dispatcher cuts each batch for the processes, so there they are computed in `get_batch_samples`.
+        is_dispatched = isinstance(rows, IterableDataset | TorchIterableDataset) or self.accelerator.dispatch_batches
+        if self.heads is None or is_dispatched:
+            return super().get_train_dataloader()
+        collate = self.data_collator
+        self.data_collator = partial(_collate_with_targets, collate, self.heads.config.horizons)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimizer step; the targets of every horizon are counted over all of them."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._micro_batch, self._steps = 0, self._steps + bool(batches)
+        self._micro_batch = 0
+        self._steps += bool(batches)
         self._batches = len(batches) if num_items is None else 1
         if self.heads is not None and batches:
-            horizons = self.heads.config.horizons
-            counts = torch.stack([count_targets(batch, horizons) for batch in batches]).sum(0).to(device)
+            counts = torch.stack([self._counts(batch) for batch in batches]).sum(0)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
-                counts = self.accelerator.reduce(counts, reduction="sum")
+                counts = self.accelerator.reduce(counts.to(device), reduction="sum")
             self._horizon_counts = counts
         return batches, num_items
 
+    def _counts(self, batch: dict[str, Any]) -> Tensor:
+        """The number of targets of each horizon in a batch, which is given its targets where it has none yet."""
+        horizons = self.heads.config.horizons
+        return with_targets(batch, horizons)["auxiliary_targets"].counts_of(horizons)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each horizon's loss in nats and accuracy; in training its weight, and `main_loss`: `loss` without the heads'."""
+        """Log also each horizon's loss in nats and accuracy; in training its weight, and `main_loss`, which is L_1."""
         mode = "train" if {"loss", "train_runtime"} & set(logs) else "eval"
-        sums, main, steps = self._horizon_sums.pop(mode, None), self._main_sum, self._steps
+        sums = self._horizon_sums.pop(mode, None)
+        main, steps = self._main_sum, self._steps
         if mode == "train":
-            self._main_sum, self._steps = torch.zeros_like(main), 0
-        if sums is not None and "train_runtime" not in logs:  # the summary of a run is no step of its own
+            self._main_sum = torch.zeros_like(main)
+            self._steps = 0
+        if sums is not None and "train_runtime" not in logs:  # the summary of a run belongs to no step
             # "eval_", or "eval_<name>_" where there are several evaluation sets
             named = (key.removesuffix("loss") for key in logs if key.endswith("_loss"))
             prefix = next(named, "") if mode == "eval" else ""
@@ -357,7 +377,7 @@ class CAFTTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def _horizon_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Losses and accuracies of the horizons from sums over all ranks: horizon 1 first where it was computed."""
+        """Losses and accuracies of the horizons, from sums over all ranks; horizon 1 comes first if it was computed."""
         table = {name: self.accelerator.reduce(row, reduction="sum").tolist() for name, row in sorted(sums.items())}
         horizons = [1, *self.heads.config.horizons][-len(table["count"]) :]
         metrics = {}
@@ -377,19 +397,22 @@ class CAFTTrainer(SFTTrainer):
 
     @property
     def _scored_horizons(self) -> int:
-        """How many horizons, from the second on, have losses in this step: none at beta = 0, else those that weigh enough."""
+        """Number of auxiliary horizons scored in this step (0 if beta is 0; otherwise those with weight >= aux_min_weight)."""
         weights = [] if self.args.aux_weight == 0 else self._weights_at(self.state.global_step)
         return sum(weight >= self.args.aux_min_weight for weight in weights)
 
     def _scoring(self, inputs: dict[str, Any], num_items_in_batch: Any) -> dict[str, Any]:
-        """What the model's forward is told of the auxiliary losses: the weight of every sum, and a sample."""
+        """Arguments of the model's forward for the auxiliary losses: the weight of every sum, and a sample."""
         is_training = self.model.training
         counts = self._horizon_counts if is_training else None
         if counts is None:
-            counts = count_targets(inputs, self.heads.config.horizons)
+            counts = self._counts(inputs)
+        device = self.args.device
         if not is_training:  # stage 1: the objective without gamma, so that evaluations can be compared
-            return {"auxiliary_weights": weights_of_sums(self._weights_without_gamma(), counts)}
-        scored, factor = self._scored_horizons, 1
+            weights = weights_of_sums(self._weights_without_gamma(), counts)
+            return {"auxiliary_weights": weights.to(device, non_blocking=True)}
+        scored = self._scored_horizons
+        factor = 1
         weights = weights_of_sums(self._weights_at(self.state.global_step)[:scored], counts[:scored])
         if self._horizon_counts is not None:
             if num_items_in_batch is None:  # Trainer divides what compute_loss returns by the number of micro-batches
@@ -400,10 +423,10 @@ class CAFTTrainer(SFTTrainer):
         seed = (self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index)
         self._micro_batch += 1
         sample = Sample(self.args.aux_rows, seed) if self.args.aux_rows < 1 else None
-        return {"auxiliary_weights": weights * factor, "auxiliary_sample": sample}
+        return {"auxiliary_weights": (weights * factor).to(device, non_blocking=True), "auxiliary_sample": sample}
 
     def _record(self, scores: dict[str, Any]) -> None:
-        """Add a batch's sums to those since the last log: horizon 1 first where it was computed."""
+        """Add a batch's sums to those since the last log; horizon 1 comes first if it was computed."""
         kept = self._horizon_sums.setdefault("train" if self.model.training else "eval", {})
         for name, first in zip(("nll", "count", "correct"), scores.get("main", (None,) * 3), strict=True):
             value = scores[name]
@@ -416,12 +439,12 @@ class CAFTTrainer(SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        """As SFTTrainer; rows whose answer max_length cuts away, which it drops silently, are counted and named.
+        """As SFTTrainer, but the examples whose answer max_length cuts away are logged (SFTTrainer drops them silently).
 
         With packing SFTTrainer keeps them, without a token to train on.
 
         Raises:
-            CaftuneError: no row keeps a token to train on, or rows lack a part that is to be trained on.
+            CaftuneError: no example keeps a token to train on, or examples lack the part that is trained on.
         """
         if isinstance(dataset, IterableDataset):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
@@ -433,7 +456,7 @@ class CAFTTrainer(SFTTrainer):
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
-        mode = "keep_start" if packing else args.truncation_mode  # SFTTrainer always keeps the start of packed rows
+        mode = "keep_start" if packing else args.truncation_mode  # SFTTrainer always keeps the start when packing
         lost, shortened = find_truncated_rows(
             dataset, length, mode, name=dataset_name, may_be_all=not args.has_heads, kept=packing
         )
@@ -442,12 +465,12 @@ class CAFTTrainer(SFTTrainer):
             gone = set(lost)
             dataset = dataset.select([row for row in range(len(dataset)) if row not in gone])
         is_known = args.truncation_mode in ("keep_start", "keep_end")  # SFTTrainer refuses other values
-        if is_known and not (shortened or packing):  # spares two passes over all rows that would cut none
+        if is_known and not (shortened or packing):  # avoids two passes over the data that would cut nothing
             whole.shuffle_dataset, args = args.shuffle_dataset, whole
         return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As SFTTrainer; heads that are trained are saved beside the model (stage 1: in its place)."""
+        """As SFTTrainer; trained heads are saved next to the model (stage 1: in its place)."""
         folder = Path(str(output_dir or self.args.output_dir))
         if not self.args.pretrain_heads:
             super().save_model(str(folder), _internal_call)
@@ -488,3 +511,27 @@ class CAFTTrainer(SFTTrainer):
         missing = [key for key in load_result.missing_keys if not key.startswith(f"{ATTRIBUTE}.")]
         left = SimpleNamespace(missing_keys=missing, unexpected_keys=load_result.unexpected_keys)
         super()._issue_warnings_after_load(left)
+
+
+class ResetLogSums(TrainerCallback):
+    """Resets the trainer's log sums when a training begins, and after a prediction, which logs nothing."""
+
+    def __init__(self, trainer: CAFTTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
+        """Reset them."""
+        self._trainer.reset_log_sums()
+
+    on_predict = on_train_begin
+
+
+def with_targets(batch: dict[str, Any], horizons: Sequence[int]) -> dict[str, Any]:
+    """The batch with `auxiliary_targets`, an argument of the model's forward; computed from its labels if missing."""
+    if "auxiliary_targets" not in batch and "labels" in batch:
+        batch["auxiliary_targets"] = HorizonTargets.of(batch, [1, *horizons])  # 1: for soft targets
+    return batch
+
+
+def _collate_with_targets(collate: Callable[..., Any], horizons: Sequence[int], examples: Any) -> Any:
+    return with_targets(collate(examples), horizons)

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForConditio
 
 from caftune.checkpoints.export import clear_export, copy_adapter, export_model
 from caftune.checkpoints.fingerprint import base_fingerprint
+from caftune.core.attach import ATTRIBUTE, attach_heads
 from caftune.core.backbone import Backbone
-from caftune.core.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
+from caftune.core.heads import AuxiliaryHeads, HeadsConfig
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
 

@@ -10,8 +10,9 @@ import transformers
 from models import VOCABULARY, build
 from safetensors.torch import load_file
 
+from caftune.core.attach import ATTRIBUTE, attach_heads, detach_heads
 from caftune.core.backbone import Backbone
-from caftune.core.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads, detach_heads
+from caftune.core.heads import AuxiliaryHeads, HeadsConfig
 
 IDS = torch.randint(3, VOCABULARY, (2, 10), generator=torch.Generator().manual_seed(5))
 FAMILIES = ["llama", "gpt2"]

@@ -9,8 +9,9 @@ from models import VOCABULARY, WIDTH, build
 from torch import nn
 from transformers import Qwen3_5ForConditionalGeneration, RwkvConfig, RwkvForCausalLM
 
+from caftune.core.attach import attach_heads
 from caftune.core.backbone import Backbone, UnsupportedModelError
-from caftune.core.heads import AuxiliaryHeads, HeadsConfig, attach_heads
+from caftune.core.heads import AuxiliaryHeads, HeadsConfig
 
 IDS = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(3))
 
@@ -106,7 +107,7 @@ def test_a_model_that_sees_later_tokens_is_refused():
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
     with pytest.raises(
-        UnsupportedModelError, match="The outputs of LlamaForCausalLM move when a later token is changed"
+        UnsupportedModelError, match="LlamaForCausalLM is not causal: changing a later token changes earlier logits"
     ):
         Backbone.of(model)
 

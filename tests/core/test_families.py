@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 ROOT = Path(__file__).parents[2]
 _REPEAT = "does more between its last layer and its logits than caftune can repeat"
 _FORESIGHT = (
-    "move when a later token is changed, so what its heads are to predict would be before their eyes. Use a causal"
+    "is not causal: changing a later token changes earlier logits, so heads could see their targets. Use a causal"
 )
 
 # Families that carry no heads, and those that carry MLP heads only, with what the user reads.

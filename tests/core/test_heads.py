@@ -4,8 +4,9 @@ import pytest
 import torch
 from models import VOCABULARY, build
 
+from caftune.core.attach import ATTRIBUTE, attach_heads
 from caftune.core.backbone import Backbone, UnsupportedModelError
-from caftune.core.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
+from caftune.core.heads import AuxiliaryHeads, HeadsConfig
 
 IDS = torch.randint(3, VOCABULARY, (2, 10), generator=torch.Generator().manual_seed(5))
 KINDS = ["decoder", "mlp"]

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VOCABULARY, build
 
+from caftune.core.attach import ATTRIBUTE, attach_heads
 from caftune.core.backbone import Backbone
-from caftune.core.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
+from caftune.core.heads import AuxiliaryHeads, HeadsConfig
 from caftune.core.objective import IGNORED, SCHEDULES, AuxiliaryWeights, auxiliary_loss, horizon_targets
 
 _ = IGNORED

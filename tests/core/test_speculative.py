@@ -264,8 +264,8 @@ def test_the_model_is_as_it_was_afterwards(llama):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"num_beams": 3}, r"must be greedy or plain sampling.*\(beams, say\)\. Use model\.generate"),
-        ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidanceLogitsProcessor cannot be asked about drafts"),
+        ({"num_beams": 3}, r"must be greedy or plain sampling.*\(such as beam search\)\. Use model\.generate"),
+        ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidanceLogitsProcessor keeps state, which calls for drafts"),
         ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight must be None for speculative decoding"),
     ],
 )

@@ -18,7 +18,7 @@ from caftune import CAFTTrainer
 from caftune.checkpoints.export import export_model
 from caftune.checkpoints.heads_folder import read_heads
 from caftune.cli import app
-from caftune.core.finite import LossWatch, not_finite
+from caftune.core.finite import not_finite
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
 from caftune.generation.backends import Sampling
@@ -26,7 +26,7 @@ from caftune.generation.batches import answer_in_batches
 from caftune.pipeline import stages as pipeline
 from caftune.pipeline.recipe import save_recipe
 from caftune.pipeline.stage_config import load_model
-from caftune.training.divergence import DivergedError, StopOnDivergence
+from caftune.training.divergence import DivergedError, LossWatch, StopOnDivergence
 
 values = values_of_runs  # a fixture of its own here: files in another folder
 

@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from caftune import AuxiliaryHeads, Backbone, CAFTTrainer, HeadsConfig, save_heads
 from caftune.core.backbone import UnsupportedModelError
 from caftune.demo.run import BASE
-from caftune.training.packing import _movement
+from caftune.training.checks import _movement
 
 KEEPS_APART = ["llama", "qwen3", "gpt2", "mixtral"]
 LEAKS = ["bloom", "mpt", "mamba"]
@@ -126,7 +126,7 @@ def test_a_model_that_sees_later_tokens_is_refused_with_flash_attention_too(with
     model = with_flash("llama", mask=lambda *_args, **_kwargs: None)
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
-    with pytest.raises(UnsupportedModelError, match="move when a later token is changed"):
+    with pytest.raises(UnsupportedModelError, match="changing a later token changes earlier logits"):
         Backbone.of(model)
 
 

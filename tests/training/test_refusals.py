@@ -274,7 +274,7 @@ def test_training_the_last_layer_alone_is_refused_with_decoder_heads(last, tmp_p
     model = AutoModelForCausalLM.from_pretrained(BASE)
     assert len(model.model.layers) == 4
     heads = heads_of(model, tmp_path / "heads")
-    with pytest.raises(ValueError, match="Not the last layer alone must be trained: decoder heads stand beside it"):
+    with pytest.raises(ValueError, match="Only the last layer is trainable, but decoder heads branch off before it"):
         trainer(tmp_path, heads=heads, peft_config=LoraConfig(**{"target_modules": ["q_proj"], **last}))
     trainer(tmp_path, heads=heads, peft_config=LoraConfig(target_modules=["q_proj"], layers_to_transform=[2, 3]))
     trainer(tmp_path, heads=heads, train_heads=True, peft_config=LoraConfig(**{"target_modules": ["q_proj"], **last}))

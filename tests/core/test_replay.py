@@ -6,8 +6,7 @@ from models import VOCABULARY, build
 from torch import nn
 
 from caftune.core.backbone import Backbone
-from caftune.core.calls import LayerCall
-from caftune.core.replay import Mixer, at_rows, choose_mixer, run_at
+from caftune.core.replay import LayerCall, Mixer, at_positions, choose_mixer, run_at
 
 IDS = torch.randint(3, VOCABULARY, (2, 10), generator=torch.Generator().manual_seed(5))
 ROWS = torch.tensor([1, 2, 5, 9, 10, 13, 17])
@@ -59,7 +58,7 @@ def test_a_layer_at_some_rows_equals_the_whole_layer_there(family, attention, la
     call = call_of(model, backbone, inputs)
     entering = call.input.detach().requires_grad_()
     call = call.with_input(entering)
-    expected = at_rows(call.replay(backbone.layer), ROWS)
+    expected = at_positions(call.replay(backbone.layer), ROWS)
     found = run_at(backbone.layer, backbone.mixer, call, ROWS)
     tolerance = 1e-4 if is_single else 1e-9
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.detach().abs().max()))
@@ -140,4 +139,4 @@ def test_a_mixer_whose_last_part_is_not_called_in_training_is_cut_behind_it():
     found = choose_mixer(layer.eval(), call, torch.allclose)
     assert found == Mixer("mixer", "norm", "mixer.out_proj")
     for mode in (layer.eval(), layer.train()):
-        torch.testing.assert_close(run_at(mode, found, call, rows), at_rows(call.replay(mode), rows))
+        torch.testing.assert_close(run_at(mode, found, call, rows), at_positions(call.replay(mode), rows))

@@ -13,11 +13,11 @@ from torch._subclasses import FakeTensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.flop_counter import FlopCounterMode
 
+from caftune.core.attach import ATTRIBUTE, attach_heads
 from caftune.core.backbone import Backbone
-from caftune.core.heads import ATTRIBUTE, AuxiliaryHeads, HeadsConfig, attach_heads
-from caftune.core.objective import IGNORED, horizon_targets
+from caftune.core.heads import AuxiliaryHeads, HeadsConfig
+from caftune.core.objective import IGNORED, Sample, horizon_targets
 from caftune.core.sequential_heads import weighted_sum
-from caftune.core.targets import Sample
 from caftune.training.trained_heads import make_trainable, merged_state
 
 IDS = torch.randint(3, VOCABULARY, (2, 10), generator=torch.Generator().manual_seed(5))
@@ -341,18 +341,17 @@ def test_the_counts_of_a_sample_are_those_of_all_targets():
 
 
 def test_a_draw_is_the_same_for_the_same_seed_and_another_for_every_other_and_leaves_the_random_state_alone():
-    rows = torch.arange(40)
     state = torch.get_rng_state()
-    drawn = {seed: Sample(0.25, seed).of(rows, 2)[0].tolist() for seed in [(1, 0, 0), (1, 1, 0), (1, 0, 1), (2, 0, 0)]}
+    drawn = {seed: Sample(0.25, seed).of(40, 2)[0].tolist() for seed in [(1, 0, 0), (1, 1, 0), (1, 0, 1), (2, 0, 0)]}
     assert torch.equal(torch.get_rng_state(), state)
     assert len({tuple(value) for value in drawn.values()}) == 4
-    assert Sample(0.25, (1, 0, 0)).of(rows, 2)[0].tolist() == drawn[1, 0, 0]
-    assert Sample(0.25, (1, 0, 0)).of(rows, 3)[0].tolist() != drawn[1, 0, 0]
+    assert Sample(0.25, (1, 0, 0)).of(40, 2)[0].tolist() == drawn[1, 0, 0]
+    assert Sample(0.25, (1, 0, 0)).of(40, 3)[0].tolist() != drawn[1, 0, 0]
 
 
 @pytest.mark.parametrize(("rows", "share", "drawn"), [(40, 0.25, 10), (41, 0.25, 11), (1, 0.25, 1), (0, 0.25, 0)])
 def test_a_share_is_rounded_up_and_the_factor_makes_up_for_it(rows, share, drawn):
-    found, factor = Sample(share, (0,)).of(torch.arange(rows), 2)
+    found, factor = Sample(share, (0,)).of(rows, 2)
     assert len(found) == len(set(found.tolist())) == drawn
     assert factor * drawn == pytest.approx(rows)
 

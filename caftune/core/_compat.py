@@ -1,0 +1,47 @@
+"""Work-arounds for other libraries: each names the library, the reason, and what ends it."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from caftune.core.objective import IGNORED, horizon_targets
+from caftune.core.replay import at_positions
+
+
+@contextmanager
+def at_labelled_positions(trunk: nn.Module, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Within the block, TRL's fused head gets the positions with a next token to be trained on, and no others.
+
+    TRL 1.16: without Triton the fused head computes the logits of all positions and then drops those it does not need.
+    Ends when it selects positions on every device, as its Triton kernel does.
+    """
+    if not arguments.get("fused_lm_head") or arguments.get("shift_labels") is not None:
+        yield arguments
+        return
+    targets = horizon_targets(arguments["labels"], 1).flatten()
+    positions = (targets != IGNORED).nonzero()[:, 0]
+
+    def cut(_trunk: nn.Module, _args: Any, output: Any) -> Any:
+        hidden = output.last_hidden_state
+        output = copy.copy(output)  # heads that branch off after the whole trunk read the one it returned
+        output.last_hidden_state = at_positions(hidden, positions.to(hidden.device))
+        return output
+
+    handle = trunk.register_forward_hook(cut)
+    try:
+        yield {**arguments, "labels": None, "shift_labels": targets[positions][None]}
+    finally:
+        handle.remove()
+
+
+def has_sparse_attention(cache: DynamicCache) -> bool:
+    """Whether the model's attention picks its tokens with an indexer.
+
+    transformers 5.23: the indexer picks other tokens when several are read at once, so a draft cannot be checked.
+    Ends when reading tokens one by one and several at once give the same logits.
+    """
+    return any(hasattr(layer, "indexer_keys") for layer in cache.layers)
