@@ -47,7 +47,8 @@ from caftune.evals.statistics import load_scipy
 from caftune.pipeline import stages as pipeline
 from caftune.pipeline.evaluate import evaluate, in_words, read_tasks, with_form
 from caftune.pipeline.folder import is_begun, is_done, open_stage, record, refuse_other_stage, with_commit
-from caftune.pipeline.recipe import Arm, Recipe, save_recipe
+from caftune.pipeline.recipe import save_recipe
+from caftune.pipeline.schema import Arm, Recipe
 from caftune.pipeline.stage_config import (
     free_memory,
     load_model,

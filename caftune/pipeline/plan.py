@@ -196,7 +196,7 @@ def _setup(recipe: Recipe, stage: Literal["heads", "train"], args: CAFTConfig, r
         head_kind=described["kind"] if described else recipe.heads.kind,
         trains_heads=recipe.heads.train,
         heads_lora_rank=recipe.heads.lora_rank,
-        rows=args.aux_rows if stage == "heads" else recipe.loss.rows,
+        rows=args.aux_target_share if stage == "heads" else recipe.loss.target_share,
         leaves_out_heads=stage == "train" and recipe.loss.min_weight > 0,
         batch_size=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,

@@ -16,7 +16,8 @@ from caftune.core.finite import refuse_not_finite
 from caftune.errors import CaftuneError
 from caftune.generation.backends import Backend, Sampling, end_tokens, transformers_backend, vllm_backend
 from caftune.generation.server import Server, server_backend
-from caftune.pipeline.recipe import AnswersSection, Recipe, trainer_config
+from caftune.pipeline.recipe import trainer_config
+from caftune.pipeline.schema import AnswersSection, Recipe
 from caftune.training.config import CAFTConfig
 
 _DEFAULT_LENGTH = 1024
@@ -35,11 +36,6 @@ def stage_one_config(recipe: Recipe, folder: Path) -> CAFTConfig:
         "pretrain",
         output_dir=str(folder),
         pretrain_heads=True,
-        num_heads=recipe.heads.count,
-        head_kind=recipe.heads.kind,
-        soft_targets=recipe.heads.targets == "model",
-        soft_top_k=recipe.heads.top_k,
-        aux_decay=recipe.loss.decay,
         max_length=_training_length(recipe) if recipe.cuts_stage_one else None,
         **_model_options(recipe, "pretrain"),
     )
@@ -61,15 +57,6 @@ def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
         )
     chosen = {
         "heads": None if heads is None else str(heads),
-        "force_heads": recipe.heads.force,
-        "train_heads": recipe.heads.train,
-        "heads_lora_rank": recipe.heads.lora_rank,
-        "heads_learning_rate": recipe.heads.learning_rate,
-        "heads_max_grad_norm": recipe.heads.max_grad_norm,
-        "aux_weight": loss.weight,
-        "aux_decay": loss.decay,
-        "aux_schedule": loss.schedule,
-        "aux_rows": loss.rows,
         "aux_min_weight": 0.0 if loss.weight == 0 else loss.min_weight,
         "max_length": _training_length(recipe),
         "output_dir": str(folder),
@@ -132,8 +119,6 @@ def adapt_config(recipe: Recipe, folder: Path, heads: Path) -> CAFTConfig:
         output_dir=str(folder),
         pretrain_heads=True,
         heads=str(heads),
-        force_heads=recipe.heads.force,
-        aux_decay=recipe.loss.decay,
         num_train_epochs=(recipe.adapt or {}).get("num_train_epochs", 1),
         max_length=_training_length(recipe),
         **_model_options(recipe, "adapt"),

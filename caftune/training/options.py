@@ -1,0 +1,165 @@
+"""The options that CAFTConfig adds to TRL's SFTConfig. Each is written here and nowhere else.
+
+An option's annotation says where a recipe sets it, so the recipe's sections `heads` and `loss`, their messages and the way to
+CAFTConfig follow from this list (pipeline/schema.py). Importing this file loads neither torch nor TRL: a recipe is checked
+before they are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+
+from caftune.errors import CaftuneError
+
+Training = Literal["pretrain", "adapt", "trainer"]  # by its section of a recipe, which holds the other options
+HeadKind = Literal["decoder", "mlp"]
+Schedule = Literal["reflected_sine", "sine", "linear", "constant"]
+
+
+@dataclass(frozen=True)
+class InRecipe:
+    """Where a recipe sets an option, and between which bounds.
+
+    Args:
+        place: the key of the recipe, with its section.
+        trainings: the trainings that get the option from there. None: a command sets it.
+        default: the recipe's, where CAFTConfig's is None and depends on the stage.
+        words: how the recipe writes the option's values, where it has words for them.
+    """
+
+    place: str
+    trainings: tuple[Training, ...] = ()
+    default: Any = None
+    words: Mapping[str, Any] = field(default_factory=dict)
+    gt: float | None = None
+    ge: float | None = None
+    le: float | None = None
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        """The bounds that are set, by pydantic's names."""
+        return {name: bound for name in ("gt", "ge", "le") if (bound := getattr(self, name)) is not None}
+
+    def refuse_outside(self, name: str, value: float) -> None:
+        """Raise CaftuneError for a value of the option `name` outside the bounds."""
+        above = self.gt is None or value > self.gt
+        if above and (self.ge is None or value >= self.ge) and (self.le is None or value <= self.le):
+            return
+        low = f"a number >= {self.ge}" if self.gt is None else f"above {self.gt}"
+        raise CaftuneError(f"{name} must be {low if self.le is None else f'in ({self.gt}, {self.le}]'}, got {value}.")
+
+
+_STAGE_ONE: tuple[Training, ...] = ("pretrain",)
+_STAGE_TWO: tuple[Training, ...] = ("trainer",)
+_LATER: tuple[Training, ...] = ("adapt", "trainer")
+_ALL: tuple[Training, ...] = ("pretrain", "adapt", "trainer")
+
+
+@dataclass
+class CAFTOptions:
+    """The fields of CAFTConfig that are not SFTConfig's. `help` is also the description in the recipe's schema."""
+
+    heads: Annotated[str | None, InRecipe("heads.path", _LATER)] = field(
+        default=None,
+        metadata={"help": "Pretrained heads to use instead of new ones: a folder (in a recipe also a hub id)."},
+    )
+    pretrain_heads: Annotated[bool, InRecipe("the command `caftune pretrain-heads`")] = field(
+        default=False, metadata={"help": "Stage 1: train the heads and leave the model as it is."}
+    )
+    num_heads: Annotated[int, InRecipe("heads.count", _STAGE_ONE, gt=0)] = field(
+        default=4, metadata={"help": "Stage 1: number of new heads. Head i, from 0, predicts horizon i + 2."}
+    )
+    head_kind: Annotated[HeadKind, InRecipe("heads.kind", _STAGE_ONE)] = field(
+        default="decoder", metadata={"help": "Stage 1: decoder (a copy of the last layer) or mlp."}
+    )
+    soft_targets: Annotated[bool, InRecipe("heads.targets", _STAGE_ONE, words={"tokens": False, "model": True})] = (
+        field(
+            default=False,
+            metadata={
+                "help": "Stage 1: the targets are the tokens of the text, or the model's own next-token distributions over it. "
+                "Evaluations always use the tokens."
+            },
+        )
+    )
+    soft_top_k: Annotated[int | None, InRecipe("heads.top_k", _STAGE_ONE, gt=0)] = field(
+        default=None,
+        metadata={"help": "With the model's distributions as targets: keep this many most likely tokens. None: all."},
+    )
+    force_heads: Annotated[bool, InRecipe("heads.force", _LATER)] = field(
+        default=False, metadata={"help": "Accept heads of another model with the same architecture and tokenizer."}
+    )
+    train_heads: Annotated[bool, InRecipe("heads.train", _STAGE_TWO)] = field(
+        default=False, metadata={"help": "Stage 2: train the heads together with the model."}
+    )
+    heads_lora_rank: Annotated[int | None, InRecipe("heads.lora_rank", _STAGE_TWO, gt=0)] = field(
+        default=None, metadata={"help": "Trained heads: train a LoRA of this rank instead of all their weights."}
+    )
+    heads_learning_rate: Annotated[float | None, InRecipe("heads.learning_rate", _STAGE_TWO, gt=0)] = field(
+        default=None,
+        metadata={"help": "Trained heads: their learning rate, with the model's scheduler. None: the model's."},
+    )
+    heads_max_grad_norm: Annotated[float | None, InRecipe("heads.max_grad_norm", _STAGE_TWO, gt=0)] = field(
+        default=None,
+        metadata={
+            "help": "Trained heads: the norm their gradients are clipped to (not with DeepSpeed). None: the model's."
+        },
+    )
+    aux_weight: Annotated[float | None, InRecipe("loss.weight", _STAGE_TWO, default=0.01, ge=0)] = field(
+        default=None,
+        metadata={
+            "help": "beta, the weight of the auxiliary losses. 0 is plain fine-tuning: heads, if named, are only evaluated. "
+            "Default: 0.01 in stage 2, 1 in stage 1."
+        },
+    )
+    aux_decay: Annotated[float, InRecipe("loss.decay", _ALL, gt=0, le=1)] = field(
+        default=0.8, metadata={"help": "alpha: the weight of a horizon relative to the one before."}
+    )
+    aux_schedule: Annotated[Schedule | None, InRecipe("loss.schedule", _STAGE_TWO, default="reflected_sine")] = field(
+        default=None,
+        metadata={
+            "help": "gamma, the schedule of the weight: reflected_sine (falls to 0), sine (rises from 0), linear (rises from "
+            "0) or constant. Default: reflected_sine in stage 2, constant in stage 1."
+        },
+    )
+    aux_target_share: Annotated[float, InRecipe("loss.target_share", _STAGE_TWO, gt=0, le=1)] = field(
+        default=1.0,
+        metadata={
+            "help": "Share of each horizon's targets that its loss uses, sampled for each batch. Loss and gradient are the "
+            "same on average."
+        },
+    )
+    aux_min_weight: Annotated[float, InRecipe("loss.min_weight", _STAGE_TWO, ge=0)] = field(
+        default=0.0,
+        metadata={
+            "help": "Frozen heads: skip the loss of a horizon whose weight, beta gamma alpha^(h-1), is below this."
+        },
+    )
+
+    def refuse_out_of_bounds(self) -> None:
+        """Raise CaftuneError for a number outside the bounds of its option."""
+        for option in OPTIONS.values():
+            value = getattr(self, option.name)
+            if option.recipe.bounds and value is not None:
+                option.recipe.refuse_outside(option.name, value)
+
+
+class Option(NamedTuple):
+    """An option of CAFTConfig: its name and type there, and where a recipe sets it."""
+
+    name: str
+    type: Any
+    default: Any
+    text: str
+    recipe: InRecipe
+
+
+def options_of(kind: type) -> dict[str, Option]:
+    """The options that a dataclass has as fields, by name."""
+    hints, found = get_type_hints(kind, include_extras=True), {}
+    for each in fields(kind):
+        annotation, recipe = get_args(hints[each.name])
+        found[each.name] = Option(each.name, annotation, each.default, each.metadata["help"], recipe)
+    return found
+
+
+OPTIONS: dict[str, Option] = options_of(CAFTOptions)
