@@ -6,6 +6,7 @@ the pipeline's alone.
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args
 
@@ -251,6 +252,11 @@ class Recipe(_Section):
     trainer: dict[str, Any] = Field({}, description="Options of CAFTConfig for stage 2.")
     eval: EvalSection = EvalSection()
     compare: CompareSection = CompareSection()
+
+    @property
+    def head_source(self) -> str:
+        """The file or hub id that stage 1 trains on."""
+        return self.heads.text or str(Path(self.output, "labels", "labels.jsonl"))
 
     @property
     def cuts_stage_one(self) -> bool:

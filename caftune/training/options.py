@@ -55,84 +55,71 @@ _LATER: tuple[Training, ...] = ("adapt", "trainer")
 _ALL: tuple[Training, ...] = ("pretrain", "adapt", "trainer")
 
 
+def _option(default: Any, text: str) -> Any:
+    """A field with its description, which is also the help of TRL's command line and of the recipe's schema."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class CAFTOptions:
-    """The fields of CAFTConfig that are not SFTConfig's. `help` is also the description in the recipe's schema."""
+    """The fields of CAFTConfig that are not SFTConfig's."""
 
-    heads: Annotated[str | None, InRecipe("heads.path", _LATER)] = field(
-        default=None,
-        metadata={"help": "Pretrained heads to use instead of new ones: a folder (in a recipe also a hub id)."},
+    heads: Annotated[str | None, InRecipe("heads.path", _LATER)] = _option(
+        None, "Pretrained heads to use instead of new ones: a folder (in a recipe also a hub id)."
     )
-    pretrain_heads: Annotated[bool, InRecipe("the command `caftune pretrain-heads`")] = field(
-        default=False, metadata={"help": "Stage 1: train the heads and leave the model as it is."}
+    pretrain_heads: Annotated[bool, InRecipe("the command `caftune pretrain-heads`")] = _option(
+        False, "Stage 1: train the heads and leave the model as it is."
     )
-    num_heads: Annotated[int, InRecipe("heads.count", _STAGE_ONE, gt=0)] = field(
-        default=4, metadata={"help": "Stage 1: number of new heads. Head i, from 0, predicts horizon i + 2."}
+    num_heads: Annotated[int, InRecipe("heads.count", _STAGE_ONE, gt=0)] = _option(
+        4, "Stage 1: number of new heads. Head i, from 0, predicts horizon i + 2."
     )
-    head_kind: Annotated[HeadKind, InRecipe("heads.kind", _STAGE_ONE)] = field(
-        default="decoder", metadata={"help": "Stage 1: decoder (a copy of the last layer) or mlp."}
+    head_kind: Annotated[HeadKind, InRecipe("heads.kind", _STAGE_ONE)] = _option(  # noqa: RUF009
+        "decoder", "Stage 1: decoder (a copy of the last layer) or mlp."
     )
     soft_targets: Annotated[bool, InRecipe("heads.targets", _STAGE_ONE, words={"tokens": False, "model": True})] = (
-        field(
-            default=False,
-            metadata={
-                "help": "Stage 1: the targets are the tokens of the text, or the model's own next-token distributions over it. "
-                "Evaluations always use the tokens."
-            },
+        _option(
+            False,
+            "Stage 1: the targets are the tokens of the text, or the model's own next-token distributions over it. Evaluations "
+            "always use the tokens.",
         )
     )
-    soft_top_k: Annotated[int | None, InRecipe("heads.top_k", _STAGE_ONE, gt=0)] = field(
-        default=None,
-        metadata={"help": "With the model's distributions as targets: keep this many most likely tokens. None: all."},
+    soft_top_k: Annotated[int | None, InRecipe("heads.top_k", _STAGE_ONE, gt=0)] = _option(
+        None, "With the model's distributions as targets: keep this many most likely tokens. None: all."
     )
-    force_heads: Annotated[bool, InRecipe("heads.force", _LATER)] = field(
-        default=False, metadata={"help": "Accept heads of another model with the same architecture and tokenizer."}
+    force_heads: Annotated[bool, InRecipe("heads.force", _LATER)] = _option(
+        False, "Accept heads of another model with the same architecture and tokenizer."
     )
-    train_heads: Annotated[bool, InRecipe("heads.train", _STAGE_TWO)] = field(
-        default=False, metadata={"help": "Stage 2: train the heads together with the model."}
+    train_heads: Annotated[bool, InRecipe("heads.train", _STAGE_TWO)] = _option(
+        False, "Stage 2: train the heads together with the model."
     )
-    heads_lora_rank: Annotated[int | None, InRecipe("heads.lora_rank", _STAGE_TWO, gt=0)] = field(
-        default=None, metadata={"help": "Trained heads: train a LoRA of this rank instead of all their weights."}
+    heads_lora_rank: Annotated[int | None, InRecipe("heads.lora_rank", _STAGE_TWO, gt=0)] = _option(
+        None, "Trained heads: train a LoRA of this rank instead of all their weights."
     )
-    heads_learning_rate: Annotated[float | None, InRecipe("heads.learning_rate", _STAGE_TWO, gt=0)] = field(
-        default=None,
-        metadata={"help": "Trained heads: their learning rate, with the model's scheduler. None: the model's."},
+    heads_learning_rate: Annotated[float | None, InRecipe("heads.learning_rate", _STAGE_TWO, gt=0)] = _option(
+        None, "Trained heads: their learning rate, with the model's scheduler. None: the model's."
     )
-    heads_max_grad_norm: Annotated[float | None, InRecipe("heads.max_grad_norm", _STAGE_TWO, gt=0)] = field(
-        default=None,
-        metadata={
-            "help": "Trained heads: the norm their gradients are clipped to (not with DeepSpeed). None: the model's."
-        },
+    heads_max_grad_norm: Annotated[float | None, InRecipe("heads.max_grad_norm", _STAGE_TWO, gt=0)] = _option(
+        None, "Trained heads: the norm their gradients are clipped to (not with DeepSpeed). None: the model's."
     )
-    aux_weight: Annotated[float | None, InRecipe("loss.weight", _STAGE_TWO, default=0.01, ge=0)] = field(
-        default=None,
-        metadata={
-            "help": "beta, the weight of the auxiliary losses. 0 is plain fine-tuning: heads, if named, are only evaluated. "
-            "Default: 0.01 in stage 2, 1 in stage 1."
-        },
+    aux_weight: Annotated[float | None, InRecipe("loss.weight", _STAGE_TWO, default=0.01, ge=0)] = _option(
+        None,
+        "beta, the weight of the auxiliary losses. 0 is plain fine-tuning: heads, if named, are only evaluated. "
+        "Default: 0.01 in stage 2, 1 in stage 1.",
     )
-    aux_decay: Annotated[float, InRecipe("loss.decay", _ALL, gt=0, le=1)] = field(
-        default=0.8, metadata={"help": "alpha: the weight of a horizon relative to the one before."}
+    aux_decay: Annotated[float, InRecipe("loss.decay", _ALL, gt=0, le=1)] = _option(
+        0.8, "alpha: the weight of a horizon relative to the one before."
     )
-    aux_schedule: Annotated[Schedule | None, InRecipe("loss.schedule", _STAGE_TWO, default="reflected_sine")] = field(
-        default=None,
-        metadata={
-            "help": "gamma, the schedule of the weight: reflected_sine (falls to 0), sine (rises from 0), linear (rises from "
-            "0) or constant. Default: reflected_sine in stage 2, constant in stage 1."
-        },
+    aux_schedule: Annotated[Schedule | None, InRecipe("loss.schedule", _STAGE_TWO, default="reflected_sine")] = _option(  # noqa: RUF009
+        None,
+        "gamma, the schedule of the weight: reflected_sine (falls to 0), sine, linear (both rise from 0) or constant. "
+        "Default: reflected_sine in stage 2, constant in stage 1.",
     )
-    aux_target_share: Annotated[float, InRecipe("loss.target_share", _STAGE_TWO, gt=0, le=1)] = field(
-        default=1.0,
-        metadata={
-            "help": "Share of each horizon's targets that its loss uses, sampled for each batch. Loss and gradient are the "
-            "same on average."
-        },
+    aux_target_share: Annotated[float, InRecipe("loss.target_share", _STAGE_TWO, gt=0, le=1)] = _option(
+        1.0,
+        "Share of each horizon's targets in its loss, sampled for each batch. Loss and gradient are the same on average.",
     )
-    aux_min_weight: Annotated[float, InRecipe("loss.min_weight", _STAGE_TWO, ge=0)] = field(
-        default=0.0,
-        metadata={
-            "help": "Frozen heads: skip the loss of a horizon whose weight, beta gamma alpha^(h-1), is below this."
-        },
+    aux_min_weight: Annotated[float, InRecipe("loss.min_weight", _STAGE_TWO, ge=0)] = _option(
+        0.0, "Frozen heads: skip the loss of a horizon whose weight, beta gamma alpha^(h-1), is below this."
     )
 
     def refuse_out_of_bounds(self) -> None:
