@@ -182,12 +182,9 @@ def _explain(error: ValidationError) -> str:
         section = ".".join(str(part) for part in problem["loc"][:-2]) or "the recipe"
         return f"A key of {section} must be text, got {problem['input']!r}. Put it in quotes, or remove it."
     message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    remedy = " Put it in quotes." if problem["type"] == "string_type" and _is_plain(problem["input"]) else ""
+    is_plain = isinstance(problem["input"], bool | int | float)
+    remedy = " Put it in quotes." if problem["type"] == "string_type" and is_plain else ""
     return f"{place} must be {message}, got {problem['input']!r}.{remedy}"
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float)
 
 
 def _shown(key: Any) -> str:

@@ -27,13 +27,8 @@ def _with_options(section: str) -> Callable[[type[_Class]], type[_Class]]:
     """Give a section its options of CAFTConfig. The class declares only those that our code reads by name (for mypy)."""
 
     def extended(cls: type[_Class]) -> type[_Class]:
-        places = {option.recipe.place: option for option in OPTIONS.values() if option.recipe.trainings}
-        keys = {
-            place.removeprefix(f"{section}."): option
-            for place, option in places.items()
-            if place.startswith(f"{section}.")
-        }
-        made: dict[str, Any] = {key: _key(option) for key, option in keys.items()}
+        places = {option.recipe.section_and_key: option for option in OPTIONS.values()}
+        made: dict[str, Any] = {key: _key(option) for (place, key), option in places.items() if place == section}
         return create_model(cls.__name__, __base__=cls, __doc__=cls.__doc__, __module__=cls.__module__, **made)
 
     return extended
@@ -41,13 +36,14 @@ def _with_options(section: str) -> Callable[[type[_Class]], type[_Class]]:
 
 def _key(option: Option) -> tuple[Any, Any]:
     """Type and field of an option's key in a recipe."""
-    kind, default, recipe = option.type, option.default, option.recipe
-    if recipe.words:
-        kind = Literal[tuple(recipe.words)]
-        default = next(word for word, value in recipe.words.items() if value == default)
-    elif recipe.default is not None:  # null has no meaning then
-        kind, default = next(each for each in get_args(kind) if each is not NoneType), recipe.default
-    return kind, Field(default, description=option.text, **recipe.bounds)
+    kind, default = option.type, option.default
+    if option.recipe.words:
+        kind = Literal[tuple(option.recipe.words)]
+        default = next(word for word, value in option.recipe.words.items() if value == default)
+    elif option.recipe.default is not None:  # null has no meaning then
+        kind = next(each for each in get_args(kind) if each is not NoneType)
+        default = option.recipe.default
+    return kind, Field(default, description=option.text, **option.recipe.bounds)
 
 
 class LoraSection(_Section):
@@ -59,9 +55,7 @@ class LoraSection(_Section):
     target_modules: str | list[str] = "all-linear"
     modules_to_save: list[str] = Field([], description="Modules trained in full, such as lm_head.")
     dora: bool = Field(False, description="DoRA: train a magnitude next to the low-rank direction.")
-    merge: bool = Field(
-        True, description="Export the base with the adapter merged into it. false: export the adapter alone."
-    )
+    merge: bool = Field(True, description="Export the base with the adapter merged in. false: the adapter alone.")
 
 
 class ModelSection(_Section):
@@ -92,9 +86,7 @@ class AnswersSection(_Section):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: all tokens.")
     backend: Literal["transformers", "vllm", "server"] = "transformers"
-    batching: Literal["auto", "continuous", "static"] = Field(
-        "auto", description="How the transformers backend forms batches."
-    )
+    batching: Literal["auto", "continuous", "static"] = Field("auto", description="Of the transformers backend.")
     batch_size: int = Field(64, gt=0)
     vllm: dict[str, Any] = Field({}, description="Arguments of vllm.LLM, such as tensor_parallel_size.")
     server: ServerSection = ServerSection()
@@ -106,13 +98,8 @@ class LabelsSection(AnswersSection):
     prompts: str | None = Field(None, description="A file or hub id with the prompts to answer.")
     columns: dict[str, str] = {}
     limit: int | None = Field(None, gt=0, description="Number of prompts to answer, from the first. None: all.")
-    chat: bool | None = Field(
-        None,
-        description="Give text prompts as user messages. None: if the tokenizer has a chat template.",
-    )
-    skip_long_prompts: bool = Field(
-        False, description="Skip prompts that leave no room for max_new_tokens in the context."
-    )
+    chat: bool | None = Field(None, description="Text prompts as user messages. None: if there is a chat template.")
+    skip_long_prompts: bool = Field(False, description="Skip prompts that leave no room for max_new_tokens.")
     max_new_tokens: int = Field(256, gt=0)
     temperature: float = Field(0.7, ge=0, description="0 is greedy.")
     system: str | None = Field(None, description="A system message for conversations that have none.")
@@ -167,7 +154,7 @@ class DataSection(_Section):
     separator: str = Field("", description="Text between prompt and completion, where these are text.")
     chat: bool | None = Field(
         None,
-        description="Turn prompts and completions that are text into conversations. None: only alpaca rows, for a chat model.",
+        description="Turn prompts and completions that are text into conversations. None: alpaca rows, for a chat model.",
     )
     max_length: int | Literal["auto"] | None = Field(
         "auto", description="In tokens. auto: the model's context, at most 1024; null: rows are not cut."
@@ -189,21 +176,18 @@ class EvalSection(AnswersSection):
     tasks: list[str] = Field([], description="Names of tasks.")
     data: dict[str, str] = Field({}, description="A task's name: the file or hub id with its rows.")
     columns: dict[str, str] = Field(
-        {},
-        description="The data set's name of a column: the file's name. prompt: replaces the task's own prompt.",
+        {}, description="The data set's name of a column: the file's name. prompt: replaces the task's own prompt."
     )
     limit: int | None = Field(None, gt=0, description="Number of rows to use, from the first. None: all.")
     model: str | None = Field(None, description="`base`, a folder or a hub id. None: the model/ of the run.")
     chat: bool | None = Field(
         None,
-        description="Prompt in a conversation. None: if the tokenizer has a chat template and data.train is not plain text.",
+        description="Prompt in a conversation. None: if there is a chat template and data.train is not plain text.",
     )
     runs: int = Field(1, gt=0, description="Independent runs, with the seeds seed, seed + 1, ...")
     temperature: float = Field(0.0, ge=0, description="0 is greedy.")
     max_new_tokens: int | None = Field(None, gt=0, description="None: what the task needs.")
-    structures: str | None = Field(
-        None, description="Fold `proteins` with this ESMFold (facebook/esmfold_v1, a folder)."
-    )
+    structures: str | None = Field(None, description="ESMFold that folds `proteins` (facebook/esmfold_v1, a folder).")
 
 
 class ConceptsSection(_Section):
@@ -246,8 +230,7 @@ class Recipe(_Section):
     loss: LossSection = LossSection.model_validate({})
     data: DataSection = DataSection()
     adapt: dict[str, Any] | None = Field(
-        None,
-        description="Options of CAFTConfig for an epoch of the heads on data.train before stage 2. None: no such epoch.",
+        None, description="Options of CAFTConfig for an epoch of the heads on data.train before stage 2. None: none."
     )
     trainer: dict[str, Any] = Field({}, description="Options of CAFTConfig for stage 2.")
     eval: EvalSection = EvalSection()
@@ -282,7 +265,7 @@ class Recipe(_Section):
         found = {}
         for name, option in OPTIONS.items():
             if training in option.recipe.trainings:
-                section, key = option.recipe.place.split(".")
+                section, key = option.recipe.section_and_key
                 value = getattr(getattr(self, section), key)
                 found[name] = option.recipe.words.get(value, value)
         return found

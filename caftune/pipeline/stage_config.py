@@ -19,13 +19,9 @@ from caftune.generation.server import Server, server_backend
 from caftune.pipeline.recipe import trainer_config
 from caftune.pipeline.schema import AnswersSection, Recipe
 from caftune.training.config import CAFTConfig
+from caftune.training.prepare import ROW_OPTIONS
 
 _DEFAULT_LENGTH = 1024
-# Options that say which tokens of a row are trained on, and what the model is.
-_ROW_OPTIONS = (
-    *("assistant_only_loss", "completion_only_loss", "chat_template_path", "eos_token", "pad_token", "truncation_mode"),
-    "model_init_kwargs",
-)
 
 
 def stage_one_config(recipe: Recipe, folder: Path) -> CAFTConfig:
@@ -106,7 +102,7 @@ def with_inherited_options(recipe: Recipe) -> Recipe:
         raise CaftuneError(
             "adapt must be in the recipe, got none: stage 2 would not use these heads. Add adapt={learning_rate: 1.0e-4}, say."
         )
-    inherited = {name: recipe.trainer[name] for name in _ROW_OPTIONS if name in recipe.trainer}
+    inherited = {name: recipe.trainer[name] for name in (*ROW_OPTIONS, "model_init_kwargs") if name in recipe.trainer}
     return recipe.model_copy(update={"adapt": {**inherited, **recipe.adapt}})
 
 

@@ -90,9 +90,7 @@ def _finished_labels(recipe: Recipe, *, has_template: bool) -> tuple[Dataset, di
     wanted = recipe.labels.model_dump(include=_MADE_WITH)
     forget_unknown_commit(kept, model)
     forget_unknown_commit(made, wanted)
-    if (
-        made.get("chat") is None
-    ):  # the default: it stands for the form that was used; labels of old versions are plain text
+    if made.get("chat") is None:  # the default stands for the form that was used; labels of old versions are plain text
         if in_conversation is None:
             made["chat"] = False if has_template else wanted["chat"]
         elif wanted["chat"] is not None:
@@ -135,8 +133,8 @@ def task_rows(
     Args:
         limit: the number of rows to read, instead of data.limit.
         is_whole: refuse a data set in which more than a tenth of the rows have no token to train on within max_length.
-        kept: rows prepared before with this tokenizer; those of this call are added, and found again by a later call whose
-            options of rows are the same.
+        kept: rows that were prepared before with this recipe and tokenizer. They are used again where the options of rows
+            are the same; those of this call are added.
     """
     source, kept = getattr(recipe.data, name), {} if kept is None else kept
     if source is None:

@@ -1,10 +1,10 @@
-"""The options that CAFTConfig adds to TRL's SFTConfig. Each is written here and nowhere else.
+"""The options that CAFTConfig adds to TRL's SFTConfig, each written here and nowhere else.
 
-An option's annotation says where a recipe sets it, so the recipe's sections `heads` and `loss`, their messages and the way to
-CAFTConfig follow from this list (pipeline/schema.py). Importing this file loads neither torch nor TRL: a recipe is checked
-before they are.
+The recipe's sections `heads` and `loss` follow from this list, with their messages and descriptions (pipeline/schema.py).
+Importing it loads neither torch nor TRL, so that a recipe is checked before they are.
 """
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
@@ -16,39 +16,32 @@ HeadKind = Literal["decoder", "mlp"]
 Schedule = Literal["reflected_sine", "sine", "linear", "constant"]
 
 
-@dataclass(frozen=True)
-class InRecipe:
-    """Where a recipe sets an option, and between which bounds.
+class InRecipe(NamedTuple):
+    """Where a recipe sets an option, and its bounds.
 
     Args:
         place: the key of the recipe, with its section.
-        trainings: the trainings that get the option from there. None: a command sets it.
+        trainings: the trainings that get the option from there. Empty: a command sets it.
+        bounds: gt, ge, le, as pydantic and `operator` name them.
         default: the recipe's, where CAFTConfig's is None and depends on the stage.
         words: how the recipe writes the option's values, where it has words for them.
     """
 
     place: str
     trainings: tuple[Training, ...] = ()
+    bounds: Mapping[str, Any] = {}
     default: Any = None
-    words: Mapping[str, Any] = field(default_factory=dict)
-    gt: float | None = None
-    ge: float | None = None
-    le: float | None = None
+    words: Mapping[str, Any] = {}
 
     @property
-    def bounds(self) -> dict[str, Any]:
-        """The bounds that are set, by pydantic's names."""
-        return {name: bound for name in ("gt", "ge", "le") if (bound := getattr(self, name)) is not None}
-
-    def refuse_outside(self, name: str, value: float) -> None:
-        """Raise CaftuneError for a value of the option `name` outside the bounds."""
-        above = self.gt is None or value > self.gt
-        if above and (self.ge is None or value >= self.ge) and (self.le is None or value <= self.le):
-            return
-        low = f"a number >= {self.ge}" if self.gt is None else f"above {self.gt}"
-        raise CaftuneError(f"{name} must be {low if self.le is None else f'in ({self.gt}, {self.le}]'}, got {value}.")
+    def section_and_key(self) -> tuple[str, str]:
+        """The place, divided."""
+        section, _, key = self.place.partition(".")
+        return section, key
 
 
+_ABOVE_0, _FROM_0, _SHARE = {"gt": 0}, {"ge": 0}, {"gt": 0, "le": 1}
+_BOUNDS_IN_WORDS = {("gt",): "above {}", ("ge",): "a number >= {}", ("gt", "le"): "in ({}, {}]"}
 _STAGE_ONE: tuple[Training, ...] = ("pretrain",)
 _STAGE_TWO: tuple[Training, ...] = ("trainer",)
 _LATER: tuple[Training, ...] = ("adapt", "trainer")
@@ -70,7 +63,7 @@ class CAFTOptions:
     pretrain_heads: Annotated[bool, InRecipe("the command `caftune pretrain-heads`")] = _option(
         False, "Stage 1: train the heads and leave the model as it is."
     )
-    num_heads: Annotated[int, InRecipe("heads.count", _STAGE_ONE, gt=0)] = _option(
+    num_heads: Annotated[int, InRecipe("heads.count", _STAGE_ONE, _ABOVE_0)] = _option(
         4, "Stage 1: number of new heads. Head i, from 0, predicts horizon i + 2."
     )
     head_kind: Annotated[HeadKind, InRecipe("heads.kind", _STAGE_ONE)] = _option(  # noqa: RUF009
@@ -83,7 +76,7 @@ class CAFTOptions:
             "always use the tokens.",
         )
     )
-    soft_top_k: Annotated[int | None, InRecipe("heads.top_k", _STAGE_ONE, gt=0)] = _option(
+    soft_top_k: Annotated[int | None, InRecipe("heads.top_k", _STAGE_ONE, _ABOVE_0)] = _option(
         None, "With the model's distributions as targets: keep this many most likely tokens. None: all."
     )
     force_heads: Annotated[bool, InRecipe("heads.force", _LATER)] = _option(
@@ -92,21 +85,21 @@ class CAFTOptions:
     train_heads: Annotated[bool, InRecipe("heads.train", _STAGE_TWO)] = _option(
         False, "Stage 2: train the heads together with the model."
     )
-    heads_lora_rank: Annotated[int | None, InRecipe("heads.lora_rank", _STAGE_TWO, gt=0)] = _option(
+    heads_lora_rank: Annotated[int | None, InRecipe("heads.lora_rank", _STAGE_TWO, _ABOVE_0)] = _option(
         None, "Trained heads: train a LoRA of this rank instead of all their weights."
     )
-    heads_learning_rate: Annotated[float | None, InRecipe("heads.learning_rate", _STAGE_TWO, gt=0)] = _option(
+    heads_learning_rate: Annotated[float | None, InRecipe("heads.learning_rate", _STAGE_TWO, _ABOVE_0)] = _option(
         None, "Trained heads: their learning rate, with the model's scheduler. None: the model's."
     )
-    heads_max_grad_norm: Annotated[float | None, InRecipe("heads.max_grad_norm", _STAGE_TWO, gt=0)] = _option(
+    heads_max_grad_norm: Annotated[float | None, InRecipe("heads.max_grad_norm", _STAGE_TWO, _ABOVE_0)] = _option(
         None, "Trained heads: the norm their gradients are clipped to (not with DeepSpeed). None: the model's."
     )
-    aux_weight: Annotated[float | None, InRecipe("loss.weight", _STAGE_TWO, default=0.01, ge=0)] = _option(
+    aux_weight: Annotated[float | None, InRecipe("loss.weight", _STAGE_TWO, _FROM_0, default=0.01)] = _option(
         None,
         "beta, the weight of the auxiliary losses. 0 is plain fine-tuning: heads, if named, are only evaluated. "
         "Default: 0.01 in stage 2, 1 in stage 1.",
     )
-    aux_decay: Annotated[float, InRecipe("loss.decay", _ALL, gt=0, le=1)] = _option(
+    aux_decay: Annotated[float, InRecipe("loss.decay", _ALL, _SHARE)] = _option(
         0.8, "alpha: the weight of a horizon relative to the one before."
     )
     aux_schedule: Annotated[Schedule | None, InRecipe("loss.schedule", _STAGE_TWO, default="reflected_sine")] = _option(  # noqa: RUF009
@@ -114,26 +107,26 @@ class CAFTOptions:
         "gamma, the schedule of the weight: reflected_sine (falls to 0), sine, linear (both rise from 0) or constant. "
         "Default: reflected_sine in stage 2, constant in stage 1.",
     )
-    aux_target_share: Annotated[float, InRecipe("loss.target_share", _STAGE_TWO, gt=0, le=1)] = _option(
+    aux_target_share: Annotated[float, InRecipe("loss.target_share", _STAGE_TWO, _SHARE)] = _option(
         1.0,
         "Share of each horizon's targets in its loss, sampled for each batch. Loss and gradient are the same on average.",
     )
-    aux_min_weight: Annotated[float, InRecipe("loss.min_weight", _STAGE_TWO, ge=0)] = _option(
+    aux_min_weight: Annotated[float, InRecipe("loss.min_weight", _STAGE_TWO, _FROM_0)] = _option(
         0.0, "Frozen heads: skip the loss of a horizon whose weight, beta gamma alpha^(h-1), is below this."
     )
 
     def refuse_out_of_bounds(self) -> None:
         """Raise CaftuneError for a number outside the bounds of its option."""
-        for option in OPTIONS.values():
-            value = getattr(self, option.name)
-            if option.recipe.bounds and value is not None:
-                option.recipe.refuse_outside(option.name, value)
+        for name, option in OPTIONS.items():
+            value, bounds = getattr(self, name), option.recipe.bounds
+            if value is not None and not all(getattr(operator, key)(value, bound) for key, bound in bounds.items()):
+                wanted = _BOUNDS_IN_WORDS[tuple(bounds)].format(*bounds.values())
+                raise CaftuneError(f"{name} must be {wanted}, got {value}.")
 
 
 class Option(NamedTuple):
-    """An option of CAFTConfig: its name and type there, and where a recipe sets it."""
+    """An option of CAFTConfig: its field there, and its place in a recipe."""
 
-    name: str
     type: Any
     default: Any
     text: str
@@ -142,11 +135,9 @@ class Option(NamedTuple):
 
 def options_of(kind: type) -> dict[str, Option]:
     """The options that a dataclass has as fields, by name."""
-    hints, found = get_type_hints(kind, include_extras=True), {}
-    for each in fields(kind):
-        annotation, recipe = get_args(hints[each.name])
-        found[each.name] = Option(each.name, annotation, each.default, each.metadata["help"], recipe)
-    return found
+    hints = {name: get_args(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
+    given = {f.name: (f.default, f.metadata["help"]) for f in fields(kind)}
+    return {name: Option(hints[name][0], *described, hints[name][1]) for name, described in given.items()}
 
 
 OPTIONS: dict[str, Option] = options_of(CAFTOptions)

@@ -36,6 +36,11 @@ from caftune.training.config import CAFTConfig
 
 _logger = logging.getLogger(__name__)
 _RECORDED = 100  # numbers of left-out rows that are recorded
+# Options of SFTConfig that say which tokens a row has, and which of them are trained on.
+ROW_OPTIONS = (
+    *("assistant_only_loss", "completion_only_loss", "truncation_mode"),
+    *("chat_template_path", "eos_token", "pad_token"),
+)
 _TOKENS = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64")), "apart": Value("bool")})
 
 
@@ -71,8 +76,7 @@ def prepare(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, so
     _apply_tokenizer_options(tokenizer, args)
     template = None  # None: the tokenizer's own
     if args.assistant_only_loss:
-        _refuse_no_conversations(dataset, name)
-        template = _marked_template(tokenizer)
+        template = _marked_template(dataset, tokenizer, name)
     template = _fix_dates(tokenizer, template)
     dataset = _with_one_bos(dataset, tokenizer, name)
     rows = _tokenized(dataset, tokenizer, template, args, name, source)
@@ -87,15 +91,8 @@ def prepare(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, so
 
 
 def row_options(args: CAFTConfig, name: str) -> tuple[Any, ...]:
-    """The options that decide on a data set's prepared rows. Trainings in which they are equal can share the rows."""
-    tokens = (
-        args.completion_only_loss,
-        args.assistant_only_loss,
-        args.chat_template_path,
-        args.eos_token,
-        args.pad_token,
-    )
-    return (name, *tokens, *_cut(args, name))
+    """What decides on a data set's prepared rows. Trainings for which it is equal can share them."""
+    return (name, *(getattr(args, option) for option in ROW_OPTIONS), *_cut(args, name))
 
 
 def _cut(args: CAFTConfig, name: str) -> tuple[int | None, str]:
@@ -124,12 +121,12 @@ def _tokenized(
 
 
 def _shorten(rows: Dataset, length: int, mode: str, name: str) -> Dataset:
-    part = slice(length) if mode == "keep_start" else slice(-length, None)
-
-    def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {column: [values[part] for values in batch[column]] for column in ("input_ids", "labels")}
-
-    return _mapped(rows, cut, desc=f"Truncating {name} dataset")
+    part, columns = slice(length) if mode == "keep_start" else slice(-length, None), ("input_ids", "labels")
+    return _mapped(
+        rows,
+        lambda batch: {column: [values[part] for values in batch[column]] for column in columns},
+        desc=f"Truncating {name} dataset",
+    )
 
 
 def _mapped(rows: Dataset, function: Callable[..., dict[str, list[Any]]], **options: Any) -> Dataset:
@@ -258,16 +255,13 @@ def _clone_chat_template(tokenizer: Any, source: Any) -> None:
         number += 1
 
 
-def _refuse_no_conversations(dataset: Dataset, name: str) -> None:
+def _marked_template(dataset: Dataset, tokenizer: Any, name: str) -> str | None:
+    """The template that marks the assistant's turns; None where the tokenizer's does."""
     if not is_chat(dataset):
         raise CaftuneError(
             f"assistant_only_loss must be used with conversations, and the {name} data has the columns "
             f"{', '.join(dataset.column_names)} of text or tokens. Leave it out, or write the rows as messages."
         )
-
-
-def _marked_template(tokenizer: Any) -> str | None:
-    """The template that marks the assistant's turns; None where the tokenizer's does."""
     if not tokenizer.chat_template:
         raise CaftuneError(
             "assistant_only_loss needs conversations and a chat template, and the tokenizer has none. Leave it out, or name a "

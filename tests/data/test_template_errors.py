@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset
 from trainers import config
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTTrainer
 
 from caftune import CAFTTrainer
 from caftune.data.prompts import apply_template, conversations
@@ -104,7 +105,7 @@ def test_an_error_of_something_else_keeps_its_own_name(base, tmp_path, monkeypat
 
     recipe = recipe_in(tmp_path, base, write(tmp_path, {"messages": [ASKED, ANSWERED]}))
     args = stage_two_config(recipe, tmp_path / "run")
-    monkeypatch.setattr(CAFTTrainer, "_prepare_dataset", broken)
+    monkeypatch.setattr(SFTTrainer, "_prepare_dataset", broken)
     with pytest.raises(TypeError, match="not of a template"):
         prepare(Dataset.from_list([{"messages": [ASKED, ANSWERED]}]), load_tokenizer(recipe), args, name="train")
 

@@ -18,8 +18,8 @@ from caftune.pipeline import schema
 from caftune.pipeline.recipe import Recipe, parse_recipe, trainer_config
 from caftune.training.options import OPTIONS, CAFTOptions, HeadKind, InRecipe, Schedule, options_of
 
-IN_RECIPE = [option for option in OPTIONS.values() if option.recipe.trainings]
-NUMBERS = [option for option in IN_RECIPE if option.recipe.bounds]
+IN_RECIPE = {name: option for name, option in OPTIONS.items() if option.recipe.trainings}
+NUMBERS = [name for name, option in IN_RECIPE.items() if option.recipe.bounds]
 
 
 def recipe(**sections):
@@ -43,7 +43,7 @@ def written(option):
 def sections(options, value):
     found = {}
     for option in options:
-        section, key = option.recipe.place.split(".")
+        section, key = option.recipe.section_and_key
         found.setdefault(section, {})[key] = value(option)
     return found
 
@@ -51,20 +51,18 @@ def sections(options, value):
 def test_every_field_of_ours_has_a_place_in_a_recipe():
     ours = {each.name for each in fields(CAFTConfig)} - {each.name for each in fields(SFTConfig)}
     assert set(OPTIONS) == ours
-    for option in OPTIONS.values():
-        with pytest.raises(CaftuneError, match=f"trainer.{option.name} is set by {option.recipe.place} in a recipe"):
-            trainer_config(recipe(trainer={option.name: 1}), "trainer", output_dir="x")
+    for name, option in OPTIONS.items():
+        with pytest.raises(CaftuneError, match=f"trainer.{name} is set by {option.recipe.place} in a recipe"):
+            trainer_config(recipe(trainer={name: 1}), "trainer", output_dir="x")
 
 
 def test_every_option_goes_from_the_recipe_to_caft_config():
-    given = recipe(**sections(IN_RECIPE, written))
+    given = recipe(**sections(IN_RECIPE.values(), written))
     for training in ("pretrain", "adapt", "trainer"):
-        wanted = {option.name: other(option) for option in IN_RECIPE if training in option.recipe.trainings}
+        wanted = {name: other(option) for name, option in IN_RECIPE.items() if training in option.recipe.trainings}
         assert wanted
         assert given.options_for(training) == wanted
-    assert all(
-        given.options_for(t)[option.name] != option.default for option in IN_RECIPE for t in option.recipe.trainings
-    )
+    assert all(other(option) != option.default for option in IN_RECIPE.values())
 
 
 def test_the_defaults_of_a_recipe_are_those_of_caft_config():
@@ -78,25 +76,27 @@ def test_the_defaults_of_a_recipe_are_those_of_caft_config():
             assert name == "heads" or getattr(config, name) == value
 
 
-@pytest.mark.parametrize("option", IN_RECIPE, ids=lambda option: option.name)
-def test_a_wrong_value_is_named_with_its_place(option):
+@pytest.mark.parametrize("name", IN_RECIPE)
+def test_a_wrong_value_is_named_with_its_place(name):
+    option = OPTIONS[name]
     with pytest.raises(CaftuneError, match=f"{option.recipe.place} must be .*, got {{}}"):
         recipe(**sections([option], lambda _: {}))
 
 
-@pytest.mark.parametrize("option", NUMBERS, ids=lambda option: option.name)
-def test_bounds_hold_in_the_recipe_and_in_python(option):
+@pytest.mark.parametrize("name", NUMBERS)
+def test_bounds_hold_in_the_recipe_and_in_python(name):
+    option = OPTIONS[name]
     low = type(other(option))(-1)
     with pytest.raises(CaftuneError, match=f"{option.recipe.place} must be greater than .*, got -1"):
         recipe(**sections([option], lambda _: low))
     with pytest.raises(CaftuneError, match="must be .*, got -1"):
-        CAFTConfig("x", **{"heads": "h", "pretrain_heads": "pretrain" in option.recipe.trainings, option.name: low})
+        CAFTConfig("x", **{"heads": "h", "pretrain_heads": "pretrain" in option.recipe.trainings, name: low})
 
 
 def test_the_help_is_the_description_in_the_schema():
     shown = Recipe.model_json_schema()["$defs"]
-    for option in IN_RECIPE:
-        section, key = option.recipe.place.split(".")
+    for option in IN_RECIPE.values():
+        section, key = option.recipe.section_and_key
         assert shown[f"{section.capitalize()}Section"]["properties"][key]["description"] == option.text
 
 
@@ -109,7 +109,7 @@ def test_what_the_code_reads_of_a_section_has_the_type_it_declares(section):
 def test_a_new_option_needs_its_field_alone(monkeypatch):
     @dataclass
     class More(CAFTOptions):
-        aux_margin: Annotated[float, InRecipe("loss.margin", ("trainer",), ge=0)] = field(
+        aux_margin: Annotated[float, InRecipe("loss.margin", ("trainer",), {"ge": 0})] = field(
             default=0.5, metadata={"help": "A margin."}
         )
 
@@ -129,7 +129,7 @@ def test_the_kinds_and_schedules_are_those_of_the_method():
 
 
 def test_the_options_are_arguments_of_trls_command_line():
-    given = [f"--{option.name}={other(option)}" for option in (OPTIONS["aux_target_share"], OPTIONS["aux_decay"])]
+    given = [f"--{name}={other(OPTIONS[name])}" for name in ("aux_target_share", "aux_decay")]
     parser = HfArgumentParser(CAFTConfig)
     assert "Share of each horizon's targets" in parser.format_help().replace("\n", " ")
     (found,) = parser.parse_args_into_dataclasses(["--output_dir", "x", "--aux_weight", "0", *given])
