@@ -32,7 +32,7 @@ from caftune.data.prompts import conversations
 from caftune.generation.answers import AnswerCache, generate_labels
 from caftune.generation.backends import Sampling, transformers_backend
 from caftune.generation.labels import label_dataset
-from caftune.training.tokenization import prepared
+from caftune.training.prepare import prepare
 
 # Whether the base writes the text, and what the targets are.
 ARMS: dict[str, tuple[bool, dict[str, Any]]] = {
@@ -91,7 +91,7 @@ def train(base: str, arm: str, rows: Any, held_out: Any, seed: int, seconds: flo
     data = (
         answers_of(base, rows, seed, folder / f"{arm}-{seed}.jsonl")
         if is_own
-        else prepared(rows, tokenizer, args, name="train").rows
+        else prepare(rows, tokenizer, args, name="train").rows
     )
     trainer = CAFTTrainer(base, args, train_dataset=data, eval_dataset=held_out, callbacks=[StopAt(end)])
     if seconds > 0:

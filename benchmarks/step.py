@@ -180,8 +180,8 @@ def parsed() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         vars(options).update(QUICK)
-    if "sampled" in options.arms and "aux_rows" not in {field.name for field in fields(CAFTConfig)}:
-        print("The sampled arm is left out: CAFTConfig has no aux_rows.", file=sys.stderr)
+    if "sampled" in options.arms and "aux_target_share" not in {field.name for field in fields(CAFTConfig)}:
+        print("The sampled arm is left out: CAFTConfig has no aux_target_share.", file=sys.stderr)
         options.arms.remove("sampled")
     return options
 

@@ -162,7 +162,7 @@ def _trainer(case: Case, arm: str, folder: Path, steps: int, device: str) -> tup
     if case.tuning == "stage1":
         stage = {"heads": str(folder), "pretrain_heads": True}
     if arm == "sampled":
-        stage["aux_rows"] = 0.25
+        stage["aux_target_share"] = 0.25
     return CAFTTrainer, CAFTConfig(output, **options, **stage), lora
 
 

@@ -47,7 +47,8 @@ from caftune.files import write_lines
 from caftune.pipeline import stages as pipeline
 from caftune.pipeline.evaluate import evaluate, in_words, read_tasks, with_form
 from caftune.pipeline.folder import is_begun, is_done, open_stage, record, refuse_other_stage, with_commit
-from caftune.pipeline.recipe import Arm, Recipe, save_recipe
+from caftune.pipeline.recipe import save_recipe
+from caftune.pipeline.schema import Arm, Recipe
 from caftune.pipeline.stage_config import (
     free_memory,
     load_model,
@@ -56,7 +57,7 @@ from caftune.pipeline.stage_config import (
     stage_two_config,
     stage_two_heads,
 )
-from caftune.pipeline.stage_rows import head_source, task_rows
+from caftune.pipeline.stage_rows import task_rows
 from caftune.training.divergence import DivergedError
 from caftune.training.measured_cost import device_name
 
@@ -163,7 +164,7 @@ def _ensure_heads(recipe: Recipe, *, make: bool) -> None:
     if recipe.heads.path is not None or is_done(recipe, "pretrain"):
         pretrained_heads(recipe)  # refuses what is not there
         if recipe.heads.path is None:
-            refuse_other_stage(recipe, "pretrain", {"labels": head_source(recipe)})
+            refuse_other_stage(recipe, "pretrain", {"labels": recipe.head_source})
         return
     compared = Path(recipe.output, "compare")
     made = [run for run in compared.glob("*/*/compare/recipe.yaml") if run.parts[-4] not in (BASE, *_WITHOUT_HEADS)]
@@ -340,8 +341,8 @@ def _study(run: Recipe, model: str) -> int:
     tokenizer = load_tokenizer(run, model)
     args = stage_two_config(run, Path(run.output, "train"))
     limits = [limit for limit in (section.limit, run.data.limit) if limit is not None]
-    rows: Any = task_rows(run, "eval", tokenizer, args, limit=min(limits, default=None))
-    found = study_concepts(load_model(run, model), tokenizer, rows, section.kind, terms)
+    prepared: Any = task_rows(run, "eval", tokenizer, args, limit=min(limits, default=None))
+    found = study_concepts(load_model(run, model), tokenizer, prepared.rows, section.kind, terms)
     write_lines(Path(run.output, "concepts.jsonl"), found)
     free_memory()
     return len(found)

@@ -133,7 +133,7 @@ def _is_trained_on_text(recipe: Recipe) -> bool:
     if recipe.data.train is None:
         return False
     try:
-        return not is_chat(read_task_rows(recipe, recipe.data.train, limit=1, chat=True))
+        return not is_chat(read_task_rows(recipe.data, recipe.data.train, limit=1, chat=True))
     except CaftuneError as error:
         raise CaftuneError(
             f"eval.chat must be given where data.train cannot be read ({error}). Add it: true for a model that is trained in "

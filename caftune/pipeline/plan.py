@@ -20,7 +20,7 @@ from caftune.core.probes import is_machine_error
 from caftune.errors import CaftuneError
 from caftune.pipeline.recipe import Recipe
 from caftune.pipeline.stage_config import load_config, load_tokenizer, lora_config, stage_one_config, stage_two_config
-from caftune.pipeline.stage_rows import head_rows, head_source, task_rows
+from caftune.pipeline.stage_rows import head_rows, task_rows
 from caftune.training.config import CAFTConfig
 from caftune.training.estimate import Estimate, Setup, estimate
 
@@ -141,15 +141,15 @@ def _rows(recipe: Recipe, stage: str, args: CAFTConfig) -> Rows:
     """Length and labelled share of the rows; assumed where the recipe names none, or the labels are still to be made."""
     longest = args.max_length or _length_of(recipe) or _ASSUMED_LENGTH
     if stage == "heads":
-        if not recipe.heads.text and not Path(head_source(recipe)).is_file():
-            return _assumed(longest, f"{head_source(recipe)} is still to be made")
+        if not recipe.heads.text and not Path(recipe.head_source).is_file():
+            return _assumed(longest, f"{recipe.head_source} is still to be made")
         return measure_rows(head_rows(recipe, args).train, args.max_length, args.per_device_train_batch_size)
     if recipe.data.train is None:
         return _assumed(longest, "data.train names no data")
     tokenizer = load_tokenizer(recipe)
-    rows = task_rows(recipe, "train", tokenizer, args, limit=min(recipe.data.limit or _ROWS_READ, _ROWS_READ))
-    assert rows is not None
-    return measure_rows(rows, args.max_length, args.per_device_train_batch_size)
+    found = task_rows(recipe, "train", tokenizer, args, limit=min(recipe.data.limit or _ROWS_READ, _ROWS_READ))
+    assert found is not None
+    return measure_rows(found.rows, args.max_length, args.per_device_train_batch_size)
 
 
 def _length_of(recipe: Recipe) -> int | None:
@@ -196,7 +196,7 @@ def _setup(recipe: Recipe, stage: Literal["heads", "train"], args: CAFTConfig, r
         head_kind=described["kind"] if described else recipe.heads.kind,
         trains_heads=recipe.heads.train,
         heads_lora_rank=recipe.heads.lora_rank,
-        rows=args.aux_rows if stage == "heads" else recipe.loss.rows,
+        rows=args.aux_target_share if stage == "heads" else recipe.loss.target_share,
         leaves_out_heads=stage == "train" and recipe.loss.min_weight > 0,
         batch_size=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,

@@ -5,7 +5,8 @@ a date.
 """
 
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def _check(node: yaml.Node | None, place: str, above: tuple[yaml.Node, ...] = ()
         )
     if isinstance(node, yaml.MappingNode):
         _check_keys(node, place)
-    for part in _parts(node):
+    parts = () if isinstance(node, yaml.ScalarNode) else node.value
+    for part in chain.from_iterable(parts) if isinstance(node, yaml.MappingNode) else parts:
         _check(part, place, (*above, node))
 
 
@@ -110,10 +112,3 @@ def _check_keys(node: yaml.MappingNode, place: str) -> None:
                 "Remove one, or put what they hold under one key."
             )
         lines[name] = line
-
-
-def _parts(node: yaml.Node) -> Iterator[yaml.Node]:
-    if isinstance(node, yaml.MappingNode):
-        yield from (part for pair in node.value for part in pair)
-    elif isinstance(node, yaml.SequenceNode):
-        yield from node.value

@@ -16,15 +16,12 @@ from caftune.core.finite import refuse_not_finite
 from caftune.errors import CaftuneError
 from caftune.generation.backends import Backend, Sampling, end_tokens, transformers_backend, vllm_backend
 from caftune.generation.server import Server, server_backend
-from caftune.pipeline.recipe import AnswersSection, Recipe, trainer_config
+from caftune.pipeline.recipe import trainer_config
+from caftune.pipeline.schema import AnswersSection, Recipe
 from caftune.training.config import CAFTConfig
+from caftune.training.prepare import ROW_OPTIONS
 
 _DEFAULT_LENGTH = 1024
-# Options that say which tokens of a row are trained on, and what the model is.
-_ROW_OPTIONS = (
-    *("assistant_only_loss", "completion_only_loss", "chat_template_path", "eos_token", "pad_token", "truncation_mode"),
-    "model_init_kwargs",
-)
 
 
 def stage_one_config(recipe: Recipe, folder: Path) -> CAFTConfig:
@@ -35,11 +32,6 @@ def stage_one_config(recipe: Recipe, folder: Path) -> CAFTConfig:
         "pretrain",
         output_dir=str(folder),
         pretrain_heads=True,
-        num_heads=recipe.heads.count,
-        head_kind=recipe.heads.kind,
-        soft_targets=recipe.heads.targets == "model",
-        soft_top_k=recipe.heads.top_k,
-        aux_decay=recipe.loss.decay,
         max_length=_training_length(recipe) if recipe.cuts_stage_one else None,
         **_model_options(recipe, "pretrain"),
     )
@@ -61,15 +53,6 @@ def stage_two_config(recipe: Recipe, folder: Path, **ours: Any) -> CAFTConfig:
         )
     chosen = {
         "heads": None if heads is None else str(heads),
-        "force_heads": recipe.heads.force,
-        "train_heads": recipe.heads.train,
-        "heads_lora_rank": recipe.heads.lora_rank,
-        "heads_learning_rate": recipe.heads.learning_rate,
-        "heads_max_grad_norm": recipe.heads.max_grad_norm,
-        "aux_weight": loss.weight,
-        "aux_decay": loss.decay,
-        "aux_schedule": loss.schedule,
-        "aux_rows": loss.rows,
         "aux_min_weight": 0.0 if loss.weight == 0 else loss.min_weight,
         "max_length": _training_length(recipe),
         "output_dir": str(folder),
@@ -119,7 +102,7 @@ def with_inherited_options(recipe: Recipe) -> Recipe:
         raise CaftuneError(
             "adapt must be in the recipe, got none: stage 2 would not use these heads. Add adapt={learning_rate: 1.0e-4}, say."
         )
-    inherited = {name: recipe.trainer[name] for name in _ROW_OPTIONS if name in recipe.trainer}
+    inherited = {name: recipe.trainer[name] for name in (*ROW_OPTIONS, "model_init_kwargs") if name in recipe.trainer}
     return recipe.model_copy(update={"adapt": {**inherited, **recipe.adapt}})
 
 
@@ -132,8 +115,6 @@ def adapt_config(recipe: Recipe, folder: Path, heads: Path) -> CAFTConfig:
         output_dir=str(folder),
         pretrain_heads=True,
         heads=str(heads),
-        force_heads=recipe.heads.force,
-        aux_decay=recipe.loss.decay,
         num_train_epochs=(recipe.adapt or {}).get("num_train_epochs", 1),
         max_length=_training_length(recipe),
         **_model_options(recipe, "adapt"),

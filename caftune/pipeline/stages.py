@@ -86,10 +86,11 @@ from caftune.pipeline.stage_config import (
     who_answers,
     with_inherited_options,
 )
-from caftune.pipeline.stage_rows import describe_head_source, head_rows, head_source, prepared_task_rows
+from caftune.pipeline.stage_rows import head_rows, task_rows
 from caftune.training.config import CAFTConfig
 from caftune.training.divergence import DivergedError
 from caftune.training.measured_cost import Costs, memory_bytes
+from caftune.training.prepare import Prepared
 from caftune.training.progress import run, show_progress
 from caftune.training.trained_heads import merged_state, training_record
 from caftune.training.trainer import CAFTTrainer
@@ -196,8 +197,8 @@ def pretrain_heads(recipe: Recipe) -> Path:
         )
     recipe = with_commit(recipe)
     args = stage_one_config(recipe, Path(recipe.output, "pretrain"))
-    rows, held_out, dropped = head_rows(recipe, args)
-    folder = open_stage(recipe, "pretrain", {"labels": head_source(recipe)})
+    rows, held_out, dropped, about = head_rows(recipe, args)
+    folder = open_stage(recipe, "pretrain", {"labels": recipe.head_source})
     heads = Path(recipe.output, "heads")
     tokenizer = load_tokenizer(recipe)
     trainer = _trainer(recipe, args, tokenizer, rows, held_out)
@@ -206,7 +207,7 @@ def pretrain_heads(recipe: Recipe) -> Path:
     if is_main_process():
         for file in (QUALITY_FILE, PICTURE_FILE):  # of heads that were here before
             (heads / file).unlink(missing_ok=True)
-    trainer.export(heads, about={"command": _command(), "data": describe_head_source(recipe, rows)})
+    trainer.export(heads, about={"command": _command(), "data": about})
     metrics = evaluated(trainer)
     result = {"stage": "pretrain-heads", "rows": len(rows), "metrics": metrics, **_left_out(dropped)}
     record(recipe, result)
@@ -227,7 +228,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     args = stage_one_config(recipe, Path(recipe.output, "pretrain"))
     held_out = head_rows(recipe, args).held_out
     if recipe.heads.path is None:  # what is held out must be what was
-        refuse_other_stage(recipe, "pretrain", {"labels": head_source(recipe)})
+        refuse_other_stage(recipe, "pretrain", {"labels": recipe.head_source})
     return _measure(recipe, heads, held_out)
 
 
@@ -250,8 +251,11 @@ def _measure(recipe: Recipe, heads: Path, held_out: Dataset) -> dict[str, Any]:
     return quality
 
 
-def adapt_heads(recipe: Recipe) -> Path:
+def adapt_heads(recipe: Recipe, kept: dict[Any, Prepared] | None = None) -> Path:
     """One more training of the heads, on the task's own data, before stage 2. Returns their folder.
+
+    Args:
+        kept: prepared rows, for stage 2 to use again: see `task_rows`.
 
     Raises:
         CaftuneError: under DeepSpeed, which trains one model a process.
@@ -271,7 +275,7 @@ def adapt_heads(recipe: Recipe) -> Path:
             "adapt cannot run under DeepSpeed. Run `caftune adapt-heads` first, without it or with FSDP2."
         )
     tokenizer = load_tokenizer(recipe)  # a separate one, as TRL changes it
-    rows, evaluation, dropped = _task_sets(recipe, tokenizer, args)
+    rows, evaluation, dropped = _task_sets(recipe, tokenizer, args, kept)
     trainer = _trainer(recipe, args, tokenizer, rows, evaluation)
     show_progress(trainer, "adapt")
     run(trainer, checkpoint=last_checkpoint(folder))
@@ -293,16 +297,17 @@ def finetune(recipe: Recipe) -> Path:
         raise CaftuneError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
     args = stage_two_config(recipe, Path(recipe.output, "train"))
     adapter, rounding = lora_config(recipe), quantization(recipe)
+    kept: dict[Any, Prepared] = {}
     sources = {"train": recipe.data.train, "eval": recipe.data.eval}
     files = {**sources, "heads": args.heads and Path(args.heads, "heads.json")}
     if recipe.adapt is not None and recipe.loss.weight > 0:
         if is_begun(recipe, "train") and Path(str(args.heads), "heads.json").is_file():
             refuse_other_stage(recipe, "train", files, may_resume=True)  # before adapt_heads trains these heads further
-        adapt_heads(recipe)
+        adapt_heads(recipe, kept)
         args = stage_two_config(recipe, Path(recipe.output, "train"))  # again: accelerate's state is the last trainer's
     if is_begun(recipe, "train"):
         refuse_other_stage(recipe, "train", files, may_resume=True)  # before the data are prepared
-    train, evaluation, dropped = _task_sets(recipe, tokenizer, args)
+    train, evaluation, dropped = _task_sets(recipe, tokenizer, args, kept)
     folder = open_stage(recipe, "train", files)
     held = memory_bytes()
     trainer = _trainer(recipe, args, tokenizer, train, evaluation, peft_config=adapter, quantization_config=rounding)
@@ -347,9 +352,11 @@ def _trainer(
         )
 
 
-def _task_sets(recipe: Recipe, tokenizer: Any, args: CAFTConfig) -> tuple[Any, Any, dict[str, Any]]:
+def _task_sets(
+    recipe: Recipe, tokenizer: Any, args: CAFTConfig, kept: dict[Any, Prepared] | None
+) -> tuple[Any, Any, dict[str, Any]]:
     """The rows of data.train and data.eval (None where none are named), and what results.jsonl records of the rows left out."""
-    found = {name: prepared_task_rows(recipe, name, tokenizer, args) for name in ("train", "eval")}
+    found = {name: task_rows(recipe, name, tokenizer, args, kept=kept) for name in ("train", "eval")}
     train, evaluation = (part and part.rows for part in found.values())
     return train, evaluation, {name: part.facts for name, part in found.items() if part and part.dropped}
 
@@ -434,7 +441,7 @@ def preview(recipe: Recipe, count: int = 3) -> Iterator[tuple[list[str], list[bo
     """For the first rows of data.train: the tokens, which of them are trained on, and each horizon's target per position."""
     tokenizer = load_tokenizer(recipe)
     args = stage_two_config(recipe, Path(recipe.output, "train"), heads=None, aux_weight=0.0)
-    found = prepared_task_rows(recipe, "train", tokenizer, args, limit=count, is_whole=False)
+    found = task_rows(recipe, "train", tokenizer, args, limit=count, is_whole=False)
     if found is None:
         raise CaftuneError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
     count = len(describe_heads(recipe.heads.path)["horizons"]) if recipe.heads.path else recipe.heads.count

@@ -1,6 +1,6 @@
 """`CAFTConfig`: TRL's `SFTConfig` and what concept-aware fine-tuning adds to it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
@@ -9,60 +9,21 @@ from trl import SFTConfig
 from trl.trainer.utils import get_config_model_id
 
 from caftune.core.heads import HeadsConfig
-from caftune.core.objective import SCHEDULES, AuxiliaryWeights
+from caftune.core.objective import AuxiliaryWeights
 from caftune.errors import CaftuneError
+from caftune.training.options import CAFTOptions
 
 
 @dataclass
-class CAFTConfig(SFTConfig):
-    """`SFTConfig` and what concept-aware fine-tuning adds. See docs/papers.md for the paper's values.
+class CAFTConfig(CAFTOptions, SFTConfig):
+    """`SFTConfig` with the options of concept-aware fine-tuning (options.py; docs/papers.md has the paper's values).
 
-    Args:
-        heads: folder of pretrained heads. Needed in stage 2 unless `aux_weight` is 0; in stage 1, heads to train further.
-            Without `heads` and with `aux_weight=0`, CAFTTrainer is SFTTrainer.
-        pretrain_heads: stage 1: train the heads, leave the model as it is.
-        num_heads: stage 1: number of new heads; head i predicts horizon i + 2.
-        head_kind: stage 1: "decoder" (a copy of the last layer) or "mlp".
-        soft_targets: stage 1: hold horizon h to the model's own next-token distribution h - 1 positions later instead of to
-            the token of the data. Evaluation is by the tokens either way.
-        soft_top_k: with soft_targets: keep the so many likeliest tokens of each distribution. None: all.
-        force_heads: accept heads of a relative: same architecture and tokenizer, other weights (a fine-tuned child).
-        train_heads: stage 2: train the heads along with the model. They are dropped at export either way.
-        heads_lora_rank: with train_heads: train a LoRA of this rank on the heads instead of all their weights.
-        heads_learning_rate: with train_heads: their learning rate, under the same scheduler. None: learning_rate.
-        heads_max_grad_norm: with train_heads: the norm their gradients are clipped to, apart from the model's. None:
-            max_grad_norm. (DeepSpeed clips everything together.)
-        aux_weight: beta. None: 0.01 in stage 2, 1 in stage 1.
-        aux_decay: alpha.
-        aux_schedule: gamma: reflected_sine, sine, linear or constant. None: reflected_sine in stage 2, constant in stage 1.
-        aux_rows: the share of each horizon's targets that its loss is computed on, drawn anew for every batch and horizon and
-            weighted so that loss and gradient are the same on average. 1: all targets.
-        aux_min_weight: stage 2, frozen heads: leave out the horizons whose weight, beta * gamma * alpha^(h-1), is below it;
-            their losses are then not logged. 0: none.
+    Stage 2 needs `heads` unless `aux_weight` is 0; in stage 1, `heads` are trained further. Without `heads` and with
+    `aux_weight=0`, CAFTTrainer is SFTTrainer.
 
     Raises:
-        CaftuneError: a value outside its range.
+        CaftuneError: a value outside its range, or options that exclude each other.
     """
-
-    heads: str | None = field(default=None, metadata={"help": "Folder of pretrained heads."})
-    pretrain_heads: bool = field(default=False, metadata={"help": "Stage 1: train the heads alone."})
-    num_heads: int = field(default=4, metadata={"help": "Stage 1: number of new heads."})
-    head_kind: str = field(default="decoder", metadata={"help": "Stage 1: decoder or mlp."})
-    soft_targets: bool = field(default=False, metadata={"help": "Stage 1: the model's own distributions as targets."})
-    soft_top_k: int | None = field(default=None, metadata={"help": "With soft_targets: its likeliest tokens alone."})
-    force_heads: bool = field(default=False, metadata={"help": "Accept heads of a base of the same kind."})
-    train_heads: bool = field(default=False, metadata={"help": "Stage 2: train the heads along."})
-    heads_lora_rank: int | None = field(default=None, metadata={"help": "Train a LoRA of this rank on the heads."})
-    heads_learning_rate: float | None = field(default=None, metadata={"help": "None: learning_rate."})
-    heads_max_grad_norm: float | None = field(default=None, metadata={"help": "None: max_grad_norm."})
-    aux_weight: float | None = field(default=None, metadata={"help": "beta; None: 0.01, or 1 in stage 1."})
-    aux_decay: float = field(default=0.8, metadata={"help": "alpha."})
-    aux_schedule: str | None = field(
-        default=None,
-        metadata={"help": f"gamma, one of {', '.join(SCHEDULES)}; None: reflected_sine, constant in stage 1."},
-    )
-    aux_rows: float = field(default=1.0, metadata={"help": "Share of the targets in the auxiliary losses."})
-    aux_min_weight: float = field(default=0.0, metadata={"help": "Leave out horizons whose weight is below it."})
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not is_torch_bf16_gpu_available():
@@ -74,35 +35,48 @@ class CAFTConfig(SFTConfig):
             self.aux_schedule = "constant" if self.pretrain_heads else "reflected_sine"
         self.auxiliary_weights  # noqa: B018  (checks the three values)
         HeadsConfig(self.num_heads, self.head_kind)
-        self._check_training_of_heads()
-        self._check_soft_targets()
-        self._check_savings()
-        if self.pretrain_heads and self.aux_weight == 0:
-            raise CaftuneError("aux_weight must be above 0 in stage 1 (pretrain_heads=True), got 0.")
-        if not self.pretrain_heads and self.heads is None and self.aux_weight > 0:
-            raise CaftuneError(
-                "heads must name a folder of pretrained heads, got None. Pretrain some with pretrain_heads=True (or "
-                "`caftune pretrain-heads`), or set aux_weight=0 for plain fine-tuning."
-            )
+        if self.pretrain_heads:
+            self._check_stage_one()
+        else:
+            self._check_stage_two()
+        if self.soft_top_k is not None and not (self.soft_targets and self.soft_top_k >= 1):
+            raise CaftuneError(f"soft_top_k must be at least 1, and needs soft_targets=True, got {self.soft_top_k}.")
+        self._check_trained_heads()
+        self.refuse_out_of_bounds()
         if self.has_heads:
             self._check_packing()
-        if self.label_smoothing_factor > 0 and self.pretrain_heads:
+
+    def _check_stage_one(self) -> None:
+        if self.aux_weight == 0:
+            raise CaftuneError("aux_weight must be above 0 in stage 1 (pretrain_heads=True), got 0.")
+        if self.label_smoothing_factor > 0:
             raise CaftuneError(
                 f"label_smoothing_factor must be 0 in stage 1 (pretrain_heads=True), got {self.label_smoothing_factor}: it "
                 "smooths the model's own loss, which stage 1 does not compute. Set it in stage 2."
             )
 
-    def _check_soft_targets(self) -> None:
-        if self.soft_targets and not self.pretrain_heads:
+    def _check_stage_two(self) -> None:
+        if self.soft_targets:
             raise CaftuneError("soft_targets must be False in stage 2: there the tokens of the task are the targets.")
-        if self.soft_top_k is not None and not (self.soft_targets and self.soft_top_k >= 1):
-            raise CaftuneError(f"soft_top_k must be at least 1, and needs soft_targets=True, got {self.soft_top_k}.")
+        if self.heads is None and self.auxiliary_weights.weight > 0:
+            raise CaftuneError(
+                "heads must name a folder of pretrained heads, got None. Pretrain some with pretrain_heads=True (or "
+                "`caftune pretrain-heads`), or set aux_weight=0 for plain fine-tuning."
+            )
 
-    def _check_savings(self) -> None:
-        if not 0 < self.aux_rows <= 1:
-            raise CaftuneError(f"aux_rows must be in (0, 1], got {self.aux_rows}.")
-        if self.aux_min_weight < 0:
-            raise CaftuneError(f"aux_min_weight must be a number >= 0, got {self.aux_min_weight}.")
+    def _check_trained_heads(self) -> None:
+        """Options that only trained heads have, or only frozen ones."""
+        if self.heads_max_grad_norm is not None and self.max_grad_norm == 0:
+            raise CaftuneError(
+                "heads_max_grad_norm must be None with max_grad_norm=0, which switches all clipping off. Use a large "
+                "max_grad_norm to clip the heads alone."
+            )
+        for name in ("heads_lora_rank", "heads_learning_rate", "heads_max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and (self.pretrain_heads or not self.train_heads):
+                raise CaftuneError(
+                    f"{name} must be None unless stage 2 trains the heads (train_heads=True), got {value}."
+                )
         if self.aux_min_weight > 0 and (self.pretrain_heads or self.train_heads):
             raise CaftuneError(
                 f"aux_min_weight must be 0 where heads are trained (pretrain_heads, train_heads), got {self.aux_min_weight}: "
@@ -120,23 +94,6 @@ class CAFTConfig(SFTConfig):
                 "eval_packing must not be True without packing where there are heads: TRL (1.16) would then not mark where "
                 "documents begin, and heads would be evaluated across them. Set packing=True too, or leave eval_packing out."
             )
-
-    def _check_training_of_heads(self) -> None:
-        if self.heads_max_grad_norm is not None and self.max_grad_norm == 0:
-            raise CaftuneError(
-                "heads_max_grad_norm must be None with max_grad_norm=0, which switches all clipping off. Use a large "
-                "max_grad_norm to clip the heads alone."
-            )
-        for name in ("heads_lora_rank", "heads_learning_rate", "heads_max_grad_norm"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not self.train_heads or self.pretrain_heads:
-                raise CaftuneError(
-                    f"{name} must be None unless stage 2 trains the heads (train_heads=True), got {value}."
-                )
-            if value <= 0:
-                raise CaftuneError(f"{name} must be above 0, got {value}.")
 
     @property
     def has_heads(self) -> bool:
@@ -166,9 +123,8 @@ def as_caft_config(args: TrainingArguments | None, model: Any) -> CAFTConfig:
         )
     if not isinstance(args, SFTConfig):
         args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # to_dict hides the token
-    config = CAFTConfig.__new__(
-        CAFTConfig
-    )  # __init__ would repeat SFTConfig's checks on values that it has already changed
+    # __init__ would repeat SFTConfig's checks on values that it has already changed.
+    config = CAFTConfig.__new__(CAFTConfig)
     config.__dict__ = vars(args)  # shared, so that later changes of `args` count, as with SFTTrainer
     config.aux_weight, config.aux_schedule = 0.0, "constant"
     return config

@@ -422,7 +422,7 @@ class CAFTTrainer(SFTTrainer):
                 factor *= self.accelerator.num_processes
         seed = (self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index)
         self._micro_batch += 1
-        sample = Sample(self.args.aux_rows, seed) if self.args.aux_rows < 1 else None
+        sample = Sample(self.args.aux_target_share, seed) if self.args.aux_target_share < 1 else None
         return {"auxiliary_weights": (weights * factor).to(device, non_blocking=True), "auxiliary_sample": sample}
 
     def _record(self, scores: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from caftune.pipeline import stages as pipeline
 from caftune.pipeline.recipe import Recipe
 from caftune.pipeline.stage_config import load_tokenizer, stage_two_config
 from caftune.pipeline.stage_rows import task_rows
-from caftune.training.tokenization import pair_tokens
+from caftune.training.prepare import pair_tokens
 
 # At the end of the prompt, and at the beginning of the completion.
 BOUNDARIES = {
@@ -111,7 +111,7 @@ def recipe_of(folder, name, rows, *, separator="", task="exact_match"):
 def wrong_after_learning(recipe, folder, tokenizer, monkeypatch):
     """Prompts that a model answers wrongly which has learnt the training rows of the recipe, token for token."""
     monkeypatch.setattr(evaluation, "load_tokenizer", lambda *_: tokenizer)
-    trained = task_rows(recipe, "train", tokenizer, stage_two_config(recipe, folder / "train"))
+    trained = task_rows(recipe, "train", tokenizer, stage_two_config(recipe, folder / "train")).rows
     labelled = [[label for label in row if label != -100] for row in trained["labels"]]
     assert all(ids[-len(answer) :] == answer for ids, answer in zip(trained["input_ids"], labelled, strict=True))
     monkeypatch.setattr(evaluation, "answer_backend", lambda *_, **__: replay(trained["input_ids"]))
@@ -310,7 +310,7 @@ def test_a_row_that_is_tokenized_apart_is_reported_once_with_its_number(tmp_path
     pairs = [("Ask:", " sun"), ("New Yo", "rk"), ("New Yo", "rk")]
     recipe = recipe_of(tmp_path, tmp_path / "base", [{"prompt": p, "completion": c} for p, c in pairs])
     task_rows(recipe, "train", load_tokenizer(recipe), stage_two_config(recipe, tmp_path / "train"))
-    (message,) = [record.getMessage() for record in caplog.records if "apart" in record.getMessage()]
+    (message,) = [record.getMessage() for record in caplog.records if "tokenized separately" in record.getMessage()]
     assert "2 of 3 train rows (the first is row 1, from 0)" in message
 
 
@@ -320,7 +320,7 @@ def test_what_the_trainer_does_with_rows_changes_nothing(options, tmp_path):
     rows = [{"prompt": f"{word}: ", "completion": "sun"} for word in ("Ask", "New Yo", "def")]
     recipe = recipe_of(tmp_path, tmp_path / "base", rows)
     plain, other = (
-        task_rows(each, "train", load_tokenizer(each), stage_two_config(each, tmp_path / "train"))
+        task_rows(each, "train", load_tokenizer(each), stage_two_config(each, tmp_path / "train")).rows
         for each in (recipe, recipe.model_copy(update={"trainer": options}))
     )
     assert plain.to_list() == other.to_list()
@@ -333,7 +333,7 @@ def test_the_template_of_another_model_leaves_the_white_space_where_it_is_genera
     chatty.save_pretrained(tmp_path / "chatty")
     recipe = recipe_of(tmp_path, tmp_path / "base", [{"prompt": "Ask: ", "completion": "sun"}])
     recipe = recipe.model_copy(update={"trainer": {"chat_template_path": str(tmp_path / "chatty")}})
-    rows = task_rows(recipe, "train", load_tokenizer(recipe), stage_two_config(recipe, tmp_path / "train"))
+    rows = task_rows(recipe, "train", load_tokenizer(recipe), stage_two_config(recipe, tmp_path / "train")).rows
     tokenizer = load_tokenizer(recipe)
     assert tokenizer.convert_ids_to_tokens(rows[0]["input_ids"])[:3] == tokenizer.tokenize("Ask: sun")
     assert rows[0]["labels"] == [-100, -100, *rows[0]["input_ids"][2:]]
@@ -352,7 +352,7 @@ def test_rendered_text_is_trained_on_with_one_bos_and_so_is_its_prompt(kind, for
     recipe = recipe_of(tmp_path, tmp_path / "base", pairs)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = load_tokenizer(recipe)
-    for ids in task_rows(recipe, "train", tokenizer, stage_two_config(recipe, tmp_path / "train"))["input_ids"]:
+    for ids in task_rows(recipe, "train", tokenizer, stage_two_config(recipe, tmp_path / "train")).rows["input_ids"]:
         assert ids[0] == tokenizer.bos_token_id
         assert ids.count(tokenizer.bos_token_id) == 1
     (message,) = [record.getMessage() for record in caplog.records if "<s>" in record.getMessage()]

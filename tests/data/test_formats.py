@@ -264,7 +264,7 @@ def test_a_recipe_trains_on_the_same_tokens(name, chat_base, tokenizer, tmp_path
     recipe = recipe_of([row] * 4, chat_base, tmp_path, options)
     assert pipeline.finetune(recipe) == tmp_path / "out" / "model"
     args = stage_options.stage_two_config(recipe, tmp_path / "again")
-    rows = task_rows(recipe, "train", pipeline.load_tokenizer(recipe), args)
+    rows = task_rows(recipe, "train", pipeline.load_tokenizer(recipe), args).rows
     assert decoded(rows[0], tokenizer) == (text, labelled)
     tokens = pipeline.preview(recipe, count=1)
     shown, learnt, _ = next(tokens)

@@ -55,7 +55,7 @@ def recipe_in(folder, **sections):
 
 
 def first_prompt(recipe):
-    return read_task_rows(recipe, recipe.data.train, limit=None, chat=False)[0]["prompt"]
+    return read_task_rows(recipe.data, recipe.data.train, limit=None, chat=False)[0]["prompt"]
 
 
 def test_rows_that_change_between_two_commands_stay_those_of_the_first(hub, tmp_path):

@@ -13,7 +13,7 @@ from caftune.data.prompts import conversations
 from caftune.demo.run import BASE
 from caftune.pipeline import stages as pipeline
 from caftune.pipeline.recipe import Recipe
-from caftune.training.tokenization import prepared
+from caftune.training.prepare import prepare
 
 # How templates begin an answer in a conversation ({}) and where one is to be written.
 _TURNS = (
@@ -45,7 +45,7 @@ def warned(caplog, template, rows=ROWS, form="messages", **more):
     made = [{"messages": row} if form == "messages" else {"prompt": row[:-1], "completion": row[-1:]} for row in rows]
     with caplog.at_level(logging.WARNING, "caftune.data.template_errors"):
         args = config("unused", aux_weight=0.0, max_steps=1, max_length=64)
-        prepared(Dataset.from_list([row | more for row in made]), tokenizer, args, name="train", source="rows.jsonl")
+        prepare(Dataset.from_list([row | more for row in made]), tokenizer, args, name="train", source="rows.jsonl")
     return [record.message for record in caplog.records if record.name == "caftune.data.template_errors"]
 
 
@@ -109,7 +109,7 @@ def test_templates_that_write_the_date_are_trained_on_with_the_date_of_prompts(f
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.chat_template = {"default": template, "tool_use": template} if is_named else template
     rows = Dataset.from_list([{"messages": row} for row in ROWS])
-    trained = prepared(rows, tokenizer, config("unused", aux_weight=0.0, max_steps=1), name="train").rows["input_ids"]
+    trained = prepare(rows, tokenizer, config("unused", aux_weight=0.0, max_steps=1), name="train").rows["input_ids"]
     prompts = [talk.prompt(0, [], tokenizer).ids for talk in conversations(rows, tokenizer)]
     assert [ids[: len(prompt)] for ids, prompt in zip(trained, prompts, strict=True)] == prompts
     assert tokenizer.decode(prompts[0]).startswith(date(2024, 7, 26).strftime(format_).replace(" ", "")[:2])

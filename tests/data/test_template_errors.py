@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset
 from trainers import config
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTTrainer
 
 from caftune import CAFTTrainer
 from caftune.data.prompts import apply_template, conversations
@@ -15,7 +16,7 @@ from caftune.pipeline import stages as pipeline
 from caftune.pipeline.generate import Writer
 from caftune.pipeline.recipe import Recipe
 from caftune.pipeline.stage_config import load_tokenizer, stage_two_config
-from caftune.training.tokenization import prepared
+from caftune.training.prepare import prepare
 
 MARK = "\ufeff"
 STRICT = (
@@ -104,9 +105,9 @@ def test_an_error_of_something_else_keeps_its_own_name(base, tmp_path, monkeypat
 
     recipe = recipe_in(tmp_path, base, write(tmp_path, {"messages": [ASKED, ANSWERED]}))
     args = stage_two_config(recipe, tmp_path / "run")
-    monkeypatch.setattr(CAFTTrainer, "_prepare_dataset", broken)
+    monkeypatch.setattr(SFTTrainer, "_prepare_dataset", broken)
     with pytest.raises(TypeError, match="not of a template"):
-        prepared(Dataset.from_list([{"messages": [ASKED, ANSWERED]}]), load_tokenizer(recipe), args, name="train")
+        prepare(Dataset.from_list([{"messages": [ASKED, ANSWERED]}]), load_tokenizer(recipe), args, name="train")
 
 
 @pytest.mark.parametrize("suffix", [".jinja", ".j2"])
@@ -121,7 +122,7 @@ def test_a_byte_order_mark_of_a_template_file_is_not_trained_on(suffix, base, tm
     assert args.chat_template_path == str(path)
     found = tokenizer.decode(trainer.train_dataset[0]["input_ids"])
     assert found.replace("</s>", "") == "<user>C<assistant>CC"
-    again = prepared(rows, AutoTokenizer.from_pretrained(BASE), args, name="train").rows
+    again = prepare(rows, AutoTokenizer.from_pretrained(BASE), args, name="train").rows
     assert again[0]["input_ids"] == trainer.train_dataset[0]["input_ids"]
 
 
@@ -131,7 +132,7 @@ def test_a_byte_order_mark_of_the_tokenizers_own_template_is_not_written(tmp_pat
     assert apply_template([ASKED], {}, tokenizer, tokenize=False) == "<user>C"
     args = config(tmp_path / "run", aux_weight=0.0, max_steps=1, max_length=64)
     rows = Dataset.from_list([{"messages": [ASKED, ANSWERED]}])
-    again = prepared(rows, tokenizer, args, name="train").rows
+    again = prepare(rows, tokenizer, args, name="train").rows
     trainer = CAFTTrainer(str(BASE), args, train_dataset=rows, processing_class=tokenizer)
     for found in (again, trainer.train_dataset):
         assert tokenizer.decode(found[0]["input_ids"]).replace("</s>", "") == "<user>C<assistant>CC"

@@ -14,7 +14,7 @@ from caftune.pipeline import stages as pipeline
 from caftune.pipeline.generate import Writer
 from caftune.pipeline.recipe import Recipe
 from caftune.pipeline.stage_config import stage_one_config
-from caftune.pipeline.stage_rows import describe_head_source, head_rows
+from caftune.pipeline.stage_rows import head_rows
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
@@ -130,8 +130,7 @@ def test_heads_are_pretrained_on_labels_in_the_recipes_form(given, made, wanted,
     recipe = given.recipe.model_copy(update={"labels": given.recipe.labels.model_copy(update={"chat": wanted})})
     args = stage_one_config(recipe, tmp_path / "pretrain")
     if is_same:
-        rows = head_rows(recipe, args).train
-        assert describe_head_source(recipe, rows)["in_conversation"] is (made is not False)
+        assert head_rows(recipe, args).about["in_conversation"] is (made is not False)
     else:
         with pytest.raises(CaftuneError, match=r"was made with another recipe \(labels.chat"):
             head_rows(recipe, args)

@@ -348,7 +348,7 @@ def test_an_error_of_a_library_keeps_its_traceback_on_the_command_line(folder, h
     def fails(*_, **__):
         raise ValueError("not enough values to unpack")
 
-    monkeypatch.setattr(pipeline, "prepared_task_rows", fails)
+    monkeypatch.setattr(pipeline, "task_rows", fails)
     ran, _ = run(folder, "train", str(BASE), heads)
     assert isinstance(ran.exception, ValueError)
     assert Path(ran.exception.__traceback__.tb_frame.f_code.co_filename).exists()

@@ -199,7 +199,7 @@ def planned(config, trainer, *, lora=None, heads=4, batch=2, length=64, labelled
         tuning="full" if lora is None else "lora",
         heads=heads,
         trains_heads=getattr(args, "train_heads", False),
-        rows=getattr(args, "aux_rows", 1.0),
+        rows=getattr(args, "aux_target_share", 1.0),
         batch_size=batch,
         accumulation=args.gradient_accumulation_steps,
         length=length,
@@ -215,7 +215,7 @@ MODES = {
     "plain": {"heads": 0},
     "heads trained": {"train_heads": True},
     "LoRA, checkpointed": {"lora": True, "gradient_checkpointing": True},
-    "LoRA, a quarter of the rows": {"lora": True, "aux_rows": 0.25},
+    "LoRA, a quarter of the rows": {"lora": True, "aux_target_share": 0.25},
     "stage 1": {"pretrain_heads": True},
     "all labelled": {"labelled": 1.0},
 }

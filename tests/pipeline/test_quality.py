@@ -18,7 +18,7 @@ from caftune.core.heads import AuxiliaryHeads, HeadsConfig
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.pipeline.head_quality import _agreement, _draw_places, measure_heads
-from caftune.training import tokenization
+from caftune.training.prepare import prepare
 
 HORIZONS = [2, 3, 4]
 REACH = 4  # tokens of a continuation: as far as the last horizon looks
@@ -327,7 +327,7 @@ def test_trained_heads_of_the_embedded_base_beat_their_untrained_copies_at_every
     drawn = molecules(40, seed=8, substituents=(0, 2))
     text = Dataset.from_list([{"prompt": prompt(m), "completion": completion(m)} for m in drawn])
     backbone = Backbone.of(AutoModelForCausalLM.from_pretrained(BASE))
-    held_out = tokenization.prepared(text, tokenizer, config(tmp_path, pretrain_heads=True), name="eval").rows
+    held_out = prepare(text, tokenizer, config(tmp_path, pretrain_heads=True), name="eval").rows
     report = measure_heads(backbone, load_heads(heads, backbone, tokenizer), held_out)
     for h in report["targets"]:
         assert report["heads"]["loss"][h] < report["untrained"]["loss"][h]

@@ -65,8 +65,8 @@ def test_an_override_that_a_later_one_would_drop_is_refused(recipe, overrides, l
 
 
 def test_an_override_of_a_part_after_its_section_changes_the_part_alone(recipe):
-    loss = recipe(overrides=["loss={weight: 2}", "loss.decay=0.5", "loss.rows=0.5"]).loss
-    assert (loss.weight, loss.decay, loss.rows) == (2, 0.5, 0.5)
+    loss = recipe(overrides=["loss={weight: 2}", "loss.decay=0.5", "loss.target_share=0.5"]).loss
+    assert (loss.weight, loss.decay, loss.target_share) == (2, 0.5, 0.5)
 
 
 def test_a_key_given_twice_within_an_override_is_refused(recipe):

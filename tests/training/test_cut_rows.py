@@ -21,6 +21,7 @@ from caftune.pipeline.plan import plan
 from caftune.pipeline.recipe import Recipe, load_recipe
 from caftune.pipeline.stage_config import stage_one_config, stage_two_config
 from caftune.pipeline.stage_rows import head_rows, task_rows
+from caftune.training.prepare import prepare
 
 LONG = (4, 17)  # of forty rows
 
@@ -91,7 +92,7 @@ def test_more_than_a_tenth_is_refused_with_the_remedy(tmp_path, long, is_refused
         with pytest.raises(CaftuneError, match=message):
             plan(recipe)
     else:
-        assert len(task_rows(recipe, "train", tokenizer, args)) == 36
+        assert len(task_rows(recipe, "train", tokenizer, args).rows) == 36
         assert plan(recipe).rows.read == 36
 
 
@@ -250,7 +251,10 @@ def test_null_is_no_cut_and_no_key_is_the_default(tmp_path):
     for value in (None, "auto", 96):
         recipe = recipe_in(tmp_path, rows, data={"max_length": value})
         args = stage_two_config(recipe, tmp_path)
-        lengths[value] = (args.max_length, len(task_rows(recipe, "train", AutoTokenizer.from_pretrained(BASE), args)))
+        lengths[value] = (
+            args.max_length,
+            len(task_rows(recipe, "train", AutoTokenizer.from_pretrained(BASE), args).rows),
+        )
     assert lengths == {None: (None, 40), "auto": (256, 40), 96: (96, 39)}
     assert Recipe.model_validate(recipe.model_dump()) == recipe
     (tmp_path / "recipe.yaml").write_text(f"output: out\nmodel: {{name: {BASE}}}\ndata: {{max_length: null}}\n")
@@ -288,21 +292,19 @@ def test_packing_needs_a_length(tmp_path, section):
 
 
 def test_a_template_without_marks_names_where_to_put_one(tmp_path):
-    from caftune.training.tokenization import prepared
-
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     rows, tokenizer = Dataset.from_list([{"messages": talk}]), AutoTokenizer.from_pretrained(BASE)
     args = config(tmp_path, aux_weight=0.0, assistant_only_loss=True)
     with pytest.raises(CaftuneError, match="assistant_only_loss needs .*chat template.*chat_template_path"):
-        prepared(rows, tokenizer, args, name="train")
+        prepare(rows, tokenizer, args, name="train")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(CaftuneError, match=r"\{% generation %\}.*name the file in chat_template_path"):
-        prepared(rows, tokenizer, args, name="train")
+        prepare(rows, tokenizer, args, name="train")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
         "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
-    assert sum(label != -100 for label in prepared(rows, tokenizer, args, name="train").rows[0]["labels"]) > 0
+    assert sum(label != -100 for label in prepare(rows, tokenizer, args, name="train").rows[0]["labels"]) > 0
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -310,15 +312,13 @@ def test_a_template_without_marks_names_where_to_put_one(tmp_path):
     "row", [{"prompt": "a", "completion": "b"}, {"text": "a"}, {"input_ids": [1, 2], "labels": [-100, 2]}], ids=str
 )
 def test_losses_of_the_assistant_alone_need_conversations(tmp_path, row, packing):
-    from caftune.training.tokenization import prepared
-
     args = config(tmp_path, aux_weight=0.0, assistant_only_loss=True, packing=packing)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.chat_template = "{% generation %}{% endgeneration %}"
     with pytest.raises(
         CaftuneError, match=f"assistant_only_loss .* conversations, and the train data .*{', '.join(row)}"
     ):
-        prepared(Dataset.from_list([row]), tokenizer, args, name="train")
+        prepare(Dataset.from_list([row]), tokenizer, args, name="train")
 
 
 @pytest.mark.parametrize("name", ["pretrain", "trainer"])

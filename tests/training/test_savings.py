@@ -34,7 +34,7 @@ def losses(run):
 
 def test_a_share_trains_otherwise_than_all_targets_but_the_same_every_time(tmp_path, heads):
     state = torch.get_rng_state()
-    runs = [trained(trainer(tmp_path / name, heads, aux_rows=0.25)) for name in ("one", "two")]
+    runs = [trained(trainer(tmp_path / name, heads, aux_target_share=0.25)) for name in ("one", "two")]
     torch.set_rng_state(state)
     whole = trained(trainer(tmp_path / "whole", heads))
     assert losses(runs[0]) == losses(runs[1])
@@ -46,7 +46,7 @@ def test_a_share_trains_otherwise_than_all_targets_but_the_same_every_time(tmp_p
 
 
 def test_micro_batches_and_steps_draw_other_rows(tmp_path, heads):
-    run = trainer(tmp_path, heads, aux_rows=0.25, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    run = trainer(tmp_path, heads, aux_target_share=0.25, gradient_accumulation_steps=2, per_device_train_batch_size=2)
     drawn, scoring = [], run._scoring
 
     def keep(*arguments):
@@ -60,7 +60,7 @@ def test_micro_batches_and_steps_draw_other_rows(tmp_path, heads):
 
 
 def test_a_resumed_run_draws_what_an_uninterrupted_one_does(tmp_path, heads):
-    options = {"aux_rows": 0.25, "save_strategy": "steps", "save_steps": 2}
+    options = {"aux_target_share": 0.25, "save_strategy": "steps", "save_steps": 2}
     whole = trained(trainer(tmp_path / "whole", heads, **options))
     resumed = trainer(tmp_path / "resumed", heads, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
@@ -71,7 +71,7 @@ def test_a_resumed_run_draws_what_an_uninterrupted_one_does(tmp_path, heads):
 def test_stage_one_trains_on_a_share_too_and_evaluates_on_all(tmp_path):
     options = {"pretrain_heads": True, "num_heads": 2, "aux_weight": None}
     shares = (0.25, 1.0)
-    runs = [trainer(tmp_path / str(share), None, **{**options, "aux_rows": share}) for share in shares]
+    runs = [trainer(tmp_path / str(share), None, **{**options, "aux_target_share": share}) for share in shares]
     evaluated = [
         run.evaluate(Dataset.from_list([{"input_ids": [1, 5, 9, 8, 7], "labels": [1, 5, 9, 8, 7]}])) for run in runs
     ]
@@ -104,8 +104,8 @@ def test_below_the_bound_altogether_a_run_is_plain_fine_tuning(tmp_path, heads):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"aux_rows": 0.0}, r"aux_rows must be in \(0, 1\], got 0.0"),
-        ({"aux_rows": 2.0}, r"aux_rows must be in \(0, 1\], got 2.0"),
+        ({"aux_target_share": 0.0}, r"aux_target_share must be in \(0, 1\], got 0.0"),
+        ({"aux_target_share": 2.0}, r"aux_target_share must be in \(0, 1\], got 2.0"),
         ({"aux_min_weight": -1.0}, "aux_min_weight must be a number >= 0, got -1.0"),
         ({"aux_min_weight": 0.1, "train_heads": True}, "aux_min_weight must be 0 where heads are trained"),
         ({"aux_min_weight": 0.1, "pretrain_heads": True}, "aux_min_weight must be 0 where heads are trained"),
@@ -121,7 +121,7 @@ def test_the_recipe_sets_both(tmp_path, heads):
         output=str(tmp_path),
         model={"name": str(BASE)},
         heads={"path": heads},
-        loss={"rows": 0.25, "min_weight": 0.002},
+        loss={"target_share": 0.25, "min_weight": 0.002},
     )
     found = stage_two_config(recipe, tmp_path)
-    assert (found.aux_rows, found.aux_min_weight) == (0.25, 0.002)
+    assert (found.aux_target_share, found.aux_min_weight) == (0.25, 0.002)

@@ -17,7 +17,7 @@ from caftune import AuxiliaryHeads, Backbone, CAFTConfig, CAFTTrainer, HeadsConf
 from caftune.compare.verdict import main_loss
 from caftune.demo.run import BASE
 from caftune.pipeline.stages import evaluated
-from caftune.training.tokenization import prepared
+from caftune.training.prepare import prepare
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
@@ -201,7 +201,7 @@ def test_gradient_checkpointing_changes_nothing(rows, heads, tmp_path):
 def test_tokenized_rows_are_those_of_the_trainer(rows, tmp_path):
     args = config(tmp_path, aux_weight=0.0)
     theirs = SFTTrainer(str(BASE), SFTConfig(str(tmp_path), **OPTIONS), train_dataset=rows).train_dataset
-    ours = prepared(rows, AutoTokenizer.from_pretrained(BASE), args, name="train").rows
+    ours = prepare(rows, AutoTokenizer.from_pretrained(BASE), args, name="train").rows
     assert ours["input_ids"][:] == theirs["input_ids"][:]
     assert ours["labels"][:] == theirs["labels"][:]
 

@@ -1,20 +1,27 @@
-"""Tokenizing a data set exactly as the trainer does, without a trainer.
+"""Rows as they are trained on: tokenized, labelled and cut, once for each data set and before a model is loaded.
 
-Text prompts and completions are tokenized by `pair_tokens`, with the same prompt tokens as in generation: see boundary.py.
+SFTTrainer does this when it is built, with the model in memory. A plan, a preview and every refusal of a row come earlier, and
+the number of a row that is left out must be known. Text prompts and completions are tokenized by `pair_tokens`, so that a
+prompt has the tokens that it has in generation (data/boundary.py); all other forms by SFTTrainer's own method, so that they
+are its rows to the token. A trainer takes prepared rows as they are, and only shuffles and packs them.
 """
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import generate_random_fingerprint
 from transformers import AddedToken, AutoTokenizer
+from trl import SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from caftune.checkpoints.opening import opening_tokenizer
+from caftune.core.objective import IGNORED
 from caftune.data.boundary import PairTokens, has_second_bos, tokenize_pairs, without_second_bos
 from caftune.data.prompts import is_chat, with_fixed_date
 from caftune.data.template_errors import (
@@ -24,17 +31,22 @@ from caftune.data.template_errors import (
     warn_of_prompt_mismatch,
 )
 from caftune.errors import CaftuneError
-from caftune.training.checks import cut_length, refuse_many_dropped, refuse_missing_parts
+from caftune.training.checks import cut_length, find_truncated_rows, refuse_missing_parts
 from caftune.training.config import CAFTConfig
-from caftune.training.trainer import CAFTTrainer
 
 _logger = logging.getLogger(__name__)
 _RECORDED = 100  # numbers of left-out rows that are recorded
+# Options of SFTConfig that say which tokens a row has, and which of them are trained on.
+ROW_OPTIONS = (
+    *("assistant_only_loss", "completion_only_loss", "truncation_mode"),
+    *("chat_template_path", "eos_token", "pad_token"),
+)
+_TOKENS = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64")), "apart": Value("bool")})
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The tokenized rows of a data set, and the numbers (from 0) of the rows left out: see `prepared`."""
+    """The prepared rows of a data set (`input_ids`, `labels`), and the numbers (from 0) of the rows left out."""
 
     rows: Dataset
     total: int  # rows before any were left out
@@ -46,10 +58,10 @@ class Prepared:
         return {"count": len(self.dropped), "of": self.total, "rows": self.dropped[:_RECORDED]}
 
 
-def prepared(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, source: str | None = None) -> Prepared:
-    """`input_ids` and `labels` as the trainer will make them, without a model, before shuffling and packing.
+def prepare(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, source: str | None = None) -> Prepared:
+    """`input_ids` and `labels` as a trainer of `args` would make them, before shuffling and packing.
 
-    The trainer takes them as they are. Rows that `max_length` leaves without a token to train on are left out, and logged.
+    Rows that `max_length` leaves without a token to train on are left out, and logged.
 
     Args:
         source: the file or hub id of the rows, for errors.
@@ -58,61 +70,85 @@ def prepared(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, s
         CaftuneError: no row with a token to train on, options that do not fit the tokenizer, a row that the chat template
             refuses, or one whose prompt and completion cannot be tokenized separately.
     """
-    # SFTTrainer prepares data in a method; it reads these attributes and nothing else of the trainer (TRL 1.16).
-    trainer = CAFTTrainer.__new__(CAFTTrainer)
-    trainer.dropped_rows = {}
     refuse_missing_parts(dataset, args, name=name)
     _refuse_other_values(args)
-    trainer._tokenizer, trainer.chat_template = copy.deepcopy(tokenizer), None
-    _apply_tokenizer_options(trainer._tokenizer, args)
-    paired = {"prompt", "completion"} <= set(dataset.column_names)
-    trainer.completion_only_loss = paired if args.completion_only_loss is None else args.completion_only_loss
+    tokenizer, source = copy.deepcopy(tokenizer), source or f"the {name} data"
+    _apply_tokenizer_options(tokenizer, args)
+    template = None  # None: the tokenizer's own
     if args.assistant_only_loss:
-        _refuse_no_conversations(dataset, name)
-        trainer.chat_template = _marked_template(trainer._tokenizer)
-    _fix_template_dates(trainer)
-    packing = args.packing if args.eval_packing is None or name != "eval" else args.eval_packing
-    plain = copy.copy(args)
-    plain.shuffle_dataset, plain.max_length = False, cut_length(args, packing=packing)
-    if packing:
-        plain.truncation_mode = "keep_start"  # SFTTrainer keeps the start of packed rows
-    total, given = len(dataset), dataset
-    if is_pair_of_texts(dataset):
-        given = pair_tokens(dataset, trainer._tokenizer, name)
-    try:
-        rows = trainer._prepare_dataset(given, trainer._tokenizer, plain, False, None, name)
-    except CaftuneError:
-        raise
-    except Exception:  # name the row, if the template refuses one; else raise the error unchanged
-        raise_for_refused_row(dataset, trainer._tokenizer, trainer.chat_template, source or f"the {name} data")
-        raise
+        template = _marked_template(dataset, tokenizer, name)
+    template = _fix_dates(tokenizer, template)
+    dataset = _with_one_bos(dataset, tokenizer, name)
+    rows = _tokenized(dataset, tokenizer, template, args, name, source)
     if name == "train":
-        warn_of_prompt_mismatch(dataset, trainer._tokenizer, trainer.chat_template, source or "the train data")
-    dropped = trainer.dropped_rows.get(name, [])
-    if len(dropped) == total:
-        refuse_many_dropped(dropped, total, plain.max_length, name=name)
-    rows = rows.remove_columns([column for column in rows.column_names if column == "completion_mask"])
-    return Prepared(rows, total, dropped)
+        warn_of_prompt_mismatch(dataset, tokenizer, template, source)
+    length, mode = _cut(args, name)
+    if length is None:
+        return Prepared(rows, len(rows))
+    dropped, shortened = find_truncated_rows(rows, length, mode, name=name)
+    kept = rows.select(sorted(set(range(len(rows))) - set(dropped))) if dropped else rows
+    return Prepared(_shorten(kept, length, mode, name) if shortened else kept, len(rows), dropped)
 
 
-def _fix_template_dates(trainer: Any) -> None:
+def row_options(args: CAFTConfig, name: str) -> tuple[Any, ...]:
+    """What decides on a data set's prepared rows. Trainings for which it is equal can share them."""
+    return (name, *(getattr(args, option) for option in ROW_OPTIONS), *_cut(args, name))
+
+
+def _cut(args: CAFTConfig, name: str) -> tuple[int | None, str]:
+    """The length that rows are cut to, and which end is kept. SFTTrainer keeps the start of packed rows."""
+    packing = args.packing if args.eval_packing is None or name != "eval" else args.eval_packing
+    return cut_length(args, packing=packing), "keep_start" if packing else args.truncation_mode
+
+
+def _tokenized(
+    dataset: Dataset, tokenizer: Any, template: str | None, args: CAFTConfig, name: str, source: str
+) -> Dataset:
+    paired = {"prompt", "completion"} <= set(dataset.column_names)
+    completion_only = paired if args.completion_only_loss is None else args.completion_only_loss
+    if paired and not is_chat(dataset):
+        return pair_tokens(dataset, tokenizer, name, completion_only=completion_only)
+    # SFTTrainer prepares data in a method that reads these three attributes of the trainer and no others (TRL 1.16).
+    trainer: Any = SimpleNamespace(_tokenizer=tokenizer, chat_template=template, completion_only_loss=completion_only)
+    whole = copy.copy(args)
+    whole.shuffle_dataset, whole.max_length = False, None
+    try:
+        rows = SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, whole, False, None, name)
+    except Exception:  # name the row, if the template refuses one; else raise the error unchanged
+        raise_for_refused_row(dataset, tokenizer, template, source)
+        raise
+    return rows.remove_columns([column for column in rows.column_names if column == "completion_mask"])
+
+
+def _shorten(rows: Dataset, length: int, mode: str, name: str) -> Dataset:
+    part, columns = slice(length) if mode == "keep_start" else slice(-length, None), ("input_ids", "labels")
+    return _mapped(
+        rows,
+        lambda batch: {column: [values[part] for values in batch[column]] for column in columns},
+        desc=f"Truncating {name} dataset",
+    )
+
+
+def _mapped(rows: Dataset, function: Callable[..., dict[str, list[Any]]], **options: Any) -> Dataset:
+    """`map` in batches, without a hash of the function: hashing a tokenizer takes seconds, and no cache is used."""
+    return rows.map(function, batched=True, new_fingerprint=generate_random_fingerprint(), **options)
+
+
+def _fix_dates(tokenizer: Any, template: str | None) -> str | None:
     """Fix the date in templates that write today's (Llama 3's), as for prompts in generation."""
-    own = trainer._tokenizer.chat_template
+    own = tokenizer.chat_template
     if isinstance(own, dict):
-        trainer._tokenizer.chat_template = {name: with_fixed_date(template) for name, template in own.items()}
+        tokenizer.chat_template = {name: with_fixed_date(each) for name, each in own.items()}
     elif own is not None:
-        trainer._tokenizer.chat_template = with_fixed_date(own)
-    if trainer.chat_template is not None:
-        trainer.chat_template = with_fixed_date(trainer.chat_template)
+        tokenizer.chat_template = with_fixed_date(own)
+    return template if template is None else with_fixed_date(template)
 
 
-def is_pair_of_texts(dataset: Dataset) -> bool:
-    """Whether the rows are prompts and completions that are text."""
-    return {"prompt", "completion"} <= set(dataset.column_names) and not is_chat(dataset)
+def pair_tokens(dataset: Dataset, tokenizer: Any, name: str, *, completion_only: bool = True) -> Dataset:
+    """`input_ids` and `labels` of prompts and completions that are text.
 
-
-def pair_tokens(dataset: Dataset, tokenizer: Any, name: str) -> Dataset:
-    """`input_ids` and `completion_mask` of prompts and completions that are text.
+    Args:
+        completion_only: leave the prompt's tokens out of the labels.
 
     Raises:
         CaftuneError: a row whose prompt and completion cannot be tokenized separately.
@@ -124,35 +160,22 @@ def pair_tokens(dataset: Dataset, tokenizer: Any, name: str) -> Dataset:
             found.extend(tokenize_pairs(rows["prompt"], rows["completion"], tokenizer))
         except CaftuneError as error:
             raise CaftuneError(f"Row {numbers[len(found)]} (from 0) of the {name} data: {error}") from error
-        masks = [[int(place >= pair.prompt) for place in range(len(pair.ids))] for pair in found]
+        unlabelled = [pair.prompt if completion_only else 0 for pair in found]
         return {
             "input_ids": [pair.ids for pair in found],
-            "completion_mask": masks,
+            "labels": [[IGNORED] * count + pair.ids[count:] for pair, count in zip(found, unlabelled, strict=True)],
             "apart": [pair.apart for pair in found],
         }
 
-    features = Features(
-        {"input_ids": List(Value("int64")), "completion_mask": List(Value("int64")), "apart": Value("bool")}
-    )
-    made = dataset.map(
-        tokens,
-        with_indices=True,
-        batched=True,
-        remove_columns=dataset.column_names,
-        features=features,
-        new_fingerprint=generate_random_fingerprint(),  # hashing a tokenizer takes seconds, and the cache is not used
-        desc=f"Tokenizing {name} dataset",
-    )
+    options = {"remove_columns": dataset.column_names, "features": _TOKENS, "desc": f"Tokenizing {name} dataset"}
+    made = _mapped(dataset, tokens, with_indices=True, **options)
     apart = [number for number, is_apart in enumerate(made["apart"]) if is_apart]
-    if apart:
-        _logger.warning(
-            f"{len(apart)} of {len(made)} {name} rows (the first is row {apart[0]}, from 0) have a prompt whose end the "
-            "tokenizer would merge with the completion. Both are tokenized separately, as in generation."
-        )
+    what = "have a prompt whose end the tokenizer would merge with the completion"
+    _warn(apart, made, name, f"{what}. Both are tokenized separately, as in generation.")
     return made.remove_columns("apart")
 
 
-def with_one_bos(dataset: Dataset, tokenizer: Any, name: str) -> Dataset:
+def _with_one_bos(dataset: Dataset, tokenizer: Any, name: str) -> Dataset:
     """The rows without a BOS at the start of their texts (rendered conversations), where the tokenizer adds one."""
     column = next((each for each in ("prompt", "text") if each in dataset.column_names), None)
     if column is None or is_chat(dataset):
@@ -160,11 +183,15 @@ def with_one_bos(dataset: Dataset, tokenizer: Any, name: str) -> Dataset:
     twice = [row for row, text in enumerate(dataset[column]) if has_second_bos(text, tokenizer)]
     if not twice:
         return dataset
-    _logger.warning(
-        f"{len(twice)} of {len(dataset)} {name} rows (the first is row {twice[0]}, from 0) begin with {tokenizer.bos_token}, "
-        "which the tokenizer adds by itself. One BOS is kept."
+    _warn(
+        twice, dataset, name, f"begin with {tokenizer.bos_token}, which the tokenizer adds by itself. One BOS is kept."
     )
-    return dataset.map(lambda row: {column: without_second_bos(row[column], tokenizer)})
+    return _mapped(dataset, lambda rows: {column: [without_second_bos(text, tokenizer) for text in rows[column]]})
+
+
+def _warn(rows: list[int], dataset: Dataset, name: str, what: str) -> None:
+    if rows:
+        _logger.warning(f"{len(rows)} of {len(dataset)} {name} rows (the first is row {rows[0]}, from 0) {what}")
 
 
 def _refuse_other_values(args: CAFTConfig) -> None:
@@ -228,16 +255,13 @@ def _clone_chat_template(tokenizer: Any, source: Any) -> None:
         number += 1
 
 
-def _refuse_no_conversations(dataset: Dataset, name: str) -> None:
+def _marked_template(dataset: Dataset, tokenizer: Any, name: str) -> str | None:
+    """The template that marks the assistant's turns; None where the tokenizer's does."""
     if not is_chat(dataset):
         raise CaftuneError(
             f"assistant_only_loss must be used with conversations, and the {name} data has the columns "
             f"{', '.join(dataset.column_names)} of text or tokens. Leave it out, or write the rows as messages."
         )
-
-
-def _marked_template(tokenizer: Any) -> str | None:
-    """The template that marks the assistant's turns; None where the tokenizer's does."""
     if not tokenizer.chat_template:
         raise CaftuneError(
             "assistant_only_loss needs conversations and a chat template, and the tokenizer has none. Leave it out, or name a "
