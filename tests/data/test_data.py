@@ -64,7 +64,7 @@ def test_texts_become_a_conversation_where_that_is_asked_for(tmp_path):
 def test_a_recipe_says_whether_a_chat_model_is_trained_in_conversations(row, chat, is_conversation, tmp_path):
     path = write(tmp_path / "x.jsonl", [row])
     recipe = Recipe.model_validate({"output": "o", "model": {"name": "m"}, "data": {"train": path, "chat": chat}})
-    assert is_chat(read_task_rows(recipe, path, limit=None, chat=True)) is is_conversation
+    assert is_chat(read_task_rows(recipe.data, path, limit=None, chat=True)) is is_conversation
 
 
 def test_a_system_message_in_a_column_of_its_own_comes_first(tmp_path):

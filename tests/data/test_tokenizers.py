@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from opened import load_tokenizer, stage_two_config
 from trainers import config
 from transformers import AutoTokenizer, ProcessorMixin
 
@@ -12,7 +13,6 @@ from caftune.core.backbone import Backbone
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
 from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stage_config import load_tokenizer, stage_two_config
 
 OWN = "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hub import Hub, Refused, files_in, serve_hub
+from opened import load_config, load_model, load_tokenizer
 from safetensors import SafetensorError
 from trainers import config
 from typer.testing import CliRunner
@@ -22,7 +23,6 @@ from caftune.cli import app
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError, system_error
 from caftune.pipeline.recipe import Recipe, trainer_config
-from caftune.pipeline.stage_config import load_config, load_model, load_tokenizer
 
 ROWS = [{"prompt": f"Name: x{i}\n", "completion": "CC"} for i in range(12)]
 COMMANDS = {
@@ -343,12 +343,11 @@ def test_the_systems_errors_are_shown_with_path_and_remedy(tmp_path):
 
 
 def test_an_error_of_a_library_keeps_its_traceback_on_the_command_line(folder, heads, monkeypatch):
-    from caftune.pipeline import stages as pipeline
 
     def fails(*_, **__):
         raise ValueError("not enough values to unpack")
 
-    monkeypatch.setattr(pipeline, "prepared_task_rows", fails)
+    monkeypatch.setattr("caftune.pipeline.stage_trainer.prepared_task_rows", fails)
     ran, _ = run(folder, "train", str(BASE), heads)
     assert isinstance(ran.exception, ValueError)
     assert Path(ran.exception.__traceback__.tb_frame.f_code.co_filename).exists()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from bases import HEADS, load_base, write_heads
 from datasets import Dataset
+from opened import stage_two_config
 from trainers import config, same, trained, weights
 from transformers import AutoTokenizer
 
@@ -11,7 +12,6 @@ from caftune import CAFTTrainer
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stage_config import stage_two_config
 
 ROWS = [{"prompt": prompt(m), "completion": completion(m)} for m in molecules(24, seed=7, substituents=(0, 2))]
 

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from caftune import AuxiliaryHeads, Backbone, CAFTConfig, CAFTTrainer, HeadsConfig, save_heads
 from caftune.compare.verdict import main_loss
 from caftune.demo.run import BASE
-from caftune.pipeline.stages import evaluated
+from caftune.pipeline.stage_trainer import evaluated
 from caftune.training.tokenization import prepared
 
 
