@@ -261,8 +261,6 @@ def info(
     revision = base["revision"] if model == base["name"] else None
     writer = Writer(model, heads, revision=revision, length=len(description["horizons"]))
     given = writer.prompts([], measure, limit, chat=chat)
-    is_chat = any(prompt.messages is not None for prompt in given)
-    typer.echo(f"Prompts are given {'in a conversation' if is_chat else 'as plain text'} (--chat).", err=True)
     print_drafting(console, list(writer.write(given, Sampling(writer.room(given, max_new_tokens), 0), alone=True)))
 
 
@@ -340,18 +338,10 @@ def generate(
     logging.disable_progress_bar()
     writer = Writer(model, heads, revision=revision, length=draft)
     given = writer.prompts(texts or [], prompts, limit, chat=chat)
-    is_chat = any(prompt.messages is not None for prompt in given)
-    typer.echo(f"Prompts are given {'in a conversation' if is_chat else 'as plain text'} (--chat).", err=True)
     sampling = Sampling(max_new_tokens or writer.room(given, 256), temperature, top_p, top_k)
     found = []
-    for answer in writer.write(
-        given,
-        sampling,
-        seed=seed,
-        repetition_penalty=repetition_penalty,
-        stop=stop or [],
-        alone=alone,
-    ):
+    penalty, ends = repetition_penalty, stop or []
+    for answer in writer.write(given, sampling, seed=seed, repetition_penalty=penalty, stop=ends, alone=alone):
         found.append(answer)
         print_answer(answer, writer, as_json=as_json)
     print_drafting(Console(stderr=True), found)

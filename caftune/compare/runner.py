@@ -213,7 +213,7 @@ def _base(recipe: Recipe) -> None:
     run = _base_recipe(recipe)
     with _alone(run):
         stage = Stage(run, "compare", _files(recipe, run, BASE))
-        is_whole = stage.is_begun
+        is_whole = RunFolder(run.output).is_begun("compare")
         stage.open()
         if not is_whole:
             _finish(run, BASE, recipe.model.name)
@@ -255,7 +255,7 @@ def _run(recipe: Recipe, arm: Arm, seed: int) -> None:
     folder = Path(run.output)
     with _alone(run):
         stage = Stage(run, "compare", _files(recipe, run, arm))
-        is_whole = stage.is_begun
+        is_whole = RunFolder(run.output).is_begun("compare")
         stage.open()
         if not is_whole:
             save_recipe(folder / "recipe.yaml", run.model_dump())

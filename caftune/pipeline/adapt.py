@@ -30,9 +30,9 @@ def adapt_heads_of(run: Run) -> Path:
     recipe = run.recipe.model_copy(update={"adapt": options})
     base, data, source, target = run.base, recipe.data, run.heads, run.folder.adapted_heads
     args = adapt_config(recipe, base, target.parent, source.folder)
-    stage = Stage(recipe, "adapt", {"train": data.train, "eval": data.eval, "heads": source.file})
-    stage.open()  # with another length it counts as unfinished
-    if (target / "heads.json").is_file() and stage.is_done:
+    files = {"train": data.train, "eval": data.eval, "heads": source.file}
+    Stage(recipe, "adapt", files).open()  # with another length it counts as unfinished
+    if (target / "heads.json").is_file() and run.folder.is_done("adapt"):
         return target
     if args.deepspeed_plugin is not None:
         raise CaftuneError(

@@ -46,12 +46,12 @@ def finetune_model(recipe: Recipe) -> Path:
     args = stage_two_config(recipe, base, stage.folder, run.stage_two_heads)
     adapter, rounding = lora_config(recipe.model), quantization(recipe.model, base)
     if recipe.adapt is not None and recipe.loss.weight > 0:
-        if stage.is_begun and Path(str(args.heads), "heads.json").is_file():
+        if run.folder.is_begun("train") and Path(str(args.heads), "heads.json").is_file():
             stage.refuse_other(may_resume=True)  # before adapt trains these heads further
         adapt_heads_of(run)
         # again: accelerate's state is the last trainer's
         args = stage_two_config(recipe, base, stage.folder, run.stage_two_heads)
-    if stage.is_begun:
+    if run.folder.is_begun("train"):
         stage.refuse_other(may_resume=True)  # before the data are prepared
     train, evaluation, dropped = task_sets(recipe.data, base, tokenizer, args)
     stage.open()

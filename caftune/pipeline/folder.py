@@ -140,16 +140,6 @@ class Stage:
         more = ["data.max_length"] if name == "pretrain" and recipe.cuts_stage_one else []
         self.sections = {key: _at(everything, key) for key in [*_DEPENDS_ON[name], *more]}
 
-    @property
-    def is_begun(self) -> bool:
-        """Whether something was done in the folder: a checkpoint, or the result."""
-        return self.run.is_begun(self.name)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it has a result, and the folder still exists."""
-        return self.run.is_done(self.name)
-
     def open(self) -> Path:
         """Prepare the folder, which is new or belongs to this recipe and these files. Returns the folder.
 
@@ -165,7 +155,7 @@ class Stage:
 
         self._refuse_unfinished_heads()
         with PartialState().main_process_first():
-            if self.name != "labels" and self.is_begun:
+            if self.name != "labels" and self.run.is_begun(self.name):
                 self._adopt(self.refuse_other(may_resume=True))
             elif not (self.folder / "recipe.yaml").is_file() and _holds_files(self.folder):
                 raise CaftuneError(

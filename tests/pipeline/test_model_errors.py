@@ -248,7 +248,7 @@ def test_from_python_an_error_is_what_transformers_raises(tmp_path, rows):
             ["train", "RECIPE", "loss.weight=0", "output=rows.jsonl"],
             "rows.jsonl.* cannot be used .(Not a directory|File exists)",
         ),
-        (["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=none.jinja"], "none.jinja is not there"),
+        (["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=none.jinja"], "none.jinja does not exist"),
         (
             ["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=folder"],
             "chat_template_path .* folder has no tokenizer",
