@@ -24,9 +24,11 @@ from transformers.utils import logging
 
 from caftune.core.speculative import Drafting
 from caftune.generation.backends import Sampling
+from caftune.pipeline.finetune import finetune_model
 from caftune.pipeline.generate import Writer
-from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stages import finetune, label, pretrain_heads
+from caftune.pipeline.label import label_prompts
+from caftune.pipeline.pretrain import pretrain_heads
+from caftune.pipeline.schema import Recipe
 
 WORDS = {
     "who": ["girl", "boy", "dog", "cat", "bird", "bear", "rabbit", "frog", "mouse", "fish", "duck", "fox"],
@@ -139,7 +141,7 @@ def main() -> None:
     )
     heads = Path(recipe.output, "heads")
     if not (heads / "heads.json").is_file():
-        label(recipe)
+        label_prompts(recipe)
         pretrain_heads(recipe)
     print(*head("stories260k, other openings"), sep="\n")
     for name, temperature in (("greedy", 0.0), ("temperature 0.8", 0.8)):
@@ -169,7 +171,7 @@ def main() -> None:
         }
         values["heads"] = {"path": str(heads), **changes.get("heads", {})}
         if not (folder / "model" / "config.json").is_file():
-            finetune(Recipe.model_validate(values))
+            finetune_model(Recipe.model_validate(values))
         own = folder / "model-heads"
         drafting = own if own.is_dir() else heads
         print(line(name, str(folder / "model"), str(drafting), asked, greedy, 4, options.prompts), flush=True)

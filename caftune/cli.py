@@ -6,29 +6,69 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from caftune.errors import CaftuneError, system_error
 
+if TYPE_CHECKING:
+    from caftune.pipeline.schema import Recipe
+
+console = Console(quiet=os.environ.get("RANK", "0") != "0")  # with several processes one prints; all print errors
+
+
+class _Commands(TyperGroup):
+    """The commands. Errors that a person can fix are printed in one line; others keep their traceback.
+
+    With CAFTUNE_TRACEBACK=1 all keep it.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was given."""
+        _quiet_libraries()
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            console.print(
+                "\nStopped. Labels and checkpoints written so far are kept; the same command goes on from there."
+            )
+            sys.exit(130)
+        except Exception as error:
+            reason = str(error) if isinstance(error, CaftuneError) else system_error(error)
+            if reason is None or os.environ.get("CAFTUNE_TRACEBACK"):
+                raise
+            text = re.sub(r"\s*\n\s*", " ", f"Error: {reason}")  # libraries' messages have line breaks
+            Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+            sys.exit(2)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Concept-aware fine-tuning of language models.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
 )
-console = Console(
-    quiet=os.environ.get("RANK", "0") != "0"
-)  # under a launcher one process speaks; errors are told by all
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe (YAML).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as trainer.learning_rate=1e-5.")
 ]
+
+Chat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="Give prompts as user messages. Default: where there is a chat template."),
+]
+
+
+def _load(path: str, overrides: list[str] | None) -> "Recipe":
+    """The recipe. Commands load it before torch is imported, so that a slip is reported at once."""
+    from caftune.pipeline.recipe import load_recipe
+
+    return load_recipe(path, overrides or [])
 
 
 class Stage(Enum):
@@ -43,74 +83,57 @@ def demo(
     output: Annotated[str, typer.Option(help="The run folder.")] = "runs/demo",
 ) -> None:
     """The whole path on a small embedded model and task: offline, on a CPU, under three minutes."""
-    with _errors_in_one_line():
-        from caftune.demo import run
+    from caftune.demo import run
 
-        run.demo(output)
+    run.demo(output)
 
 
 @app.command()
 def label(recipe: RecipePath, overrides: Overrides = None) -> None:
     """The base model answers prompts: the data the heads are pretrained on."""
-    with _errors_in_one_line():
-        from caftune.pipeline.recipe import load_recipe
+    loaded = _load(recipe, overrides)
+    from caftune.pipeline.label import label_prompts
 
-        loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
-        from caftune.pipeline import stages as pipeline
-
-        console.print(f"Labels: {pipeline.label(loaded)}", soft_wrap=True)
+    console.print(f"Labels: {label_prompts(loaded)}", soft_wrap=True)
 
 
 @app.command()
 def pretrain_heads(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Stage 1: pretrain the auxiliary heads on the labels."""
-    with _errors_in_one_line():
-        from caftune.pipeline.recipe import load_recipe
+    loaded = _load(recipe, overrides)
+    from caftune.checkpoints.cards import print_quality
+    from caftune.pipeline import pretrain
 
-        loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
-        from caftune.checkpoints.cards import print_quality
-        from caftune.pipeline import stages as pipeline
-
-        heads = pipeline.pretrain_heads(loaded)
-        print_quality(console, heads)
-        console.print(f"Heads: {heads}", soft_wrap=True)
+    heads = pretrain.pretrain_heads(loaded)
+    print_quality(console, heads)
+    console.print(f"Heads: {heads}", soft_wrap=True)
 
 
 @app.command()
 def adapt_heads(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Train the heads on the task's data before stage 2 (`train` does it where the recipe has `adapt`)."""
-    with _errors_in_one_line():
-        from caftune.pipeline.recipe import load_recipe
+    loaded = _load(recipe, overrides)
+    from caftune.pipeline import adapt
 
-        loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
-        from caftune.pipeline import stages as pipeline
-
-        console.print(f"Heads: {pipeline.adapt_heads(loaded)}", soft_wrap=True)
+    console.print(f"Heads: {adapt.adapt_heads(loaded)}", soft_wrap=True)
 
 
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Stage 2: concept-aware fine-tuning; ends with an ordinary checkpoint."""
-    with _errors_in_one_line():
-        from caftune.pipeline.recipe import load_recipe
+    loaded = _load(recipe, overrides)
+    from caftune.pipeline.finetune import finetune_model
 
-        loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
-        from caftune.pipeline import stages as pipeline
-
-        console.print(f"Model: {pipeline.finetune(loaded)}", soft_wrap=True)
+    console.print(f"Model: {finetune_model(loaded)}", soft_wrap=True)
 
 
 @app.command(name="eval")
 def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Ask a model the tasks of `eval`, and score its answers."""
-    with _errors_in_one_line():
-        from caftune.pipeline.recipe import load_recipe
+    loaded = _load(recipe, overrides)
+    from caftune.pipeline.evaluate import evaluate_model, print_results
 
-        loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
-        from caftune.pipeline.evaluate import evaluate as run_tasks
-        from caftune.pipeline.evaluate import print_results
-
-        print_results(console, run_tasks(loaded))
+    print_results(console, evaluate_model(loaded))
 
 
 @app.command()
@@ -122,19 +145,16 @@ def compare(
     ] = None,
 ) -> None:
     """Did it help? Next-token fine-tuning, CAFT and its controls, each with several seeds, on the tasks of `eval`."""
-    with _errors_in_one_line():
-        from caftune.pipeline.recipe import load_recipe
+    loaded = _load(recipe, overrides)
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
 
-        loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
-        from datasets import disable_progress_bars
-        from transformers.utils import logging
+    from caftune.compare.runner import compare as make_runs
+    from caftune.compare.runner import print_comparison
 
-        from caftune.compare.runner import compare as make_runs
-        from caftune.compare.runner import print_comparison
-
-        disable_progress_bars()
-        logging.disable_progress_bar()
-        print_comparison(console, make_runs(loaded, only))
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    print_comparison(console, make_runs(loaded, only))
 
 
 @app.command()
@@ -144,13 +164,10 @@ def export(
     checkpoint: Annotated[str | None, typer.Option(help="A checkpoint folder; the last one by default.")] = None,
 ) -> None:
     """Write a checkpoint of stage 2 as an ordinary model (no heads; adapters merged, unless model.lora.merge is false)."""
-    with _errors_in_one_line():
-        from caftune.pipeline.recipe import load_recipe
+    loaded = _load(recipe, overrides)
+    from caftune.pipeline.finetune import export_checkpoint
 
-        loaded = load_recipe(recipe, overrides or [])  # before torch is imported, so that a slip is told at once
-        from caftune.pipeline import stages as pipeline
-
-        console.print(f"Model: {pipeline.export(loaded, checkpoint)}", soft_wrap=True)
+    console.print(f"Model: {export_checkpoint(loaded, checkpoint)}", soft_wrap=True)
 
 
 @app.command()
@@ -160,13 +177,11 @@ def preview(
     rows: Annotated[int, typer.Option(help="How many rows to show.")] = 3,
 ) -> None:
     """Show rows of data.train: which tokens are trained on, and what each horizon is held to."""
-    with _errors_in_one_line():
-        from caftune.pipeline import stages as pipeline
-        from caftune.pipeline.preview import print_row
-        from caftune.pipeline.recipe import load_recipe
+    loaded = _load(recipe, overrides)
+    from caftune.pipeline.preview import preview_rows, print_row
 
-        for number, row in enumerate(pipeline.preview(load_recipe(recipe, overrides or []), rows)):
-            print_row(console, number, *row)
+    for number, row in enumerate(preview_rows(loaded, rows)):
+        print_row(console, number, *row)
 
 
 @app.command()
@@ -177,11 +192,10 @@ def report(
     output: Annotated[str | None, typer.Option(help="Where to write; the first run folder by default.")] = None,
 ) -> None:
     """Write report.html, one page to open or to pass on, and report.md."""
-    with _errors_in_one_line():
-        from caftune.report.render import write_report
+    from caftune.report.render import write_report
 
-        for path in write_report(runs, output):
-            console.print(f"Report: {path}", soft_wrap=True)
+    for path in write_report(runs, output):
+        console.print(f"Report: {path}", soft_wrap=True)
 
 
 @app.command()
@@ -192,21 +206,18 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and operations.")] = False,
 ) -> None:
     """What a stage will cost, and whether it fits this machine, before any weight is loaded."""
-    with _errors_in_one_line():
-        from caftune.pipeline.recipe import load_recipe
+    loaded = _load(recipe, overrides)
+    from datasets import disable_progress_bars
 
-        loaded = load_recipe(recipe, overrides or [])
-        from datasets import disable_progress_bars
+    from caftune.pipeline.plan import plan as plan_of
+    from caftune.pipeline.plan import print_plan
 
-        from caftune.pipeline.plan import plan as plan_of
-        from caftune.pipeline.plan import print_plan
-
-        disable_progress_bars()
-        found = plan_of(loaded, stage.value)
-        if as_json:
-            typer.echo(json.dumps(found.as_dict(), indent=2))
-        else:
-            print_plan(console, found)
+    disable_progress_bars()
+    found = plan_of(loaded, stage.value)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        print_plan(console, found)
 
 
 heads_app = typer.Typer(help="Heads: measure, look at, share.", no_args_is_help=True, rich_markup_mode=None)
@@ -223,57 +234,46 @@ def info(
     model: Annotated[str | None, typer.Option(help="The model they draft for; their base by default.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Use the first so many prompts.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--no-chat", help="Give prompts as user messages. Default: where there is a chat template."
-        ),
-    ] = None,
+    chat: Chat = None,
 ) -> None:
     """What heads are: their base, how they were trained, how good they are; with --measure, what their drafts are worth."""
-    with _errors_in_one_line():
-        from rich.markdown import Markdown
+    from rich.markdown import Markdown
 
-        from caftune.checkpoints.cards import heads_card
-        from caftune.checkpoints.heads_folder import describe_heads, find_heads, read_heads
+    from caftune.checkpoints.cards import heads_card
+    from caftune.checkpoints.heads_folder import describe_heads, find_heads, read_heads
 
-        folder = find_heads(heads)
-        read_heads(folder)
-        if measure is None:
-            card = heads_card(folder, heads, licence="see the base")
-            console.print(Markdown(card.split("\n---\n", 1)[1]))
-            return
-        from transformers.utils import logging
+    folder = find_heads(heads)
+    read_heads(folder)
+    if measure is None:
+        card = heads_card(folder, heads, licence="see the base")
+        console.print(Markdown(card.split("\n---\n", 1)[1]))
+        return
+    from transformers.utils import logging
 
-        from caftune.generation.backends import Sampling
-        from caftune.pipeline.generate import Writer, print_drafting
+    from caftune.generation.backends import Sampling
+    from caftune.pipeline.generate import Writer, print_drafting
 
-        logging.disable_progress_bar()
-        description = describe_heads(folder)
-        base, beside = description["base"], folder.parent / "model"
-        if model is None:  # kept heads lie beside their model
-            model = str(beside) if folder.name == "model-heads" and beside.is_dir() else base["name"]
-        revision = base["revision"] if model == base["name"] else None
-        writer = Writer(model, heads, revision=revision, length=len(description["horizons"]))
-        given = writer.prompts([], measure, limit, chat=chat)
-        is_chat = any(prompt.messages is not None for prompt in given)
-        typer.echo(f"Prompts are given {'in a conversation' if is_chat else 'as plain text'} (--chat).", err=True)
-        print_drafting(console, list(writer.write(given, Sampling(writer.room(given, max_new_tokens), 0), alone=True)))
+    logging.disable_progress_bar()
+    description = describe_heads(folder)
+    base, beside = description["base"], folder.parent / "model"
+    if model is None:  # kept heads lie beside their model
+        model = str(beside) if folder.name == "model-heads" and beside.is_dir() else base["name"]
+    revision = base["revision"] if model == base["name"] else None
+    writer = Writer(model, heads, revision=revision, length=len(description["horizons"]))
+    given = writer.prompts([], measure, limit, chat=chat)
+    print_drafting(console, list(writer.write(given, Sampling(writer.room(given, max_new_tokens), 0), alone=True)))
 
 
 @heads_app.command()
 def measure(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Measure the recipe's heads on its held-out labels, beside untrained copies and the model itself."""
-    with _errors_in_one_line():
-        from caftune.pipeline.recipe import load_recipe
+    loaded = _load(recipe, overrides)
+    from rich.markdown import Markdown
 
-        loaded = load_recipe(recipe, overrides or [])
-        from rich.markdown import Markdown
+    from caftune.checkpoints.cards import quality_table
+    from caftune.pipeline.pretrain import measure_quality
 
-        from caftune.checkpoints.cards import quality_table
-        from caftune.pipeline import stages as pipeline
-
-        console.print(Markdown("\n".join(quality_table(pipeline.measure(loaded)))))
+    console.print(Markdown("\n".join(quality_table(measure_quality(loaded)))))
 
 
 @heads_app.command()
@@ -285,12 +285,11 @@ def push(
     revision: Annotated[str | None, typer.Option(help="A branch; main by default.")] = None,
 ) -> None:
     """Publish heads on the Hugging Face hub, with a card."""
-    with _errors_in_one_line():
-        from caftune.checkpoints.hub import push_heads
+    from caftune.checkpoints.hub import push_heads
 
-        console.print(
-            f"Pushed: {push_heads(heads, name, licence=licence, private=private, revision=revision)}", soft_wrap=True
-        )
+    console.print(
+        f"Pushed: {push_heads(heads, name, licence=licence, private=private, revision=revision)}", soft_wrap=True
+    )
 
 
 @heads_app.command()
@@ -299,10 +298,9 @@ def pull(
     folder: Annotated[str, typer.Argument(help="A new folder.")],
 ) -> None:
     """Fetch heads from the Hugging Face hub into a folder. (heads.path takes the hub id itself, too.)"""
-    with _errors_in_one_line():
-        from caftune.checkpoints.hub import pull_heads
+    from caftune.checkpoints.hub import pull_heads
 
-        console.print(f"Heads: {pull_heads(name, folder)}", soft_wrap=True)
+    console.print(f"Heads: {pull_heads(name, folder)}", soft_wrap=True)
 
 
 @app.command()
@@ -324,12 +322,7 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option()] = 42,
     draft: Annotated[int | None, typer.Option(min=1, help="Tokens of a draft; what pays by default.")] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--no-chat", help="Give prompts as user messages. Default: where there is a chat template."
-        ),
-    ] = None,
+    chat: Chat = None,
     alone: Annotated[
         bool, typer.Option("--alone", help="Let the model write without heads, too, and compare.")
     ] = False,
@@ -337,56 +330,29 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each prompt.")] = False,
 ) -> None:
     """Let a model write in fewer passes: its heads draft tokens, which it checks. The answers are those of the model alone."""
-    with _errors_in_one_line():
-        from transformers.utils import logging
+    from transformers.utils import logging
 
-        from caftune.generation.backends import Sampling
-        from caftune.pipeline.generate import Writer, print_answer, print_drafting
+    from caftune.generation.backends import Sampling
+    from caftune.pipeline.generate import Writer, print_answer, print_drafting
 
-        logging.disable_progress_bar()
-        writer = Writer(model, heads, revision=revision, length=draft)
-        given = writer.prompts(texts or [], prompts, limit, chat=chat)
-        is_chat = any(prompt.messages is not None for prompt in given)
-        typer.echo(f"Prompts are given {'in a conversation' if is_chat else 'as plain text'} (--chat).", err=True)
-        sampling = Sampling(max_new_tokens or writer.room(given, 256), temperature, top_p, top_k)
-        found = []
-        for answer in writer.write(
-            given,
-            sampling,
-            seed=seed,
-            repetition_penalty=repetition_penalty,
-            stop=stop or [],
-            alone=alone,
-        ):
-            found.append(answer)
-            print_answer(answer, writer, as_json=as_json)
-        print_drafting(Console(stderr=True), found)
+    logging.disable_progress_bar()
+    writer = Writer(model, heads, revision=revision, length=draft)
+    given = writer.prompts(texts or [], prompts, limit, chat=chat)
+    sampling = Sampling(max_new_tokens or writer.room(given, 256), temperature, top_p, top_k)
+    found = []
+    penalty, ends = repetition_penalty, stop or []
+    for answer in writer.write(given, sampling, seed=seed, repetition_penalty=penalty, stop=ends, alone=alone):
+        found.append(answer)
+        print_answer(answer, writer, as_json=as_json)
+    print_drafting(Console(stderr=True), found)
 
 
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a recipe."""
-    from caftune.pipeline.recipe import Recipe
+    from caftune.pipeline.schema import Recipe
 
     typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
-
-
-@contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    """Errors that a person can fix are printed in one line; others keep their traceback (all with CAFTUNE_TRACEBACK=1)."""
-    _quiet_libraries()
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print("\nStopped. Labels and checkpoints written so far are kept; the same command goes on from there.")
-        sys.exit(130)
-    except Exception as error:
-        reason = str(error) if isinstance(error, CaftuneError) else system_error(error)
-        if reason is None or os.environ.get("CAFTUNE_TRACEBACK"):
-            raise
-        text = re.sub(r"\s*\n\s*", " ", f"Error: {reason}")  # libraries' messages have line breaks
-        Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
 
 
 def _quiet_libraries() -> None:

@@ -35,7 +35,7 @@ _NOTHING_WRITTEN = "Nothing was written. Training diverged, or values overflow t
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def export_checkpoint(
+def export_saved(
     checkpoint: str | os.PathLike[str],
     folder: Path,
     tokenizer: Any,

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -158,35 +158,25 @@ def _any(folder: Path, patterns: tuple[str, ...]) -> bool:
 def _refused_by_hub(error: BaseException, name: str, place: str, revision: str | None) -> str | None:
     """Why the hub gave no model, from huggingface_hub's error in the chain of causes."""
     login = "log in with `hf auth login`"
-    reasons: dict[type[BaseException], Callable[[], str]] = {
-        GatedRepoError: lambda: (
-            f"{place}: {name} is gated on the hub. Accept its terms on https://huggingface.co/{name}, and {login}."
-        ),
-        RevisionNotFoundError: lambda: (
-            f"{place}: {name} on the hub has no revision {revision}. Name one of its branches, tags or commits."
-        ),
-        RepositoryNotFoundError: lambda: (
-            f"{place} must be a folder or a hub id, and {name} is neither: there is no such folder, and no such model on the "
-            f"hub for you. Check the name; for a private model {login}."
-        ),
-        LocalEntryNotFoundError: lambda: (
-            f"{place}: {name} must be a folder or a model in the local cache, and is neither; {_unreachable()}"
-        ),
+    offline = "HF_HUB_OFFLINE is set. Check the name, or unset HF_HUB_OFFLINE."
+    unreachable = (
+        offline if constants.HF_HUB_OFFLINE else "the hub cannot be reached. Check the name and the connection."
+    )
+    reasons: dict[type[BaseException], str] = {
+        GatedRepoError: f"{place}: {name} is gated on the hub. Accept its terms on https://huggingface.co/{name}, and {login}.",
+        RevisionNotFoundError: f"{place}: {name} on the hub has no revision {revision}. Name one of its branches, tags or "
+        "commits.",
+        RepositoryNotFoundError: f"{place} must be a folder or a hub id, and {name} is neither: there is no such folder, and "
+        f"no such model on the hub for you. Check the name; for a private model {login}.",
+        LocalEntryNotFoundError: f"{place}: {name} must be a folder or a model in the local cache, and is neither; "
+        f"{unreachable}",
     }
-    chain = list(_chain(error))
-    return next((say() for kind, say in reasons.items() if any(isinstance(link, kind) for link in chain)), None)
-
-
-def _unreachable() -> str:
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set. Check the name, or unset HF_HUB_OFFLINE."
-    return "the hub cannot be reached. Check the name and the connection."
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    chain = []
+    link: BaseException | None = error
+    while link is not None:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return next((text for kind, text in reasons.items() if any(isinstance(link, kind) for link in chain)), None)
 
 
 def _unknown_kind(error: ValueError, name: str, place: str, revision: str | None, *, trust: bool) -> str | None:

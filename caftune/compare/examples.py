@@ -8,8 +8,8 @@ from caftune.compare.verdict import BASELINE, TREATMENT
 from caftune.evals.concepts import find_concepts, offsets_of, read_terms, token_positions
 from caftune.evals.task import Task
 from caftune.evals.tasks import TASKS
-from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stage_config import load_tokenizer
+from caftune.pipeline.base_model import BaseModel
+from caftune.pipeline.schema import Recipe
 
 _SHOWN = 8
 
@@ -24,7 +24,7 @@ def compared_examples(recipe: Recipe, runs: Mapping[str, Sequence[ComparedRun]])
     whole = [of_seed for of_seed in seeds if all(name in run.answers for run in of_seed.values())]
     if not whole:
         return []
-    task, tokenizer = TASKS[name], load_tokenizer(recipe)
+    task, tokenizer = TASKS[name], BaseModel.of(recipe.model).tokenizer()
     first = {arm: {line["id"]: line for line in reversed(run.answers[name])} for arm, run in whole[0].items()}
     shown = TREATMENT if TREATMENT in runs else next(arm for arm in runs if arm != BASELINE)
     sign = -1 if task.primary in task.lower_is_better else 1

@@ -33,7 +33,6 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from caftune.checkpoints.heads_folder import describe_heads
 from caftune.compare.concept_study import study_concepts
 from caftune.compare.control_heads import write_control_heads, write_untrained_heads
 from caftune.compare.runs import run_folder, run_is_done, seeds_of
@@ -44,19 +43,15 @@ from caftune.errors import CaftuneError
 from caftune.evals.concepts import read_terms
 from caftune.evals.statistics import load_scipy
 from caftune.files import write_lines
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.evaluate import evaluate, in_words, read_tasks, with_form
-from caftune.pipeline.folder import is_begun, is_done, open_stage, record, refuse_other_stage, with_commit
+from caftune.pipeline import finetune, label, pretrain
+from caftune.pipeline.base_model import BaseModel, free_memory
+from caftune.pipeline.evaluate import asks_in_conversation, evaluate_model, in_words, read_tasks
+from caftune.pipeline.folder import RunFolder, Stage
+from caftune.pipeline.heads_choice import pretrained_heads
 from caftune.pipeline.recipe import save_recipe
+from caftune.pipeline.run import Run
 from caftune.pipeline.schema import Arm, Recipe
-from caftune.pipeline.stage_config import (
-    free_memory,
-    load_model,
-    load_tokenizer,
-    pretrained_heads,
-    stage_two_config,
-    stage_two_heads,
-)
+from caftune.pipeline.stage_config import stage_two_config
 from caftune.pipeline.stage_rows import task_rows
 from caftune.training.divergence import DivergedError
 from caftune.training.measured_cost import device_name
@@ -75,7 +70,7 @@ def compare(recipe: Recipe, only: str | None = None) -> dict[str, Any]:
     """
     runs = [(arm, seed) for seed in seeds_of(recipe) for arm in recipe.compare.arms]
     chosen = _chosen(runs, only)
-    recipe = with_commit(recipe)
+    recipe = Run.open(recipe).recipe
     _refuse_unfit(recipe)
     recipe = _with_form(recipe)
     if any(arm not in _WITHOUT_HEADS for arm, _ in runs):
@@ -122,7 +117,7 @@ def _refuse_unfit(recipe: Recipe) -> None:
     _refuse_arms(recipe)
     load_scipy()
     if recipe.eval.tasks:
-        read_tasks(recipe)
+        read_tasks(recipe.eval)
     if recipe.compare.concepts.terms is not None:
         read_terms(recipe.compare.concepts.terms)
 
@@ -131,9 +126,10 @@ def _with_form(recipe: Recipe) -> Recipe:
     """The recipe that says where a chat model is asked plain text: runs made before there was `eval.chat` asked otherwise."""
     if not recipe.eval.tasks:
         return recipe
-    tokenizer = load_tokenizer(recipe)
-    decided = with_form(recipe, tokenizer)
-    return decided if tokenizer.chat_template and not decided.eval.chat else recipe
+    tokenizer = BaseModel.of(recipe.model).tokenizer()
+    if asks_in_conversation(recipe.eval, recipe.data, tokenizer) or not tokenizer.chat_template:
+        return recipe
+    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"chat": False})})
 
 
 def _refuse_arms(recipe: Recipe) -> None:
@@ -161,10 +157,11 @@ def _chosen(runs: Sequence[tuple[Arm, int]], only: str | None) -> list[tuple[Arm
 
 def _ensure_heads(recipe: Recipe, *, make: bool) -> None:
     """Heads made once for all arms; a single run does not make them, for another process might be at it."""
-    if recipe.heads.path is not None or is_done(recipe, "pretrain"):
-        pretrained_heads(recipe)  # refuses what is not there
+    folder = RunFolder(recipe.output)
+    if recipe.heads.path is not None or folder.is_done("pretrain"):
+        pretrained_heads(recipe.heads, folder)  # refuses what is not there
         if recipe.heads.path is None:
-            refuse_other_stage(recipe, "pretrain", {"labels": recipe.head_source})
+            Stage(recipe, "pretrain", {"labels": recipe.head_source}).refuse_other()
         return
     compared = Path(recipe.output, "compare")
     made = [run for run in compared.glob("*/*/compare/recipe.yaml") if run.parts[-4] not in (BASE, *_WITHOUT_HEADS)]
@@ -178,9 +175,9 @@ def _ensure_heads(recipe: Recipe, *, make: bool) -> None:
             f"{Path(recipe.output, 'heads')} is missing. Run `caftune label` and `caftune pretrain-heads` before single runs."
         )
     if recipe.heads.text is None:
-        pipeline.label(recipe)
+        label.label_prompts(recipe)
         free_memory()
-    pipeline.pretrain_heads(recipe)
+    pretrain.pretrain_heads(recipe)
     free_memory()
 
 
@@ -188,17 +185,16 @@ def _heads_config(recipe: Recipe) -> HeadsConfig:
     """How many heads of which kind: those of heads.path, or what the recipe has made."""
     if recipe.heads.path is None:
         return HeadsConfig(recipe.heads.count, recipe.heads.kind)
-    found = describe_heads(pretrained_heads(recipe))
-    return HeadsConfig(len(found["horizons"]), found["kind"])
+    return pretrained_heads(recipe.heads, RunFolder(recipe.output)).config
 
 
 def _refuse_other_runs(recipe: Recipe, runs: Sequence[tuple[Arm, int]]) -> None:
     """Raise CaftuneError where a run that is done was made from another recipe or other files: it would be compared."""
     every = [(BASE, _base_recipe(recipe)), *((arm, arm_recipe(recipe, arm, seed)) for arm, seed in runs)]
     for arm, run in every:
-        if is_begun(run, "compare"):
+        if RunFolder(run.output).is_begun("compare"):
             try:
-                refuse_other_stage(run, "compare", _files(recipe, run, arm))
+                Stage(run, "compare", _files(recipe, run, arm)).refuse_other()
             except CaftuneError as error:
                 what = str(error).partition(" Remove ")[0]
                 everything = Path(recipe.output, "compare")
@@ -217,8 +213,9 @@ def _base(recipe: Recipe) -> None:
     """Evaluate and study the base, unless it is done."""
     run = _base_recipe(recipe)
     with _alone(run):
-        is_whole = is_begun(run, "compare")
-        open_stage(run, "compare", _files(recipe, run, BASE))
+        stage = Stage(run, "compare", _files(recipe, run, BASE))
+        is_whole = RunFolder(run.output).is_begun("compare")
+        stage.open()
         if not is_whole:
             _finish(run, BASE, recipe.model.name)
 
@@ -231,7 +228,7 @@ def arm_recipe(recipe: Recipe, arm: Arm, seed: int) -> Recipe:
     if arm == "ntp":
         heads |= {"path": None, "train": False, "lora_rank": None, "learning_rate": None, "max_grad_norm": None}
     elif arm in ("caft", "beta0"):
-        heads |= {"path": str(pretrained_heads(recipe))}
+        heads |= {"path": str(pretrained_heads(recipe.heads, RunFolder(recipe.output)).folder)}
     elif arm == "no_pretraining":
         heads |= {"train": True}
     weight = 0.0 if arm in ("ntp", "beta0") else recipe.loss.weight
@@ -258,8 +255,9 @@ def _run(recipe: Recipe, arm: Arm, seed: int) -> None:
     run = arm_recipe(recipe, arm, seed)
     folder = Path(run.output)
     with _alone(run):
-        is_whole = is_begun(run, "compare")
-        open_stage(run, "compare", _files(recipe, run, arm))
+        stage = Stage(run, "compare", _files(recipe, run, arm))
+        is_whole = RunFolder(run.output).is_begun("compare")
+        stage.open()
         if not is_whole:
             save_recipe(folder / "recipe.yaml", run.model_dump())
             _write_heads(recipe, run, arm, seed)
@@ -292,15 +290,17 @@ def _alone(run: Recipe) -> Iterator[None]:
 def _files(recipe: Recipe, run: Recipe, arm: str) -> dict[str, str | Path | None]:
     """The files that a run's result depends on; of control heads those that they are made from."""
     data = {"train": run.data.train, "eval": run.data.eval, "terms": run.compare.concepts.terms}
-    heads = None if arm in (BASE, *_WITHOUT_HEADS) else pretrained_heads(recipe) / "heads.json"
+    heads = None if arm in (BASE, *_WITHOUT_HEADS) else pretrained_heads(recipe.heads, RunFolder(recipe.output)).file
     return {**data, **run.eval.data, "heads": heads}
 
 
 def _finish(run: Recipe, arm: str, model: str) -> None:
-    results = evaluate(run) if run.eval.tasks else []
+    results = evaluate_model(run) if run.eval.tasks else []
     studied = _study(run, model)
     tasks = [result.task for result in results]
-    record(run, {"stage": "compare", "arm": arm, "seed": run.seed, "tasks": tasks, "concepts": studied})
+    RunFolder(run.output).record(
+        {"stage": "compare", "arm": arm, "seed": run.seed, "tasks": tasks, "concepts": studied}
+    )
 
 
 def _record_diverged(run: Recipe, arm: str, error: DivergedError) -> None:
@@ -308,28 +308,30 @@ def _record_diverged(run: Recipe, arm: str, error: DivergedError) -> None:
     tqdm.write(f"{arm}, seed {run.seed}: {error}", file=sys.stderr)
     costs = {**dict.fromkeys(("tokens", "flops", "seconds", "peak_memory_bytes")), "device": device_name()}
     result = {"metrics": {}, "costs": costs, "log": [], **error.result, "diverged": error.step}
-    record(run, {"stage": "train", **result})
-    record(run, {"stage": "compare", "arm": arm, "seed": run.seed, "tasks": [], "concepts": 0, "diverged": error.step})
+    RunFolder(run.output).record({"stage": "train", **result})
+    RunFolder(run.output).record(
+        {"stage": "compare", "arm": arm, "seed": run.seed, "tasks": [], "concepts": 0, "diverged": error.step}
+    )
 
 
 def _train(run: Recipe) -> None:
-    if is_begun(run, "train"):  # all arms train for the same length, so no run may change its length
-        heads = stage_two_heads(run)
-        data = {"train": run.data.train, "eval": run.data.eval}
-        refuse_other_stage(run, "train", {**data, "heads": heads and heads / "heads.json"})
-    if not (is_done(run, "train") and Path(run.output, "model", "config.json").is_file()):
-        pipeline.finetune(run)
+    folder = RunFolder(run.output)
+    if folder.is_begun("train"):  # all arms train for the same length, so no run may change its length
+        Run.open(run).train_stage().refuse_other()
+    if not (folder.is_done("train") and (folder.model / "config.json").is_file()):
+        finetune.finetune_model(run)
         free_memory()
 
 
 def _write_heads(recipe: Recipe, run: Recipe, arm: Arm, seed: int) -> None:
     target = Path(run.output, "heads")
     if arm == "no_pretraining" and not (target / "heads.json").is_file():
-        model, tokenizer, revision = load_model(recipe), load_tokenizer(recipe), recipe.model.revision
-        write_untrained_heads(model, tokenizer, _heads_config(recipe), target, revision=revision)
+        base = BaseModel.of(recipe.model)
+        write_untrained_heads(base.load(), base.tokenizer(), _heads_config(recipe), target, revision=base.revision)
         free_memory()
     elif arm in ("random_heads", "shuffled_horizons"):
-        write_control_heads(arm, pretrained_heads(recipe), target, seed=seed)  # again: its source may be another by now
+        source = pretrained_heads(recipe.heads, RunFolder(recipe.output)).folder
+        write_control_heads(arm, source, target, seed=seed)  # again: its source may be another by now
 
 
 def _study(run: Recipe, model: str) -> int:
@@ -338,11 +340,13 @@ def _study(run: Recipe, model: str) -> int:
         return 0
     section = run.compare.concepts
     terms = read_terms(section.terms) if section.terms is not None else ()
-    tokenizer = load_tokenizer(run, model)
-    args = stage_two_config(run, Path(run.output, "train"))
+    opened = Run.open(run)
+    base, studied = opened.base, opened.base.other(model)
+    tokenizer = studied.tokenizer()
+    args = stage_two_config(run, base, Path(run.output, "train"), opened.stage_two_heads)
     limits = [limit for limit in (section.limit, run.data.limit) if limit is not None]
-    prepared: Any = task_rows(run, "eval", tokenizer, args, limit=min(limits, default=None))
-    found = study_concepts(load_model(run, model), tokenizer, prepared.rows, section.kind, terms)
+    prepared: Any = task_rows(run.data, "eval", base, tokenizer, args, limit=min(limits, default=None))
+    found = study_concepts(studied.load(), tokenizer, prepared.rows, section.kind, terms)
     write_lines(Path(run.output, "concepts.jsonl"), found)
     free_memory()
     return len(found)

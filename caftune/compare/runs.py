@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from caftune.compare.verdict import BASE
-from caftune.pipeline.folder import is_done
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.folder import RunFolder
+from caftune.pipeline.schema import Recipe
 
 
 def seeds_of(recipe: Recipe) -> list[int]:
@@ -69,9 +69,9 @@ def base_folder(recipe: Recipe) -> Path:
 
 def base_is_done(recipe: Recipe) -> bool:
     """Whether the base was asked and studied."""
-    return is_done(recipe.model_copy(update={"output": str(base_folder(recipe))}), "compare")
+    return RunFolder(base_folder(recipe)).is_done("compare")
 
 
 def run_is_done(recipe: Recipe, arm: str, seed: int) -> bool:
     """Whether a run is trained, asked and studied."""
-    return is_done(recipe.model_copy(update={"output": str(run_folder(recipe, arm, seed))}), "compare")
+    return RunFolder(run_folder(recipe, arm, seed)).is_done("compare")

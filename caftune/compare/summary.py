@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from caftune.checkpoints.heads_folder import QUALITY_FILE, describe_heads
+from caftune.checkpoints.heads_folder import QUALITY_FILE
 from caftune.checkpoints.provenance import provenance
 from caftune.compare.concept_study import summarise_concepts
 from caftune.compare.examples import compared_examples, terms_of
@@ -33,8 +33,10 @@ from caftune.evals.statistics import Comparison, compare_runs, holm, interval
 from caftune.evals.statistics import compare as compare_scores
 from caftune.evals.tasks import TASKS
 from caftune.files import read_json, write_json
-from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stage_config import load_tokenizer, pretrained_heads
+from caftune.pipeline.base_model import BaseModel
+from caftune.pipeline.folder import RunFolder
+from caftune.pipeline.heads_choice import pretrained_heads
+from caftune.pipeline.schema import Recipe
 
 _FORMAT = 1
 
@@ -215,7 +217,7 @@ def _scores(answers: Sequence[list[dict[str, Any]]], measure: str) -> Scores | N
 def _dense_examples(recipe: Recipe, lines: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
     """Which examples' answers are denser in concepts than the median; empty where this divides nothing."""
     section = recipe.compare.concepts
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = BaseModel.of(recipe.model).tokenizer()
     texts = {line["id"]: line["answer"] for line in lines if line.get("answer")}
     if not texts or len(texts) < len(ids_of(lines)):
         return {}
@@ -377,9 +379,9 @@ def _quality(recipe: Recipe) -> Any:
     """The quality report of the very heads that were used, from their folder or (`caftune heads measure`) the run's."""
     if recipe.heads.path is None and not Path(recipe.output, "heads").is_dir():
         return None
-    heads = pretrained_heads(recipe)
-    for file in (heads / QUALITY_FILE, Path(recipe.output, QUALITY_FILE)):
+    heads = pretrained_heads(recipe.heads, RunFolder(recipe.output))
+    for file in (heads.folder / QUALITY_FILE, Path(recipe.output, QUALITY_FILE)):
         quality = read_json(file)
-        if quality.get("weights_sha256") == describe_heads(heads)["weights_sha256"]:
+        if quality.get("weights_sha256") == heads.sha256:
             return quality
     return None

@@ -22,8 +22,10 @@ from caftune.checkpoints.cards import quality_table
 from caftune.compare.runner import compare, print_comparison
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.errors import CaftuneError
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.recipe import Recipe, save_recipe
+from caftune.pipeline.label import label_prompts
+from caftune.pipeline.pretrain import pretrain_heads
+from caftune.pipeline.recipe import save_recipe
+from caftune.pipeline.schema import Recipe
 
 BASE = Path(__file__).parent / "base"
 TRAIN_ROWS, TEST_ROWS, PROMPTS = 1500, 400, 600
@@ -50,9 +52,9 @@ def demo(
     _say(console, 1, "Data: chemical names and SMILES, written by the package")
     _write_data(folder / "data", train_rows, test_rows, prompts)
     _say(console, 2, f"Labels: the base answers {prompts} prompts itself")
-    pipeline.label(recipe)
+    label_prompts(recipe)
     _say(console, 3, "Stage 1: pretrain four auxiliary heads on these answers")
-    heads = pipeline.pretrain_heads(recipe)
+    heads = pretrain_heads(recipe)
     console.print(Markdown("\n".join(quality_table(json.loads((heads / "quality.json").read_text())))))
     _say(console, 4, f"Stage 2: fine-tune on {train_rows} names, next-token and CAFT, and ask {test_rows} unseen names")
     found = compare(recipe)

@@ -1,9 +1,10 @@
-"""Evaluation of a model on tasks: ask it, score the answers, put them down one by one.
+"""Evaluation of a model on tasks: it answers their prompts, the answers are scored, and both are written to files.
 
     output/eval/MODEL/TASK.jsonl      one line per example and run: prompt, completion (what is scored), measures. MODEL is
                                       `base`, `model` for the run's own, and for any other its last name and a short hash of
                                       its whole name
-    output/eval/cache.jsonl           the answers, by what was asked: a stopped evaluation goes on, a second one asks nothing
+    output/eval/cache.jsonl           the answers by prompt and sampling: a stopped evaluation resumes, a second one queries
+                                      nothing
 
 Every number can be computed again from TASK.jsonl, without the model.
 """
@@ -21,7 +22,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from caftune.checkpoints.fingerprint import model_fingerprint
 from caftune.data.forms import read_rows, refuse_unnamed_split
 from caftune.data.prompts import Conversation, is_chat, report_second_bos
 from caftune.errors import CaftuneError
@@ -33,16 +33,11 @@ from caftune.evals.thought import split_thought
 from caftune.files import write_lines
 from caftune.generation.answers import AnswerCache, generate_labels
 from caftune.generation.backends import Sampling
-from caftune.pipeline.folder import record, with_commit
-from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stage_config import (
-    answer_backend,
-    context_length,
-    free_memory,
-    load_tokenizer,
-    stop_tokens,
-    who_answers,
-)
+from caftune.generation.labels import Label
+from caftune.pipeline.base_model import BaseModel, answer_backend, free_memory, who_answers
+from caftune.pipeline.folder import RunFolder
+from caftune.pipeline.run import Run
+from caftune.pipeline.schema import DataSection, EvalSection, Recipe
 from caftune.pipeline.stage_rows import read_task_rows
 from caftune.pipeline.structures import check_structures, compare_structures
 
@@ -61,79 +56,118 @@ class Result:
     in_thought: int = 0  # answers of all runs that end within a thought; only the text before the thought is scored
 
 
-def evaluate(recipe: Recipe) -> list[Result]:
+def evaluate_model(recipe: Recipe) -> list[Result]:
     """Evaluate `eval.model` on `eval.tasks`.
 
     Raises:
         CaftuneError: no such task, no data for it, or settings that cannot work together.
         CaftuneError: rows without what the task needs, or a package or permission that is missing.
     """
-    recipe = with_commit(recipe)
-    name, tasks = _model_of(recipe), read_tasks(recipe)
-    evaluated = _EvaluatedModel(recipe, name)
-    recipe = with_form(recipe, evaluated.tokenizer)
+    run = Run.open(recipe)
+    section, base, seed = run.recipe.eval, run.base, run.recipe.seed
+    name, tasks = _model_of(section, base, run.folder), read_tasks(section)
+    model = base.other(name, "eval.model" if name == section.model else "The model")
+    label = label_of(name, base.name, run.folder, server=section.server.model if section.backend == "server" else None)
+    evaluated = _EvaluatedModel(model, section, run.recipe.data, run.folder.path / "eval" / "cache.jsonl")
+    results = []
     try:
-        return [_evaluate(recipe, evaluated, task, examples) for task, examples in tasks]
+        for task, examples in tasks:
+            lines = evaluated.answer_all(task, examples, range(seed, seed + section.runs))
+            if task is PROTEINS and section.structures is not None:
+                evaluated.free()  # the folding model needs its memory
+                lines = with_structures(lines, section.structures)
+            write_lines(run.folder.path / "eval" / label / f"{task.name}.jsonl", lines)
+            results.append(summarise(task, label, lines))
+            run.folder.record({"stage": f"eval {label} {task.name}", **asdict(results[-1])})
     finally:
         evaluated.free()
+    return results
 
 
 class _EvaluatedModel:
-    """The evaluated model, for all tasks: tokenizer, context, answers and weights are loaded once, when first needed."""
+    """The evaluated model, for all tasks: tokenizer, cached answers and weights are loaded once."""
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
-        self._recipe, self.name = recipe, name
-        self.loaded: dict[str, Any] = {}  # the model itself
-
-    @functools.cached_property
-    def tokenizer(self) -> Any:
-        return load_tokenizer(self._recipe, self.name)
+    def __init__(self, model: BaseModel, section: EvalSection, data: DataSection, file: Path) -> None:
+        self._model, self._section, self._file = model, section, file
+        self._tokenizer = model.tokenizer()
+        self._chat = asks_in_conversation(section, data, self._tokenizer)
+        self._loaded: dict[str, Any] = {}  # the model itself
 
     @functools.cached_property
-    def context(self) -> int:
-        """The context in tokens; sys.maxsize where the configuration names none."""
-        return context_length(self._recipe, self.name) or sys.maxsize
-
-    @functools.cached_property
-    def _answers(self) -> AnswerCache:
-        recipe, name = self._recipe, self.name
-        revision = recipe.model.revision if name == recipe.model.name else None
-        fingerprint = model_fingerprint(name, revision) + who_answers(recipe.eval)
-        file = Path(recipe.output, "eval", "cache.jsonl")
-        return AnswerCache(file, Sampling(), seed=recipe.seed, fingerprint=fingerprint)
-
-    def answers(self, sampling: Sampling, seed: int) -> AnswerCache:
+    def _cache(self) -> AnswerCache:
         """Its cached answers: weights are hashed and the file is read once for all tasks and runs."""
-        return self._answers.drawn(sampling, seed=seed)
+        fingerprint = self._model.fingerprint + who_answers(self._section)
+        return AnswerCache(self._file, Sampling(), seed=0, fingerprint=fingerprint)
 
     def free(self) -> None:
         """Free the memory that the model takes."""
-        self.loaded.clear()
+        self._loaded.clear()
         free_memory()
 
+    def answer_all(self, task: Task, examples: Sequence[Example], seeds: Sequence[int]) -> list[dict[str, Any]]:
+        """The lines of TASK.jsonl: the scored answer to every example in every run, of which each has a seed."""
+        section, tokenizer, model = self._section, self._tokenizer, self._model
+        sampling = Sampling(
+            section.max_new_tokens or task.max_new_tokens, section.temperature, section.top_p, section.top_k
+        )
+        talks = dict(enumerate(_conversation_of(example, chat=self._chat) for example in examples))
+        prompts = {number: talk.prompt(0, [], tokenizer) for number, talk in talks.items()}
+        room = (model.context or sys.maxsize) - sampling.max_new_tokens - (section.backend == "server")
+        long = [number for number, prompt in prompts.items() if len(prompt.ids) > room]
+        if long:
+            raise CaftuneError(
+                f"{len(long)} of {len(talks)} prompts of {task.name} (the first is {examples[long[0]].id}) leave no room for "
+                f"{sampling.max_new_tokens} tokens in the model's context. Lower eval.max_new_tokens, or use a model with more."
+            )
+        opened = functools.cache(lambda: answer_backend(model, section, tokenizer, sampling, self._loaded))
+        report_second_bos([talk.text for talk in talks.values()], tokenizer, f"eval.data.{task.name}")
+        lines: list[dict[str, Any]] = []
+        for run, seed in enumerate(seeds):
+            cache = self._cache.drawn(sampling, seed=seed)
+            found = generate_labels(talks, tokenizer, cache, opened, room=room, ends=model.stop_tokens(tokenizer))
+            _refuse_failures(task, examples, found.failures)
+            for label in found.labels:
+                example = examples[label.row]
+                scored = _scored(task, example, label, prompts[label.row].gap, tokenizer.decode(label.prompt_ids))
+                lines.append({"run": run, "seed": seed, **asdict(example), **scored, "chat": self._chat})
+        return lines
 
-def with_form(recipe: Recipe, tokenizer: Any) -> Recipe:
-    """The recipe with `eval.chat` decided: the form that data.train has, and that the model therefore knows.
+
+def _scored(task: Task, example: Example, label: Label, gap: str, read: str) -> dict[str, Any]:
+    """What TASK.jsonl holds of one answer.
+
+    Args:
+        gap: white space that the example's prompt ends with, and the model was left to write.
+        read: what the model read, with special tokens, which may open a thought.
+    """
+    said, in_thought = split_thought(label.completion.removeprefix(gap), read, example.prompt)
+    completion = until_stop(said, task.stop)
+    went_past = completion != said or any(text in said for text in task.past)
+    finish = "stop" if went_past else label.finish
+    scores = task.score(example, completion)
+    return {"completion": completion, "scores": scores, "finish": finish, "in_thought": in_thought}
+
+
+def asks_in_conversation(section: EvalSection, data: DataSection, tokenizer: Any) -> bool:
+    """Whether prompts are given in a conversation: by default the form that data.train has and the model therefore knows.
 
     Raises:
         CaftuneError: a conversation without a chat template, or a data.train that cannot be read.
     """
-    chat, has_template = recipe.eval.chat, bool(getattr(tokenizer, "chat_template", None))
-    if chat and not has_template:
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if section.chat and not has_template:
         raise CaftuneError(
             f"eval.chat must not be true for {tokenizer.name_or_path}, which has no chat template. Remove it."
         )
-    if chat is None:
-        chat = has_template and not _is_trained_on_text(recipe)
-    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"chat": chat})})
+    return section.chat if section.chat is not None else has_template and not _is_trained_on_text(data)
 
 
-def _is_trained_on_text(recipe: Recipe) -> bool:
+def _is_trained_on_text(data: DataSection) -> bool:
     """Whether a model with a chat template is trained on plain text all the same."""
-    if recipe.data.train is None:
+    if data.train is None:
         return False
     try:
-        return not is_chat(read_task_rows(recipe.data, recipe.data.train, limit=1, chat=True))
+        return not is_chat(read_task_rows(data, data.train, limit=1, chat=True))
     except CaftuneError as error:
         raise CaftuneError(
             f"eval.chat must be given where data.train cannot be read ({error}). Add it: true for a model that is trained in "
@@ -141,9 +175,8 @@ def _is_trained_on_text(recipe: Recipe) -> bool:
         ) from error
 
 
-def read_tasks(recipe: Recipe) -> list[tuple[Task, list[Example]]]:
-    """The tasks of `eval` and their examples, after all checks that need no model. Raises what `evaluate` does."""
-    section = recipe.eval
+def read_tasks(section: EvalSection) -> list[tuple[Task, list[Example]]]:
+    """The tasks of `eval` and their examples, after all checks that need no model. Raises what `evaluate_model` does."""
     if not section.tasks:
         raise CaftuneError(f"eval.tasks must name tasks, got none. Known: {', '.join(TASKS)}.")
     unknown = next((task for task in section.tasks if task not in TASKS), None)
@@ -158,59 +191,54 @@ def read_tasks(recipe: Recipe) -> list[tuple[Task, list[Example]]]:
             )
         check_structures(section.structures)
     load_scipy()
-    return [(TASKS[task], _examples(recipe, TASKS[task])) for task in dict.fromkeys(section.tasks)]
+    return [(TASKS[task], _examples(section, TASKS[task])) for task in dict.fromkeys(section.tasks)]
 
 
-def _model_of(recipe: Recipe) -> str:
+def _model_of(section: EvalSection, base: BaseModel, folder: RunFolder) -> str:
     """The folder or hub id of eval.model."""
-    if recipe.eval.model == "base":
-        return recipe.model.name
-    if recipe.eval.model is not None:
-        return recipe.eval.model
-    model = _own_model(recipe)
-    if (model / "adapter_config.json").is_file():
+    if section.model is not None:
+        return base.name if section.model == "base" else section.model
+    if (folder.model / "adapter_config.json").is_file():
         raise CaftuneError(
-            f"{model} must hold a whole model, and holds an adapter alone. Run `caftune export` with model.lora.merge=true."
+            f"{folder.model} must hold a whole model, and holds an adapter alone. Run `caftune export` with "
+            "model.lora.merge=true."
         )
-    if not (model / "config.json").is_file():
+    if not (folder.model / "config.json").is_file():
         raise CaftuneError(
-            f"{model} is missing. Run `caftune train` first, or name a model in eval.model (`base`, a folder or a hub id)."
+            f"{folder.model} is missing. Run `caftune train` first, or name a model in eval.model (`base`, a folder or a hub "
+            "id)."
         )
-    return str(model)
+    return str(folder.model)
 
 
-def _own_model(recipe: Recipe) -> Path:
-    return Path(recipe.output, "model")
-
-
-def label_of(recipe: Recipe, name: str) -> str:
+def label_of(name: str, base_name: str, folder: RunFolder, *, server: str | None = None) -> str:
     """What the model is called in output/eval/ and in results: `base`, `model` (the run's own), or its last name and a hash.
 
-    A model that a server has under a name of its own (eval.server.model) is called by that, for it need not be the model here.
+    Args:
+        server: the name under which a server has the model, which need not be the model here: it is then called by that.
     """
-    served = recipe.eval.server.model if recipe.eval.backend == "server" else None
-    if served is None and name == recipe.model.name:
+    if server is None and name == base_name:
         return "base"
     path = Path(name).resolve()
-    if served is None and path == _own_model(recipe).resolve():
+    if server is None and path == folder.model.resolve():
         return "model"
     whole = str(path) if path.exists() else name
-    last = Path(served or name).name
-    return f"{last}-{hashlib.sha256(json.dumps([whole, served]).encode()).hexdigest()[:6]}"
+    last = Path(server or name).name
+    return f"{last}-{hashlib.sha256(json.dumps([whole, server]).encode()).hexdigest()[:6]}"
 
 
-def _examples(recipe: Recipe, task: Task) -> list[Example]:
-    source = recipe.eval.data.get(task.name)
+def _examples(section: EvalSection, task: Task) -> list[Example]:
+    source = section.data.get(task.name)
     if source is None:
         raise CaftuneError(
             f"eval.data.{task.name} must name a file or hub id with the rows of {task.name}, got nothing. Add it to the recipe."
         )
     refuse_unnamed_split(source, f"eval.data.{task.name}")
-    rows = read_rows(source, recipe.eval.limit)
-    named = [{**row, **{ours: row.get(theirs) for ours, theirs in recipe.eval.columns.items()}} for row in rows]
+    rows = read_rows(source, section.limit)
+    named = [{**row, **{ours: row.get(theirs) for ours, theirs in section.columns.items()}} for row in rows]
     try:
         examples = [task.read(row, number) for number, row in enumerate(named)]
-        if "prompt" in recipe.eval.columns:  # as a model was trained on them
+        if "prompt" in section.columns:  # as a model was trained on them
             asked = [text(row, number, "prompt") for number, row in enumerate(named)]
             examples = [replace(example, prompt=prompt) for example, prompt in zip(examples, asked, strict=True)]
     except CaftuneError as error:
@@ -219,58 +247,6 @@ def _examples(recipe: Recipe, task: Task) -> list[Example]:
     if twice is not None:
         raise CaftuneError(f"{source}: every example must have a different id, got {twice} twice. Fix the file.")
     return examples
-
-
-def _evaluate(recipe: Recipe, evaluated: _EvaluatedModel, task: Task, examples: Sequence[Example]) -> Result:
-    lines = _answer_all(recipe, evaluated, task, examples)
-    if task is PROTEINS and recipe.eval.structures is not None:
-        evaluated.free()  # its memory is needed by the folding model
-        lines = with_structures(lines, recipe.eval.structures)
-    label = label_of(recipe, evaluated.name)
-    write_lines(Path(recipe.output, "eval", label, f"{task.name}.jsonl"), lines)
-    result = summarise(task, label, lines)
-    record(recipe, {"stage": f"eval {label} {task.name}", **asdict(result)})
-    return result
-
-
-def _answer_all(
-    recipe: Recipe, evaluated: _EvaluatedModel, task: Task, examples: Sequence[Example]
-) -> list[dict[str, Any]]:
-    """The lines of TASK.jsonl: the scored answer to every example in every run."""
-    section, tokenizer, name = recipe.eval, evaluated.tokenizer, evaluated.name
-    talks = dict(enumerate(_conversation_of(example, chat=bool(section.chat)) for example in examples))
-    sampling = Sampling(
-        section.max_new_tokens or task.max_new_tokens, section.temperature, section.top_p, section.top_k
-    )
-    prompts = {number: talk.prompt(0, [], tokenizer) for number, talk in talks.items()}
-    room = evaluated.context - sampling.max_new_tokens - (section.backend == "server")
-    long = [number for number, prompt in prompts.items() if len(prompt.ids) > room]
-    if long:
-        raise CaftuneError(
-            f"{len(long)} of {len(talks)} prompts of {task.name} (the first is {examples[long[0]].id}) leave no room for "
-            f"{sampling.max_new_tokens} tokens in the model's context. Lower eval.max_new_tokens, or use a model with more."
-        )
-    opened = functools.cache(
-        lambda: answer_backend(recipe, section, tokenizer, sampling, name=name, loaded=evaluated.loaded)
-    )
-    ends = stop_tokens(recipe, tokenizer, name)
-    report_second_bos([talk.text for talk in talks.values()], tokenizer, f"eval.data.{task.name}")
-    lines: list[dict[str, Any]] = []
-    for run, seed in enumerate(range(recipe.seed, recipe.seed + section.runs)):
-        found = generate_labels(talks, tokenizer, evaluated.answers(sampling, seed), opened, room=room, ends=ends)
-        _refuse_failures(task, examples, found.failures)
-        for label in found.labels:
-            example, gap = examples[label.row], prompts[label.row].gap
-            read = tokenizer.decode(label.prompt_ids)  # with special tokens, which may open a thought
-            # The gap is part of the example's prompt.
-            said, in_thought = split_thought(label.completion.removeprefix(gap), read, example.prompt)
-            completion = until_stop(said, task.stop)
-            went_past = completion != said or any(text in said for text in task.past)
-            finish = "stop" if went_past else label.finish
-            measured = {"scores": task.score(example, completion), "finish": finish, "in_thought": in_thought}
-            line = {"run": run, "seed": seed, **asdict(example), "completion": completion, **measured}
-            lines.append({**line, "chat": section.chat})
-    return lines
 
 
 def with_structures(lines: Sequence[Mapping[str, Any]], folder_or_hub_id: str) -> list[dict[str, Any]]:

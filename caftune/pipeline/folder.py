@@ -1,7 +1,18 @@
-"""The folder of a run: which stage is in it, made from what, and what came out.
+"""The folder of a run, and of each stage in it: what the stage was made from, and its result.
+
+    output/
+      labels/         labels.jsonl, cache.jsonl      the base's own answers
+      pretrain/       checkpoints of stage 1
+      heads/          heads.safetensors, heads.json, quality.json
+      adapt/          heads/ and checkpoints         the same heads after an epoch on the task's data, with `adapt`
+      train/          checkpoints of stage 2 (ordinary ones)
+      model/          the result: an ordinary checkpoint
+      model-heads/    heads that can draft for it, with heads.keep
+      eval/           answers and their scores
+      results.jsonl   base.json   data.json          a line per finished stage; the commits of a base and of data on the hub
 
 A stage folder holds `recipe.yaml`, the sections of the recipe and the hashes of the files the stage was made from, and
-`provenance.json`. The same command on the same recipe and files goes on where it stopped; on others it refuses.
+`provenance.json`. The same command on the same recipe and files resumes; with others it stops with an error.
 """
 
 import json
@@ -15,15 +26,14 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from caftune.checkpoints.fingerprint import commit_of
 from caftune.checkpoints.heads_folder import DESCRIPTION_FILE
-from caftune.checkpoints.opening import opening
 from caftune.checkpoints.provenance import package_version, provenance
-from caftune.data.readers import HubSource, data_commit, hub_source
+from caftune.data.readers import hub_source
 from caftune.errors import CaftuneError
 from caftune.files import file_sha256, read_json, write_json, write_text
-from caftune.pipeline.recipe import Recipe, first_difference, parse_recipe, save_recipe
+from caftune.pipeline.recipe import first_difference, parse_recipe, save_recipe
 from caftune.pipeline.recipe_text import read_yaml
+from caftune.pipeline.schema import Recipe
 from caftune.training.resumption import Changes, refuse_checkpoint, remove_allowed_changes
 
 _RESULTS = {"pretrain": "pretrain-heads"}  # names of results, where they are not those of the folders
@@ -48,196 +58,197 @@ _DEPENDS_ON: dict[str, Sequence[str]] = {
 }
 
 
-def with_commit(recipe: Recipe) -> Recipe:
-    """The recipe with its base and data on the hub pinned to the commits of this output's first command, as `main` may move.
+class RunFolder:
+    """The folder of a run: its places, and the results of its stages."""
 
-    The base's is kept in output/base.json, until the recipe names another base or revision; those of the data are kept in
-    output/data.json, by repository and revision, and become part of the sources' names.
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def labels(self) -> Path:
+        """The labels of the heads' pretraining."""
+        return self.path / "labels" / "labels.jsonl"
+
+    @property
+    def heads(self) -> Path:
+        """The heads that stage 1 makes."""
+        return self.path / "heads"
+
+    @property
+    def adapted_heads(self) -> Path:
+        """The heads that `adapt` makes of them."""
+        return self.path / "adapt" / "heads"
+
+    @property
+    def model(self) -> Path:
+        """The model that stage 2 makes."""
+        return self.path / "model"
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """The lines of results.jsonl, by stage."""
+        return {result["stage"]: result for result in map(json.loads, self._lines())}
+
+    def record(self, result: Mapping[str, Any]) -> None:
+        """Write a stage's result to results.jsonl, replacing an earlier one of the same stage."""
+        if is_main_process():
+            self._replace_result(result["stage"], [json.dumps(result)])
+
+    def forget(self, stage: str) -> None:
+        """Remove the result of a stage, which then counts as unfinished."""
+        self._replace_result(_RESULTS.get(stage, stage), [])
+
+    def is_done(self, stage: str) -> bool:
+        """Whether the stage has a result, and its folder still exists."""
+        return _RESULTS.get(stage, stage) in self.results() and (self.path / stage / "recipe.yaml").is_file()
+
+    def is_begun(self, stage: str) -> bool:
+        """Whether something was done in the folder of a stage: a checkpoint, or its result."""
+        folder = self.path / stage
+        work = any(folder.glob("checkpoint-*")) or (folder / "heads").is_dir()
+        return (folder / "recipe.yaml").is_file() and (self.is_done(stage) or work)
+
+    def _lines(self) -> list[str]:
+        path = self.path / "results.jsonl"
+        return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+    def _replace_result(self, stage: str, new: Sequence[str]) -> None:
+        lines = self._lines()
+        kept = [line for line in lines if json.loads(line)["stage"] != stage]
+        if [*kept, *new] != lines:
+            write_text(self.path / "results.jsonl", "".join(f"{line}\n" for line in [*kept, *new]))
+
+
+class Stage:
+    """A stage of a run: its folder, and what its result depends on.
+
+    Args:
+        recipe: of which the stage's sections count.
+        name: a key of `_DEPENDS_ON`; its folder is called so.
+        files: by name; of heads their heads.json. Those that are None or do not exist do not count.
     """
-    return _with_data_commits(_with_base_commit(recipe))
 
+    def __init__(self, recipe: Recipe, name: str, files: Mapping[str, str | Path | None]) -> None:
+        self.run, self.name, self.files = RunFolder(recipe.output), name, files
+        self.folder = self.run.path / name
+        everything = recipe.model_dump()
+        more = ["data.max_length"] if name == "pretrain" and recipe.cuts_stage_one else []
+        self.sections = {key: _at(everything, key) for key in [*_DEPENDS_ON[name], *more]}
 
-def _with_base_commit(recipe: Recipe) -> Recipe:
-    name, revision = recipe.model.name, recipe.model.revision
-    path = Path(recipe.output, "base.json")
-    kept = read_json(path)
-    if Path(name).is_dir() or (revision is not None and revision == kept.get("commit")):
-        return recipe
-    if [name, revision] != [kept.get("name"), kept.get("revision")]:
-        with opening(name, revision=revision):
-            kept = {"name": name, "revision": revision, "commit": commit_of(name, revision, fetch=True)}
-            if is_main_process():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, kept)
-    commit = kept.get("commit") if kept.get("name") == name else None
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit or revision})})
+    def open(self) -> Path:
+        """Prepare the folder, which is new or belongs to this recipe and these files. Returns the folder.
 
+        Options that do not affect the steps so far may differ (see resumption.py): they are reported and recorded.
+        A folder in which nothing was done yet (its stage was refused, say) takes on the recipe it is given, and so does that
+        of the labels, whose answers are kept by their prompts. With several processes the main one prepares it.
 
-def _with_data_commits(recipe: Recipe) -> Recipe:
-    path = Path(recipe.output, "data.json")
-    kept = read_json(path)
-    known = dict(kept)
+        Raises:
+            CaftuneError: the folder holds a stage of another recipe, or other files; or the training is to be longer and has
+                no checkpoint.
+        """
+        from accelerate import PartialState
 
-    def pinned(source: str | None) -> str | None:
-        found = hub_source(source) if source is not None else None
-        if found is None or found.commit is not None:
-            return source
-        key = str(HubSource(found.repository, found.revision))
-        commit = known.get(key) or data_commit(found)
-        if commit is None:
-            return source  # reading the rows says why
-        known[key] = commit
-        return str(replace(found, revision=commit))
+        self._refuse_unfinished_heads()
+        with PartialState().main_process_first():
+            if self.name != "labels" and self.run.is_begun(self.name):
+                self._adopt(self.refuse_other(may_resume=True))
+            elif not (self.folder / "recipe.yaml").is_file() and _holds_files(self.folder):
+                raise CaftuneError(
+                    f"{self.folder} must be empty or a folder of caftune, and holds other files. Use another output."
+                )
+            elif is_main_process():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.run.forget(self.name)  # of a folder that was removed
+                _keep_identity(self.folder, self._identity())  # first: it makes the folder ours
+                (self.folder / "provenance.json").unlink(missing_ok=True)  # of the recipe before, if there was one
+            if is_main_process() and not (self.folder / "provenance.json").is_file():
+                made = provenance(self._present()) | self._heads_used()
+                made["data"] |= {name: str(path) for name, path in self.files.items() if path and hub_source(str(path))}
+                write_json(self.folder / "provenance.json", made)
+        return self.folder
 
-    sections = {"data": ("train", "eval"), "labels": ("prompts",), "heads": ("text",)}
-    changes: dict[str, Any] = {}
-    for name, keys in sections.items():
-        section = getattr(recipe, name)
-        found = {key: pinned(getattr(section, key)) for key in keys}
-        changed = {key: source for key, source in found.items() if source != getattr(section, key)}
-        changes |= {name: section.model_copy(update=changed)} if changed else {}
-    tasks = {task: pinned(source) for task, source in recipe.eval.data.items()}
-    changes |= {"eval": recipe.eval.model_copy(update={"data": tasks})} if tasks != recipe.eval.data else {}
-    if known != kept and is_main_process():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, known)
-    return recipe.model_copy(update=changes) if changes else recipe
+    def refuse_other(self, *, may_resume: bool = False) -> Changes:
+        """Raise CaftuneError where the folder was made from another recipe or other files.
 
-
-def open_stage(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> Path:
-    """The folder of a stage, made ready: it is new, or it belongs to this very recipe and these very files.
-
-    Options that do not affect the steps so far may differ (see resumption.py): they are reported and recorded.
-    A folder in which nothing was done yet (its stage was refused, say) takes on the recipe it is given, and so does that of
-    the labels, whose answers are kept by what was asked. With several
-    processes the main one makes it, and the others find it made.
-
-    Raises:
-        CaftuneError: the folder holds a stage of another recipe, or other files; or the training is to be longer and has no
-            checkpoint.
-    """
-    from accelerate import PartialState
-
-    _refuse_unfinished_heads(recipe, files.get("heads"))
-    with PartialState().main_process_first():
-        folder = Path(recipe.output, stage)
-        if stage != "labels" and is_begun(recipe, stage):  # labels are kept by what was asked
-            changes = refuse_other_stage(recipe, stage, files, may_resume=True)
-            _adopt_changes(recipe, stage, files, changes)
-        elif (
-            not (folder / "recipe.yaml").is_file()
-            and folder.exists()
-            and any(not file.name.startswith(".") for file in folder.iterdir())
-        ):
+        Returns:
+            The allowed changes; with `may_resume` also changes of the training's length.
+        """
+        command = _RESULTS.get(self.name, self.name)
+        if not (self.folder / "recipe.yaml").is_file():
+            raise CaftuneError(f"{self.folder} is missing. Run `caftune {command}` first.")
+        kept, wanted = kept_identity(self.folder), self._identity()
+        forget_unknown_commit(kept, wanted)
+        if "data.max_length" not in kept:  # the folder is older than this being kept
+            wanted.pop("data.max_length", None)
+        changes = remove_allowed_changes(kept, wanted, self.name)
+        difference = first_difference(kept, wanted)
+        if difference and difference.startswith("files."):
+            difference = f"the contents of {difference.partition(':')[0].removeprefix('files.')} changed"
+        if difference:
             raise CaftuneError(
-                f"{folder} must be empty or a folder of caftune, and holds other files. Use another output."
+                f"{self.folder} holds the {self.name} stage of another recipe ({difference}). Remove {self.folder}, or use "
+                "another output (heads made here serve there: heads.path)."
             )
-        elif is_main_process():
-            folder.mkdir(parents=True, exist_ok=True)
-            _replace_result(recipe, _RESULTS.get(stage, stage), [])  # of a folder that was removed
-            _keep_identity(folder, _identity(recipe, stage, files))  # first: it makes the folder ours
-            (folder / "provenance.json").unlink(missing_ok=True)  # of the recipe before, if there was one
-        if is_main_process() and not (folder / "provenance.json").is_file():
-            made = provenance(_present(files)) | _heads_used(files.get("heads"))
-            made["data"] |= {name: str(path) for name, path in files.items() if path and hub_source(str(path))}
-            write_json(folder / "provenance.json", made)
-    return folder
+        if changes.length and not may_resume:
+            raise CaftuneError(
+                f"{self.folder} holds the {self.name} stage of another recipe ({changes.length[0]}). Run `caftune {command}` "
+                "to continue to that length, or set it back."
+            )
+        return changes
+
+    def _refuse_unfinished_heads(self) -> None:
+        """Raise CaftuneError for heads of an earlier stage 1 if a new one was begun and is not finished."""
+        used, stage = self.files.get("heads"), self.run.path / "pretrain"
+        is_own = used is not None and Path(used) == self.run.heads / DESCRIPTION_FILE
+        if is_own and (stage / "recipe.yaml").is_file() and not self.run.is_done("pretrain"):
+            raise CaftuneError(
+                f"{stage} is not finished, so {self.run.heads} is of another recipe. Run `caftune pretrain-heads` first."
+            )
+
+    def _heads_used(self) -> dict[str, Any]:
+        """Which heads the stage starts from: their folder, the hash of their weights and how they were trained."""
+        file = self.files.get("heads")
+        found = read_json(Path(file)) if file is not None else None
+        if not found:
+            return {}
+        return {
+            "heads": {"folder": str(Path(str(file)).parent), **{k: found[k] for k in ("weights_sha256", "training")}}
+        }
+
+    def _adopt(self, changes: Changes) -> None:
+        """Resume with changed options: report them, and record them in provenance.json."""
+        checkpoint = last_checkpoint(self.folder) if changes.length else None
+        if changes.length and checkpoint is None:
+            raise CaftuneError(
+                f"{self.folder} must hold a checkpoint to resume from ({', '.join(changes.length)}), and holds none. Remove "
+                f"{self.folder} to train from the start."
+            )
+        if checkpoint is not None:
+            refuse_checkpoint(Path(checkpoint), self._options())
+        if not list(changes) or not is_main_process():
+            return
+        tqdm.write(f"Changed since {self.folder} was begun: {', '.join(changes)}.", file=sys.stderr)
+        if changes.length:
+            self.run.forget(self.name)
+        _keep_identity(self.folder, self._identity())
+        path = self.folder / "provenance.json"
+        made = read_json(path) or provenance(self._present())
+        now = provenance()
+        entry = {"changes": list(changes), **{key: now[key] for key in ("command", "time", "versions")}}
+        write_json(path, {**made, "went_on": [*made.get("went_on", []), entry]})
+
+    def _options(self) -> dict[str, Any]:
+        """The trainer options (`adapt` has one epoch by default)."""
+        options = self.sections["trainer" if self.name == "train" else self.name] or {}
+        return {"num_train_epochs": 1, **options} if self.name == "adapt" else options
+
+    def _identity(self) -> dict[str, Any]:
+        return {**self.sections, "files": {name: _digest(Path(path)) for name, path in self._present().items()}}
+
+    def _present(self) -> dict[str, str | Path]:
+        return {name: path for name, path in self.files.items() if path is not None and Path(path).is_file()}
 
 
-def _refuse_unfinished_heads(recipe: Recipe, description: str | Path | None) -> None:
-    """Heads of before, where stage 1 was begun anew since, and has not come to its end."""
-    stage, own = Path(recipe.output, "pretrain"), Path(recipe.output, "heads", DESCRIPTION_FILE)
-    is_own = description is not None and Path(description) == own
-    if is_own and (stage / "recipe.yaml").is_file() and not is_done(recipe, "pretrain"):
-        raise CaftuneError(
-            f"{stage} is not finished, so {own.parent} is of another recipe. Run `caftune pretrain-heads` first."
-        )
-
-
-def _heads_used(description: str | Path | None) -> dict[str, Any]:
-    """Which heads a stage starts from, in words that can be checked: the hash of their weights."""
-    if description is None or not Path(description).is_file():
-        return {}
-    found = json.loads(Path(description).read_text(encoding="utf-8"))
-    return {"heads": {"folder": str(Path(description).parent), **{k: found[k] for k in ("weights_sha256", "training")}}}
-
-
-def is_begun(recipe: Recipe, stage: str) -> bool:
-    """Whether something was done in the folder of a stage: a checkpoint, or its result."""
-    folder = Path(recipe.output, stage)
-    work = any(folder.glob("checkpoint-*")) or (folder / "heads").is_dir()
-    return (folder / "recipe.yaml").is_file() and (is_done(recipe, stage) or work)
-
-
-def is_done(recipe: Recipe, stage: str) -> bool:
-    """Whether the stage has a result, and its folder is still there."""
-    results = Path(recipe.output, "results.jsonl")
-    done = {json.loads(line)["stage"] for line in results.read_text().splitlines()} if results.is_file() else set()
-    return _RESULTS.get(stage, stage) in done and Path(recipe.output, stage, "recipe.yaml").is_file()
-
-
-def _adopt_changes(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None], changes: Changes) -> None:
-    """Resume a stage with changed options: report them, and record them in provenance.json."""
-    folder = Path(recipe.output, stage)
-    if changes.length and last_checkpoint(folder) is None:
-        raise CaftuneError(
-            f"{folder} must hold a checkpoint to resume from ({', '.join(changes.length)}), and holds none. Remove {folder} to "
-            "train from the start."
-        )
-    if changes.length:
-        refuse_checkpoint(Path(str(last_checkpoint(folder))), _options_of(recipe, stage))
-    if not list(changes) or not is_main_process():
-        return
-    tqdm.write(f"Changed since {folder} was begun: {', '.join(changes)}.", file=sys.stderr)
-    if changes.length:
-        _replace_result(recipe, _RESULTS.get(stage, stage), [])  # it counts as unfinished again
-    _keep_identity(folder, _identity(recipe, stage, files))
-    path = folder / "provenance.json"
-    made = read_json(path) or provenance(_present(files))
-    now = provenance()
-    entry = {"changes": list(changes), **{key: now[key] for key in ("command", "time", "versions")}}
-    write_json(path, {**made, "went_on": [*made.get("went_on", []), entry]})
-
-
-def _options_of(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The trainer options of a stage (`adapt` has one epoch by default)."""
-    options = getattr(recipe, "trainer" if stage == "train" else stage) or {}
-    return {"num_train_epochs": 1, **options} if stage == "adapt" else options
-
-
-def refuse_other_stage(
-    recipe: Recipe, stage: str, files: Mapping[str, str | Path | None], *, may_resume: bool = False
-) -> Changes:
-    """Raise CaftuneError where the folder of a stage was made from another recipe or other files.
-
-    Returns:
-        The allowed changes; with `may_resume` also changes of the training's length.
-    """
-    folder, name = Path(recipe.output, stage), _RESULTS.get(stage, stage)
-    if not (folder / "recipe.yaml").is_file():
-        raise CaftuneError(f"{folder} is missing. Run `caftune {name}` first.")
-    kept, wanted = kept_identity(folder, stage), _identity(recipe, stage, files)
-    forget_unknown_commit(kept, wanted)
-    if "data.max_length" not in kept:  # the folder is older than this being kept
-        wanted.pop("data.max_length", None)
-    changes = remove_allowed_changes(kept, wanted, stage)
-    difference = first_difference(kept, wanted)
-    if difference and difference.startswith("files."):
-        difference = f"the contents of {difference.partition(':')[0].removeprefix('files.')} changed"
-    if difference:
-        raise CaftuneError(
-            f"{folder} holds the {stage} stage of another recipe ({difference}). Remove {folder}, or use another output "
-            "(heads made here serve there: heads.path)."
-        )
-    if changes.length and not may_resume:
-        raise CaftuneError(
-            f"{folder} holds the {stage} stage of another recipe ({changes.length[0]}). Run `caftune {name}` to continue to "
-            "that length, or set it back."
-        )
-    return changes
-
-
-def kept_identity(folder: Path, stage: str) -> dict[str, Any]:
+def kept_identity(folder: Path) -> dict[str, Any]:
     """The recipe's sections and the files that a stage folder was made from. Keys newer than the folder have their defaults.
 
     Raises:
@@ -258,7 +269,7 @@ def kept_identity(folder: Path, stage: str) -> dict[str, Any]:
             f"{file} must be a recipe that caftune {package_version('caftune')} can read: {error} If a newer version wrote it, "
             "update caftune; else use another output."
         ) from error
-    found = {**_sections(recipe, stage), "files": kept.get("files") or {}}
+    found = {**Stage(recipe, folder.name, {}).sections, "files": kept.get("files") or {}}
     if "data.max_length" not in kept:
         found.pop("data.max_length", None)
     return found
@@ -308,29 +319,20 @@ def _forget_unknown_data(kept: Any, wanted: Any) -> None:
                 wanted[key] = kept[key]
 
 
-def record(recipe: Recipe, result: Mapping[str, Any]) -> None:
-    """Write a stage's result to results.jsonl, in the place of an earlier one of the same stage."""
-    if is_main_process():
-        _replace_result(recipe, result["stage"], [json.dumps(result)])
-
-
-def _replace_result(recipe: Recipe, stage: str, new: Sequence[str]) -> None:
-    path = Path(recipe.output, "results.jsonl")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    kept = [line for line in lines if json.loads(line)["stage"] != stage]
-    if [*kept, *new] != lines:
-        write_text(path, "".join(f"{line}\n" for line in [*kept, *new]))
-
-
 def last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint: one whose `trainer_state.json`, which is written last, is there and can be read."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
-def whole_checkpoint(recipe: Recipe, folder: Path, named: str | None) -> str:
-    """The checkpoint that is exported, `named` or the one `train` would export: a model or an adapter in one piece."""
-    source = named or _chosen_checkpoint(recipe, folder)
+def whole_checkpoint(folder: Path, named: str | None, *, best: bool) -> str:
+    """A checkpoint of stage 2 with a model or an adapter in one piece: `named`, or the one `train` would export.
+
+    Args:
+        folder: of stage 2.
+        best: `train` exports the best checkpoint, not the last one.
+    """
+    source = named or _chosen_checkpoint(folder, best=best)
     if source is not None and Path(source, "pytorch_model_fsdp_0").is_dir():
         raise CaftuneError(
             f"{source} must hold whole weights, got FSDP's pieces of them (SHARDED_STATE_DICT). Run `caftune train` again, as "
@@ -340,16 +342,17 @@ def whole_checkpoint(recipe: Recipe, folder: Path, named: str | None) -> str:
         raise CaftuneError(
             f"{named or folder} holds no checkpoint. Run `caftune train` first, or name one of {folder}/checkpoint-*."
         )
+    if Path(source).resolve().parent != folder.resolve():
+        raise CaftuneError(f"{source} must be one of {folder}/checkpoint-*: it belongs to another run. Use its recipe.")
     return source
 
 
-def _chosen_checkpoint(recipe: Recipe, folder: Path) -> str | None:
-    """The best checkpoint where the recipe asks for it, else the last."""
+def _chosen_checkpoint(folder: Path, *, best: bool) -> str | None:
     last = last_checkpoint(folder)
-    if last is None or not recipe.trainer.get("load_best_model_at_end"):
+    if last is None or not best:
         return last
-    best = json.loads(Path(last, "trainer_state.json").read_text())["best_model_checkpoint"]
-    return str(folder / Path(best).name) if best else last
+    found = json.loads(Path(last, "trainer_state.json").read_text())["best_model_checkpoint"]
+    return str(folder / Path(found).name) if found else last
 
 
 def is_main_process() -> bool:
@@ -365,28 +368,13 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def _identity(recipe: Recipe, stage: str, files: Mapping[str, str | Path | None]) -> dict[str, Any]:
-    return {
-        **_sections(recipe, stage),
-        "files": {name: _digest(Path(path)) for name, path in _present(files).items()},
-    }
-
-
-def _sections(recipe: Recipe, stage: str) -> dict[str, Any]:
-    everything = recipe.model_dump()
-    more = ["data.max_length"] if stage == "pretrain" and recipe.cuts_stage_one else []
-    return {key: _at(everything, key) for key in [*_DEPENDS_ON[stage], *more]}
+def _holds_files(folder: Path) -> bool:
+    return folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir())
 
 
 def _digest(path: Path) -> str:
     """What a file's contents are told apart by: of heads their weights, not how and when these were made."""
-    if path.name == DESCRIPTION_FILE:
-        return json.loads(path.read_text(encoding="utf-8"))["weights_sha256"]
-    return file_sha256(path)
-
-
-def _present(files: Mapping[str, str | Path | None]) -> dict[str, str | Path]:
-    return {name: path for name, path in files.items() if path is not None and Path(path).is_file()}
+    return read_json(path)["weights_sha256"] if path.name == DESCRIPTION_FILE else file_sha256(path)
 
 
 def _at(values: Mapping[str, Any], place: str) -> Any:

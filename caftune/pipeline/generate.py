@@ -17,7 +17,7 @@ from caftune.checkpoints.opening import opening
 from caftune.core.backbone import Backbone
 from caftune.core.speculative import Drafting, SpeculativeDecoding
 from caftune.data.forms import load_rows
-from caftune.data.prompts import Prompt, conversations, decoded, is_in_conversation, report_second_bos
+from caftune.data.prompts import Conversation, Prompt, conversations, decoded, is_in_conversation, report_second_bos
 from caftune.errors import CaftuneError
 from caftune.generation.backends import Sampling, end_tokens, padding_token, until_end
 from caftune.generation.batches import only_these_settings
@@ -65,23 +65,20 @@ class Writer:
             chat: whether texts are user messages. None: if the model has a chat template; for a file see `is_in_conversation`.
         """
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
-        sources = []
+        talks: list[Conversation] = []
         if texts:
-            sources.append(
-                ("The prompts", Dataset.from_dict({"prompt": list(texts)}), has_template if chat is None else chat)
-            )
+            rows = Dataset.from_dict({"prompt": list(texts)})
+            talks += conversations(rows, self.tokenizer, chat=has_template if chat is None else chat)
         if file is not None:
             rows = load_rows(file, limit=limit, chat=has_template and chat is not False)
-            sources.append((file, rows, is_in_conversation(rows, self.tokenizer, chat, option="--chat")))
-        talks = [
-            talk
-            for name, rows, is_chat in sources
-            for talk in conversations(rows, self.tokenizer, chat=is_chat, source=name)
-        ]
+            is_chat = is_in_conversation(rows, self.tokenizer, chat, option="--chat")
+            talks += conversations(rows, self.tokenizer, chat=is_chat, source=file)
         report_second_bos([talk.text for talk in talks], self.tokenizer, "the command")
         found = [talk.prompt(0, [], self.tokenizer) for talk in talks if talk.turns]
         if not found:
             raise CaftuneError("A prompt must be given, got none. Name one, or a file with --prompts.")
+        is_chat = any(prompt.messages is not None for prompt in found)
+        typer.echo(f"Prompts are given {'in a conversation' if is_chat else 'as plain text'} (--chat).", err=True)
         return found
 
     def write(
@@ -132,12 +129,9 @@ class Writer:
         for number, prompt in enumerate(prompts):
             self.decoding.total = Drafting()
             found, seconds = answer(self.decoding.generate, prompt, number)
-            written = Written(prompt, found, self.decoding.total, seconds)
-            if alone:
-                other, seconds_alone = answer(self.model.generate, prompt, number)
-                same = None if sampling.temperature else other == found
-                written = Written(prompt, found, self.decoding.total, seconds, seconds_alone, same)
-            yield written
+            other, seconds_alone = answer(self.model.generate, prompt, number) if alone else (None, None)
+            same = None if other is None or sampling.temperature else other == found
+            yield Written(prompt, found, self.decoding.total, seconds, seconds_alone, same)
 
     @property
     def ends(self) -> list[int]:
@@ -145,11 +139,7 @@ class Writer:
         return end_tokens(self.model.generation_config, self.tokenizer)
 
     def room(self, prompts: Sequence[Prompt], wanted: int) -> int:
-        """How many new tokens, of those wanted, fit the model's context behind the longest prompt.
-
-        Raises:
-            CaftuneError: none.
-        """
+        """How many new tokens, of those wanted, fit the model's context after the longest prompt; none is an error."""
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(len(prompt.ids) for prompt in prompts)
         if context is not None and longest >= context:

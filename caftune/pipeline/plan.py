@@ -1,6 +1,7 @@
 """`caftune plan`: what a run will cost and whether it fits, from its configuration, tokenizer and rows. No weight is loaded."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import comb
@@ -18,8 +19,10 @@ from caftune.core.backbone import UnsupportedModelError
 from caftune.core.objective import IGNORED
 from caftune.core.probes import is_machine_error
 from caftune.errors import CaftuneError
-from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stage_config import load_config, load_tokenizer, lora_config, stage_one_config, stage_two_config
+from caftune.pipeline.base_model import BaseModel
+from caftune.pipeline.folder import RunFolder
+from caftune.pipeline.schema import HeadsSection, LossSection, ModelSection, Recipe
+from caftune.pipeline.stage_config import lora_config, stage_one_config, stage_two_config
 from caftune.pipeline.stage_rows import head_rows, task_rows
 from caftune.training.config import CAFTConfig
 from caftune.training.estimate import Estimate, Setup, estimate
@@ -28,6 +31,7 @@ from caftune.training.estimate import Estimate, Setup, estimate
 _ROWS_READ = 1000
 _ASSUMED_LABELLED, _ASSUMED_LENGTH = 0.5, 1024
 _SHORTEST = 128  # tokens, below which no remedy cuts rows
+_Kind = Callable[[Setup], Iterator[tuple[str, Setup]]]  # of remedies, each for the setup before it
 
 
 @dataclass(frozen=True)
@@ -87,26 +91,30 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
             model that cannot be planned without its weights.
         UnsupportedModelError: the model has no decoder layers that can be found or copied.
     """
-    folder = Path(recipe.output, "plan")
+    base, folder = BaseModel.of(recipe.model), Path(recipe.output, "plan")
     if stage == "heads":
-        args = stage_one_config(recipe, folder)
+        args = stage_one_config(recipe, base, folder)
     else:
-        args = stage_two_config(recipe, folder, heads=None, aux_weight=0.0, aux_min_weight=0.0)
-    rows = _rows(recipe, stage, args)
-    config = _config(recipe, args)
-    setup = _setup(recipe, stage, args, rows, config)
+        args = stage_two_config(recipe, base, folder, heads=None, aux_weight=0.0, aux_min_weight=0.0)
+    rows = _rows(recipe, base, stage, args)
+    config = _config(base, args)
+    setup = _setup(recipe.model, recipe.heads, recipe.loss, stage, args, rows, config)
     device, available = _device()
-    found = _estimate(recipe, config, setup)
-    remedies = [] if found.memory.peak <= available else _remedies(recipe, config, setup, found.memory.peak, available)
+    found = _estimate(recipe.model, config, setup)
+    peak, is_cut = found.memory.peak, stage == "train" or recipe.cuts_stage_one
+    kinds = [*_KINDS, *([_shorter] if is_cut else []), *([_with_fewer_heads] if recipe.heads.path is None else [])]
+    remedies = [] if peak <= available else _remedies(recipe.model, config, setup, kinds, peak, available)
     return Plan(recipe.model.name, setup, rows, found, device, available, remedies)
 
 
-def plan_of_run(recipe: Recipe, args: CAFTConfig, rows: Dataset) -> dict[str, float]:
+def plan_of_run(
+    model: ModelSection, heads: HeadsSection, loss: LossSection, base: BaseModel, args: CAFTConfig, rows: Dataset
+) -> dict[str, float]:
     """What `plan` says of stage 2 and a run can measure, from the options and the `task_rows` that the run has."""
-    config = _config(recipe, args)
+    config = _config(base, args)
     measured = measure_rows(rows, args.max_length, args.per_device_train_batch_size)
-    setup = _setup(recipe, "train", args, measured, config)
-    found = _estimate(recipe, config, setup)
+    setup = _setup(model, heads, loss, "train", args, measured, config)
+    found = _estimate(model, config, setup)
     return {
         "flops_per_token": found.flops.total,
         "overhead": found.overhead_here,
@@ -114,17 +122,17 @@ def plan_of_run(recipe: Recipe, args: CAFTConfig, rows: Dataset) -> dict[str, fl
     }
 
 
-def _config(recipe: Recipe, args: CAFTConfig) -> Any:
+def _config(base: BaseModel, args: CAFTConfig) -> Any:
     """The base's configuration. Of attention's implementations eager alone keeps more than what is planned for the others."""
-    config = load_config(recipe)
+    config = copy.deepcopy(base.config)
     if dict(args.model_init_kwargs or {}).get("attn_implementation") == "eager":  # type: ignore[arg-type]
         config._attn_implementation = "eager"
     return config
 
 
-def _estimate(recipe: Recipe, config: Any, setup: Setup) -> Estimate:
+def _estimate(model: ModelSection, config: Any, setup: Setup) -> Estimate:
     try:
-        return estimate(config, setup, _adapter(recipe, setup))
+        return estimate(config, setup, _adapter(model, setup))
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever a model's own code or PEFT brings up
@@ -133,27 +141,25 @@ def _estimate(recipe: Recipe, config: Any, setup: Setup) -> Estimate:
         why = " ".join(str(error).split())
         raise CaftuneError(
             "model.name must be a model that runs with the recipe's options and without its numbers, got "
-            f"{recipe.model.name} ({type(error).__name__}: {why}). Change an option that this names, or measure a short run."
+            f"{model.name} ({type(error).__name__}: {why}). Change an option that this names, or measure a short run."
         ) from error
 
 
-def _rows(recipe: Recipe, stage: str, args: CAFTConfig) -> Rows:
+def _rows(recipe: Recipe, base: BaseModel, stage: str, args: CAFTConfig) -> Rows:
     """Length and labelled share of the rows; assumed where the recipe names none, or the labels are still to be made."""
-    longest = args.max_length or _length_of(recipe) or _ASSUMED_LENGTH
+    wanted = recipe.data.max_length
+    longest = args.max_length or (wanted if isinstance(wanted, int) else None) or _ASSUMED_LENGTH
     if stage == "heads":
-        if not recipe.heads.text and not Path(recipe.head_source).is_file():
-            return _assumed(longest, f"{recipe.head_source} is still to be made")
-        return measure_rows(head_rows(recipe, args).train, args.max_length, args.per_device_train_batch_size)
+        labels = RunFolder(recipe.output).labels
+        if not recipe.heads.text and not labels.is_file():
+            return _assumed(longest, f"{labels} is still to be made")
+        return measure_rows(head_rows(recipe, base, args).train, args.max_length, args.per_device_train_batch_size)
     if recipe.data.train is None:
         return _assumed(longest, "data.train names no data")
-    tokenizer = load_tokenizer(recipe)
-    found = task_rows(recipe, "train", tokenizer, args, limit=min(recipe.data.limit or _ROWS_READ, _ROWS_READ))
+    limit = min(recipe.data.limit or _ROWS_READ, _ROWS_READ)
+    found = task_rows(recipe.data, "train", base, base.tokenizer(), args, limit=limit)
     assert found is not None
     return measure_rows(found.rows, args.max_length, args.per_device_train_batch_size)
-
-
-def _length_of(recipe: Recipe) -> int | None:
-    return recipe.data.max_length if isinstance(recipe.data.max_length, int) else None
 
 
 def _assumed(length: int, why: str) -> Rows:
@@ -183,21 +189,30 @@ def _mean_longest(lengths: list[int], count: int) -> float:
     return draws / comb(len(lengths), count)
 
 
-def _setup(recipe: Recipe, stage: Literal["heads", "train"], args: CAFTConfig, rows: Rows, config: Any) -> Setup:
+def _setup(
+    model: ModelSection,
+    heads: HeadsSection,
+    loss: LossSection,
+    stage: Literal["heads", "train"],
+    args: CAFTConfig,
+    rows: Rows,
+    config: Any,
+) -> Setup:
     given = dict(args.model_init_kwargs or {}).get("dtype", "float32")  # type: ignore[arg-type]
     given = getattr(config.get_text_config(), "dtype", None) or "float32" if given == "auto" else given
-    has_heads = stage == "heads" or recipe.loss.weight > 0
-    described = describe_heads(recipe.heads.path) if has_heads and recipe.heads.path else None
+    has_heads = stage == "heads" or loss.weight > 0
+    source = args.heads or heads.path
+    described = describe_heads(source) if has_heads and source else None
     length = args.max_length if args.packing and args.max_length else rows.longest
     return Setup(
         stage=stage,
-        tuning=recipe.model.tuning if stage == "train" else "full",
-        heads=0 if not has_heads else len(described["horizons"]) if described else recipe.heads.count,
-        head_kind=described["kind"] if described else recipe.heads.kind,
-        trains_heads=recipe.heads.train,
-        heads_lora_rank=recipe.heads.lora_rank,
-        rows=args.aux_target_share if stage == "heads" else recipe.loss.target_share,
-        leaves_out_heads=stage == "train" and recipe.loss.min_weight > 0,
+        tuning=model.tuning if stage == "train" else "full",
+        heads=0 if not has_heads else len(described["horizons"]) if described else heads.count,
+        head_kind=described["kind"] if described else heads.kind,
+        trains_heads=heads.train,
+        heads_lora_rank=heads.lora_rank,
+        rows=args.aux_target_share if stage == "heads" else loss.target_share,
+        leaves_out_heads=stage == "train" and loss.min_weight > 0,
         batch_size=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         length=length,
@@ -215,12 +230,11 @@ def _setup(recipe: Recipe, stage: Literal["heads", "train"], args: CAFTConfig, r
     )
 
 
-def _adapter(recipe: Recipe, setup: Setup) -> Any:
+def _adapter(model: ModelSection, setup: Setup) -> Any:
     """The LoraConfig of a setup, which may be one of a remedy."""
     if setup.stage == "heads" or setup.tuning == "full":
         return None
-    model = recipe.model.model_copy(update={"tuning": setup.tuning})
-    return lora_config(recipe.model_copy(update={"model": model}))
+    return lora_config(model.model_copy(update={"tuning": setup.tuning}))
 
 
 def _device() -> tuple[str, int]:
@@ -230,20 +244,19 @@ def _device() -> tuple[str, int]:
     return "CPU", psutil.virtual_memory().available
 
 
-def _remedies(recipe: Recipe, config: Any, setup: Setup, peak: int, available: int) -> list[Remedy]:
+def _remedies(
+    model: ModelSection, config: Any, setup: Setup, kinds: Sequence[_Kind], peak: int, available: int
+) -> list[Remedy]:
     """Changes that lower the peak, each on top of those before it, until it fits.
 
     First comes what changes no result, last what does most. A smaller batch can do the opposite, for gradients are kept over
     its several passes, and is tried again when adapters have made them small.
     """
-    kinds = [_recomputed, _in_smaller_batches, _with_adapters, _in_smaller_batches]
-    kinds += [_shorter] if setup.stage == "train" or recipe.cuts_stage_one else []
-    kinds += [_with_fewer_heads] if recipe.heads.path is None else []
     found: list[Remedy] = []
     for changes in kinds:
         for change, smaller in changes(setup):
             with suppress(CaftuneError):  # what the model cannot take is no remedy
-                less = _estimate(recipe, config, smaller).memory.peak
+                less = _estimate(model, config, smaller).memory.peak
                 if less < peak:
                     found.append(Remedy(change, less))
                     setup, peak = smaller, less
@@ -288,6 +301,9 @@ def _with_fewer_heads(setup: Setup) -> Iterator[tuple[str, Setup]]:
         setup = replace(setup, heads=setup.heads // 2)
         made_with = " (with heads that `caftune pretrain-heads` made with it)" if setup.stage == "train" else ""
         yield f"heads.count={setup.heads}{made_with}", setup
+
+
+_KINDS = (_recomputed, _in_smaller_batches, _with_adapters, _in_smaller_batches)
 
 
 def print_plan(console: Console, found: Plan) -> None:

@@ -1,12 +1,41 @@
-"""One row of training data as a person would check it."""
+"""`caftune preview`: rows of training data as a person would check them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from caftune.core.objective import IGNORED, horizon_targets
+from caftune.errors import CaftuneError
+from caftune.pipeline.base_model import BaseModel
+from caftune.pipeline.heads_choice import HeadsRef
+from caftune.pipeline.schema import Recipe
+from caftune.pipeline.stage_config import stage_two_config
+from caftune.pipeline.stage_rows import task_rows
+
 _SHOWN = 24
+
+
+def preview_rows(recipe: Recipe, count: int = 3) -> Iterator[tuple[list[str], list[bool], dict[int, list[str]]]]:
+    """For the first rows of data.train: the tokens, which of them are trained on, and each horizon's target per position."""
+    base = BaseModel.of(recipe.model)
+    tokenizer = base.tokenizer()
+    args = stage_two_config(recipe, base, Path(recipe.output, "train"), heads=None, aux_weight=0.0)
+    found = task_rows(recipe.data, "train", base, tokenizer, args, limit=count, is_whole=False)
+    if found is None:
+        raise CaftuneError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
+    number = HeadsRef.find(recipe.heads.path).config.count if recipe.heads.path else recipe.heads.count
+    horizons = range(1, number + 2)
+    for row in found.rows.with_format("torch"):
+        labels = row["labels"][None]
+        targets = {h: horizon_targets(labels, h)[0].tolist() for h in horizons}
+        yield (
+            tokenizer.convert_ids_to_tokens(row["input_ids"].tolist()),
+            [token != IGNORED for token in row["labels"].tolist()],
+            {h: [tokenizer.convert_ids_to_tokens(t) if t != IGNORED else "" for t in targets[h]] for h in horizons},
+        )
 
 
 def print_row(

@@ -1,8 +1,6 @@
 """What each stage trains on: the labels or a text for the heads, the task's rows for the model."""
 
-import json
 import random
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -12,10 +10,11 @@ from caftune.data.forms import load_rows, refuse_unnamed_split
 from caftune.data.prompts import is_chat, refuse_messages_without_template
 from caftune.errors import CaftuneError
 from caftune.generation.labels import label_dataset, read_labels
-from caftune.pipeline.folder import forget_unknown_commit, kept_identity
+from caftune.pipeline.base_model import BaseModel
+from caftune.pipeline.folder import RunFolder, forget_unknown_commit, kept_identity
 from caftune.pipeline.recipe import first_difference
-from caftune.pipeline.schema import DataSection, Recipe
-from caftune.pipeline.stage_config import context_length, embedding_rows, load_tokenizer
+from caftune.pipeline.schema import DataSection, LabelsSection, Recipe
+from caftune.pipeline.stage_config import embedding_rows
 from caftune.training.checks import refuse_long_rows, refuse_many_dropped, refuse_unknown_padding, refuse_unknown_tokens
 from caftune.training.config import CAFTConfig
 from caftune.training.prepare import Prepared, prepare, row_options
@@ -36,27 +35,27 @@ class HeadRows(NamedTuple):
     about: dict[str, Any]
 
 
-def head_rows(recipe: Recipe, args: CAFTConfig) -> HeadRows:
+def head_rows(recipe: Recipe, base: BaseModel, args: CAFTConfig) -> HeadRows:
     """The rows of stage 1, from heads.text or the labels. A conversation is wholly in one of the two parts.
 
     Raises:
         CaftuneError: no labels yet, too few rows to divide, no finished answer, or more than a tenth of the rows without a
             token to train on within the training length.
     """
-    tokenizer, text = load_tokenizer(recipe), recipe.heads.text
+    tokenizer, text, folder = base.tokenizer(), recipe.heads.text, RunFolder(recipe.output)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if text is not None:  # cut at the training length: nothing is lost but text to read on
         rows = load_rows(text, recipe.labels.columns, limit=recipe.labels.limit, chat=has_template)
         about: dict[str, Any] = {"text": file_name(text), "rows": 0}
     else:
-        rows, about = _finished_labels(recipe, has_template=has_template)
+        rows, about = _finished_labels(recipe.labels, folder, base, has_template=has_template)
     name, counted = ("labels", "answers") if text is None else ("heads.text", "rows")
     if text is None and args.max_length is None:  # labels are tokens already, and cut only to be packed
         found = Prepared(rows, len(rows))
     else:
         found = prepare(rows, tokenizer, args, name=name, source=text)
     refuse_many_dropped(found.dropped, found.total, args.max_length, name=name)
-    _refuse_unknown(found, tokenizer, args, embedding_rows(recipe, args), name=name)
+    _refuse_unknown(found, tokenizer, args, embedding_rows(base, args), name=name)
     train, held_out = _divided(found.rows, recipe.heads.held_out, recipe.seed, recipe.head_source)
     return HeadRows(train, held_out, {"labels": found.facts} if found.dropped else {}, {**about, counted: len(train)})
 
@@ -77,17 +76,19 @@ def _divided(rows: Dataset, share: float, seed: int, source: str) -> tuple[Datas
     return kept.select(parts[0]), kept.select(parts[1])
 
 
-def _finished_labels(recipe: Recipe, *, has_template: bool) -> tuple[Dataset, dict[str, Any]]:
+def _finished_labels(
+    section: LabelsSection, folder: RunFolder, base: BaseModel, *, has_template: bool
+) -> tuple[Dataset, dict[str, Any]]:
     """The labels of the run, ready to be trained on, and how they were made, for the record."""
-    labels = Path(recipe.head_source)
+    labels = folder.labels
     if not labels.is_file():
         raise CaftuneError(f"{labels} is missing. Run `caftune label` (again), or name a text in heads.text.")
-    kept = kept_identity(labels.parent, "labels")
-    made, in_conversation = kept["labels"], _recorded_form(Path(recipe.output))
+    kept = kept_identity(labels.parent)
+    made, in_conversation = kept["labels"], folder.results().get("label", {}).get("chat")
     drawn = {name: made[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
     about = {"answers of the base to": file_name(str(made["prompts"])), "answers": 0, **drawn}
-    model = {"model.name": recipe.model.name, "model.revision": recipe.model.revision}
-    wanted = recipe.labels.model_dump(include=_MADE_WITH)
+    model = {"model.name": base.name, "model.revision": base.revision}
+    wanted = section.model_dump(include=_MADE_WITH)
     forget_unknown_commit(kept, model)
     forget_unknown_commit(made, wanted)
     if made.get("chat") is None:  # the default stands for the form that was used; labels of old versions are plain text
@@ -101,15 +102,8 @@ def _finished_labels(recipe: Recipe, *, has_template: bool) -> tuple[Dataset, di
         raise CaftuneError(
             f"{labels} was made with another recipe ({difference}). Run `caftune label` again: cached answers are reused."
         )
-    rows = label_dataset(read_labels(labels), keep_truncated=recipe.labels.keep_truncated)
+    rows = label_dataset(read_labels(labels), keep_truncated=section.keep_truncated)
     return rows, {**about, "in_conversation": in_conversation}
-
-
-def _recorded_form(output: Path) -> bool | None:
-    """Whether the prompts of the labels were in a conversation, by the result of `label`; None where it does not say."""
-    path = output / "results.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return next((result.get("chat") for result in map(json.loads, lines) if result["stage"] == "label"), None)
 
 
 def read_task_rows(data: DataSection, source: str, *, limit: int | None, chat: bool) -> Dataset:
@@ -119,8 +113,9 @@ def read_task_rows(data: DataSection, source: str, *, limit: int | None, chat: b
 
 
 def task_rows(
-    recipe: Recipe,
+    section: DataSection,
     name: str,
+    base: BaseModel,
     tokenizer: Any,
     args: CAFTConfig,
     *,
@@ -133,23 +128,23 @@ def task_rows(
     Args:
         limit: the number of rows to read, instead of data.limit.
         is_whole: refuse a data set in which more than a tenth of the rows have no token to train on within max_length.
-        kept: rows that were prepared before with this recipe and tokenizer. They are used again where the options of rows
+        kept: rows that were prepared before with this section and tokenizer. They are used again where the options of rows
             are the same; those of this call are added.
     """
-    source, kept = getattr(recipe.data, name), {} if kept is None else kept
+    source, kept = getattr(section, name), {} if kept is None else kept
     if source is None:
         return None
-    limit = recipe.data.limit if limit is None else limit
+    limit = section.limit if limit is None else limit
     key = (limit, *row_options(args, name))
     if key not in kept:
-        rows = _unprepared(recipe.data, name, tokenizer, args, limit)
+        rows = _unprepared(section, name, tokenizer, args, limit)
         kept[key] = prepare(rows, tokenizer, args, name=name, source=source)
     found = kept[key]
     if is_whole:
         refuse_many_dropped(found.dropped, found.total, args.max_length, name=name)
-    _refuse_unknown(found, tokenizer, args, embedding_rows(recipe, args), name=name)
+    _refuse_unknown(found, tokenizer, args, embedding_rows(base, args), name=name)
     if args.max_length is None:
-        refuse_long_rows(found.rows, context_length(recipe), name=f"data.{name}")
+        refuse_long_rows(found.rows, base.context, name=f"data.{name}")
     return found
 
 

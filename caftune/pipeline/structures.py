@@ -1,10 +1,7 @@
-"""Structures of proteins: answers and references folded by ESMFold, and how confident it is and how alike they are.
+"""Structures of proteins: answers and references folded by ESMFold, its confidence in them, and how similar they are.
 
-Everything here is a prediction. There is no experimental structure: the TM-score is that of the answer's predicted structure
-against the reference's predicted structure, and says that one model folds both alike.
-
-The weights of facebook/esmfold_v1 (MIT) have 3.5 billion parameters. TM-align comes from the package tmtools, which is under
-the GPL 3 and therefore in an extra of its own: `pip install caftune[structures]`. It is imported only where it is called.
+Everything here is a prediction, of the references too: a TM-score of 1 says that the model folds both alike.
+TM-align comes from tmtools, which is under the GPL 3 and therefore in a separate extra: `pip install caftune[structures]`.
 
 Source: ESMFold, Lin et al., Science 379 (2023), in transformers' port; TM-score, Zhang and Skolnick, Proteins 57 (2004);
 TM-align, Zhang and Skolnick, Nucleic Acids Research 33 (2005).
@@ -65,8 +62,8 @@ def check_structures(model_name: str) -> None:
 def fold(sequences: Sequence[str], model_name: str) -> list[Structure]:
     """The structures of these sequences, in their order, each folded once however often it comes.
 
-    They are folded one by one, so that a structure does not depend on what else is folded, on the GPU where there is one;
-    the language model within ESMFold computes in half precision there, all else in single precision.
+    They are folded one by one, so that a structure does not depend on what else is folded. On a GPU the language model within
+    ESMFold computes in half precision, all else in single precision.
     A letter that is none of the 20 amino acids is folded as X, an unknown residue, as the authors' code does with U, O and B.
 
     Raises:
@@ -109,9 +106,8 @@ def structure_measures(answer: Structure | None, reference: Structure) -> dict[s
     """The measures of one answer against the structure of its reference. An answer without a structure has 0 in all.
 
     - `plddt`: the mean over the answer's residues, from 0 to 100.
-    - `plddt_above_70`: 1 where that mean is above 70, so that its mean over answers is the share of confident ones.
-    - `tm_score`: TM-score of TM-align's best alignment of the two predicted structures, normalised by the reference's length:
-      1 for the same fold, about 0.2 for chance. An answer or reference of one or two residues has 0.
+    - `plddt_above_70`: 1 where that mean is above 70, else 0.
+    - `tm_score`: of TM-align's best alignment, normalised by the reference's length: 1 for the same fold, about 0.2 for chance.
 
     Raises:
         CaftuneError: tmtools is not installed.

@@ -26,7 +26,7 @@ from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from caftune.checkpoints.cards import write_model_card
-from caftune.checkpoints.export import export_checkpoint, export_model
+from caftune.checkpoints.export import export_model, export_saved
 from caftune.checkpoints.heads_folder import read_heads, save_heads
 from caftune.core.attach import ATTRIBUTE, attach_heads
 from caftune.core.finite import refuse_not_finite
@@ -222,7 +222,7 @@ class CAFTTrainer(SFTTrainer):
                 rows = model.get_input_embeddings().weight.shape[0]
                 trust = self.args.trust_remote_code
                 options: dict[str, Any] = {"merged": merged, "vocab_size": rows, "trust_remote_code": trust}
-                native = export_checkpoint(saved, folder, self.processing_class, **base, **options)
+                native = export_saved(saved, folder, self.processing_class, **base, **options)
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         write_model_card(folder, name, self.args, best or self.state.global_step, heads=self._start.description)
         return native

@@ -24,10 +24,9 @@ from caftune.checkpoints.hub import pull_heads, push_heads
 from caftune.cli import app
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.files import file_sha256, write_json
-from caftune.pipeline import stages as pipeline
+from caftune.pipeline.finetune import finetune_model
 from caftune.pipeline.head_quality import measure_heads
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.schema import Recipe
 
 NAME = "tester/heads"
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
@@ -232,7 +231,7 @@ def recipe(rows, tmp_path):
 
 def test_a_recipe_names_heads_on_the_hub(hub, made, recipe):
     push_heads(made, NAME, licence="mit")
-    model = pipeline.finetune(recipe)
+    model = finetune_model(recipe)
     record = json.loads((Path(recipe.output) / "train" / "provenance.json").read_text())
     assert record["heads"]["weights_sha256"] == file_sha256(made / "heads.safetensors")
     assert record["heads"]["folder"].endswith(hub.folder(NAME).name)  # which commit it was
@@ -241,17 +240,17 @@ def test_a_recipe_names_heads_on_the_hub(hub, made, recipe):
 
 def test_a_run_does_not_go_on_with_other_heads_that_were_pushed_meanwhile(hub, made, changed, recipe):
     push_heads(made, NAME, licence="mit")
-    pipeline.finetune(recipe)
+    finetune_model(recipe)
     push_heads(changed, NAME, licence="mit")
     with pytest.raises(CaftuneError, match="the contents of heads changed"):
-        pipeline.finetune(recipe)
+        finetune_model(recipe)
 
 
 def test_heads_on_the_hub_of_another_kind_than_the_recipe_asks_for_are_refused(hub, made, recipe):
     push_heads(made, NAME, licence="mit")
     other = recipe.model_copy(update={"heads": recipe.heads.model_validate({"path": NAME, "count": 7})})
     with pytest.raises(CaftuneError, match=rf"heads\.count must be 2, as in {NAME}, got 7"):
-        pipeline.finetune(other)
+        finetune_model(other)
 
 
 @pytest.mark.parametrize("name", ["tester/nothing", f"{NAME}@no-such-branch", f"{NAME}@{'0' * 40}"])

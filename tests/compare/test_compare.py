@@ -26,9 +26,9 @@ from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
 from caftune.evals.statistics import holm
-from caftune.pipeline import stages as pipeline
+from caftune.pipeline.finetune import finetune_model
 from caftune.pipeline.plan import plan
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.schema import Recipe
 from caftune.report.render import write_report
 
 ARMS = ["ntp", "caft", "beta0", "no_pretraining"]
@@ -86,13 +86,13 @@ def found(finished):
 
 def count_trainings(monkeypatch):
     made = []
-    real = pipeline.finetune
+    real = finetune_model
 
     def counted(recipe):
         made.append(Path(recipe.output).relative_to(Path("out", "compare")).as_posix())
         return real(recipe)
 
-    monkeypatch.setattr(pipeline, "finetune", counted)
+    monkeypatch.setattr("caftune.pipeline.finetune.finetune_model", counted)
     return made
 
 
@@ -249,7 +249,7 @@ def test_models_and_checkpoints_are_removed_once_they_are_evaluated(finished):
 
 
 def test_a_finished_comparison_trains_and_asks_nothing(copied, heads, found, monkeypatch):
-    monkeypatch.setattr(pipeline, "finetune", lambda _: pytest.fail("trained"))
+    monkeypatch.setattr("caftune.pipeline.finetune.finetune_model", lambda _: pytest.fail("trained"))
     again = compare(recipe_in(copied, heads))
     for key in ("measures", "comparisons", "verdict", "logs", "costs", "concepts", "examples"):
         assert json.loads(json.dumps(again[key])) == found[key]
@@ -305,7 +305,7 @@ def test_a_finished_run_of_another_recipe_is_refused(copied, heads):
 
 
 def test_runs_made_before_there_was_a_form_to_choose_are_compared_unless_one_is_chosen(copied, heads, monkeypatch):
-    monkeypatch.setattr(pipeline, "finetune", lambda _: pytest.fail("trained"))
+    monkeypatch.setattr("caftune.pipeline.finetune.finetune_model", lambda _: pytest.fail("trained"))
     for file in (copied / "out" / "compare").rglob("compare/recipe.yaml"):
         kept = file.read_text()
         assert "eval.chat: null\n" in kept
@@ -416,7 +416,7 @@ def test_arms_differ_in_the_auxiliary_losses_and_heads_alone(copied, heads):
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_runs(copied, heads, monkeypatch, changes, message):
-    monkeypatch.setattr(pipeline, "finetune", lambda _: pytest.fail("trained"))
+    monkeypatch.setattr("caftune.pipeline.finetune.finetune_model", lambda _: pytest.fail("trained"))
     values = {**values_in(copied, heads), "output": "elsewhere", **changes}
     with pytest.raises(ValueError, match=message):
         compare(Recipe.model_validate(values), "ntp/42")

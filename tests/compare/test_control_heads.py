@@ -17,7 +17,7 @@ from caftune.compare.control_heads import write_control_heads
 from caftune.compare.runner import arm_recipe
 from caftune.demo.run import BASE
 from caftune.evals.statistics import compare_runs
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.schema import Recipe
 
 
 def test_random_heads_have_the_same_values_in_another_order(heads, tmp_path, base_backbone):

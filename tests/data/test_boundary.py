@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from opened import load_tokenizer, stage_two_config, task_rows
 from tokenizer_kinds import BUILT, REAL, built, save_base, tokenizer_of, with_calls
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -16,10 +17,9 @@ from caftune.evals import code
 from caftune.evals.tasks import TASKS
 from caftune.generation.backends import Answer
 from caftune.pipeline import evaluate as evaluation
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stage_config import load_tokenizer, stage_two_config
-from caftune.pipeline.stage_rows import task_rows
+from caftune.pipeline.base_model import BaseModel
+from caftune.pipeline.finetune import finetune_model
+from caftune.pipeline.schema import Recipe
 from caftune.training.prepare import pair_tokens
 
 # At the end of the prompt, and at the beginning of the completion.
@@ -110,13 +110,13 @@ def recipe_of(folder, name, rows, *, separator="", task="exact_match"):
 
 def wrong_after_learning(recipe, folder, tokenizer, monkeypatch):
     """Prompts that a model answers wrongly which has learnt the training rows of the recipe, token for token."""
-    monkeypatch.setattr(evaluation, "load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(BaseModel, "tokenizer", lambda _: tokenizer)
     trained = task_rows(recipe, "train", tokenizer, stage_two_config(recipe, folder / "train")).rows
     labelled = [[label for label in row if label != -100] for row in trained["labels"]]
     assert all(ids[-len(answer) :] == answer for ids, answer in zip(trained["input_ids"], labelled, strict=True))
     monkeypatch.setattr(evaluation, "answer_backend", lambda *_, **__: replay(trained["input_ids"]))
-    monkeypatch.setattr(evaluation, "model_fingerprint", lambda *_: "any")
-    (result,) = evaluation.evaluate(recipe)
+    monkeypatch.setattr("caftune.pipeline.base_model.model_fingerprint", lambda *_: "any")
+    (result,) = evaluation.evaluate_model(recipe)
     assert result.examples == len(trained)
     measure = TASKS[result.task].primary
     lines = Path(recipe.output, "eval", "base", f"{result.task}.jsonl").read_text().splitlines()
@@ -200,8 +200,8 @@ def test_a_model_that_is_really_trained_is_right(tmp_path):
     trainer |= {"lr_scheduler_type": "constant", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
     section = recipe.eval.model_copy(update={"model": None, "max_new_tokens": 8})
     recipe = recipe.model_copy(update={"trainer": trainer, "eval": section})
-    pipeline.finetune(recipe)
-    (result,) = evaluation.evaluate(recipe)
+    finetune_model(recipe)
+    (result,) = evaluation.evaluate_model(recipe)
     assert result.measures["exact_match"] == [1.0]
 
 
@@ -364,7 +364,7 @@ def test_rendered_text_is_trained_on_with_one_bos_and_so_is_its_prompt(kind, for
     with monkey.context() as patch:
         patch.setattr(evaluation, "answer_backend", lambda *_, **__: replay([]))
         patch.setattr(evaluation, "model_fingerprint", lambda *_: "any")
-        evaluation.evaluate(recipe)
+        evaluation.evaluate_model(recipe)
     assert (
         "2 of 3 prompts of eval.data.exact_match (the first is row 1, from 0) begin with <s>" in capsys.readouterr().err
     )
@@ -436,6 +436,6 @@ def test_a_turn_marker_that_stops_generation_is_no_part_of_a_score(kind_of, tmp_
     recipe = recipe_of(tmp_path, tmp_path / "base", [{"prompt": "Ask:", "completion": " <call>sun"}])
     ids = tokenizer("Ask: <call>sun</call>")["input_ids"]
     monkeypatch.setattr(evaluation, "answer_backend", lambda *_, **__: replay([ids]))
-    monkeypatch.setattr(evaluation, "model_fingerprint", lambda *_: "any")
-    (result,) = evaluation.evaluate(recipe)
+    monkeypatch.setattr("caftune.pipeline.base_model.model_fingerprint", lambda *_: "any")
+    (result,) = evaluation.evaluate_model(recipe)
     assert result.measures["exact_match"] == [1.0]

@@ -9,7 +9,7 @@ from datasets import Dataset, Features, Json, List, Value
 from caftune.data.forms import load_rows, refuse_unnamed_split
 from caftune.data.prompts import is_chat
 from caftune.errors import CaftuneError
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.schema import Recipe
 from caftune.pipeline.stage_rows import read_task_rows
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from datasets import Dataset
+from opened import load_tokenizer, stage_two_config, task_rows
 from trainers import OPTIONS, config, numbers, same, trained, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -13,10 +14,9 @@ from caftune.core.objective import IGNORED, horizon_targets
 from caftune.data.forms import load_rows
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.pipeline import stage_config as stage_options
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stage_rows import task_rows
+from caftune.pipeline.finetune import finetune_model
+from caftune.pipeline.preview import preview_rows
+from caftune.pipeline.schema import Recipe
 
 # The assistant's turns end in </s>, and that end is theirs.
 TEMPLATE = (
@@ -262,11 +262,11 @@ def test_beta_zero_is_the_stock_trainer_on_conversations(name, tokenizer, tmp_pa
 def test_a_recipe_trains_on_the_same_tokens(name, chat_base, tokenizer, tmp_path):
     row, options, text, labelled = FORMATS[name]
     recipe = recipe_of([row] * 4, chat_base, tmp_path, options)
-    assert pipeline.finetune(recipe) == tmp_path / "out" / "model"
-    args = stage_options.stage_two_config(recipe, tmp_path / "again")
-    rows = task_rows(recipe, "train", pipeline.load_tokenizer(recipe), args).rows
+    assert finetune_model(recipe) == tmp_path / "out" / "model"
+    args = stage_two_config(recipe, tmp_path / "again")
+    rows = task_rows(recipe, "train", load_tokenizer(recipe), args).rows
     assert decoded(rows[0], tokenizer) == (text, labelled)
-    tokens = pipeline.preview(recipe, count=1)
+    tokens = preview_rows(recipe, count=1)
     shown, learnt, _ = next(tokens)
     spoken = "".join(token for token, yes in zip(shown, learnt, strict=True) if yes)
     assert spoken.replace("Ġ", " ") == "".join(labelled)
@@ -354,7 +354,7 @@ def test_preference_pairs_are_refused_with_what_to_do(tokenizer, chat_base, tmp_
     with pytest.raises(
         CaftuneError, match="data.train has prompts and no completions to train on. Name the answers' column"
     ):
-        pipeline.finetune(recipe)
+        finetune_model(recipe)
 
 
 def test_the_chosen_answers_of_preference_pairs_can_be_trained_on(tmp_path):

@@ -11,10 +11,10 @@ from caftune.data.forms import load_rows
 from caftune.data.readers import HubSource, hub_source
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.pipeline import stages as pipeline
 from caftune.pipeline.evaluate import read_tasks
-from caftune.pipeline.folder import with_commit
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.finetune import export_checkpoint, finetune_model
+from caftune.pipeline.run import Run
+from caftune.pipeline.schema import Recipe
 from caftune.pipeline.stage_rows import read_task_rows
 
 NAME = "owner/rows"
@@ -61,23 +61,23 @@ def first_prompt(recipe):
 def test_rows_that_change_between_two_commands_stay_those_of_the_first(hub, tmp_path):
     (commit,) = hub.commits[NAME]
     recipe = recipe_in(tmp_path)
-    pipeline.finetune(recipe)
+    finetune_model(recipe)
     made = json.loads((tmp_path / "run" / "train" / "provenance.json").read_text())
     assert made["data"] == {"train": f"{NAME}@{commit}", "eval": f"{NAME}@{commit}:test"}
     change(hub)
-    again = with_commit(recipe)
+    again = Run.open(recipe).recipe
     assert first_prompt(again) == "old0:"
     ((_, examples),) = read_tasks(again)
     assert [example.prompt for example in examples][:1] == ["old test 0:"]
-    pipeline.finetune(recipe)  # goes on: it is the same run
-    pipeline.export(recipe)
+    finetune_model(recipe)  # goes on: it is the same run
+    export_checkpoint(recipe)
     (other := tmp_path / "other").mkdir()
-    assert first_prompt(with_commit(recipe_in(other))) == "new0:"
+    assert first_prompt(Run.open(recipe_in(other)).recipe) == "new0:"
 
 
 def test_prompts_and_texts_for_heads_are_pinned_too(hub, tmp_path):
     (commit,) = hub.commits[NAME]
-    recipe = with_commit(recipe_in(tmp_path, labels={"prompts": f"{NAME}:test"}, heads={"text": NAME}))
+    recipe = Run.open(recipe_in(tmp_path, labels={"prompts": f"{NAME}:test"}, heads={"text": NAME})).recipe
     change(hub)
     assert (recipe.labels.prompts, recipe.heads.text) == (f"{NAME}@{commit}:test", f"{NAME}@{commit}")
     assert load_rows(recipe.labels.prompts)[0]["prompt"] == "old test 0:"
@@ -86,17 +86,17 @@ def test_prompts_and_texts_for_heads_are_pinned_too(hub, tmp_path):
 def test_all_arms_of_a_comparison_have_the_commit_of_the_first(hub, tmp_path):
     (commit,) = hub.commits[NAME]
     recipe = recipe_in(tmp_path, loss={"weight": 0.1})
-    first = with_commit(arm_recipe(with_commit(recipe), "ntp", 42))
+    first = Run.open(arm_recipe(Run.open(recipe).recipe, "ntp", 42)).recipe
     change(hub)
-    second = with_commit(arm_recipe(with_commit(recipe), "no_pretraining", 43))  # of another process, say
+    second = Run.open(arm_recipe(Run.open(recipe).recipe, "no_pretraining", 43)).recipe  # of another process, say
     assert first.data == second.data
     assert first.eval.data == second.eval.data == {"exact_match": f"{NAME}@{commit}:test"}
 
 
 def test_a_commit_that_is_known_is_not_looked_up_again(hub, tmp_path):
-    with_commit(recipe_in(tmp_path))
+    Run.open(recipe_in(tmp_path))
     asked = len(hub.requests)
-    with_commit(recipe_in(tmp_path))
+    Run.open(recipe_in(tmp_path))
     assert len(hub.requests) == asked
 
 
@@ -105,7 +105,7 @@ def test_a_revision_in_the_name_is_the_one_that_is_read(hub, tmp_path):
     second = change(hub)
     assert load_rows(f"{NAME}@{first}:test", limit=1)[0]["prompt"] == "old test 0:"
     assert load_rows(f"{NAME}@main:test", limit=1)[0]["prompt"] == "new test 0:"
-    named = with_commit(recipe_in(tmp_path, data={"train": f"{NAME}@main"}))
+    named = Run.open(recipe_in(tmp_path, data={"train": f"{NAME}@main"})).recipe
     assert named.data.train == f"{NAME}@{second}"
     with pytest.raises(
         CaftuneError, match=r"owner/rows@nothing must be a file or a data set on the hub, and is neither"
@@ -116,29 +116,29 @@ def test_a_revision_in_the_name_is_the_one_that_is_read(hub, tmp_path):
 def test_another_revision_is_another_run(hub, tmp_path):
     first = next(iter(hub.commits[NAME]))
     change(hub)
-    pipeline.finetune(recipe_in(tmp_path))
+    finetune_model(recipe_in(tmp_path))
     with pytest.raises(CaftuneError, match=r"holds the train stage of another recipe \(data.train: "):
-        pipeline.finetune(recipe_in(tmp_path, data={"train": f"{NAME}@{first}", "eval": f"{NAME}:test"}))
+        finetune_model(recipe_in(tmp_path, data={"train": f"{NAME}@{first}", "eval": f"{NAME}:test"}))
 
 
 def test_a_folder_from_before_commits_were_kept_goes_on(hub, tmp_path):
     recipe = recipe_in(tmp_path)
-    pipeline.finetune(recipe)
+    finetune_model(recipe)
     kept = tmp_path / "run" / "train" / "recipe.yaml"
     sections = yaml.safe_load(kept.read_text())
     sections["data"] |= {"train": NAME, "eval": f"{NAME}:test"}
     kept.write_text(yaml.safe_dump(sections))
-    pipeline.export(recipe)
+    export_checkpoint(recipe)
     with pytest.raises(CaftuneError, match="holds the train stage of another recipe"):
-        pipeline.export(recipe_in(tmp_path, data={"train": f"{NAME}:test", "eval": f"{NAME}:test"}))
+        export_checkpoint(recipe_in(tmp_path, data={"train": f"{NAME}:test", "eval": f"{NAME}:test"}))
 
 
 def test_without_the_hub_the_rows_are_of_the_commit_that_is_known_or_refused(hub, tmp_path, monkeypatch):
-    recipe = with_commit(recipe_in(tmp_path))
+    recipe = Run.open(recipe_in(tmp_path)).recipe
     assert first_prompt(recipe) == "old0:"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    assert first_prompt(with_commit(recipe_in(tmp_path))) == "old0:"
+    assert first_prompt(Run.open(recipe_in(tmp_path)).recipe) == "old0:"
     with pytest.raises(
         CaftuneError, match=r"owner/rows must be in the local cache at commit 0{40} when .* is there at another only"
     ):
@@ -148,10 +148,10 @@ def test_without_the_hub_the_rows_are_of_the_commit_that_is_known_or_refused(hub
 def test_a_local_file_that_changed_is_another_run(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(lines("old"))
     recipe = recipe_in(tmp_path, data={"train": str(tmp_path / "rows.jsonl"), "eval": str(tmp_path / "rows.jsonl")})
-    pipeline.finetune(recipe)
+    finetune_model(recipe)
     (tmp_path / "rows.jsonl").write_bytes(lines("new"))
     with pytest.raises(CaftuneError, match=r"the contents of train changed"):
-        pipeline.export(recipe)
+        export_checkpoint(recipe)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from caftune.data.prompts import conversations
 from caftune.demo.run import BASE
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.finetune import finetune_model
+from caftune.pipeline.schema import Recipe
 from caftune.training.prepare import prepare
 
 # How templates begin an answer in a conversation ({}) and where one is to be written.
@@ -97,7 +97,7 @@ def test_a_recipe_says_it_once_and_a_template_of_its_own_ends_it(tmp_path, caplo
         caplog.clear()
         with caplog.at_level(logging.WARNING, "caftune.data.template_errors"):
             recipe = {**values, "output": str(tmp_path / f"run{count}"), "trainer": trainer | more}
-            pipeline.finetune(Recipe.model_validate(recipe))
+            finetune_model(Recipe.model_validate(recipe))
         said = [record.message for record in caplog.records if record.name == "caftune.data.template_errors"]
         assert len(said) == count
 

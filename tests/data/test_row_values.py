@@ -8,8 +8,8 @@ from datasets import Dataset
 from caftune.data.forms import load_rows, read_rows
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.preview import preview_rows
+from caftune.pipeline.schema import Recipe
 
 
 def write(folder, *rows):
@@ -313,4 +313,4 @@ def test_a_limit_of_no_rows_is_refused_rather_than_taken_for_none(limit, tmp_pat
         {"output": str(tmp_path / "run"), "model": {"name": str(BASE)}, "data": {"train": path}}
     )
     with pytest.raises(CaftuneError, match=f"limit must be at least 1, got {limit}"):
-        next(pipeline.preview(recipe, limit))
+        next(preview_rows(recipe, limit))

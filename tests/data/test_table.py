@@ -70,7 +70,7 @@ def test_datasets_own_json_still_changes_numbers():
 
 def test_importing_caftune_leaves_datasets_as_it_is():
     code = (
-        "import caftune, caftune.cli, caftune.data.forms, caftune.pipeline.stages\n"
+        "import caftune, caftune.cli, caftune.data.forms, caftune.pipeline.finetune\n"
         "from datasets import Dataset, Features, Json\n"
         "print(Dataset.from_list([{'a': [1e-12]}], features=Features({'a': Json()}))[0]['a'])"
     )

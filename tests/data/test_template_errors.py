@@ -4,6 +4,7 @@ import json
 
 import pytest
 from datasets import Dataset
+from opened import load_tokenizer, stage_two_config
 from trainers import config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
@@ -12,11 +13,11 @@ from caftune import CAFTTrainer
 from caftune.data.prompts import apply_template, conversations
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.pipeline import stages as pipeline
+from caftune.pipeline.finetune import finetune_model
 from caftune.pipeline.generate import Writer
-from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stage_config import load_tokenizer, stage_two_config
-from caftune.training.prepare import prepare
+from caftune.pipeline.label import label_prompts
+from caftune.pipeline.preview import preview_rows
+from caftune.pipeline.schema import Recipe
 
 MARK = "\ufeff"
 STRICT = (
@@ -76,7 +77,7 @@ def test_training_names_the_row_that_a_template_refuses(name, form, base, tmp_pa
     file = write(tmp_path, row([ASKED, ANSWERED]), row(turns))
     message = rf"rows\.jsonl, row 1 \(from 0\): the chat template refuses this conversation \(.*{reason}.*\)\. Fix or"
     recipe = recipe_in(tmp_path, base, file)
-    for command in (pipeline.finetune, lambda recipe: list(pipeline.preview(recipe))):
+    for command in (finetune_model, lambda recipe: list(preview_rows(recipe))):
         with pytest.raises(CaftuneError, match=message):
             command(recipe)
 
@@ -86,7 +87,7 @@ def test_labelling_names_the_row_that_a_template_refuses(base, tmp_path):
     with pytest.raises(
         CaftuneError, match=r"rows\.jsonl, row 1 \(from 0\): the chat template refuses .*Roles must alternate"
     ):
-        pipeline.label(recipe_in(tmp_path, base, file))
+        label_prompts(recipe_in(tmp_path, base, file))
 
 
 def test_a_later_turn_is_named_with_its_row_too(base):
@@ -143,7 +144,7 @@ def test_a_template_file_in_utf_16_is_named(base, tmp_path):
     (tmp_path / "wide.jinja").write_text(STRICT, encoding="utf-16")
     file = write(tmp_path, {"messages": [ASKED, ANSWERED]})
     with pytest.raises(CaftuneError, match=r"wide\.jinja must be text in UTF-8, and is not"):
-        pipeline.finetune(recipe_in(tmp_path, base, file, chat_template_path=str(tmp_path / "wide.jinja")))
+        finetune_model(recipe_in(tmp_path, base, file, chat_template_path=str(tmp_path / "wide.jinja")))
 
 
 def test_generate_names_the_row_of_its_file(base, tmp_path):

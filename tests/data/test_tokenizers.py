@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from opened import load_tokenizer, stage_two_config
 from trainers import config
 from transformers import AutoTokenizer, ProcessorMixin
 
@@ -11,8 +12,7 @@ from caftune import CAFTTrainer, load_heads
 from caftune.core.backbone import Backbone
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stage_config import load_tokenizer, stage_two_config
+from caftune.pipeline.schema import Recipe
 
 OWN = "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
 

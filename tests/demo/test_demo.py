@@ -9,8 +9,9 @@ from caftune.demo import run
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE, demo, demo_recipe
 from caftune.errors import CaftuneError
-from caftune.pipeline.evaluate import evaluate
-from caftune.pipeline.recipe import Recipe, load_recipe
+from caftune.pipeline.evaluate import evaluate_model
+from caftune.pipeline.recipe import load_recipe
+from caftune.pipeline.schema import Recipe
 
 
 def test_the_demo_runs_from_data_to_report(tmp_path, capsys):
@@ -42,7 +43,7 @@ def test_the_base_scores_as_its_provenance_says(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     section = {"tasks": ["exact_match"], "data": {"exact_match": str(tmp_path / "rows.jsonl")}, "model": "base"}
     values = {"output": str(tmp_path), "model": {"name": str(BASE)}, "eval": {**section, "max_new_tokens": 100}}
-    (result,) = evaluate(Recipe.model_validate(values))
+    (result,) = evaluate_model(Recipe.model_validate(values))
     # two standard errors of 100 answers
     expected = stated["300 held-out names with 2 to 4 substituents"]["exact_match"]
     assert result.measures["exact_match"][0] == pytest.approx(expected, abs=0.08)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from caftune.errors import CaftuneError
 from caftune.evals import maths
-from caftune.evals.maths import GSM8K, MATH500, TIMEOUT_S, final_answer, is_equal
+from caftune.evals.answers import final_answer
+from caftune.evals.maths import GSM8K, MATH500, TIMEOUT_S, is_equal
 from caftune.evals.task import Example, until_stop
 
 TASKS = [GSM8K, MATH500]

@@ -7,12 +7,13 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from opened import base_of, load_model, load_tokenizer
 
 from caftune.data.prompts import Prompt
 from caftune.demo.run import BASE
 from caftune.generation.backends import Answer, Sampling, end_tokens, vllm_backend
-from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stage_config import answer_backend, load_model, load_tokenizer, who_answers
+from caftune.pipeline.base_model import answer_backend, who_answers
+from caftune.pipeline.schema import Recipe
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def opened(folder, engine, **options):
     """The arguments that vLLM is opened with."""
     labels = {"prompts": "none.jsonl", "backend": "vllm", "vllm": options}
     recipe = Recipe.model_validate({"output": "o", "model": {"name": str(folder)}, "labels": labels})
-    answer_backend(recipe, recipe.labels, load_tokenizer(recipe), Sampling())
+    answer_backend(base_of(recipe), recipe.labels, load_tokenizer(recipe), Sampling())
     return engine.arguments, recipe
 
 

@@ -4,17 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+from opened import head_rows, stage_one_config
 from tokenizer_kinds import built, save_base
 from typer.testing import CliRunner
 
 from caftune.cli import app
 from caftune.errors import CaftuneError
 from caftune.generation.backends import Answer
-from caftune.pipeline import stages as pipeline
 from caftune.pipeline.generate import Writer
-from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stage_config import stage_one_config
-from caftune.pipeline.stage_rows import head_rows
+from caftune.pipeline.label import label_prompts
+from caftune.pipeline.schema import Recipe
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
@@ -38,12 +37,12 @@ def given(tmp_path, monkeypatch):
             prompts.extend(asked)
             yield from ((index, Answer([300, 1], "stop")) for index in range(len(asked)))
 
-        monkeypatch.setattr(pipeline, "answer_backend", lambda *_, **__: backend)
-        monkeypatch.setattr(pipeline, "model_fingerprint", lambda *_: "any")
+        monkeypatch.setattr("caftune.pipeline.label.answer_backend", lambda *_, **__: backend)
+        monkeypatch.setattr("caftune.pipeline.base_model.model_fingerprint", lambda *_: "any")
         section = {"prompts": str(tmp_path / "prompts.jsonl"), "max_new_tokens": 8, **options}
         values = {"output": str(tmp_path / "run"), "model": {"name": str(tmp_path / "base")}, "labels": section}
         label.recipe = Recipe.model_validate(values)
-        pipeline.label(label.recipe)
+        label_prompts(label.recipe)
         return [
             prompt.text or "".join(f"<{m['role']}>{m['content']}" for m in prompt.messages or ()) for prompt in prompts
         ]

@@ -20,8 +20,8 @@ from caftune.errors import CaftuneError
 from caftune.generation.backends import Answer, Failure, Sampling
 from caftune.generation.labels import read_labels
 from caftune.generation.server import Server, server_backend
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.label import label_prompts
+from caftune.pipeline.schema import Recipe
 
 EOS = 1
 GREEDY = Sampling(max_new_tokens=16, temperature=0)
@@ -568,10 +568,10 @@ def test_missing_answers_end_the_stage_and_the_next_run_asks_for_them_alone(repl
         values = {"output": str(tmp_path / "run"), "model": {"name": str(BASE)}, "labels": labels}
         recipe = Recipe.model_validate(values)
         with pytest.raises(CaftuneError, match=r"1 prompts have no answer \(the first is row 1, from 0: .*500"):
-            pipeline.label(recipe)
+            label_prompts(recipe)
         assert not (tmp_path / "run" / "labels" / "labels.jsonl").exists()
         assert len(replies.requests) == 7
-        pipeline.label(recipe)
+        label_prompts(recipe)
         assert len(replies.requests) == 9  # a word, and the prompt that had failed
         assert replies.requests[-1]["model"] == str(BASE)
     found = read_labels(tmp_path / "run" / "labels" / "labels.jsonl")
@@ -592,12 +592,12 @@ def test_labels_from_a_server_with_every_fault_lose_and_invent_no_answer(replies
         labels |= {"backend": "server", "server": server}
         values = {"output": str(tmp_path / "run"), "model": {"name": str(BASE)}, "labels": labels}
         recipe = Recipe.model_validate(values)
-        found = read_labels(pipeline.label(recipe))
+        found = read_labels(label_prompts(recipe))
         missing = {*range(1, len(kinds) + 2), len(kinds) + 6}
         assert {label.row for label in found} == set(range(len(rows))) - missing
         failed = len(missing)
         assert json.loads((tmp_path / "run" / "results.jsonl").read_text().splitlines()[-1])["failed"] == failed
         assert f"{failed} prompts have no answer (the first is row 1, from 0:" in capsys.readouterr().err
-        found = read_labels(pipeline.label(recipe))
+        found = read_labels(label_prompts(recipe))
     assert [label.row for label in found] == list(range(len(rows)))
     assert [label.completion_ids for label in found] == [greedy(label.prompt_ids)[:12] for label in found]

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from caftune.generation.labels import read_labels
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.label import label_prompts
+from caftune.pipeline.schema import Recipe
 
 
 def free_port():
@@ -72,7 +72,7 @@ def test_a_real_server_killed_in_the_middle_gives_the_labels_of_this_process(sha
     process = start_server(base, port)
     try:
         wait_for(process, port)
-        labelling = threading.Thread(target=pipeline.label, args=[recipes["server"]])
+        labelling = threading.Thread(target=label_prompts, args=[recipes["server"]])
         labelling.start()
         while not cache.is_file() or cache.read_bytes().count(b"\n") < 60:
             assert labelling.is_alive()
@@ -87,7 +87,7 @@ def test_a_real_server_killed_in_the_middle_gives_the_labels_of_this_process(sha
     finally:
         process.kill()
         process.wait()
-    pipeline.label(recipes["transformers"])
+    label_prompts(recipes["transformers"])
     ours, theirs = (read_labels(tmp_path / name / "labels" / "labels.jsonl") for name in recipes)
     assert len(ours) >= 200
     assert max(Counter(cache.read_text().split('"key": "')[1:]).values()) == 1

@@ -16,10 +16,11 @@ from caftune import CAFTTrainer
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.files import file_sha256, write_json
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stage_config import with_inherited_options
+from caftune.pipeline.adapt import adapt_heads
+from caftune.pipeline.finetune import export_checkpoint, finetune_model
+from caftune.pipeline.pretrain import pretrain_heads
+from caftune.pipeline.schema import Recipe
+from caftune.pipeline.stage_config import inherited_options
 
 # 24 rows in batches of 8: an epoch has three steps.
 FAST = {"per_device_train_batch_size": 8, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 1}
@@ -53,8 +54,8 @@ def finished(heads, tmp_path_factory):
     shutil.copytree(heads, folder / "heads")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        pipeline.finetune(recipe_in(folder))
-        pipeline.finetune(recipe_in(folder, "plain", adapt=None))
+        finetune_model(recipe_in(folder))
+        finetune_model(recipe_in(folder, "plain", adapt=None))
     return folder
 
 
@@ -160,7 +161,7 @@ def test_the_learning_rate_of_adaptation_is_its_own(finished):
 def test_heads_adapt_for_one_epoch_unless_the_recipe_says_otherwise(finished, tmp_path, monkeypatch, options, epochs):
     monkeypatch.chdir(finished)
     recipe = recipe_in(tmp_path, adapt={**FAST, **options})
-    adapted = pipeline.adapt_heads(recipe)
+    adapted = adapt_heads(recipe)
     state = trained_states(tmp_path / "run", "adapt")
     assert (state["epoch"], state["global_step"]) == (epochs, 3 * epochs)
     assert read(adapted, "heads.json")["training"]["num_train_epochs"] == epochs
@@ -177,8 +178,8 @@ def test_heads_are_the_bases_own_where_the_trainer_adds_tokens_to_it(copied, sta
         columns = {"columns": {"prompt": "prompt", "completion": "completion"}}
         sections |= {"heads": {"count": 3, "text": "data.jsonl"}, "labels": columns, "adapt": None}
         sections |= {"pretrain": {**ADAPT, "chat_template_path": "tokenizer"}}
-        pipeline.pretrain_heads(recipe_in(copied, "new", **sections))
-    model = pipeline.finetune(recipe_in(copied, "new", **sections))
+        pretrain_heads(recipe_in(copied, "new", **sections))
+    model = finetune_model(recipe_in(copied, "new", **sections))
     made = copied / "new" / ("heads" if stage == "pretrain" else "adapt/heads")
     assert read(made, "heads.json")["base"]["unembedding"] == read("heads", "heads.json")["base"]["unembedding"]
     assert len(AutoTokenizer.from_pretrained(model)) == AutoConfig.from_pretrained(model).vocab_size == 192
@@ -187,7 +188,7 @@ def test_heads_are_the_bases_own_where_the_trainer_adds_tokens_to_it(copied, sta
 def test_a_second_call_does_not_adapt_again(copied):
     kept = [*(copied / "run" / "adapt").rglob("*")]
     before = {path: path.stat().st_mtime_ns for path in kept}
-    pipeline.finetune(recipe_in(copied))
+    finetune_model(recipe_in(copied))
     assert {path: path.stat().st_mtime_ns for path in kept} == before
     assert sorted(results(copied / "run")) == ["adapt", "train"]
 
@@ -196,14 +197,14 @@ def test_removing_the_folder_as_the_refusal_says_adapts_anew(copied):
     before = contents(copied / "run" / "adapt" / "heads")
     recipe = recipe_in(copied, adapt={**ADAPT, "learning_rate": 1e-2})
     with pytest.raises(CaftuneError, match="Remove .*run/adapt"):
-        pipeline.adapt_heads(recipe)
+        adapt_heads(recipe)
     shutil.rmtree(copied / "run" / "adapt")
-    assert contents(pipeline.adapt_heads(recipe)) != before
+    assert contents(adapt_heads(recipe)) != before
 
 
 def test_adaptation_trains_on_the_tokens_that_stage_two_trains_on(copied):
     recipe = recipe_in(copied, trainer={"completion_only_loss": False, "max_steps": 1}, adapt={"max_steps": 2})
-    adapt = with_inherited_options(recipe).adapt
+    adapt = inherited_options(recipe.adapt, recipe.trainer)
     assert (adapt["completion_only_loss"], adapt["max_steps"]) == (False, 2)
 
 
@@ -212,12 +213,12 @@ def test_an_adaptation_that_stopped_in_its_evaluation_is_evaluated_and_recorded(
     train = recipe_in(copied).data.train
     recipe = recipe_in(copied, data={"train": train, "eval": train})
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "evaluated", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("caftune.pipeline.adapt.evaluated", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            pipeline.adapt_heads(recipe)
-    before = contents(pipeline.adapt_heads(recipe))
+            adapt_heads(recipe)
+    before = contents(adapt_heads(recipe))
     assert results(copied / "run")["adapt"]["metrics"]
-    assert contents(pipeline.adapt_heads(recipe)) == before
+    assert contents(adapt_heads(recipe)) == before
 
 
 def test_lost_adapted_heads_come_back_from_the_last_checkpoint(copied, capsys):
@@ -225,8 +226,8 @@ def test_lost_adapted_heads_come_back_from_the_last_checkpoint(copied, capsys):
     before = contents(adapted)
     shutil.rmtree(adapted)
     recipe = recipe_in(copied)
-    assert pipeline.adapt_heads(recipe) == adapted
-    assert f"Resuming from {copied}/run/adapt/checkpoint-6" in capsys.readouterr().err
+    assert adapt_heads(recipe) == adapted
+    assert f"Going on from {copied}/run/adapt/checkpoint-6" in capsys.readouterr().err
     assert contents(adapted) == before
 
 
@@ -237,8 +238,8 @@ def test_an_interrupted_adaptation_goes_on_to_the_same_heads(copied, capsys):
     shutil.rmtree(output / "adapt" / "checkpoint-6")  # an epoch is kept, as after a stop in the second
     (output / "results.jsonl").unlink()
     recipe = recipe_in(copied)
-    after = load_file(pipeline.adapt_heads(recipe) / "heads.safetensors")
-    assert f"Resuming from {output}/adapt/checkpoint-3" in capsys.readouterr().err
+    after = load_file(adapt_heads(recipe) / "heads.safetensors")
+    assert f"Going on from {output}/adapt/checkpoint-3" in capsys.readouterr().err
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -263,22 +264,22 @@ def test_a_changed_recipe_is_refused_with_what_differs(copied, sections, stage, 
     before = contents(copied / "run")
     changed = recipe_in(copied, **sections)
     with pytest.raises(CaftuneError, match=rf"run/train holds the train stage of another recipe \({difference}\)"):
-        pipeline.finetune(changed)
+        finetune_model(changed)
     if stage == "adapt":
         with pytest.raises(CaftuneError, match=rf"run/adapt holds the adapt stage of another recipe \({difference}\)"):
-            pipeline.adapt_heads(changed)
+            adapt_heads(changed)
     assert contents(copied / "run") == before
 
 
 def test_adaptation_of_other_heads_under_the_same_name_is_refused(copied):
     other_heads(copied / "heads")
     with pytest.raises(CaftuneError, match=r"run/adapt holds .* of another recipe \(the contents of heads changed\)"):
-        pipeline.finetune(recipe_in(copied))
+        finetune_model(recipe_in(copied))
 
 
 def test_adaptation_to_other_rows_under_the_same_name_is_refused(copied):
     write_rows(copied / "data.jsonl", seed=6)
-    for stage, run in (("train", pipeline.finetune), ("adapt", pipeline.adapt_heads)):
+    for stage, run in (("train", finetune_model), ("adapt", adapt_heads)):
         with pytest.raises(
             CaftuneError, match=rf"run/{stage} holds .* of another recipe \(the contents of train changed\)"
         ):
@@ -288,13 +289,13 @@ def test_adaptation_to_other_rows_under_the_same_name_is_refused(copied):
 def test_export_takes_a_run_with_adapted_heads(copied):
     before = load_file(copied / "run" / "model" / "model.safetensors")
     shutil.rmtree(copied / "run" / "model")
-    again = load_file(pipeline.export(recipe_in(copied)) / "model.safetensors")
+    again = load_file(export_checkpoint(recipe_in(copied)) / "model.safetensors")
     assert all(torch.equal(before[name], again[name]) for name in before)
 
 
 def test_without_auxiliary_losses_no_heads_are_adapted(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(finished)
-    pipeline.finetune(recipe_in(tmp_path, loss={"weight": 0}))
+    finetune_model(recipe_in(tmp_path, loss={"weight": 0}))
     assert not (tmp_path / "run" / "adapt").exists()
     # Heads that are named are still measured, as they are.
     assert "adapt" not in read(tmp_path, "run", "train", "provenance.json")["heads"]["folder"]
@@ -314,7 +315,7 @@ def test_without_auxiliary_losses_no_heads_are_adapted(finished, tmp_path, monke
 def test_a_slip_in_the_section_is_told_before_work_starts(finished, tmp_path, monkeypatch, adapt, message):
     monkeypatch.chdir(finished)
     with pytest.raises(CaftuneError, match=message):
-        pipeline.finetune(recipe_in(tmp_path, adapt=adapt))
+        finetune_model(recipe_in(tmp_path, adapt=adapt))
     assert not (tmp_path / "run").exists()
 
 
@@ -329,7 +330,7 @@ def two_tasks(finished):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(finished)
         for output, sections in runs.items():
-            pipeline.finetune(recipe_in(finished, output, adapt=None, **sections))
+            finetune_model(recipe_in(finished, output, adapt=None, **sections))
     return finished
 
 

@@ -23,9 +23,11 @@ from caftune.evals.task import means, until_stop
 from caftune.evals.tasks import TASKS
 from caftune.generation.answers import AnswerCache
 from caftune.generation.backends import Answer
+from caftune.pipeline import base_model
 from caftune.pipeline import evaluate as evaluation
-from caftune.pipeline import stage_config as stage_options
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.base_model import BaseModel
+from caftune.pipeline.folder import RunFolder
+from caftune.pipeline.schema import Recipe
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def own_rows(values):
 
 def evaluated(values, **changes):
     recipe = Recipe.model_validate({**values, "eval": {**values["eval"], **changes}})
-    (result,) = evaluation.evaluate(recipe)
+    (result,) = evaluation.evaluate_model(recipe)
     return result
 
 
@@ -107,19 +109,19 @@ def test_a_model_is_hashed_and_loaded_and_its_answers_are_read_once_for_all_task
 ):
     calls = []
     for place, name in (
-        (evaluation, "model_fingerprint"),
-        (evaluation, "load_tokenizer"),
-        (stage_options, "load_model"),
+        (base_model, "model_fingerprint"),
+        (BaseModel, "tokenizer"),
+        (BaseModel, "load"),
         (AnswerCache, "_read"),
     ):
         counted(monkeypatch, place, name, calls)
     changes = {"tasks": tasks, "runs": 3, "temperature": 0.8, "columns": {"smiles": "completion"}}
     recipe = Recipe.model_validate({**own_rows, "eval": {**own_rows["eval"], **changes}})
-    first = evaluation.evaluate(recipe)
-    assert sorted(calls) == ["load_model", "load_tokenizer", "model_fingerprint"]
+    first = evaluation.evaluate_model(recipe)
+    assert sorted(calls) == ["load", "model_fingerprint", "tokenizer"]
     calls.clear()
-    assert evaluation.evaluate(recipe) == first
-    assert sorted(calls) == ["_read", "load_tokenizer", "model_fingerprint"]
+    assert evaluation.evaluate_model(recipe) == first
+    assert sorted(calls) == ["_read", "model_fingerprint", "tokenizer"]
 
 
 def test_results_hold_the_measures_of_each_run(values):
@@ -339,7 +341,7 @@ def test_a_model_has_one_label_however_it_is_named(own_rows, others, monkeypatch
     monkeypatch.chdir(others / "a")
 
     def label(name):
-        return evaluation.label_of(Recipe.model_validate(own_rows), name)
+        return evaluation.label_of(name, str(BASE), RunFolder(own_rows["output"]))
 
     assert label("model") == label("../a/model") == label(str(others / "a/model"))
     assert label("../run/model") == label(str(others / "run/model")) == "model"

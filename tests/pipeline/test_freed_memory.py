@@ -11,10 +11,10 @@ from caftune.compare.runner import compare
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.generation.backends import Answer
-from caftune.pipeline import stage_config as stage_options
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.evaluate import evaluate
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline import base_model, finetune
+from caftune.pipeline.base_model import BaseModel
+from caftune.pipeline.evaluate import evaluate_model
+from caftune.pipeline.schema import Recipe
 
 
 @pytest.fixture
@@ -54,19 +54,19 @@ def test_an_engine_is_gone_before_the_next_is_opened(values, monkeypatch, uncoll
         engines.append(weakref.ref(engine))
         return engine
 
-    monkeypatch.setattr(stage_options, "vllm_backend", opened)
+    monkeypatch.setattr(base_model, "vllm_backend", opened)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(engines)))
     asked = {**values["eval"], "tasks": ["exact_match", "molecules"], "backend": "vllm"}
     asked |= {"data": {**asked["data"], "molecules": "second.jsonl"}}
     asked |= {"columns": {"description": "prompt", "smiles": "completion"}}
-    evaluate(Recipe.model_validate({**values, "eval": asked}))
+    evaluate_model(Recipe.model_validate({**values, "eval": asked}))
     assert [engine() for engine in engines] == [None, None]
     assert emptied[-1] == 2
 
 
 def test_a_training_is_gone_before_its_model_is_asked(values, heads, monkeypatch, uncollected):
     events, models = [], []
-    train, load = pipeline.run, stage_options.load_model
+    train, load = finetune.run_training, BaseModel.load
 
     def trained(trainer, **options):
         train(trainer, **options)
@@ -78,8 +78,8 @@ def test_a_training_is_gone_before_its_model_is_asked(values, heads, monkeypatch
         events.append("asked")
         return load(*given)
 
-    monkeypatch.setattr(pipeline, "run", trained)
-    monkeypatch.setattr(stage_options, "load_model", loaded)
+    monkeypatch.setattr(finetune, "run_training", trained)
+    monkeypatch.setattr(BaseModel, "load", loaded)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
     training = {"per_device_train_batch_size": 4, "max_steps": 1, "use_cpu": True, "save_strategy": "no"}
     parts = {"data": {"train": "train.jsonl", "max_length": 96}, "heads": {"path": heads}, "trainer": training}

@@ -1,18 +1,25 @@
 """A base by its hub id, from the labels to the answers of the tuned model."""
 
 import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from hub import files_in, serve_hub
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from caftune.checkpoints.fingerprint import model_fingerprint
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.evaluate import evaluate
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.evaluate import evaluate_model
+from caftune.pipeline.finetune import export_checkpoint, finetune_model
+from caftune.pipeline.label import label_prompts
+from caftune.pipeline.pretrain import pretrain_heads
+from caftune.pipeline.schema import Recipe
 
 NAME = "owner/base"
 FAST = {"per_device_train_batch_size": 8, "use_cpu": True, "gradient_checkpointing": False, "max_steps": 2}
@@ -54,13 +61,13 @@ def recipe_in(folder, **model):
 def test_a_base_on_the_hub_goes_the_whole_way_and_its_commit_is_on_record(hub, tmp_path, number):
     commit = list(hub.commits[NAME])[number]
     recipe = recipe_in(tmp_path, **({"revision": commit} if number == 0 else {}))
-    pipeline.label(recipe)
-    heads = pipeline.pretrain_heads(recipe)
+    label_prompts(recipe)
+    heads = pretrain_heads(recipe)
     assert json.loads((heads / "heads.json").read_text())["base"]["revision"] == commit
-    model = pipeline.finetune(recipe)
-    (result,) = evaluate(recipe)
+    model = finetune_model(recipe)
+    (result,) = evaluate_model(recipe)
     assert result.examples == 8
-    (of_base,) = evaluate(recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"model": "base"})}))
+    (of_base,) = evaluate_model(recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"model": "base"})}))
     assert of_base.model == "base"
     published, tuned = load_file(hub.folder(NAME, commit) / "model.safetensors"), load_file(model / "model.safetensors")
     assert published.keys() == tuned.keys()
@@ -71,16 +78,16 @@ def test_a_base_on_the_hub_goes_the_whole_way_and_its_commit_is_on_record(hub, t
 def test_a_run_stays_with_the_commit_that_it_began_with(hub, tmp_path):
     recipe = recipe_in(tmp_path, tuning="lora")
     recipe = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"weight": 0.0})})
-    began = load_file(pipeline.finetune(recipe) / "model.safetensors")
+    began = load_file(finetune_model(recipe) / "model.safetensors")
     hub.record(NAME, "third", files_in(hub.folder(NAME, next(iter(hub.commits[NAME])))))
-    on = load_file(pipeline.export(recipe) / "model.safetensors")
+    on = load_file(export_checkpoint(recipe) / "model.safetensors")
     assert all(torch.equal(on[name], began[name]) for name in began)
     (other := tmp_path / "other").mkdir()
-    fresh = load_file(pipeline.finetune(recipe.model_copy(update={"output": str(other)})) / "model.safetensors")
+    fresh = load_file(finetune_model(recipe.model_copy(update={"output": str(other)})) / "model.safetensors")
     assert float((fresh["model.norm.weight"] - began["model.norm.weight"]).abs().max()) > 1e-3
     named = recipe_in(tmp_path, tuning="lora", revision=next(iter(hub.commits[NAME])))
     with pytest.raises(CaftuneError, match=r"holds the train stage of another recipe \(model.revision: "):
-        pipeline.finetune(named.model_copy(update={"loss": recipe.loss}))
+        finetune_model(named.model_copy(update={"loss": recipe.loss}))
 
 
 def test_a_fingerprint_is_of_the_commit_and_needs_no_network_once_it_is_known(hub, tmp_path, monkeypatch):
@@ -96,3 +103,39 @@ def test_a_fingerprint_is_of_the_commit_and_needs_no_network_once_it_is_known(hu
 def test_a_model_that_the_hub_does_not_have_has_no_fingerprint(hub):
     with pytest.raises(OSError, match="owner/nothing"):
         model_fingerprint("owner/nothing")
+
+
+@pytest.fixture
+def configurations(monkeypatch):
+    """Which package reads a configuration through AutoConfig, call by call."""
+    readers, real = [], AutoConfig.from_pretrained
+
+    def read(*given, **more):
+        readers.append(sys._getframe(1).f_globals["__name__"].partition(".")[0])
+        return real(*given, **more)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", read)
+    return readers
+
+
+def test_a_training_queries_the_hub_once_for_its_base_and_once_for_its_heads(hub, heads, tmp_path, configurations):
+    hub.private["owner/heads"] = False
+    hub.record("owner/heads", "first", files_in(Path(heads)))
+    recipe = recipe_in(tmp_path, name=NAME)
+    chosen = {"path": "owner/heads", "force": True}  # of the first commit, which has other weights
+    recipe = recipe.model_copy(update={"heads": type(recipe.heads).model_validate(chosen)})
+    finetune_model(recipe)
+    of_base = [request for request in hub.requests if re.search(rf"{NAME}/(resolve|tree)", request)]
+    of_heads = [request for request in hub.requests if "owner/heads" in request]
+    main = f"/{NAME}/resolve/main/config.json"
+    assert [request for request in of_base if "main" in request] == [f"HEAD {main}", f"GET {main}"]  # then the commit
+    assert [request for request in of_heads if "main" in request] == ["GET /api/models/owner/heads/revision/main"]
+    assert max(Counter(of_base).values()) == max(Counter(of_heads).values()) == 1  # no file is queried twice
+    assert configurations == ["caftune", "trl"]  # TRL reads it once more when it loads the weights
+
+
+def test_an_evaluation_reads_the_configuration_of_its_model_once(hub, tmp_path, configurations):
+    recipe = recipe_in(tmp_path)
+    evaluate_model(recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"model": "base"})}))
+    assert [request.split()[0] for request in hub.requests if "main" in request] == ["HEAD", "GET"]
+    assert configurations == ["caftune", "transformers"]  # which reads it once more when it loads the weights

@@ -7,14 +7,14 @@ import signal
 
 import kills
 import pytest
+from opened import stage_two_config
 from transformers import TrainerCallback
 
 from caftune import CAFTTrainer
 from caftune.data.forms import load_rows
-from caftune.pipeline.folder import last_checkpoint, open_stage
+from caftune.pipeline.finetune import finetune_model
+from caftune.pipeline.folder import Stage, last_checkpoint
 from caftune.pipeline.recipe import load_recipe
-from caftune.pipeline.stage_config import stage_two_config
-from caftune.pipeline.stages import finetune
 from caftune.training.progress import StopOnSigterm, run
 
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(folder, tuning, monkeypatch, capfd):
     options = ["trainer.save_strategy=no", "trainer.max_steps=6"]
     alone = load_recipe(folder / f"{tuning}.yaml", [f"output={folder / tuning}-left", *options])
-    finetune(alone)
+    finetune_model(alone)
     recipe = load_recipe(folder / f"{tuning}.yaml", [f"output={folder / tuning}-stopped", *options])
 
     class Terminate(TrainerCallback):
@@ -46,12 +46,12 @@ def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(folder, tuning
 
         patched.setattr(StopOnSigterm, "on_train_begin", begin_and_terminate)
         with pytest.raises(SystemExit) as stopped:
-            finetune(recipe)
+            finetune_model(recipe)
     assert stopped.value.code == 143
     assert "Stopped by SIGTERM after step 4" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert [path.name for path in (folder / f"{tuning}-stopped" / "train").glob("checkpoint-*")] == ["checkpoint-4"]
-    finetune(recipe)
+    finetune_model(recipe)
     logs = [
         json.loads((folder / f"{tuning}-{run}" / "results.jsonl").read_text())["log"] for run in ("left", "stopped")
     ]
@@ -83,9 +83,9 @@ def test_a_run_killed_while_its_folder_was_made_goes_on(folder, tmp_path):
     recipe = load_recipe(folder / "full.yaml", [f"output={tmp_path}"])
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / ".recipe.yaml.partial").write_text("seed: 4")
-    stage = open_stage(recipe, "train", {})
+    stage = Stage(recipe, "train", {}).open()
     (stage / "provenance.json").unlink()
-    assert open_stage(recipe, "train", {}) == stage
+    assert Stage(recipe, "train", {}).open() == stage
     assert json.loads((stage / "provenance.json").read_text())["versions"]
 
 

@@ -16,8 +16,8 @@ from caftune.compare.runner import compare
 from caftune.core.backbone import Backbone
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.finetune import export_checkpoint, finetune_model
+from caftune.pipeline.schema import Recipe
 
 PROMPTS = ["2-chloropropane: ", "ethanol: ", "methyl 2-phenoxyacetate: "]
 
@@ -37,10 +37,10 @@ def kept(heads, tmp_path_factory):
         "trainer": {**TRAINER, "learning_rate": 1e-2},
     }
     path = {"path": heads, "keep": True}
-    pipeline.finetune(recipe_in(folder, "preset", **common, heads=path))
-    pipeline.finetune(recipe_in(folder, "frozen", **common, heads={**path, "train": False}))
+    finetune_model(recipe_in(folder, "preset", **common, heads=path))
+    finetune_model(recipe_in(folder, "frozen", **common, heads={**path, "train": False}))
     lora = {"name": str(BASE), "tuning": "lora", "lora": {"r": 4}}
-    pipeline.finetune(recipe_in(folder, "lora", **common, model=lora, heads={**path, "lora_rank": 2}))
+    finetune_model(recipe_in(folder, "lora", **common, model=lora, heads={**path, "lora_rank": 2}))
     return folder
 
 
@@ -108,7 +108,7 @@ def test_heads_that_cannot_be_kept_are_refused_before_training(kept, heads, chan
     data = {"train": str(kept / "data.jsonl")}
     recipe = recipe_in(kept, "x", **{"adapt": None, "data": data, "heads": {"path": heads, "keep": True}, **changes})
     with pytest.raises(CaftuneError, match=said):
-        pipeline.finetune(recipe)
+        finetune_model(recipe)
     assert not (kept / "x").exists()
 
 
@@ -125,10 +125,10 @@ def test_kept_heads_follow_the_checkpoint_that_is_exported(kept, heads, tmp_path
         **{"data": data, "adapt": None, "heads": {"path": heads, "keep": True}},
         trainer={**trainer, "save_steps": 1},
     )
-    pipeline.finetune(recipe)
+    finetune_model(recipe)
     run = tmp_path / "run"
     last = load_file(run / "model-heads" / "heads.safetensors")
-    pipeline.export(recipe, str(run / "train" / "checkpoint-2"))
+    export_checkpoint(recipe, str(run / "train" / "checkpoint-2"))
     found = load_file(run / "model-heads" / "heads.safetensors")
     expected = load_file(run / "train" / "checkpoint-2" / "heads" / "heads.safetensors")
     assert all(torch.equal(found[name], value) for name, value in expected.items())

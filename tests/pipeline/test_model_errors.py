@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hub import Hub, Refused, files_in, serve_hub
+from opened import load_config, load_model, load_tokenizer
 from safetensors import SafetensorError
 from trainers import config
 from typer.testing import CliRunner
@@ -21,8 +22,8 @@ from caftune.checkpoints.opening import opening
 from caftune.cli import app
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError, system_error
-from caftune.pipeline.recipe import Recipe, trainer_config
-from caftune.pipeline.stage_config import load_config, load_model, load_tokenizer
+from caftune.pipeline.recipe import trainer_config
+from caftune.pipeline.schema import Recipe
 
 ROWS = [{"prompt": f"Name: x{i}\n", "completion": "CC"} for i in range(12)]
 COMMANDS = {
@@ -248,7 +249,7 @@ def test_from_python_an_error_is_what_transformers_raises(tmp_path, rows):
             ["train", "RECIPE", "loss.weight=0", "output=rows.jsonl"],
             "rows.jsonl.* cannot be used .(Not a directory|File exists)",
         ),
-        (["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=none.jinja"], "none.jinja is not there"),
+        (["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=none.jinja"], "none.jinja does not exist"),
         (
             ["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=folder"],
             "chat_template_path .* folder has no tokenizer",
@@ -343,12 +344,11 @@ def test_the_systems_errors_are_shown_with_path_and_remedy(tmp_path):
 
 
 def test_an_error_of_a_library_keeps_its_traceback_on_the_command_line(folder, heads, monkeypatch):
-    from caftune.pipeline import stages as pipeline
 
     def fails(*_, **__):
         raise ValueError("not enough values to unpack")
 
-    monkeypatch.setattr(pipeline, "task_rows", fails)
+    monkeypatch.setattr("caftune.pipeline.stage_trainer.task_rows", fails)
     ran, _ = run(folder, "train", str(BASE), heads)
     assert isinstance(ran.exception, ValueError)
     assert Path(ran.exception.__traceback__.tb_frame.f_code.co_filename).exists()

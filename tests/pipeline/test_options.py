@@ -15,7 +15,8 @@ from caftune.core.heads import FORK_POINTS
 from caftune.core.objective import SCHEDULES
 from caftune.errors import CaftuneError
 from caftune.pipeline import schema
-from caftune.pipeline.recipe import Recipe, parse_recipe, trainer_config
+from caftune.pipeline.recipe import parse_recipe, trainer_config
+from caftune.pipeline.schema import Recipe
 from caftune.training.options import OPTIONS, CAFTOptions, HeadKind, InRecipe, Schedule, options_of
 
 IN_RECIPE = {name: option for name, option in OPTIONS.items() if option.recipe.trainings}

@@ -19,8 +19,11 @@ from caftune.cli import app
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.finetune import export_checkpoint, finetune_model
+from caftune.pipeline.label import label_prompts
+from caftune.pipeline.pretrain import pretrain_heads
+from caftune.pipeline.preview import preview_rows
+from caftune.pipeline.schema import Recipe
 from caftune.report.render import read_run
 
 FAST = {"per_device_train_batch_size": 8, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 2}
@@ -49,9 +52,9 @@ def values(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(values):
     recipe = Recipe.model_validate(values)
-    pipeline.label(recipe)
-    pipeline.pretrain_heads(recipe)
-    pipeline.finetune(recipe)
+    label_prompts(recipe)
+    pretrain_heads(recipe)
+    finetune_model(recipe)
     return Path(values["output"])
 
 
@@ -70,9 +73,9 @@ def test_one_recipe_gives_an_ordinary_model(finished):
 
 
 def test_a_run_whose_plan_fails_is_recorded_without_it(values, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "plan_of_run", lambda *_: 1 / 0)
+    monkeypatch.setattr("caftune.pipeline.finetune.plan_of_run", lambda *_: 1 / 0)
     recipe = recipe_with({**values, "output": str(tmp_path)}, loss={"weight": 0}, trainer={"max_steps": 1})
-    assert (pipeline.finetune(recipe) / "model.safetensors").is_file()
+    assert (finetune_model(recipe) / "model.safetensors").is_file()
     result = json.loads((tmp_path / "results.jsonl").read_text())
     assert result["plan"] is None
     assert result["costs"]["flops"] > 0
@@ -99,7 +102,7 @@ def test_export_again_gives_the_same_weights(finished, values, tmp_path):
     first = load_file(finished / "model" / "model.safetensors")
     shutil.copytree(finished, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "model")
-    folder = pipeline.export(Recipe.model_validate({**values, "output": str(tmp_path / "out")}))
+    folder = export_checkpoint(Recipe.model_validate({**values, "output": str(tmp_path / "out")}))
     again = load_file(folder / "model.safetensors")
     assert all(torch.equal(first[key], again[key]) for key in first)
 
@@ -107,8 +110,8 @@ def test_export_again_gives_the_same_weights(finished, values, tmp_path):
 def test_lora_trains_and_exports_merged(finished, values, tmp_path):
     shared = {"output": str(tmp_path / "lora"), "heads": {"path": str(finished / "heads")}}
     recipe = Recipe.model_validate({**values, **shared, "model": {"name": str(BASE), "tuning": "lora"}})
-    trained = load_file(pipeline.finetune(recipe) / "model.safetensors")
-    again = load_file(pipeline.export(recipe) / "model.safetensors")
+    trained = load_file(finetune_model(recipe) / "model.safetensors")
+    again = load_file(export_checkpoint(recipe) / "model.safetensors")
     base = load_file(BASE / "model.safetensors")
     assert trained.keys() == base.keys()
     for key, value in trained.items():
@@ -122,20 +125,20 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(finished, values, t
         {**values, "output": str(tmp_path / "out"), "heads": {"path": str(finished / "heads")}}
     )
     shutil.rmtree(tmp_path / "out" / "train")
-    whole = load_file(pipeline.finetune(recipe) / "model.safetensors")
+    whole = load_file(finetune_model(recipe) / "model.safetensors")
     shutil.rmtree(tmp_path / "out" / "model")
     shutil.rmtree(tmp_path / "out" / "train" / "checkpoint-4")
-    resumed = load_file(pipeline.finetune(recipe) / "model.safetensors")
+    resumed = load_file(finetune_model(recipe) / "model.safetensors")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 @pytest.mark.parametrize(
     ("stage", "sections", "difference"),
     [
-        (pipeline.finetune, {"loss": {"weight": 0.5}}, "loss.weight: 0.01 -> 0.5"),
-        (pipeline.finetune, {"trainer": {"learning_rate": 1.0}}, "trainer.learning_rate: None -> 1.0"),
-        (pipeline.pretrain_heads, {"labels": {"keep_truncated": True}}, "labels.keep_truncated: False -> True"),
-        (pipeline.pretrain_heads, {"heads": {"kind": "mlp"}}, "heads.kind: 'decoder' -> 'mlp'"),
+        (finetune_model, {"loss": {"weight": 0.5}}, "loss.weight: 0.01 -> 0.5"),
+        (finetune_model, {"trainer": {"learning_rate": 1.0}}, "trainer.learning_rate: None -> 1.0"),
+        (pretrain_heads, {"labels": {"keep_truncated": True}}, "labels.keep_truncated: False -> True"),
+        (pretrain_heads, {"heads": {"kind": "mlp"}}, "heads.kind: 'decoder' -> 'mlp'"),
     ],
 )
 @pytest.mark.usefixtures("finished")
@@ -148,47 +151,47 @@ def test_a_folder_of_something_else_is_refused(values, tmp_path):
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "thesis.txt").write_text("mine")
     with pytest.raises(CaftuneError, match="must be empty or a folder of caftune, and holds other files"):
-        pipeline.label(Recipe.model_validate({**values, "output": str(tmp_path)}))
+        label_prompts(Recipe.model_validate({**values, "output": str(tmp_path)}))
 
 
 @pytest.mark.parametrize(
     ("stage", "sections", "error", "message"),
     [
-        (pipeline.label, {"labels": {"prompts": None}}, CaftuneError, "labels.prompts must name a file"),
-        (pipeline.label, {"labels": {"max_new_tokens": 255}}, CaftuneError, "24 of 24 prompts"),
+        (label_prompts, {"labels": {"prompts": None}}, CaftuneError, "labels.prompts must name a file"),
+        (label_prompts, {"labels": {"max_new_tokens": 255}}, CaftuneError, "24 of 24 prompts"),
         (
-            pipeline.label,
+            label_prompts,
             {"model": {"name": "./nothing"}},
             CaftuneError,
             "model.name must be a folder with a config.json",
         ),
-        (pipeline.pretrain_heads, {}, CaftuneError, "labels.jsonl is missing. Run `caftune label`"),
-        (pipeline.finetune, {}, CaftuneError, "heads is missing. Run `caftune pretrain-heads` first"),
+        (pretrain_heads, {}, CaftuneError, "labels.jsonl is missing. Run `caftune label`"),
+        (finetune_model, {}, CaftuneError, "heads is missing. Run `caftune pretrain-heads` first"),
         (
-            pipeline.finetune,
+            finetune_model,
             {"loss": {"weight": 0}, "data": {"train": None}},
             CaftuneError,
             "data.train must name a file",
         ),
         (
-            pipeline.finetune,
+            finetune_model,
             {"loss": {"weight": 0}, "data": {"max_length": 257}},
             CaftuneError,
             "the model's context of 256",
         ),
         (
-            pipeline.finetune,
+            finetune_model,
             {"loss": {"weight": 0}, "data": {"columns": {"prompt": "name"}}},
             CaftuneError,
             "prompts and no completions to train on",
         ),
         (
-            pipeline.finetune,
+            finetune_model,
             {"loss": {"weight": 0}, "data": {"max_length": 5}},
             ValueError,
             "24 of 24 rows of the train data",
         ),
-        (pipeline.export, {}, CaftuneError, "holds no checkpoint"),
+        (export_checkpoint, {}, CaftuneError, "holds no checkpoint"),
     ],
 )
 def test_wrong_things_are_refused_before_work_starts(values, tmp_path, stage, sections, error, message):
@@ -199,7 +202,7 @@ def test_wrong_things_are_refused_before_work_starts(values, tmp_path, stage, se
 
 
 def test_preview_marks_trained_tokens_and_shifts_targets(values):
-    tokens, trained, targets = next(pipeline.preview(Recipe.model_validate(values), 1))
+    tokens, trained, targets = next(preview_rows(Recipe.model_validate(values), 1))
     first = trained.index(True)
     assert tokens[:first] == AutoTokenizer.from_pretrained(BASE).tokenize(
         json.loads(Path(values["data"]["train"]).read_text().splitlines()[0])["name"], add_special_tokens=True
@@ -241,8 +244,8 @@ def test_help_imports_neither_torch_nor_transformers():
 
 
 def test_the_separator_stands_between_prompt_and_completion(values):
-    plain = next(pipeline.preview(recipe_with(values), 1))
-    separated = next(pipeline.preview(recipe_with(values, data={"separator": " #"}), 1))
+    plain = next(preview_rows(recipe_with(values), 1))
+    separated = next(preview_rows(recipe_with(values, data={"separator": " #"}), 1))
     joined = ["".join(tokens) for tokens, _, _ in (plain, separated)]
     assert "#" not in joined[0]
     assert "#" in joined[1]
@@ -254,10 +257,10 @@ def test_a_stopped_training_goes_on_from_its_last_epoch(values, tmp_path, capsys
     recipe = Recipe.model_validate(
         {**values, "output": str(tmp_path), "loss": {"weight": 0}, "trainer": {**trainer, "num_train_epochs": 2}}
     )
-    whole = load_file(pipeline.finetune(recipe) / "model.safetensors")
+    whole = load_file(finetune_model(recipe) / "model.safetensors")
     shutil.rmtree(tmp_path / "train" / "checkpoint-6")
-    resumed = load_file(pipeline.finetune(recipe) / "model.safetensors")
-    assert "Resuming from" in capsys.readouterr().err
+    resumed = load_file(finetune_model(recipe) / "model.safetensors")
+    assert "Going on from" in capsys.readouterr().err
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
@@ -267,7 +270,7 @@ def test_messages_for_a_base_without_a_chat_template_are_refused(values, tmp_pat
     chat = {"train": str(tmp_path / "chat.jsonl"), "eval": None, "columns": {}}
     recipe = recipe_with({**values, "output": str(tmp_path / "new"), "data": chat}, loss={"weight": 0})
     with pytest.raises(CaftuneError, match="The data has messages, and .* has no chat template"):
-        pipeline.finetune(recipe)
+        finetune_model(recipe)
     assert not (tmp_path / "new").exists()
 
 
@@ -278,19 +281,19 @@ def test_a_checkpoint_of_another_run_is_not_exported_into_this_one(values, tmp_p
     other.mkdir(parents=True)
     (other / "config.json").write_text("{}")
     with pytest.raises(CaftuneError, match="it belongs to another run"):
-        pipeline.export(run, str(other))
+        export_checkpoint(run, str(other))
     with pytest.raises(CaftuneError, match=r"holds no checkpoint\. Run `caftune train` first, or name one of"):
-        pipeline.export(run, str(tmp_path / "other"))
+        export_checkpoint(run, str(tmp_path / "other"))
     (tmp_path / "pieces" / "pytorch_model_fsdp_0").mkdir(parents=True)
     with pytest.raises(CaftuneError, match=r"must hold whole weights, got FSDP's pieces.* Run `caftune train` again"):
-        pipeline.export(run, str(tmp_path / "pieces"))
+        export_checkpoint(run, str(tmp_path / "pieces"))
 
 
 @pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
 def test_heads_can_be_pretrained_on_packed_labels(finished, values, tmp_path):
     shutil.copytree(finished / "labels", tmp_path / "out" / "labels")
     recipe = recipe_with({**values, "output": str(tmp_path / "out")}, pretrain={"packing": True})
-    assert (pipeline.pretrain_heads(recipe) / "heads.safetensors").is_file()
+    assert (pretrain_heads(recipe) / "heads.safetensors").is_file()
 
 
 @pytest.mark.parametrize("targets", ["tokens", "model"])
@@ -301,7 +304,7 @@ def test_heads_can_be_pretrained_on_text_without_labels(values, tmp_path, target
         heads={"text": text, "targets": targets},
         labels={"columns": {"prompt": "name", "completion": "smiles"}},
     )
-    heads = pipeline.pretrain_heads(recipe)
+    heads = pretrain_heads(recipe)
     result = json.loads((tmp_path / "out" / "results.jsonl").read_text())
     assert result["quality"]["heads"]["loss"]["2"] < result["quality"]["untrained"]["loss"]["2"]
     assert json.loads((heads / "heads.json").read_text())["training"]["soft_targets"] is (targets == "model")
@@ -315,10 +318,10 @@ def whole_or_alone(values, folder, base=BASE, **lora):
     return recipe_with({**values, "output": str(folder), "model": model}, loss={"weight": 0}, trainer=trainer)
 
 
-@pytest.mark.parametrize("again", [pipeline.export, pipeline.finetune])
+@pytest.mark.parametrize("again", [export_checkpoint, finetune_model])
 def test_an_adapter_alone_and_a_whole_model_take_each_others_place(values, rows, tmp_path, again):
     merged, alone = (whole_or_alone(values, tmp_path, merge=merge) for merge in (True, False))
-    model = pipeline.finetune(alone)
+    model = finetune_model(alone)
     adapter = load_file(model / "adapter_model.safetensors")
     expected = logits_of(AutoPeftModelForCausalLM.from_pretrained(model), rows)
     again(merged)
@@ -338,15 +341,15 @@ def test_the_adapter_of_a_base_that_is_published_quantised_is_exported_alone(val
     merged, alone = (
         whole_or_alone(values, tmp_path / "run", tmp_path / "base", merge=merge) for merge in (True, False)
     )
-    model = pipeline.finetune(alone)
+    model = finetune_model(alone)
     shutil.rmtree(model)
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
     )
     with pytest.raises(CaftuneError, match="is published quantised: an adapter cannot be merged into it"):
-        pipeline.export(merged)
-    assert (pipeline.export(alone) / "adapter_model.safetensors").is_file()
+        export_checkpoint(merged)
+    assert (export_checkpoint(alone) / "adapter_model.safetensors").is_file()
 
 
 @pytest.fixture(scope="module")
@@ -373,10 +376,10 @@ def test_export_writes_the_tokenizer_and_the_end_tokens_that_train_writes(values
     recipe = whole_or_alone(values, tmp_path, chat / "base")
     model = {**recipe.model.model_dump(), "tuning": tuning}
     recipe = Recipe.model_validate({**recipe.model_dump(), "model": model, "trainer": {**recipe.trainer, **options}})
-    folder = pipeline.finetune(recipe)
+    folder = finetune_model(recipe)
     (tokenizer, trained), (again, exported) = (
         (AutoTokenizer.from_pretrained(found), AutoModelForCausalLM.from_pretrained(found))
-        for found in (folder.rename(tmp_path / "first"), pipeline.export(recipe))
+        for found in (folder.rename(tmp_path / "first"), export_checkpoint(recipe))
     )
     assert again.get_vocab() == tokenizer.get_vocab()
     assert (again.eos_token, again.chat_template) == (tokenizer.eos_token, tokenizer.chat_template)

@@ -30,7 +30,7 @@ from caftune import AuxiliaryHeads, Backbone, CAFTTrainer, HeadsConfig, save_hea
 from caftune.cli import app
 from caftune.demo.run import BASE
 from caftune.pipeline.plan import measure_rows, plan
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.schema import Recipe
 from caftune.training.estimate import Setup, estimate, meta_model
 from caftune.training.flops import Step, anatomy_of, flops, overhead
 from caftune.training.memory import state_bytes

@@ -19,7 +19,7 @@ from caftune.cli import app
 from caftune.core.backbone import UnsupportedModelError, last_layer
 from caftune.errors import CaftuneError
 from caftune.pipeline.plan import plan
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.schema import Recipe
 from caftune.training.estimate import Setup, estimate
 from caftune.training.flops import anatomy_of
 

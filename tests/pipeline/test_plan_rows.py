@@ -9,14 +9,14 @@ import pytest
 import torch
 from datasets import Dataset
 from models import config_of
+from opened import load_config
 from test_plan import small
 from transformers import AutoModelForCausalLM
 
 from caftune.demo.run import BASE
 from caftune.generation.labels import Label
 from caftune.pipeline.plan import measure_rows, plan
-from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stage_config import load_config
+from caftune.pipeline.schema import Recipe
 from caftune.training.estimate import Setup, estimate
 
 

@@ -9,9 +9,12 @@ from test_pipeline import FAST
 
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
-from caftune.pipeline import stages as pipeline
+from caftune.pipeline.finetune import finetune_model
+from caftune.pipeline.label import label_prompts
 from caftune.pipeline.plan import plan
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.pretrain import measure_quality, pretrain_heads
+from caftune.pipeline.preview import preview_rows
+from caftune.pipeline.schema import Recipe
 
 COUNTS = {"train": 24, "eval": 12}
 TALK = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
@@ -68,20 +71,20 @@ ADAPT = {**FAST, "max_steps": 1}
 @pytest.mark.parametrize("form", ["pair", "text", "messages"])
 @pytest.mark.parametrize("adapt", [None, ADAPT], ids=["train", "train and adapt"])
 def test_train(recipe_of, tokenized, form, adapt):
-    pipeline.finetune(recipe_of(form, adapt=adapt))
+    finetune_model(recipe_of(form, adapt=adapt))
     assert tokenized == COUNTS
 
 
 @pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
 def test_stages_that_cut_their_rows_otherwise_prepare_each_their_own(recipe_of, tokenized):
     recipe = recipe_of(adapt={**ADAPT, "truncation_mode": "keep_end"})
-    pipeline.finetune(recipe)
+    finetune_model(recipe)
     assert tokenized == {name: 2 * count for name, count in COUNTS.items()}
 
 
 @pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
 def test_packing_uses_the_rows_again(recipe_of, tokenized):
-    pipeline.finetune(recipe_of(adapt={**ADAPT, "packing": True}))
+    finetune_model(recipe_of(adapt={**ADAPT, "packing": True}))
     assert tokenized == COUNTS
 
 
@@ -89,15 +92,15 @@ def test_plan_and_preview_read_the_train_data_alone(recipe_of, tokenized):
     plan(recipe_of())
     assert tokenized == {"train": COUNTS["train"]}
     tokenized.clear()
-    assert len(list(pipeline.preview(recipe_of(), 3))) == 3
+    assert len(list(preview_rows(recipe_of(), 3))) == 3
     assert tokenized == {"train": 3}
 
 
 def test_labels_are_tokens_already(recipe_of, tokenized, tmp_path):
     labels = {"prompts": str(tmp_path / "train.jsonl"), "max_new_tokens": 8, "keep_truncated": True}
     recipe = recipe_of(labels=labels, heads={"count": 2}, pretrain={**FAST, "max_steps": 1})
-    pipeline.label(recipe)
-    pipeline.pretrain_heads(recipe)
+    label_prompts(recipe)
+    pretrain_heads(recipe)
     plan(recipe, "heads")
     assert tokenized == {}
 
@@ -105,8 +108,8 @@ def test_labels_are_tokens_already(recipe_of, tokenized, tmp_path):
 def test_a_text_for_the_heads(recipe_of, tokenized, tmp_path):
     heads = {"count": 2, "text": str(tmp_path / "train.jsonl")}
     recipe = recipe_of("text", heads=heads, pretrain={**FAST, "max_steps": 1})
-    pipeline.pretrain_heads(recipe)
+    pretrain_heads(recipe)
     assert tokenized == {"heads.text": COUNTS["train"]}
     tokenized.clear()
-    pipeline.measure(recipe)
+    measure_quality(recipe)
     assert tokenized == {"heads.text": COUNTS["train"]}

@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from caftune.errors import CaftuneError
-from caftune.pipeline.recipe import Recipe, first_difference, load_recipe, trainer_config
+from caftune.pipeline.recipe import first_difference, load_recipe, trainer_config
+from caftune.pipeline.schema import Recipe
 
 MINIMAL = "output: runs/x\nmodel: {name: some/model}\n"
 

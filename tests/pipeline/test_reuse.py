@@ -16,9 +16,10 @@ from caftune.checkpoints.hub import pull_heads, push_heads
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.files import file_sha256, write_json
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.adapt import adapt_heads
+from caftune.pipeline.finetune import export_checkpoint, finetune_model
+from caftune.pipeline.pretrain import measure_quality, pretrain_heads
+from caftune.pipeline.schema import Recipe
 
 FAST = {"per_device_train_batch_size": 8, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 1}
 
@@ -43,7 +44,7 @@ def recipe_in(folder, **sections):
 
 def test_adapted_heads_have_a_card(folder):
     recipe = recipe_in(folder)
-    adapted = pipeline.adapt_heads(recipe)
+    adapted = adapt_heads(recipe)
     text = heads_card(adapted, "owner/heads", licence="mit")
     assert "d.jsonl" in text
     assert "{" not in text
@@ -51,27 +52,27 @@ def test_adapted_heads_have_a_card(folder):
 
 def test_a_slip_in_the_trainers_section_is_told_before_the_heads_adapt(folder):
     with pytest.raises(CaftuneError, match="learnin_rate"):
-        pipeline.finetune(recipe_in(folder, trainer={"learnin_rate": 1.0}))
+        finetune_model(recipe_in(folder, trainer={"learnin_rate": 1.0}))
     assert not (folder / "run").exists()
 
 
-@pytest.mark.parametrize("stage", ["pretrain_heads", "finetune"])
+@pytest.mark.parametrize("stage", [pretrain_heads, finetune_model])
 def test_a_finished_stage_that_ended_within_an_epoch_trains_no_further_when_run_again(folder, stage):
     options = {**FAST, "max_steps": 2, "lr_scheduler_type": "constant", "learning_rate": 1e-3}
-    heads = {"heads": {"count": 2, "text": "d.jsonl"}} if stage == "pretrain_heads" else {}
+    heads = {"heads": {"count": 2, "text": "d.jsonl"}} if stage is pretrain_heads else {}
     recipe = recipe_in(folder, adapt=None, trainer=options, pretrain=options, **heads)
-    files = [getattr(pipeline, stage)(recipe) / ("model.safetensors" if stage == "finetune" else "heads.safetensors")]
+    files = [stage(recipe) / ("model.safetensors" if stage is finetune_model else "heads.safetensors")]
     before = file_sha256(files[0])
-    getattr(pipeline, stage)(recipe)
+    stage(recipe)
     assert file_sha256(files[0]) == before
 
 
 def test_the_same_heads_made_by_another_command_are_the_same_heads(folder, monkeypatch):
     recipe = recipe_in(folder)
-    pipeline.finetune(recipe)
+    finetune_model(recipe)
     shutil.rmtree(folder / "run" / "adapt" / "heads")
     monkeypatch.setattr(sys, "argv", ["caftune", "train", "./recipe.yaml"])
-    pipeline.finetune(recipe)
+    finetune_model(recipe)
 
 
 def test_a_run_that_changes_its_folder_still_exports(folder, rows, monkeypatch, tmp_path_factory):
@@ -122,19 +123,19 @@ def test_a_refused_repository_is_named_and_not_the_cache(folder):
 def test_heads_are_not_measured_on_rows_they_may_have_been_trained_on(folder):
     options = {**FAST, "max_steps": 1}
     sections = {"adapt": None, "pretrain": options, "heads": {"count": 2, "text": "d.jsonl"}}
-    pipeline.pretrain_heads(recipe_in(folder, **sections))
+    pretrain_heads(recipe_in(folder, **sections))
     before = (folder / "run" / "heads" / "quality.json").read_text()
     sections["heads"] = {**sections["heads"], "held_out": 0.3}
     with pytest.raises(CaftuneError, match="heads.held_out: 0.1 -> 0.3"):
-        pipeline.measure(recipe_in(folder, **sections))
+        measure_quality(recipe_in(folder, **sections))
     assert (folder / "run" / "heads" / "quality.json").read_text() == before
 
 
 def test_an_exported_checkpoint_has_a_card_of_its_own(folder):
     recipe = recipe_in(folder, adapt=None, trainer={**FAST, "max_steps": 3, "save_steps": 1, "save_total_limit": 5})
-    model = pipeline.finetune(recipe)
+    model = finetune_model(recipe)
     assert "- **settings**: steps 3, " in (model / "README.md").read_text()
-    pipeline.export(recipe, str(folder / "run" / "train" / "checkpoint-2"))
+    export_checkpoint(recipe, str(folder / "run" / "train" / "checkpoint-2"))
     text = (model / "README.md").read_text()
     assert "- **settings**: steps 2, " in text
     assert file_sha256(folder / "heads" / "heads.safetensors") in text
@@ -142,5 +143,5 @@ def test_an_exported_checkpoint_has_a_card_of_its_own(folder):
 
 def test_an_adapter_is_not_called_a_checkpoint(folder):
     lora = {"name": str(BASE), "tuning": "lora", "lora": {"merge": False}}
-    model = pipeline.finetune(recipe_in(folder, adapt=None, model=lora))
+    model = finetune_model(recipe_in(folder, adapt=None, model=lora))
     assert "An adapter, to be loaded with PEFT." in (model / "README.md").read_text()

@@ -8,18 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from opened import head_rows, stage_one_config, stage_two_config
 from safetensors.torch import load_file
 
 from caftune.compare import runner as comparing
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.pipeline import stage_config as stage_options
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.evaluate import evaluate
-from caftune.pipeline.folder import last_checkpoint, open_stage
-from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stage_rows import head_rows
+from caftune.pipeline.adapt import adapt_heads
+from caftune.pipeline.evaluate import evaluate_model
+from caftune.pipeline.finetune import export_checkpoint, finetune_model
+from caftune.pipeline.folder import RunFolder, Stage, last_checkpoint
+from caftune.pipeline.label import label_prompts
+from caftune.pipeline.pretrain import measure_quality, pretrain_heads
+from caftune.pipeline.schema import Recipe
 
 FAST = {"per_device_train_batch_size": 8, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 2}
 
@@ -32,9 +34,9 @@ def finished(tmp_path_factory):
     recipe = recipe_in(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        pipeline.label(recipe)
-        pipeline.pretrain_heads(recipe)
-        pipeline.finetune(recipe)
+        label_prompts(recipe)
+        pretrain_heads(recipe)
+        finetune_model(recipe)
     return folder
 
 
@@ -76,7 +78,7 @@ def _in_the_folder(request, monkeypatch):
 
 @pytest.mark.parametrize("keeps", [False, True])
 def test_it_is_told_whether_answers_cut_off_are_trained_on(copied, keeps, capfd):
-    pipeline.label(recipe_in(copied, labels={"max_new_tokens": 2, "keep_truncated": keeps}))
+    label_prompts(recipe_in(copied, labels={"max_new_tokens": 2, "keep_truncated": keeps}))
     what = "keeps" if keeps else "leaves out unless labels.keep_truncated"
     assert f"24 cut off by labels.max_new_tokens, which the training {what}; 0 later" in capfd.readouterr().err
 
@@ -84,23 +86,23 @@ def test_it_is_told_whether_answers_cut_off_are_trained_on(copied, keeps, capfd)
 def test_a_stage_whose_data_file_changed_is_refused(copied):
     write(copied / "data.jsonl", seed=6)
     with pytest.raises(CaftuneError, match=r"of another recipe \(the contents of train changed"):
-        pipeline.finetune(recipe_in(copied))
+        finetune_model(recipe_in(copied))
 
 
 def test_other_prompts_are_labelled_in_the_same_folder_and_stage_one_then_refuses_them(copied):
     write(copied / "data.jsonl", seed=6)
-    pipeline.label(recipe_in(copied))
+    label_prompts(recipe_in(copied))
     with pytest.raises(CaftuneError, match=r"of another recipe \(the contents of labels changed"):
-        pipeline.pretrain_heads(recipe_in(copied))
+        pretrain_heads(recipe_in(copied))
 
 
 def test_training_on_other_heads_than_before_is_refused(copied):
     shutil.rmtree(copied / "out" / "pretrain")
     shutil.rmtree(copied / "out" / "heads")
     recipe = recipe_in(copied, pretrain={"learning_rate": 0.01})
-    pipeline.pretrain_heads(recipe)
+    pretrain_heads(recipe)
     with pytest.raises(CaftuneError, match=r"of another recipe \(the contents of heads changed"):
-        pipeline.finetune(recipe)
+        finetune_model(recipe)
 
 
 def test_pretraining_waits_for_all_labels(copied):
@@ -108,7 +110,7 @@ def test_pretraining_waits_for_all_labels(copied):
     path.unlink()
     shutil.rmtree(copied / "out" / "pretrain")
     with pytest.raises(CaftuneError, match=r"labels.jsonl is missing. Run `caftune label` \(again\)"):
-        pipeline.pretrain_heads(recipe_in(copied))
+        pretrain_heads(recipe_in(copied))
 
 
 def test_pretraining_on_changed_labels_is_refused(copied):
@@ -116,38 +118,38 @@ def test_pretraining_on_changed_labels_is_refused(copied):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[1:] + lines[:1]))
     with pytest.raises(CaftuneError, match=r"of another recipe \(the contents of labels changed"):
-        pipeline.pretrain_heads(recipe_in(copied))
+        pretrain_heads(recipe_in(copied))
 
 
 def test_pretraining_with_finished_heads_named_is_refused(copied):
     with pytest.raises(CaftuneError, match="heads.path names finished heads"):
-        pipeline.pretrain_heads(recipe_in(copied, heads={"path": "heads"}))
+        pretrain_heads(recipe_in(copied, heads={"path": "heads"}))
 
 
 @pytest.mark.parametrize(("key", "value", "found"), [("count", 7, "2"), ("kind", "mlp", "'decoder'")])
 def test_heads_that_differ_from_those_named_are_refused(copied, key, value, found):
     heads = {"count": 2, "path": str(copied / "out" / "heads"), key: value}
     with pytest.raises(CaftuneError, match=f"heads.{key} must be {found}"):
-        pipeline.finetune(recipe_in(copied, heads=heads))
+        finetune_model(recipe_in(copied, heads=heads))
 
 
 @pytest.mark.parametrize(("key", "value", "found"), [("count", 1, "2"), ("kind", "mlp", "'decoder'")])
 def test_heads_made_here_must_be_those_the_recipe_asks_for(copied, key, value, found):
     with pytest.raises(CaftuneError, match=f"heads.{key} must be {found}, as in .*heads, got {value!r}. Set it back"):
-        stage_options.stage_two_config(recipe_in(copied, heads={key: value}), copied)
+        stage_two_config(recipe_in(copied, heads={key: value}), copied)
 
 
 @pytest.mark.parametrize(("key", "value"), [("name", "other"), ("revision", "v1")])
 def test_labels_of_another_base_are_refused(copied, key, value):
     recipe = recipe_in(copied, model={key: value})
     with pytest.raises(CaftuneError, match=rf"made with another recipe \(model\.{key}: .*Run `caftune label` again"):
-        head_rows(recipe, stage_options.stage_one_config(recipe_in(copied), copied))
+        head_rows(recipe, stage_one_config(recipe_in(copied), copied))
 
 
 def folder_of_stage_one(tmp_path, length, **pretrain):
     """The folder of a stage 1 that was begun, and its recipe with another data.max_length."""
     values = {"output": str(tmp_path), "model": {"name": "x"}, "pretrain": pretrain, "data": {"max_length": 64}}
-    folder = open_stage(Recipe.model_validate(values), "pretrain", {})
+    folder = Stage(Recipe.model_validate(values), "pretrain", {}).open()
     (folder / "checkpoint-1").mkdir()
     return folder, Recipe.model_validate({**values, "data": {"max_length": length}})
 
@@ -155,9 +157,9 @@ def folder_of_stage_one(tmp_path, length, **pretrain):
 def test_another_length_is_another_stage_one_where_it_cuts(tmp_path):
     _, changed = folder_of_stage_one(tmp_path / "packed", 32, packing=True)
     with pytest.raises(CaftuneError, match=r"of another recipe \(data\.max_length: 64 -> 32\)"):
-        open_stage(changed, "pretrain", {})
+        Stage(changed, "pretrain", {}).open()
     _, changed = folder_of_stage_one(tmp_path / "labels", 32)
-    open_stage(changed, "pretrain", {})
+    Stage(changed, "pretrain", {}).open()
 
 
 def test_a_stage_one_whose_length_was_not_kept_goes_on(tmp_path):
@@ -165,18 +167,18 @@ def test_a_stage_one_whose_length_was_not_kept_goes_on(tmp_path):
     kept = yaml.safe_load((folder / "recipe.yaml").read_text())
     del kept["data.max_length"]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(kept))
-    open_stage(changed, "pretrain", {})
+    Stage(changed, "pretrain", {}).open()
 
 
 def test_export_with_another_recipe_is_refused(copied):
     with pytest.raises(CaftuneError, match=r"of another recipe \(trainer.learning_rate: None -> 1.0\)"):
-        pipeline.export(recipe_in(copied, trainer={"learning_rate": 1.0}))
+        export_checkpoint(recipe_in(copied, trainer={"learning_rate": 1.0}))
 
 
 def test_a_finished_stage_run_again_changes_nothing(copied):
     before = load_file(copied / "out" / "model" / "model.safetensors")
     provenance = (copied / "out" / "train" / "provenance.json").read_text()
-    pipeline.finetune(recipe_in(copied))
+    finetune_model(recipe_in(copied))
     after = load_file(copied / "out" / "model" / "model.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert (copied / "out" / "train" / "provenance.json").read_text() == provenance
@@ -191,7 +193,7 @@ def test_a_half_written_checkpoint_is_passed_over(copied, stage):
     half.mkdir()
     (half / "rng_state.pth").write_bytes(b"half")
     assert last_checkpoint(copied / "out" / stage) == str(newest)
-    (pipeline.pretrain_heads if stage == "pretrain" else pipeline.finetune)(recipe_in(copied))
+    (pretrain_heads if stage == "pretrain" else finetune_model)(recipe_in(copied))
 
 
 def test_export_takes_the_best_checkpoint_where_training_did(copied):
@@ -199,17 +201,17 @@ def test_export_takes_the_best_checkpoint_where_training_did(copied):
     options |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # so that the best is not the last
     shutil.rmtree(copied / "out" / "train")
     recipe = recipe_in(copied, trainer=options, data={"eval": "data.jsonl"})
-    best = load_file(pipeline.finetune(recipe) / "model.safetensors")
+    best = load_file(finetune_model(recipe) / "model.safetensors")
     state = json.loads((copied / "out" / "train" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"].endswith("checkpoint-2")  # or the test would not see the difference
-    again = load_file(pipeline.export(recipe) / "model.safetensors")
+    again = load_file(export_checkpoint(recipe) / "model.safetensors")
     assert all(torch.equal(best[key], again[key]) for key in best)
 
 
 def test_the_revision_reaches_both_stages(copied):
     recipe = recipe_in(copied, model={"name": str(BASE), "revision": "v1"})
-    one = stage_options.stage_one_config(recipe, copied)
-    two = stage_options.stage_two_config(recipe, copied)
+    one = stage_one_config(recipe, copied)
+    two = stage_two_config(recipe, copied)
     assert one.model_init_kwargs == two.model_init_kwargs == {"revision": "v1"}
 
 
@@ -217,30 +219,30 @@ def test_the_pipeline_prepares_rows_as_the_trainer_does(copied):
     options = {"packing": True, "packing_strategy": "bfd_split", "shuffle_dataset": True}
     recipe = recipe_in(copied, trainer=options, data={"max_length": 24}, loss={"weight": 0})
     shutil.rmtree(copied / "out" / "train")
-    pipeline.finetune(recipe)  # truncating first would leave rows without an answer, which is refused
+    finetune_model(recipe)  # truncating first would leave rows without an answer, which is refused
     row = json.loads(Path("out/results.jsonl").read_text().splitlines()[-1])
     assert row["rows"] == 24
 
 
 def test_a_stage_that_was_refused_before_it_began_takes_on_the_changed_recipe(tmp_path):
     first = Recipe.model_validate({"output": str(tmp_path), "model": {"name": "x"}})
-    folder = open_stage(first, "train", {})
+    folder = Stage(first, "train", {}).open()
     changed = Recipe.model_validate({"output": str(tmp_path), "model": {"name": "x"}, "heads": {"force": True}})
-    assert open_stage(changed, "train", {}) == folder
+    assert Stage(changed, "train", {}).open() == folder
     (folder / "checkpoint-1").mkdir()
     with pytest.raises(CaftuneError, match=r"of another recipe \(heads\.force: True -> False\)"):
-        open_stage(first, "train", {})
+        Stage(first, "train", {}).open()
 
 
 def test_only_the_main_process_writes_into_a_stages_folder(tmp_path, monkeypatch):
     recipe = Recipe.model_validate({"output": str(tmp_path), "model": {"name": "x"}})
-    folder = open_stage(recipe, "train", {})
+    folder = Stage(recipe, "train", {}).open()
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     monkeypatch.setenv("RANK", "2")
-    open_stage(recipe, "train", {})
+    Stage(recipe, "train", {}).open()
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     monkeypatch.setenv("RANK", "0")
-    open_stage(recipe, "train", {})  # again by the main process: both are written anew
+    Stage(recipe, "train", {}).open()  # again by the main process: both are written anew
     assert all(path.stat().st_mtime_ns > before[path] for path in folder.iterdir())
 
 
@@ -249,26 +251,28 @@ def test_a_stage_whose_folder_was_removed_is_not_done(copied, monkeypatch):
     recipe = recipe_in(copied, pretrain={"learning_rate": 0.01})
     shutil.rmtree(copied / "out" / "pretrain")
     with pytest.raises(CaftuneError, match=r"out/pretrain is missing. Run `caftune pretrain-heads` first"):
-        pipeline.measure(recipe)
+        measure_quality(recipe)
     with pytest.raises(CaftuneError, match=r"Run `caftune label` and `caftune pretrain-heads` before single runs"):
         comparing._ensure_heads(recipe, make=False)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "caftune.pipeline.pretrain.run_training", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
-            pipeline.pretrain_heads(recipe)
+            pretrain_heads(recipe)
     shutil.rmtree(copied / "out" / "train")
     with pytest.raises(CaftuneError, match=r"out/pretrain is not finished, so .* Run `caftune pretrain-heads` first"):
-        pipeline.finetune(recipe)
+        finetune_model(recipe)
     with pytest.raises(CaftuneError, match=r"Run `caftune label` and `caftune pretrain-heads` before single runs"):
         comparing._ensure_heads(recipe, make=False)
-    pipeline.pretrain_heads(recipe_in(copied, pretrain={"learning_rate": 0.02}))  # nothing was done in the folder
-    assert comparing.is_done(recipe, "pretrain")
+    pretrain_heads(recipe_in(copied, pretrain={"learning_rate": 0.02}))  # nothing was done in the folder
+    assert RunFolder(recipe.output).is_done("pretrain")
 
 
 def test_labels_of_another_recipe_are_named_before_the_stage_made_of_them(copied):
-    pipeline.label(recipe_in(copied, labels={"temperature": 0.5}))
+    label_prompts(recipe_in(copied, labels={"temperature": 0.5}))
     with pytest.raises(CaftuneError, match=r"labels.jsonl was made with another recipe \(labels.temperature: 0.5 -> "):
-        pipeline.measure(recipe_in(copied))
+        measure_quality(recipe_in(copied))
 
 
 def test_runs_made_with_other_heads_are_refused_before_new_ones_are_made(copied):
@@ -286,22 +290,24 @@ def test_runs_made_with_other_heads_are_refused_before_new_ones_are_made(copied)
 def test_no_run_goes_on_without_its_optimizer(copied):
     shutil.rmtree(copied / "out" / "train")
     recipe = recipe_in(copied, trainer={"save_only_model": True})
-    model = pipeline.finetune(recipe)
-    assert pipeline.finetune(recipe) == model  # no steps are left
+    model = finetune_model(recipe)
+    assert finetune_model(recipe) == model  # no steps are left
     shutil.rmtree(copied / "out" / "train" / "checkpoint-4")
     with pytest.raises(ValueError, match=r"checkpoint-2 must hold an optimizer's state .* \(save_only_model\)"):
-        pipeline.finetune(recipe)
+        finetune_model(recipe)
 
 
 def test_heads_are_adapted_where_the_recipe_says_so(copied):
     with pytest.raises(CaftuneError, match="adapt must be in the recipe, got none"):
-        pipeline.adapt_heads(recipe_in(copied))
+        adapt_heads(recipe_in(copied))
 
 
 ASKED = {"tasks": ["exact_match"], "data": {"exact_match": "data.jsonl"}}
 
 
-@pytest.mark.parametrize(("start", "asked"), [(comparing.compare, {}), (comparing.compare, ASKED), (evaluate, ASKED)])
+@pytest.mark.parametrize(
+    ("start", "asked"), [(comparing.compare, {}), (comparing.compare, ASKED), (evaluate_model, ASKED)]
+)
 def test_without_scipy_the_remedy_is_told_before_anything_is_trained_or_asked(start, asked, copied, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(CaftuneError, match=r"scipy must be installed .* caftune\[eval\]"):
@@ -312,11 +318,11 @@ def test_without_scipy_the_remedy_is_told_before_anything_is_trained_or_asked(st
 def test_a_split_of_the_hub_to_evaluate_on_must_be_named(copied):
     shutil.rmtree(copied / "out" / "train")
     with pytest.raises(CaftuneError, match=r"data.eval must be a file that exists or name a split .* owner/name"):
-        pipeline.finetune(recipe_in(copied, data={"eval": "owner/name"}))
+        finetune_model(recipe_in(copied, data={"eval": "owner/name"}))
     with pytest.raises(
         CaftuneError, match=r"eval.data.exact_match must be a file that exists or name a split .* owner/name"
     ):
-        evaluate(recipe_in(copied, eval={**ASKED, "data": {"exact_match": "owner/name"}}))
+        evaluate_model(recipe_in(copied, eval={**ASKED, "data": {"exact_match": "owner/name"}}))
 
 
 def test_an_evaluation_in_half_precision_rounds_nothing_that_is_written(copied):
@@ -324,9 +330,9 @@ def test_an_evaluation_in_half_precision_rounds_nothing_that_is_written(copied):
         shutil.rmtree(copied / "out" / stage)
     half = {"bf16_full_eval": True}
     recipe = recipe_in(copied, trainer=half, pretrain=half, data={"eval": "data.jsonl"})
-    heads = load_file(pipeline.pretrain_heads(recipe) / "heads.safetensors")
+    heads = load_file(pretrain_heads(recipe) / "heads.safetensors")
     assert heads.keys() == load_file(copied / "out" / "pretrain" / "checkpoint-2" / "heads.safetensors").keys()
-    model = load_file(pipeline.finetune(recipe) / "model.safetensors")
+    model = load_file(finetune_model(recipe) / "model.safetensors")
     for written, kept in ((heads, "pretrain/checkpoint-2/heads"), (model, "train/checkpoint-4/model")):
         exact = load_file(copied / "out" / f"{kept}.safetensors")
         assert all(torch.equal(tensor, exact[name]) for name, tensor in written.items())

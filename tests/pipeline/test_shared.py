@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.finetune import finetune_model
+from caftune.pipeline.label import label_prompts
+from caftune.pipeline.pretrain import pretrain_heads
+from caftune.pipeline.schema import Recipe
 
 FAST = {"per_device_train_batch_size": 8, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 5}
 
@@ -49,9 +51,9 @@ def recipe(request, shared, tmp_path):
 
 
 def test_a_real_model_goes_the_whole_path(recipe, tmp_path):
-    pipeline.label(recipe)
-    pipeline.pretrain_heads(recipe)
-    folder = pipeline.finetune(recipe)
+    label_prompts(recipe)
+    pretrain_heads(recipe)
+    folder = finetune_model(recipe)
     result = next(
         json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines() if "quality" in line
     )

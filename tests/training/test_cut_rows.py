@@ -7,6 +7,7 @@ from collections import Counter
 import datasets
 import pytest
 from datasets import Dataset
+from opened import adapt_config, head_rows, stage_one_config, stage_two_config, task_rows
 from test_pipeline import FAST
 from trainers import OPTIONS, config
 from transformers import AutoTokenizer
@@ -16,12 +17,12 @@ from caftune import CAFTConfig, CAFTTrainer
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.pipeline import stages as pipeline
+from caftune.pipeline.finetune import finetune_model
 from caftune.pipeline.plan import plan
-from caftune.pipeline.recipe import Recipe, load_recipe
-from caftune.pipeline.stage_config import stage_one_config, stage_two_config
-from caftune.pipeline.stage_rows import head_rows, task_rows
-from caftune.training.prepare import prepare
+from caftune.pipeline.pretrain import measure_quality, pretrain_heads
+from caftune.pipeline.preview import preview_rows
+from caftune.pipeline.recipe import load_recipe
+from caftune.pipeline.schema import Recipe
 
 LONG = (4, 17)  # of forty rows
 
@@ -60,7 +61,7 @@ def result(recipe, stage="train"):
 def test_they_are_left_out_named_and_recorded(tmp_path, caplog, packing):
     recipe = recipe_in(tmp_path, rows_with(), rows_with([3], count=20), trainer={"packing": packing})
     with caplog.at_level(logging.WARNING):
-        pipeline.finetune(recipe)
+        finetune_model(recipe)
     named = [text for text in caplog.messages if "have no token to train on within max_length=96" in text]
     assert len(named) == 2
     assert "2 of 40 rows of the train data (counted from 0: 4, 17) have no token" in named[0]
@@ -76,7 +77,7 @@ def test_they_are_left_out_named_and_recorded(tmp_path, caplog, packing):
 def test_a_run_that_leaves_nothing_out_says_nothing(tmp_path, caplog):
     recipe = recipe_in(tmp_path, rows_with([]))
     with caplog.at_level(logging.WARNING):
-        pipeline.finetune(recipe)
+        finetune_model(recipe)
     assert "dropped" not in result(recipe)
     assert not [text for text in caplog.messages if "no token to train on" in text]
 
@@ -99,13 +100,13 @@ def test_more_than_a_tenth_is_refused_with_the_remedy(tmp_path, long, is_refused
 def test_many_of_the_evaluation_are_refused_too(tmp_path):
     recipe = recipe_in(tmp_path, rows_with([]), rows_with([1, 2, 3], count=20))
     with pytest.raises(CaftuneError, match="3 of 20 rows of the eval data"):
-        pipeline.finetune(recipe)
+        finetune_model(recipe)
 
 
 def test_a_preview_shows_the_rows_that_are_trained_on(tmp_path):
-    assert len(list(pipeline.preview(recipe_in(tmp_path, rows_with([1])), 3))) == 2
+    assert len(list(preview_rows(recipe_in(tmp_path, rows_with([1])), 3))) == 2
     with pytest.raises(CaftuneError, match="3 of 3 rows of the train data .*: no row is left. Raise"):
-        list(pipeline.preview(recipe_in(tmp_path, rows_with([0, 1, 2])), 3))
+        list(preview_rows(recipe_in(tmp_path, rows_with([0, 1, 2])), 3))
 
 
 def test_a_text_for_the_heads_loses_them(tmp_path):
@@ -125,12 +126,12 @@ def test_stage_one_prepares_its_rows_and_names_those_left_out_once(tmp_path, cap
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(datasets.Dataset, "map", counted)
-    pipeline.pretrain_heads(recipe)
+    pretrain_heads(recipe)
     assert done["Tokenizing heads.text dataset"] == 1
     assert len([text for text in caplog.messages if "2 of 40 rows" in text]) == 1
     found = result(recipe, "pretrain-heads")
     assert found["dropped"] == {"labels": {"count": 2, "of": 40, "rows": [4, 17]}}
-    quality = {key: value for key, value in pipeline.measure(recipe).items() if "seconds" not in key}
+    quality = {key: value for key, value in measure_quality(recipe).items() if "seconds" not in key}
     assert quality["heads"] == found["quality"]["heads"]
 
 
@@ -212,7 +213,7 @@ def test_each_data_set_is_prepared_once_and_as_sft_trainer_does_it(tmp_path, mon
 
     monkeypatch.setattr(datasets.Dataset, "map", counted)
     monkeypatch.setattr(CAFTTrainer, "__init__", kept)
-    pipeline.finetune(recipe)
+    finetune_model(recipe)
     assert {name: count for name, count in done.items() if "Tokenizing" in str(name)} == {
         "Tokenizing train dataset": 1,
         "Tokenizing eval dataset": 1,
@@ -238,7 +239,7 @@ def test_a_recipe_without_padding_trains_as_with_it(tmp_path, length):
         folder.mkdir()
         options = {"padding_free": padding_free, "logging_steps": 1, "max_steps": 3}
         recipe = recipe_in(folder, rows_with([]), data={"max_length": length}, trainer=options)
-        pipeline.finetune(recipe)
+        finetune_model(recipe)
         found[padding_free] = [entry["loss"] for entry in result(recipe)["log"] if "loss" in entry]
     assert len(found[True]) == 3
     assert found[True] == pytest.approx(found[False], rel=1e-5)  # float32, other sums
@@ -270,7 +271,7 @@ def test_rows_that_are_not_cut_must_fit_the_context(tmp_path):
     with pytest.raises(
         CaftuneError, match=r"Rows of data.train must have at most the 256 tokens .*in row 7.*max_length"
     ):
-        pipeline.finetune(recipe)
+        finetune_model(recipe)
 
 
 @pytest.mark.parametrize("value", [0, 1, -5, 2.5, "long", True])
@@ -284,8 +285,6 @@ def test_a_length_that_is_none_is_refused(value):
 def test_packing_needs_a_length(tmp_path, section):
     recipe = recipe_in(tmp_path, rows_with([]), data={"max_length": None})
     recipe = recipe.model_copy(update={section: {"packing": True}})
-    from caftune.pipeline.stage_config import adapt_config
-
     make = {"trainer": stage_two_config, "pretrain": stage_one_config, "adapt": lambda r, f: adapt_config(r, f, f)}
     with pytest.raises(CaftuneError, match=f"data.max_length must be a number with {section}.packing"):
         make[section](recipe, tmp_path)
@@ -349,7 +348,7 @@ def test_options_of_rows_that_cannot_be_are_one_sentence_in_every_stage(tmp_path
     recipe = recipe_in(tmp_path, rows, heads={"text": str(tmp_path / "train.jsonl"), "count": 2})
     recipe = recipe.model_copy(update={name: {**FAST, "max_steps": 1, **options}})
     with pytest.raises(CaftuneError, match=message):
-        (pipeline.finetune if name == "trainer" else pipeline.pretrain_heads)(recipe)
+        (finetune_model if name == "trainer" else pretrain_heads)(recipe)
 
 
 def test_an_unknown_way_to_cut_is_refused_by_sft_trainer_where_no_row_is_cut(tmp_path):

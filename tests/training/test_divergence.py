@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import build
+from opened import load_model
 from safetensors.torch import load_file, save_file
 from test_pipeline import FAST, recipe_with
 from test_pipeline import values as values_of_runs
@@ -23,21 +24,21 @@ from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
 from caftune.generation.backends import Sampling
 from caftune.generation.batches import answer_in_batches
-from caftune.pipeline import stages as pipeline
+from caftune.pipeline.finetune import export_checkpoint, finetune_model
+from caftune.pipeline.pretrain import pretrain_heads
 from caftune.pipeline.recipe import save_recipe
-from caftune.pipeline.stage_config import load_model
-from caftune.training.divergence import DivergedError, LossWatch, StopOnDivergence
+from caftune.training.divergence import DivergedError, StopOnDivergence
 
 values = values_of_runs  # a fixture of its own here: files in another folder
 
 
 @pytest.fixture(scope="module")
 def made_heads(values):
-    from caftune.pipeline.recipe import Recipe
+    from caftune.pipeline.schema import Recipe
 
     text = {"heads": {**values["heads"], "text": values["labels"]["prompts"]}}
     labels = {"labels": {"columns": {"prompt": "name", "completion": "smiles"}}}
-    return pipeline.pretrain_heads(Recipe.model_validate({**values, **text, **labels}))
+    return pretrain_heads(Recipe.model_validate({**values, **text, **labels}))
 
 
 class NaNAt(TrainerCallback):
@@ -92,13 +93,13 @@ def test_stage_two_stops_and_exports_nothing(values, made_heads, tmp_path, broke
     with pytest.raises(
         DivergedError, match="diverged.* got NaN or inf from step 4 on, of 4 .*and remove .*train"
     ) as error:
-        pipeline.finetune(run_of(values, made_heads, tmp_path, kind))
+        finetune_model(run_of(values, made_heads, tmp_path, kind))
     assert error.value.step == 4
     assert not (tmp_path / "model").exists()
     assert not (tmp_path / "results.jsonl").exists()
     assert (tmp_path / "train" / "checkpoint-2").is_dir()
     assert not (tmp_path / "train" / "checkpoint-4").exists()
-    pipeline.export(run_of(values, made_heads, tmp_path, kind))
+    export_checkpoint(run_of(values, made_heads, tmp_path, kind))
     (file,) = (tmp_path / "model").glob("*.safetensors")
     assert not not_finite(load_file(file))
 
@@ -108,14 +109,14 @@ def test_a_last_step_with_a_finite_loss_can_break_the_weights(values, made_heads
     with pytest.raises(
         DivergedError, match=r"in the weights after step 4, of 4 \(model.embed_tokens.weight and \d+ more"
     ):
-        pipeline.finetune(run_of(values, made_heads, tmp_path))
+        finetune_model(run_of(values, made_heads, tmp_path))
     assert not (tmp_path / "model").exists()
 
 
 def test_weights_that_break_in_the_heads_alone_are_seen(values, made_heads, tmp_path, broken_at):
     broken_at(4, "auxiliary_heads")
     with pytest.raises(DivergedError, match=r"\(auxiliary_heads.*and \d+ more\)"):
-        pipeline.finetune(run_of(values, made_heads, tmp_path, "heads trained along"))
+        finetune_model(run_of(values, made_heads, tmp_path, "heads trained along"))
 
 
 def test_stage_one_stops_and_keeps_the_heads_of_before(values, made_heads, tmp_path, broken_at):
@@ -126,7 +127,7 @@ def test_stage_one_stops_and_keeps_the_heads_of_before(values, made_heads, tmp_p
         labels={"columns": {"prompt": "name", "completion": "smiles"}},
     )
     with pytest.raises(DivergedError, match="in the weights after step 2, of 4 .auxiliary_heads"):
-        pipeline.pretrain_heads(recipe)
+        pretrain_heads(recipe)
     assert not (tmp_path / "heads").exists()
 
 
@@ -134,7 +135,7 @@ def test_the_adaptation_of_heads_stops(values, made_heads, tmp_path, broken_at):
     broken_at(1)
     recipe = run_of(values, made_heads, tmp_path, "heads").model_copy(update={"adapt": {**FAST, "max_steps": 3}})
     with pytest.raises(DivergedError, match="from step 2 on, of 3 .auxiliary_heads.*remove .*adapt"):
-        pipeline.finetune(recipe)
+        finetune_model(recipe)
     assert not (tmp_path / "adapt" / "heads").exists()
 
 
@@ -158,7 +159,7 @@ def test_a_base_that_is_broken_already_is_refused_before_the_first_step(values, 
     with pytest.raises(
         CaftuneError, match=r"begins with must hold finite numbers, got NaN or inf in model.norm.weight\."
     ):
-        pipeline.finetune(recipe)
+        finetune_model(recipe)
     with pytest.raises(
         CaftuneError, match="model.name .* must hold finite numbers, got NaN or inf in model.norm.weight"
     ):
@@ -167,7 +168,7 @@ def test_a_base_that_is_broken_already_is_refused_before_the_first_step(values, 
 
 def test_export_refuses_a_checkpoint_that_is_no_number(values, made_heads, tmp_path):
     recipe = run_of(values, made_heads, tmp_path)
-    pipeline.finetune(recipe)
+    finetune_model(recipe)
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     file = tmp_path / "train" / "checkpoint-4" / "model.safetensors"
     weights = load_file(file)
@@ -176,20 +177,20 @@ def test_export_refuses_a_checkpoint_that_is_no_number(values, made_heads, tmp_p
     with pytest.raises(
         CaftuneError, match="finite numbers, got NaN or inf in model.layers.0.mlp.up_proj.weight. Nothing"
     ):
-        pipeline.export(recipe)
+        export_checkpoint(recipe)
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
 def test_export_refuses_an_adapter_that_is_no_number(values, made_heads, tmp_path):
     recipe = run_of(values, made_heads, tmp_path, "adapter alone")
-    pipeline.finetune(recipe)
+    finetune_model(recipe)
     file = tmp_path / "train" / "checkpoint-4" / "adapter_model.safetensors"
     weights = load_file(file)
     name = next(iter(weights))
     weights[name].fill_(float("nan"))
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(CaftuneError, match="checkpoint-4 must hold finite numbers, got NaN or inf in base_model"):
-        pipeline.export(recipe)
+        export_checkpoint(recipe)
 
 
 def test_weights_too_large_for_the_dtype_of_the_base_are_refused(tmp_path):
@@ -304,7 +305,7 @@ def test_logits_that_break_later_in_an_answer_are_seen():
 
 def test_eval_says_that_a_model_is_broken(values, made_heads, tmp_path):
     recipe = run_of(values, made_heads, tmp_path)
-    model = Path(pipeline.finetune(recipe))
+    model = Path(finetune_model(recipe))
     weights = load_file(model / "model.safetensors")
     save_file(
         {**weights, "model.norm.weight": weights["model.norm.weight"] * float("nan")},
@@ -320,7 +321,7 @@ def test_eval_says_that_a_model_is_broken(values, made_heads, tmp_path):
 def test_heads_that_are_kept_are_numbers(values, made_heads, tmp_path):
     recipe = run_of(values, made_heads, tmp_path, "heads trained along")
     kept = recipe.model_copy(update={"heads": recipe.heads.model_copy(update={"keep": True})})
-    pipeline.finetune(kept)
+    finetune_model(kept)
     file = tmp_path / "train" / "checkpoint-4" / "heads" / "heads.safetensors"
     save_file({k: v * float("nan") for k, v in read_heads(file.parent).items()}, file)
     description = json.loads((file.parent / "heads.json").read_text())
@@ -328,4 +329,4 @@ def test_heads_that_are_kept_are_numbers(values, made_heads, tmp_path):
 
     (file.parent / "heads.json").write_text(json.dumps({**description, "weights_sha256": file_sha256(file)}))
     with pytest.raises(CaftuneError, match="The heads to keep must hold finite numbers"):
-        pipeline.export(kept)
+        export_checkpoint(kept)

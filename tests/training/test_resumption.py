@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from opened import base_of
 from safetensors.torch import load_file
 from test_run_folder import FAST, recipe_in, write
 
 from caftune.errors import CaftuneError
-from caftune.pipeline import stages as pipeline
-from caftune.pipeline.folder import is_done, open_stage, refuse_other_stage
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.finetune import export_checkpoint, finetune_model
+from caftune.pipeline.folder import RunFolder, Stage
+from caftune.pipeline.schema import Recipe
 from caftune.training.progress import depends_on_length
 from caftune.training.resumption import remove_allowed_changes
 
@@ -59,13 +60,13 @@ def log_of(recipe):
 )
 def test_a_finished_run_goes_on_to_the_weights_and_losses_of_a_longer_one(folder, first, then, capsys):
     options = {"logging_steps": 1}
-    pipeline.finetune(run_of(folder, "short", **options, **first))
+    finetune_model(run_of(folder, "short", **options, **first))
     assert "Changed" not in capsys.readouterr().err
     longer, whole = (run_of(folder, name, **options, **then) for name in ("short", "whole"))
     before = weights(longer)
-    pipeline.finetune(longer)
+    finetune_model(longer)
     said = capsys.readouterr().err
-    pipeline.finetune(whole)
+    finetune_model(whole)
     assert not equal(before, weights(longer))
     assert equal(weights(longer), weights(whole))
     assert log_of(longer) == log_of(whole)
@@ -85,10 +86,10 @@ def test_with_heads_and_a_constant_gamma_a_finished_run_goes_on_to_the_weights_o
         section = recipe.heads.model_copy(update={"path": heads, "count": 3, "train": True})
         return recipe.model_copy(update={"heads": section})
 
-    pipeline.finetune(run("short", 2))
+    finetune_model(run("short", 2))
     before = weights(run("short", 2))
     for name in ("short", "whole"):
-        pipeline.finetune(run(name, 4))
+        finetune_model(run(name, 4))
     assert not equal(before, weights(run("short", 4)))
     assert equal(weights(run("short", 4)), weights(run("whole", 4)))
 
@@ -103,9 +104,9 @@ def test_when_a_run_is_evaluated_changes_no_random_draw_and_so_no_weight(folder)
             update={"model": recipe.model.model_copy(update={"tuning": "lora", "lora": lora}), **changes}
         )
 
-    pipeline.finetune(run("longer", max_steps=2))  # transformers evaluates after the last step, too
+    finetune_model(run("longer", max_steps=2))  # transformers evaluates after the last step, too
     for recipe in (run("longer"), run("whole"), run("often", eval_steps=1), run("never", eval_strategy="no")):
-        pipeline.finetune(recipe)
+        finetune_model(recipe)
     assert not equal(weights(run("whole")), load_file(Path(run("whole").model.name, "model.safetensors")))
     for name in ("longer", "often", "never"):
         assert equal(weights(run(name)), weights(run("whole"))), name
@@ -113,27 +114,27 @@ def test_when_a_run_is_evaluated_changes_no_random_draw_and_so_no_weight(folder)
 
 def test_a_schedule_that_depends_on_the_length_is_named(folder, capsys):
     options = {"lr_scheduler_type": "linear", "logging_steps": 1}
-    pipeline.finetune(run_of(folder, "short", **options, num_train_epochs=1))
+    finetune_model(run_of(folder, "short", **options, num_train_epochs=1))
     capsys.readouterr()
-    pipeline.finetune(run_of(folder, "short", **options, num_train_epochs=2))
+    finetune_model(run_of(folder, "short", **options, num_train_epochs=2))
     said = capsys.readouterr().err
     assert "with another result than a run of that length from the start: lr_scheduler_type=linear depend" in said
     whole = run_of(folder, "whole", **options, num_train_epochs=2)
-    pipeline.finetune(whole)
+    finetune_model(whole)
     assert not equal(weights(whole), weights(run_of(folder, "short")))
 
 
 def test_a_stopped_run_goes_on_in_smaller_batches_with_the_same_rows_and_its_new_cadence(folder, capsys):
     options = {"num_train_epochs": 2, "logging_steps": 1}
     whole = run_of(folder, "whole", **options)
-    pipeline.finetune(whole)
-    pipeline.finetune(run_of(folder, "stopped", **options, save_strategy="steps", save_steps=2))
+    finetune_model(whole)
+    finetune_model(run_of(folder, "stopped", **options, save_strategy="steps", save_steps=2))
     shutil.rmtree(folder / "stopped/train/checkpoint-6")
     shutil.rmtree(folder / "stopped/train/checkpoint-4")
     capsys.readouterr()
     smaller = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
     changed = run_of(folder, "stopped", **options, **smaller, save_steps=3, dataloader_num_workers=0)
-    pipeline.finetune(changed)
+    finetune_model(changed)
     said = capsys.readouterr().err
     for text in (
         "per_device_train_batch_size: 8 -> 4",
@@ -151,24 +152,24 @@ def test_a_stopped_run_goes_on_in_smaller_batches_with_the_same_rows_and_its_new
 
 
 def test_a_run_cannot_end_before_where_it_is(folder):
-    pipeline.finetune(run_of(folder, "short", num_train_epochs=2))
+    finetune_model(run_of(folder, "short", num_train_epochs=2))
     with pytest.raises(CaftuneError, match=r"must not end before step 6, which .*checkpoint-6 has reached, got step 3"):
-        pipeline.finetune(run_of(folder, "short", num_train_epochs=1))
+        finetune_model(run_of(folder, "short", num_train_epochs=1))
     with pytest.raises(CaftuneError, match=r"must not end before step 6, .* got step 5"):
-        pipeline.finetune(run_of(folder, "short", max_steps=5, num_train_epochs=2))
+        finetune_model(run_of(folder, "short", max_steps=5, num_train_epochs=2))
     assert_as_it_was(run_of(folder, "short", num_train_epochs=2))
 
 
 def assert_as_it_was(recipe):
     """A refused change has left the run as it was: finished, and of its recipe."""
-    assert is_done(recipe, "train")
-    assert not list(refuse_other_stage(recipe, "train", {"train": "data.jsonl", "eval": None}))
+    assert RunFolder(recipe.output).is_done("train")
+    assert not list(Stage(recipe, "train", {"train": "data.jsonl", "eval": None}).refuse_other())
     assert "went_on" not in json.loads(Path(recipe.output, "train/provenance.json").read_text())
 
 
 @pytest.mark.parametrize("lost", ["optimizer.pt", "*"])
 def test_a_run_whose_optimizer_or_checkpoints_are_gone_cannot_go_on(folder, lost):
-    pipeline.finetune(run_of(folder, "short", max_steps=1))
+    finetune_model(run_of(folder, "short", max_steps=1))
     checkpoint = folder / "short/train/checkpoint-1"
     if lost == "*":
         shutil.rmtree(checkpoint)
@@ -176,19 +177,19 @@ def test_a_run_whose_optimizer_or_checkpoints_are_gone_cannot_go_on(folder, lost
         (checkpoint / lost).unlink()
     before = weights(run_of(folder, "short"))
     with pytest.raises(CaftuneError, match=r"must hold (an optimizer's state|a checkpoint) to resume from"):
-        pipeline.finetune(run_of(folder, "short", max_steps=2))
+        finetune_model(run_of(folder, "short", max_steps=2))
     assert equal(before, weights(run_of(folder, "short")))
     assert_as_it_was(run_of(folder, "short", max_steps=1))
 
 
 def test_an_export_needs_no_run_of_the_new_cadence_but_one_of_the_new_length(folder):
-    pipeline.finetune(run_of(folder, "short", max_steps=1))
-    pipeline.export(run_of(folder, "short", max_steps=1, save_steps=7))
+    finetune_model(run_of(folder, "short", max_steps=1))
+    export_checkpoint(run_of(folder, "short", max_steps=1, save_steps=7))
     with pytest.raises(
         CaftuneError, match=r"trainer.max_steps: 1 -> 2\). Run `caftune train` to continue to that length"
     ):
-        pipeline.export(run_of(folder, "short", max_steps=2))
-    assert is_done(run_of(folder, "short"), "train")
+        export_checkpoint(run_of(folder, "short", max_steps=2))
+    assert RunFolder(run_of(folder, "short").output).is_done("train")
 
 
 BEST = {"load_best_model_at_end": True}
@@ -272,7 +273,7 @@ def trained(tmp_path_factory):
     write(folder / "data.jsonl", seed=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        pipeline.finetune(run_of(folder, "run", max_steps=1))
+        finetune_model(run_of(folder, "run", max_steps=1))
     return folder
 
 
@@ -305,8 +306,8 @@ def test_a_kept_recipe_without_any_one_key_that_has_a_default_is_the_same_recipe
             kept = yaml.safe_load(whole)
             without(kept, place)
             file.write_text(yaml.safe_dump(kept))
-            refuse_other_stage(recipe, "train", {"train": "data.jsonl", "eval": None})
-        pipeline.export(recipe)
+            Stage(recipe, "train", {"train": "data.jsonl", "eval": None}).refuse_other()
+        export_checkpoint(recipe)
     finally:
         file.write_text(whole)
 
@@ -343,7 +344,7 @@ def test_a_key_or_value_of_another_version_is_named(trained, monkeypatch, place,
     file.write_text(yaml.safe_dump(kept))
     try:
         with pytest.raises(CaftuneError, match=message):
-            pipeline.export(recipe)
+            export_checkpoint(recipe)
     finally:
         file.write_text(whole)
 
@@ -358,7 +359,7 @@ def test_values_that_are_one_under_the_schema_are_no_difference(trained, monkeyp
     kept["trainer"]["learning_rate"] = "1e-3"
     file.write_text(yaml.safe_dump(kept))
     try:
-        refuse_other_stage(recipe, "train", {"train": "data.jsonl", "eval": None})
+        Stage(recipe, "train", {"train": "data.jsonl", "eval": None}).refuse_other()
     finally:
         file.write_text(whole)
 
@@ -373,10 +374,10 @@ def test_labels_of_an_older_version_are_trained_on(tmp_path):
     (made / "labels.jsonl").write_text(json.dumps({**label, "prompt_ids": [5], "completion_ids": [6]}) + "\n")
     kept = {"model.name": recipe.model.name, "labels": {"prompts": "data.jsonl", "max_new_tokens": 30}}
     (made / "recipe.yaml").write_text(yaml.safe_dump(kept))
-    assert _finished_labels(recipe, made / "labels.jsonl")["input_ids"] == [[5, 6]]
+    assert _finished_labels(recipe.labels, RunFolder(recipe.output), base_of(recipe))["input_ids"] == [[5, 6]]
     (made / "recipe.yaml").write_text(yaml.safe_dump({**kept, "labels": {"prompts": "data.jsonl"}}))
     with pytest.raises(CaftuneError, match=r"labels.max_new_tokens: 256 -> 30"):
-        _finished_labels(recipe, made / "labels.jsonl")
+        _finished_labels(recipe.labels, RunFolder(recipe.output), base_of(recipe))
 
 
 def test_heads_are_not_adapted_further_where_a_training_on_them_was_begun(folder, heads, monkeypatch):
@@ -386,10 +387,10 @@ def test_heads_are_not_adapted_further_where_a_training_on_them_was_begun(folder
         adapt = {**FAST, "max_steps": epochs}
         return recipe.model_copy(update={"heads": section, "adapt": adapt})
 
-    pipeline.finetune(run(1))
-    monkeypatch.setattr(pipeline, "adapt_heads", lambda _: pytest.fail("adapted"))
+    finetune_model(run(1))
+    monkeypatch.setattr("caftune.pipeline.finetune.adapt_heads_of", lambda _: pytest.fail("adapted"))
     with pytest.raises(CaftuneError, match=r"of another recipe \(adapt.max_steps: 1 -> 2\)"):
-        pipeline.finetune(run(2))
+        finetune_model(run(2))
 
 
 def stage(folder, name, length, **sections):
@@ -400,7 +401,7 @@ def stage(folder, name, length, **sections):
 
 def begun(folder, name, length, **sections):
     recipe, name = stage(folder, name, length, **sections)
-    (open_stage(recipe, name, {}) / "checkpoint-1").mkdir()
+    (Stage(recipe, name, {}).open() / "checkpoint-1").mkdir()
 
 
 STAGES = [("train", {}), ("adapt", {"adapt": {}}), ("pretrain", {"heads": {"text": "x.txt"}})]
@@ -413,15 +414,15 @@ def test_a_null_length_of_an_older_version_is_the_default_of_today(tmp_path, nam
     assert "max_length: auto" in file.read_text()
     older = file.read_text().replace("max_length: auto", "max_length: null")
     file.write_text(older)
-    assert not list(refuse_other_stage(stage(tmp_path, name, "auto", **sections)[0], name, {}))
+    assert not list(Stage(stage(tmp_path, name, "auto", **sections)[0], name, {}).refuse_other())
     for length in (None, 1024):
         with pytest.raises(CaftuneError, match=rf"data\.max_length: 'auto' -> {length}"):
-            refuse_other_stage(stage(tmp_path, name, length, **sections)[0], name, {})
+            Stage(stage(tmp_path, name, length, **sections)[0], name, {}).refuse_other()
 
 
 @pytest.mark.parametrize(("name", "sections"), STAGES)
 def test_rows_that_are_not_cut_stay_so(tmp_path, name, sections):
     begun(tmp_path, name, None, **sections)
-    assert not list(refuse_other_stage(stage(tmp_path, name, None, **sections)[0], name, {}))
+    assert not list(Stage(stage(tmp_path, name, None, **sections)[0], name, {}).refuse_other())
     with pytest.raises(CaftuneError, match=r"data\.max_length: None -> 'auto'"):
-        refuse_other_stage(stage(tmp_path, name, "auto", **sections)[0], name, {})
+        Stage(stage(tmp_path, name, "auto", **sections)[0], name, {}).refuse_other()

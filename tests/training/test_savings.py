@@ -4,14 +4,14 @@ import pytest
 import torch
 from bases import HEADS, load_base, write_heads
 from datasets import Dataset
+from opened import stage_two_config
 from trainers import config, same, trained, weights
 from transformers import AutoTokenizer
 
 from caftune import CAFTTrainer
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
-from caftune.pipeline.recipe import Recipe
-from caftune.pipeline.stage_config import stage_two_config
+from caftune.pipeline.schema import Recipe
 
 ROWS = [{"prompt": prompt(m), "completion": completion(m)} for m in molecules(24, seed=7, substituents=(0, 2))]
 

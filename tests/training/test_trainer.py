@@ -16,8 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from caftune import AuxiliaryHeads, Backbone, CAFTConfig, CAFTTrainer, HeadsConfig, save_heads
 from caftune.compare.verdict import main_loss
 from caftune.demo.run import BASE
-from caftune.pipeline.stages import evaluated
-from caftune.training.prepare import prepare
+from caftune.pipeline.stage_trainer import evaluated
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

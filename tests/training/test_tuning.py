@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from caftune import CAFTTrainer
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
+from caftune.pipeline.finetune import finetune_model
 from caftune.pipeline.recipe import load_recipe
-from caftune.pipeline.stages import finetune
 
 SGD = {"optim": "sgd", "learning_rate": 1e-2, "max_steps": 1, "aux_weight": 1.0}
 
@@ -306,9 +306,9 @@ def test_adapters_that_cannot_be_merged_are_refused_before_training(rows, tmp_pa
         f"loss: {{weight: 0}}\ndata: {{train: {tmp_path}/rows.jsonl}}\ntrainer: {{max_steps: 1, use_cpu: true}}\n"
     )
     with pytest.raises(ValueError, match=r"shares its weight, .*Export the adapter alone \(recipe: model\.lora\.merge"):
-        finetune(load_recipe(tmp_path / "recipe.yaml"))
+        finetune_model(load_recipe(tmp_path / "recipe.yaml"))
     assert not list((tmp_path / "run" / "train").glob("checkpoint-*"))
-    finetune(load_recipe(tmp_path / "recipe.yaml", ["model.lora.merge=false", f"output={tmp_path}/alone"]))
+    finetune_model(load_recipe(tmp_path / "recipe.yaml", ["model.lora.merge=false", f"output={tmp_path}/alone"]))
     assert (tmp_path / "alone" / "model" / "adapter_model.safetensors").is_file()
 
 

@@ -14,9 +14,12 @@ from caftune.data.prompts import Prompt
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
 from caftune.generation.backends import Sampling, transformers_backend
-from caftune.pipeline import stages as pipeline
+from caftune.pipeline.finetune import finetune_model
+from caftune.pipeline.label import label_prompts
 from caftune.pipeline.plan import plan
-from caftune.pipeline.recipe import Recipe
+from caftune.pipeline.pretrain import pretrain_heads
+from caftune.pipeline.preview import preview_rows
+from caftune.pipeline.schema import Recipe
 
 SAYS = r"must hold tokens with ids below 158, the rows of the model's embeddings, got '<more>' with id 158\. Use the tokenizer"
 
@@ -41,7 +44,7 @@ def recipe_of(base, folder, *, uses, **sections):
     return Recipe.model_validate({**recipe.model_dump(), "model": {"name": str(base)}})
 
 
-@pytest.mark.parametrize("command", [pipeline.finetune, plan, lambda recipe: list(pipeline.preview(recipe, 8))])
+@pytest.mark.parametrize("command", [finetune_model, plan, lambda recipe: list(preview_rows(recipe, 8))])
 def test_every_command_of_the_task_says_so(base, tmp_path, command):
     with pytest.raises(CaftuneError, match=f"Row 5 of the train data {SAYS}"):
         command(recipe_of(base, tmp_path, uses=True))
@@ -53,13 +56,13 @@ def test_rows_of_the_evaluation_are_looked_at(base, tmp_path):
     (tmp_path / "fine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_with([])))
     data = recipe.data.model_copy(update={"train": str(tmp_path / "fine.jsonl")})
     with pytest.raises(CaftuneError, match=f"Row 5 of the eval data {SAYS}"):
-        pipeline.finetune(recipe.model_copy(update={"data": data}))
+        finetune_model(recipe.model_copy(update={"data": data}))
 
 
 def test_a_text_for_the_heads_is_looked_at(base, tmp_path):
     recipe = recipe_of(base, tmp_path, uses=True, heads={"text": str(tmp_path / "train.jsonl"), "count": 2})
     with pytest.raises(CaftuneError, match=f"Row 5 of the heads.text data {SAYS}"):
-        pipeline.pretrain_heads(recipe)
+        pretrain_heads(recipe)
 
 
 def test_prompts_are_looked_at_before_any_is_answered(base, tmp_path):
@@ -68,7 +71,7 @@ def test_prompts_are_looked_at_before_any_is_answered(base, tmp_path):
     labels = {"prompts": str(tmp_path / "prompts.jsonl"), "max_new_tokens": 4}
     recipe = recipe_of(base, tmp_path, uses=False, labels=labels)
     with pytest.raises(CaftuneError, match=f"Prompt 1 {SAYS}"):
-        pipeline.label(recipe)
+        label_prompts(recipe)
 
 
 def test_padding_that_has_no_embedding_is_refused_where_rows_are_padded(base, tmp_path):
@@ -118,4 +121,4 @@ def test_rows_keep_their_numbers_where_others_are_left_out(base, tmp_path, stage
     recipe = recipe_in(tmp_path, rows, **heads)
     recipe = Recipe.model_validate({**recipe.model_dump(), "model": {"name": str(base)}})
     with pytest.raises(CaftuneError, match=f"Row 5 of the {stage} data {SAYS}"):
-        (pipeline.pretrain_heads if heads else pipeline.finetune)(recipe)
+        (pretrain_heads if heads else finetune_model)(recipe)
