@@ -108,7 +108,7 @@ def planned(case: Case, arm: str) -> Estimate:
         tuning="lora" if case.tuning == "lora" else "full",
         heads=case.heads,
         trains_heads=case.tuning == "full-heads",
-        rows=0.25 if arm == "sampled" else 1.0,
+        target_share=0.25 if arm == "sampled" else 1.0,
         batch_size=case.batch,
         length=case.length,
         mean_length=case.length,
