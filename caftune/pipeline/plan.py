@@ -1,6 +1,6 @@
 """`caftune plan`: what a run costs and whether it fits, from its configuration, tokenizer and data. No weight is loaded."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -240,7 +240,7 @@ def _device() -> tuple[str, int]:
 _Kind = Callable[[Setup], Iterator[tuple[str, Setup]]]
 
 
-def _remedies(base: _Base, setup: Setup, kinds: list[_Kind], peak: int, available: int) -> list[Remedy]:
+def _remedies(base: _Base, setup: Setup, kinds: Sequence[_Kind], peak: int, available: int) -> list[Remedy]:
     """Changes that lower the peak, each on top of those before it, until it fits.
 
     Changes without an effect on results come first. A smaller batch can raise the peak, because gradients are kept over its

@@ -167,18 +167,17 @@ def _kept_by(layer: nn.Module, call: LayerCall, setup: Setup, share: float = 1.0
     """Bytes that a layer keeps when it is trained on this share of the positions."""
     ledger = _Ledger(layer, setup)
     names = {name for name, _ in layer.named_modules()}
-    mixer = next((m for m in _MIXERS if {m.name, m.norm, m.last} <= names), None)
-    is_whole = mixer is None or share == 1
+    mixer = next((m for m in _MIXERS if {m.name, m.norm, m.last} <= names), None) if share < 1 else None
     try:
         with ledger, _with_value(layer, "gradient_checkpointing", False):
-            if is_whole:
+            if mixer is None:
                 call.replay(layer)
             else:
                 run_at(
                     layer, mixer, call, torch.zeros(round(share * setup.batch_size * setup.length), dtype=torch.long)
                 )
     except (RuntimeError, ValueError) as error:
-        if is_whole or is_machine_error(error):
+        if mixer is None or is_machine_error(error):
             raise
         return _kept_by(layer, call, setup)  # it has the names of a common layer, and another shape
     return ledger.total
