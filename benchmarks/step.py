@@ -29,7 +29,8 @@ from reference import reference_environment
 from step_worker import RANK, TRUNK, Case
 
 from caftune import CAFTConfig
-from caftune.training.estimate import Estimate, Setup, estimate
+from caftune.training.estimate import Estimate, estimate
+from caftune.training.run_setup import Setup
 
 WORKER = Path(__file__).with_name("step_worker.py")
 ARMS = ("sft", "exact", "sampled", "stacked", "reference")
@@ -108,7 +109,7 @@ def planned(case: Case, arm: str) -> Estimate:
         tuning="lora" if case.tuning == "lora" else "full",
         heads=case.heads,
         trains_heads=case.tuning == "full-heads",
-        rows=0.25 if arm == "sampled" else 1.0,
+        target_share=0.25 if arm == "sampled" else 1.0,
         batch_size=case.batch,
         length=case.length,
         mean_length=case.length,

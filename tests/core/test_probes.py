@@ -108,11 +108,10 @@ def test_a_plan_does_not_call_missing_memory_a_fault_of_the_model(monkeypatch):
             raise error
 
         monkeypatch.setattr(plan, "estimate", estimate)
-        return plan._estimate
+        return plan._Base("m", None, lambda: None).estimate
 
-    recipe = type("Recipe", (), {"model": type("Model", (), {"name": "m"})})()
     setup = type("Setup", (), {"stage": "heads", "tuning": "full"})()
     with pytest.raises(MemoryError):
-        fails(MemoryError())(recipe, None, setup)
+        fails(MemoryError())(setup)
     with pytest.raises(CaftuneError, match="model.name must be a model that runs"):
-        fails(KeyError("rope"))(recipe, None, setup)
+        fails(KeyError("rope"))(setup)

@@ -31,9 +31,10 @@ from caftune.cli import app
 from caftune.demo.run import BASE
 from caftune.pipeline.plan import measure_rows, plan
 from caftune.pipeline.schema import Recipe
-from caftune.training.estimate import Setup, estimate, meta_model
+from caftune.training.estimate import estimate, meta_model
 from caftune.training.flops import Step, anatomy_of, flops, overhead
 from caftune.training.memory import state_bytes
+from caftune.training.run_setup import Setup
 
 ENDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 QWEN = {
@@ -91,17 +92,17 @@ def anatomies():
 
 @pytest.mark.parametrize(("model", "labelled"), TABLE)
 def test_the_table_of_step_operations_is_reproduced(anatomies, model, labelled):
-    exact = Step(1024, labelled, heads=4, layer_rows="needed")
-    everywhere = {"layer_rows": "all", "logit_rows": "all", "main_rows": "all"}
+    exact = Step(1024, labelled, heads=4, layer_positions="needed")
+    everywhere = {"layer_positions": "all", "logit_positions": "all", "main_positions": "all"}
     lora = replace(exact, trains="adapters", trains_unembedding=False)
     steps = [
         replace(exact, trains_heads=True, **everywhere),
         replace(exact, trains_heads=True),
         replace(exact, trains_unembedding=False),
         lora,
-        replace(lora, rows=0.25),
+        replace(lora, target_share=0.25),
     ]
-    plain = [replace(step, heads=0, main_rows="labelled") for step in steps]
+    plain = [replace(step, heads=0, main_positions="labelled") for step in steps]
     anatomy = anatomies[model]
     found = [flops(anatomy, a).total / flops(anatomy, b).total for a, b in zip(steps, plain, strict=True)]
     # Where half of the rows are labelled, the first column of the table is up to 0.013 above this count.
@@ -112,7 +113,7 @@ def test_the_table_of_step_operations_is_reproduced(anatomies, model, labelled):
 
 def test_the_forward_pass_of_four_heads_is_two_fifths_of_an_8b_model(anatomies):
     """forward K (P_l + P_u) / (P_t + P_u) = 39.6% for Llama-3.1-8B and K = 4, attention left out."""
-    step = Step(1e9, 1.0, heads=4, layer_rows="all", attention_share=0.0)
+    step = Step(1e9, 1.0, heads=4, layer_positions="all", attention_share=0.0)
     ratio = (
         flops(anatomies["Llama-3.1-8B"], step).forward
         / flops(anatomies["Llama-3.1-8B"], replace(step, heads=0)).forward
@@ -199,7 +200,7 @@ def planned(config, trainer, *, lora=None, heads=4, batch=2, length=64, labelled
         tuning="full" if lora is None else "lora",
         heads=heads,
         trains_heads=getattr(args, "train_heads", False),
-        rows=getattr(args, "aux_target_share", 1.0),
+        target_share=getattr(args, "aux_target_share", 1.0),
         batch_size=batch,
         accumulation=args.gradient_accumulation_steps,
         length=length,

@@ -20,8 +20,9 @@ from caftune.core.backbone import UnsupportedModelError, last_layer
 from caftune.errors import CaftuneError
 from caftune.pipeline.plan import plan
 from caftune.pipeline.schema import Recipe
-from caftune.training.estimate import Setup, estimate
+from caftune.training.estimate import estimate
 from caftune.training.flops import anatomy_of
+from caftune.training.run_setup import Setup
 
 # Families that are not planned with decoder heads: they carry none, or what they compute depends on the tokens.
 NOT_PLANNED = {

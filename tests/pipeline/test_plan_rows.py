@@ -17,7 +17,8 @@ from caftune.demo.run import BASE
 from caftune.generation.labels import Label
 from caftune.pipeline.plan import measure_rows, plan
 from caftune.pipeline.schema import Recipe
-from caftune.training.estimate import Setup, estimate
+from caftune.training.estimate import estimate
+from caftune.training.run_setup import Setup
 
 
 def test_rows_are_measured():
@@ -37,7 +38,7 @@ def test_a_batch_is_padded_to_its_longest_row(size):
 
 def test_stage_one_on_a_sample_keeps_less_by_what_is_not_scored():
     setup = Setup(stage="heads", batch_size=8, length=256, mean_length=256.0, checkpointing=False)
-    whole, sample = (estimate(config_of("llama"), replace(setup, rows=rows)).memory for rows in (1.0, 0.25))
+    whole, sample = (estimate(config_of("llama"), replace(setup, target_share=share)).memory for share in (1.0, 0.25))
     assert sample.logits == whole.logits / 4
     # In a Llama's layer more is kept behind the attention, of scored rows alone, than in it, of all rows.
     assert 0.25 < sample.head_activations / whole.head_activations < 0.7

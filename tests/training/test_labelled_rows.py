@@ -15,7 +15,8 @@ from trl import SFTConfig, SFTTrainer
 from caftune import CAFTTrainer
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
-from caftune.training.estimate import Setup, estimate
+from caftune.training.estimate import estimate
+from caftune.training.run_setup import Setup
 
 LAYOUTS = ("plain", "padded", "packed", "unlabelled")
 # Positions whose next token is a label, counted by hand from `batch_of`.
