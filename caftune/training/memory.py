@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from caftune.core.backbone import Backbone
+from caftune.core.backbone import Backbone, LayerCall
 from caftune.core.cross_entropy import CHUNK_VALUES
 from caftune.core.heads import AuxiliaryHeads
 from caftune.core.probes import is_machine_error
-from caftune.core.replay import LayerCall, Mixer, run_at
+from caftune.core.replay import Mixer, run_at
 
 # Bytes of the optimizer's state per trained weight, as a multiple of the weight itself, or absolute where it is quantised.
 _STATES_LIKE_WEIGHT = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmsprop": 1, "sgd": 0}

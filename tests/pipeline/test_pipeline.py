@@ -257,7 +257,7 @@ def test_a_stopped_training_goes_on_from_its_last_epoch(values, tmp_path, capsys
     whole = load_file(pipeline.finetune(recipe) / "model.safetensors")
     shutil.rmtree(tmp_path / "train" / "checkpoint-6")
     resumed = load_file(pipeline.finetune(recipe) / "model.safetensors")
-    assert "Resuming from" in capsys.readouterr().err
+    assert "Going on from" in capsys.readouterr().err
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
