@@ -414,6 +414,7 @@ class CAFTTrainer(SFTTrainer):
         scored = self._scored_horizons
         factor = 1
         weights = weights_of_sums(self._weights_at(self.state.global_step)[:scored], counts[:scored])
+        weights = weights.to(device, non_blocking=True)
         if self._horizon_counts is not None:
             if num_items_in_batch is None:  # Trainer divides what compute_loss returns by the number of micro-batches
                 factor = self.current_gradient_accumulation_steps
@@ -423,7 +424,7 @@ class CAFTTrainer(SFTTrainer):
         seed = (self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index)
         self._micro_batch += 1
         sample = Sample(self.args.aux_target_share, seed) if self.args.aux_target_share < 1 else None
-        return {"auxiliary_weights": (weights * factor).to(device, non_blocking=True), "auxiliary_sample": sample}
+        return {"auxiliary_weights": weights * factor, "auxiliary_sample": sample}
 
     def _record(self, scores: dict[str, Any]) -> None:
         """Add a batch's sums to those since the last log; horizon 1 comes first if it was computed."""

@@ -46,7 +46,7 @@ def test_the_counter_sees_what_waits():
     assert syncs.count == 3
 
 
-OPTIONS = [{}, {"aux_rows": 0.5}, {"packing": True}, {"train_heads": True}]
+OPTIONS = [{}, {"aux_target_share": 0.5}, {"packing": True}, {"train_heads": True}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "sampled", "packed", "heads_trained"])
