@@ -270,7 +270,7 @@ def measure(recipe: RecipePath, overrides: Overrides = None) -> None:
         loaded = load_recipe(recipe, overrides or [])
         from rich.markdown import Markdown
 
-        from caftune.checkpoints.cards import quality_table
+        from caftune.checkpoints.quality_card import quality_table
         from caftune.pipeline import stages as pipeline
 
         console.print(Markdown("\n".join(quality_table(pipeline.measure(loaded)))))

@@ -243,7 +243,7 @@ def _measure(recipe: Recipe, heads: Path, held_out: Dataset) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / QUALITY_FILE, quality)
     with suppress(ImportError):
-        from caftune.report.plots import plot_quality
+        from caftune.checkpoints.quality_card import plot_quality
 
         plot_quality(quality, folder / PICTURE_FILE)
     return quality

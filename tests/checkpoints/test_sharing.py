@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from caftune import Backbone, CAFTTrainer, load_heads
-from caftune.checkpoints.cards import quality_table
 from caftune.checkpoints.heads_folder import describe_heads, file_sha256, find_heads, write_json
 from caftune.checkpoints.hub import pull_heads, push_heads
+from caftune.checkpoints.quality_card import quality_table
 from caftune.cli import app
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
