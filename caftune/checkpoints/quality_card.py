@@ -60,7 +60,7 @@ def plot_quality(quality: Mapping[str, Any], path: Path) -> None:
 PANELS: dict[str, tuple[dict[str, str], int, str]] = {
     "Loss": ({"loss": "-"}, 1, "nats per token"),
     "Correct: first guess (line), first five (dots)": ({"top1": "-", "top5": ":"}, 100, "% of targets"),
-    "Agreement with the model's own greedy token": ({"agreement": "-"}, 100, "% of positions"),
+    "Agreement with greedy decoding": ({"agreement": "-"}, 100, "% of positions"),
 }
 
 

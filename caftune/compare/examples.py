@@ -45,37 +45,38 @@ def compared_examples(
     if whole is None:
         return []
     lines = {arm: {line["id"]: line for line in reversed(run.answers[name])} for arm, run in whole.items()}
+    task = TASKS[name]
     scores = {
-        arm: {example: line["scores"].get(TASKS[name].primary, 0.0) for example, line in of_arm.items()}
+        arm: {example: line["scores"].get(task.primary, 0.0) for example, line in of_arm.items()}
         for arm, of_arm in lines.items()
     }
     shown = TREATMENT if TREATMENT in runs else next(arm for arm in runs if arm != BASELINE)
+    sign = -1 if task.primary in task.lower_is_better else 1
     order = ids_of(whole[BASELINE].answers[name])
-    asked = lines[BASELINE]
+    gains = {example: sign * (scores[shown][example] - scores[BASELINE][example]) for example in order}
     return [
         ComparedExample(
             task=name,
             id=example,
-            prompt=asked[example]["prompt"],
-            reference=marker.mark(asked[example].get("answer") or str(asked[example]["reference"])),
+            prompt=lines[BASELINE][example]["prompt"],
+            reference=marker.mark(_reference(lines[BASELINE][example])),
             answers={
                 arm: ScoredText(**vars(marker.mark(of_arm[example]["completion"])), score=scores[arm][example])
                 for arm, of_arm in lines.items()
             },
         )
-        for example in _chosen(
-            order, scores[shown], scores[BASELINE], TASKS[name].primary in TASKS[name].lower_is_better
-        )
+        for example in _chosen(gains)
     ]
 
 
-def _chosen(
-    order: Sequence[str], ours: Mapping[str, float], theirs: Mapping[str, float], is_lower_better: bool
-) -> list[str]:
+def _chosen(gains: Mapping[str, float]) -> list[str]:
     """Up to three examples that are better, three that are worse, and then equal ones, in their order."""
-    gains = {example: (ours[example] - theirs[example]) * (-1 if is_lower_better else 1) for example in order}
     better = [example for example, gain in gains.items() if gain > 0]
     worse = [example for example, gain in gains.items() if gain < 0]
     equal = [example for example, gain in gains.items() if gain == 0]
     most = _SHOWN // 3 + 1
     return [*better[:most], *worse[:most], *equal[:most]][:_SHOWN]
+
+
+def _reference(line: Mapping[str, Any]) -> str:
+    return line.get("answer") or str(line["reference"])

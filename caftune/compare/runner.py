@@ -24,7 +24,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +47,7 @@ from caftune.evals.statistics import load_scipy
 from caftune.pipeline import stages as pipeline
 from caftune.pipeline.evaluate import evaluate, read_tasks, with_form
 from caftune.pipeline.folder import is_begun, is_done, open_stage, record, refuse_other_stage, with_commit
-from caftune.pipeline.recipe import Arm, DataSection, Recipe, save_recipe
+from caftune.pipeline.recipe import Arm, Recipe, save_recipe
 from caftune.pipeline.stage_config import (
     free_memory,
     load_model,
@@ -63,7 +63,7 @@ from caftune.training.measured_cost import device_name
 _WITH_HEADS = ("caft", "beta0", "random_heads", "shuffled_horizons")  # need pretrained heads
 
 RunArm = Arm | Literal["base"]
-Files = dict[str, str | Path | None]
+Files = dict[str, str | Path | None]  # by name: what a run's result depends on
 
 
 def compare(recipe: Recipe, only: str | None = None) -> Comparison:
@@ -84,23 +84,20 @@ def compare(recipe: Recipe, only: str | None = None) -> Comparison:
     _refuse_unfit(recipe)
     recipe = _with_form(recipe)
     heads = _ensure_heads(recipe, make=only is None) if {*arms} & {*_WITH_HEADS} else None
-    runs = {name: arm_recipe(recipe, arm, seed) for name, (arm, seed) in planned.items()}
-    files = {
-        name: _files(
-            run.data, run.eval.data, run.compare.concepts.terms, heads if planned[name][0] in _WITH_HEADS else None
-        )
-        for name, run in runs.items()
-    }
-    for name, run in runs.items():
-        _refuse_other_recipe(run, files[name])
+    data = {"train": recipe.data.train, "eval": recipe.data.eval, "terms": recipe.compare.concepts.terms}
+    runs: dict[str, tuple[Recipe, Files]] = {}
+    for name, (arm, seed) in planned.items():
+        used = heads / DESCRIPTION_FILE if heads and arm in _WITH_HEADS else None
+        runs[name] = arm_recipe(recipe, arm, seed), {**data, **recipe.eval.data, "heads": used}
+        _refuse_other_recipe(*runs[name])
     if only in (None, BASE):
-        _make(runs[BASE], BASE, files[BASE], None)
+        _make(*runs[BASE], BASE, None)
     chosen = [name for name in planned if name != BASE and only in (None, name)]
     for number, name in enumerate(chosen, start=1):
         arm, seed = planned[name]
         tqdm.write(f"[{number}/{len(chosen)}] {arm}, seed {seed}", file=sys.stderr)
-        _make(runs[name], arm, files[name], heads)
-    missing = [name for name, run in runs.items() if name != BASE and not run_is_done(Path(run.output))]
+        _make(*runs[name], arm, heads)
+    missing = [name for name, (run, _) in runs.items() if name != BASE and not run_is_done(Path(run.output))]
     return _unfinished(arms, only, missing) if only and missing else summarise_comparison(recipe)
 
 
@@ -113,9 +110,7 @@ def _unfinished(arms: Sequence[str], only: str, missing: Sequence[str]) -> Compa
         seeds=[],
         missing=list(missing),
         verdict=f"{only} is done. Missing runs: {', '.join(missing[:5])}{more}.",
-        remarks=[
-            "The last of them, or `caftune compare` without --only, compares all runs and writes comparison.json."
-        ],
+        remarks=["The last of them, or `caftune compare` without --only, compares all and writes comparison.json."],
     )
 
 
@@ -197,12 +192,6 @@ def _ensure_heads(recipe: Recipe, *, make: bool) -> Path:
     return heads
 
 
-def _files(data: DataSection, tasks: Mapping[str, str], terms: str | None, heads: Path | None) -> Files:
-    """The files that a run's result depends on; `heads` are the pretrained ones that it uses or is made from."""
-    own = heads and heads / DESCRIPTION_FILE
-    return {"train": data.train, "eval": data.eval, "terms": terms, **tasks, "heads": own}
-
-
 def _refuse_other_recipe(run: Recipe, files: Files) -> None:
     """Raise CaftuneError where a finished run was made from another recipe or other files: it would be compared."""
     if not is_begun(run, "compare"):
@@ -251,7 +240,7 @@ def _data_seed(seed: int) -> int:
     return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4]) >> 1
 
 
-def _make(run: Recipe, arm: RunArm, files: Files, heads: Path | None) -> None:
+def _make(run: Recipe, files: Files, arm: RunArm, heads: Path | None) -> None:
     """Train, evaluate and study one run (of the base: without training), unless it is done."""
     folder = Path(run.output)
     with _locked(folder):
@@ -263,7 +252,8 @@ def _make(run: Recipe, arm: RunArm, files: Files, heads: Path | None) -> None:
                 model = run.model.name if arm == BASE else _train(run, arm, heads)
                 result["tasks"] = [found.task for found in evaluate(run)] if run.eval.tasks else []
                 result["concepts"] = _study(run, model)
-            except DivergedError as error:  # done, without a model: its measures are NaN, and the other runs continue
+            except DivergedError as error:
+                # The run is done, without a model: its measures are NaN, and the other runs continue.
                 tqdm.write(f"{arm}, seed {run.seed}: {error}", file=sys.stderr)
                 costs = dict.fromkeys(("tokens", "flops", "seconds", "peak_memory_bytes"))
                 unknown = {"metrics": {}, "costs": {**costs, "device": device_name()}, "log": []}
@@ -271,12 +261,8 @@ def _make(run: Recipe, arm: RunArm, files: Files, heads: Path | None) -> None:
                 result["diverged"] = error.step
             record(run, result)
         if not run.compare.keep_models:
-            for place in [
-                folder / "model",
-                folder / "heads",
-                *folder.glob("train/checkpoint-*"),
-                *folder.glob("adapt/*"),
-            ]:
+            checkpoints = [*folder.glob("train/checkpoint-*"), *folder.glob("adapt/*")]
+            for place in (folder / "model", folder / "heads", *checkpoints):
                 shutil.rmtree(place, ignore_errors=True)
 
 

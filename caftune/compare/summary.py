@@ -53,7 +53,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of `arm` less mean of `baseline`, with its 95% interval.
+    """Mean of `arm` minus mean of `baseline`, with its 95% interval.
 
     `p_holm` is corrected for the number of measures of this pair of arms; the deciding measure is named in advance, so its
     p-value stands uncorrected. `minimum_detectable` and `effect_size` are None where the spread of the runs is unknown.
@@ -260,6 +260,11 @@ class Measure:
         """From the value to what is shown."""
         return 100 if self.is_share else 1
 
+    def scaled(self, arm: str) -> tuple[float, float | None]:
+        """Mean and half of the interval, as they are shown."""
+        mean, half = self.arms[arm].mean, self.arms[arm].half
+        return self.factor * mean, None if half is None else self.factor * half
+
     @property
     def unit(self) -> str:
         """Of a difference; empty for a plain number."""
@@ -283,9 +288,8 @@ class Measure:
         halves = [row.half for row in self.arms.values() if row.half]
         sizes, digits = (halves, 2) if halves else ([row.mean for row in self.arms.values()], 3 + (not self.is_share))
         places = places_for(self.factor * max(map(abs, sizes), default=0), digits)
-        mean, half = self.arms[arm].mean, self.arms[arm].half
-        error = "" if half is None else f" ± {number(self.factor * half, places)}"
-        return number(self.factor * mean, places) + error
+        mean, half = self.scaled(arm)
+        return number(mean, places) + ("" if half is None else f" ± {number(half, places)}")
 
     def value(self, arm: str) -> str:
         """The mean in a sentence: `22.4%`."""

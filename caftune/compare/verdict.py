@@ -116,7 +116,7 @@ def _price(found: Comparison) -> list[str]:
         ours, theirs = ([value for value in values if value is not None] for values in arms)
         if ours and theirs:
             said.append(f"{median(ours) / median(theirs):.2f} times the {words}")
-    return [f"Training with CAFT took {', '.join(said)} of next-token fine-tuning."] if said else []
+    return [f"A training step of CAFT took {', '.join(said)} of next-token fine-tuning."] if said else []
 
 
 def _left_out(found: Comparison, measure: Measure) -> list[LeftOut]:

@@ -53,11 +53,7 @@ def demo(
     _say(console, 3, "Stage 1: pretrain four auxiliary heads on these answers")
     heads = pipeline.pretrain_heads(recipe)
     print_quality(console, heads)
-    _say(
-        console,
-        4,
-        f"Stage 2: fine-tune on {train_rows} names with and without CAFT, evaluate on {test_rows} unseen names",
-    )
+    _say(console, 4, f"Stage 2: fine-tune with and without CAFT on {train_rows} names, evaluate on {test_rows} others")
     found = compare(recipe)
     _say(console, 5, "Results")
     print_comparison(console, found)

@@ -33,6 +33,7 @@ _STYLES: dict[str, tuple[str, Any, str]] = {  # colour, dashes, marker
 _MOST_POINTS = 250  # of one line, spread evenly over the steps
 
 Points = Sequence[tuple[float, float]]
+Lines = Mapping[str, Sequence[Points]]  # by name and seed: (step, value)
 
 
 class Bar(NamedTuple):
@@ -76,13 +77,10 @@ def forest(rows: Sequence[Difference], *, unit: str, is_lower_better: bool) -> s
         return _svg(figure)
 
 
-def curves(lines: Mapping[str, Sequence[Points]], *, unit: str, zero: bool = False) -> str:
+def curves(lines: Lines, *, unit: str) -> str:
     """Values over optimizer steps, SVG: each name's mean over its seeds, and the seeds as thin lines where there are several.
 
-    Args:
-        lines: name: for each seed (step, value). A mean is drawn at steps that all seeds have.
-        unit: of the values.
-        zero: whether the axis begins at 0.
+    A mean is drawn at steps that all seeds have; the axis of weights starts at 0.
     """
     with _drawing(3.1) as (figure, axes):
         for number, (name, seeds) in enumerate(lines.items()):
@@ -94,7 +92,7 @@ def curves(lines: Mapping[str, Sequence[Points]], *, unit: str, zero: bool = Fal
             axes.plot(*_columns(mean), linewidth=2, marker=marker if len(mean) < 2 else None, **style)
         axes.set(xlabel="optimizer step", ylabel=unit, xlim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        if zero:
+        if unit == "weight":
             axes.set_ylim(bottom=0)
         axes.grid(color=_PALE, alpha=0.35)
         _legend(figure, axes)

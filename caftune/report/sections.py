@@ -154,7 +154,10 @@ def _p_value(value: float) -> str:
 
 def _training(run: Comparison) -> Section:
     section = Section("Training")
-    losses = {arm: [_main_loss(log) for log in logs] for arm, logs in run.logs.items()}
+    losses = {
+        arm: [[(entry["step"], loss) for entry in log if (loss := main_loss(entry)) is not None] for log in logs]
+        for arm, logs in run.logs.items()
+    }
     drawn = {arm: seeds for arm, seeds in losses.items() if any(seeds)}
     seeds = " Thick: mean of the seeds; thin: each seed." if any(len(found) > 1 for found in drawn.values()) else ""
     if drawn:
@@ -173,27 +176,15 @@ def _training(run: Comparison) -> Section:
         weights = _by_horizon(logs[:1], "weight")
         if any(weight for lines in weights.values() for _, weight in lines[0]):
             title, how = f"{arm}: weights of the heads' losses", "Weight of each head's loss next to L₁: β γ(t) αʰ⁻¹."
-            section.pictures.append(_curves(title, how, weights, unit="weight", zero=True))
+            section.pictures.append(_curves(title, how, weights, unit="weight"))
             break  # the other arms have the same
     return section
 
 
-def _curves(
-    title: str,
-    how: str,
-    lines: Mapping[str, Sequence[plots.Points]],
-    *,
-    unit: str = "nats per token",
-    zero: bool = False,
-) -> Picture:
+def _curves(title: str, how: str, lines: plots.Lines, unit: str = "nats per token") -> Picture:
     last = {name: fmean(points[-1][1] for points in seeds if points) for name, seeds in lines.items()}
     ends = ", ".join(f"{name} {value:.3g}" for name, value in last.items()).replace("-", "−")
-    return Picture(title, how, f"At the last step ({unit}): {ends}.", plots.curves(lines, unit=unit, zero=zero))
-
-
-def _main_loss(log: Sequence[Mapping[str, Any]]) -> plots.Points:
-    """L_1 by step."""
-    return [(entry["step"], value) for entry in log if (value := main_loss(entry)) is not None]
+    return Picture(title, how, f"At the last step ({unit}): {ends}.", plots.curves(lines, unit=unit))
 
 
 def _by_horizon(logs: Sequence[Sequence[Mapping[str, Any]]], kind: str) -> dict[str, list[plots.Points]]:
@@ -251,14 +242,7 @@ def _measure_bars(title: str, measures: Mapping[str, Measure]) -> Picture:
     how += " The lines on bars are 95% intervals." * has_intervals
     arms = dict.fromkeys(arm for measure in measures.values() for arm in measure.arms)
     how += f" {_BARS}" * (len(arms) > 1)
-    values = {
-        arm: {
-            name: plots.Bar(m.factor * row.mean, None if row.half is None else m.factor * row.half)
-            for name, m in measures.items()
-            if (row := m.arms.get(arm))
-        }
-        for arm in arms
-    }
+    values = {arm: {name: plots.Bar(*m.scaled(arm)) for name, m in measures.items() if arm in m.arms} for arm in arms}
     words = "; ".join(f"{arm}: " + ", ".join(f"{name} {m.mean(arm)}" for name, m in measures.items()) for arm in arms)
     return Picture(title, how, f"{words} (%).", plots.bars(values, unit="%"))
 

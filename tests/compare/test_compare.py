@@ -460,4 +460,4 @@ def test_a_run_that_another_process_makes_is_refused(copied, heads):
         FileLock(Path(run.output, ".lock")),
         pytest.raises(CaftuneError, match="caft/42 is being made by another process"),
     ):
-        comparing._make(run, "caft", {}, Path(heads))
+        comparing._make(run, {}, "caft", Path(heads))

@@ -199,8 +199,8 @@ def test_beta_zero_that_differs_from_the_baseline_is_told():
 
 def test_one_run_that_something_held_up_does_not_make_the_price():
     costs = {"ntp": {"seconds": [1.0, 1.0, 1.0, 1.0, 40.0]}, "caft": {"seconds": [1.5] * 5}}
-    assert "Training with CAFT took 1.50 times the time of next-token fine-tuning." in remarks(found(costs=costs))
+    assert "A training step of CAFT took 1.50 times the time of next-token fine-tuning." in remarks(found(costs=costs))
 
 
 def test_the_price_is_told():
-    assert "Training with CAFT took 1.50 times the time of next-token fine-tuning." in remarks(found())
+    assert "A training step of CAFT took 1.50 times the time of next-token fine-tuning." in remarks(found())
