@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def read_single_run(folder: Path) -> Comparison:
     if loss is not None:
         measures.append(Measured.of(HELD_OUT, "loss", arm, [loss]))
     costs, plan = trained.get("costs"), trained.get("plan")
-    known = Costs.__dataclass_fields__
+    known = [field.name for field in fields(Costs)]
     return Comparison(
         title=folder.resolve().name,
         arms=[arm] if trained else [],
