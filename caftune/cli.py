@@ -270,7 +270,7 @@ def measure(recipe: RecipePath, overrides: Overrides = None) -> None:
     loaded = _load(recipe, overrides)
     from rich.markdown import Markdown
 
-    from caftune.checkpoints.cards import quality_table
+    from caftune.checkpoints.quality_card import quality_table
     from caftune.pipeline.pretrain import measure_quality
 
     console.print(Markdown("\n".join(quality_table(measure_quality(loaded)))))

@@ -73,13 +73,13 @@ def sample(*, seeds: int = 5, arms: list[str] | None = None) -> dict[str, Any]:
         "tasks": [{"name": "molecules", "primary": "exact_match", "examples": 400, "lower_is_better": ["levenshtein"]}],
         "measures": measures,
         "comparisons": comparisons(measures, names) if seeds > 1 else [],
-        "verdict": "CAFT helped: exact_match on molecules +1.9 points (95% interval +1.6 to +2.1) against "
+        "verdict": "CAFT helped: exact_match on molecules +1.9 percentage points (95% interval +1.6 to +2.1) compared with "
         "next-token fine-tuning.",
         "remarks": [
-            "CAFT against random_heads: exact_match on molecules +2.0 points (95% interval +1.2 to +2.8); the two can be told "
-            "apart.",
-            "All arms began alike: their first steps' losses agree to 1e-09 of their value.",
-            "A step of CAFT took 1.31 times the time, 1.24 times the FLOPs of next-token fine-tuning.",
+            "CAFT compared with random_heads: exact_match on molecules +2.0 percentage points (95% interval +1.2 to +2.8); the "
+            "difference is significant.",
+            "All arms started from the same state: their losses at the first step agree to a relative difference of 1e-09.",
+            "A training step of CAFT took 1.31 times the time, 1.24 times the FLOPs of next-token fine-tuning.",
         ],
         "costs": {arm: _costs(arm, seeds) for arm in names},
         "plans": {arm: _plan(arm, seeds) for arm in names},

@@ -1,7 +1,7 @@
 """`caftune demo`: label, pretrain heads, fine-tune with and without them, evaluate, report, on a CPU in minutes.
 
 The base (caftune/demo/base, 0.9 million parameters) reads systematic chemical names and writes SMILES; it is good at simple
-molecules and poor at the ones asked for here, with two to four substituents. The demo is a `caftune compare` of one seed;
+molecules and poor at those of the demo's task, with two to four substituents. The demo is a `caftune compare` of one seed;
 `recipe.yaml` in its folder is that comparison's recipe, ready for more seeds and arms.
 """
 
@@ -11,15 +11,14 @@ import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from datasets import disable_progress_bars
 from rich.console import Console
-from rich.markdown import Markdown
 from transformers.utils import logging as transformers_logging
 
-from caftune.checkpoints.cards import quality_table
+from caftune.checkpoints.cards import print_quality
 from caftune.compare.runner import compare, print_comparison
+from caftune.compare.summary import Comparison
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.errors import CaftuneError
 from caftune.pipeline.label import label_prompts
@@ -39,8 +38,8 @@ _MARKER = ".caftune-demo"
 
 def demo(
     output: str, *, train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS, prompts: int = PROMPTS
-) -> dict[str, Any]:
-    """Run the whole path in the folder `output`; returns what the comparison found."""
+) -> Comparison:
+    """Run the whole path in the folder `output`; returns its comparison."""
     started = time.monotonic()
     console = Console()
     disable_progress_bars()
@@ -55,10 +54,10 @@ def demo(
     label_prompts(recipe)
     _say(console, 3, "Stage 1: pretrain four auxiliary heads on these answers")
     heads = pretrain_heads(recipe)
-    console.print(Markdown("\n".join(quality_table(json.loads((heads / "quality.json").read_text())))))
-    _say(console, 4, f"Stage 2: fine-tune on {train_rows} names, next-token and CAFT, and ask {test_rows} unseen names")
+    print_quality(console, heads)
+    _say(console, 4, f"Stage 2: fine-tune with and without CAFT on {train_rows} names, evaluate on {test_rows} others")
     found = compare(recipe)
-    _say(console, 5, "What came of it")
+    _say(console, 5, "Results")
     print_comparison(console, found)
     _write_report(console, folder)
     console.print(f"More seeds: caftune compare {folder / 'recipe.yaml'} compare.seeds=5", highlight=False)
@@ -100,10 +99,12 @@ def demo_recipe(folder: Path) -> Recipe:
 
 
 def _fresh(folder: Path) -> Path:
-    """`folder` without an earlier demo in it. A folder that is not empty and not a demo's is refused."""
+    """`folder` without the files of an earlier demo. A folder with other files is refused."""
     marker = folder / _MARKER
     if folder.exists() and not (folder.is_dir() and (marker.is_file() or not any(folder.iterdir()))):
-        raise CaftuneError(f"{folder} holds something else than a demo. Use another --output.")
+        raise CaftuneError(
+            f"{folder} must be empty or a folder of caftune demo, and holds other files. Use another --output."
+        )
     for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "results.jsonl").unlink(missing_ok=True)
@@ -117,10 +118,10 @@ def _write_data(folder: Path, train_rows: int, test_rows: int, prompts: int) -> 
     test = molecules(test_rows, seed=TEST_SEED, substituents=SUBSTITUENTS)
     held_out = {molecule.smiles for molecule in test}
     train = molecules(train_rows, seed=TRAIN_SEED, substituents=SUBSTITUENTS, exclude=held_out)
-    asked = molecules(prompts, seed=PROMPT_SEED, substituents=SUBSTITUENTS, exclude=held_out)
+    others = molecules(prompts, seed=PROMPT_SEED, substituents=SUBSTITUENTS, exclude=held_out)
     _write_lines(folder / "train.jsonl", [{"prompt": prompt(m), "completion": completion(m)} for m in train])
     _write_lines(folder / "test.jsonl", [{"prompt": prompt(m), "completion": completion(m)} for m in test])
-    _write_lines(folder / "prompts.jsonl", [{"prompt": prompt(m)} for m in asked])
+    _write_lines(folder / "prompts.jsonl", [{"prompt": prompt(m)} for m in others])
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:

@@ -85,7 +85,7 @@ def _measure(
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / QUALITY_FILE, quality)
     with suppress(ImportError):
-        from caftune.report.plots import plot_quality
+        from caftune.checkpoints.quality_card import plot_quality
 
         plot_quality(quality, target / PICTURE_FILE)
     return quality

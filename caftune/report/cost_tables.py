@@ -1,20 +1,20 @@
-"""What the trainings of a report cost: as they were measured, and beside it what `caftune plan` says of them."""
+"""What a report says of costs: the trainings as they were measured, and next to it what `caftune plan` says of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
-from caftune.compare.verdict import BASELINE
-from caftune.report.parts import Cell, Run, Section, Table, number, scaled
+from caftune.compare.summary import BASELINE, Comparison, Costs, Known, number
+from caftune.report.parts import Cell, Section, Table, scaled
 
-_Costs = Mapping[str, Sequence[float | None]]
+_NOT_MEASURED = Cell("not measured")
 
 
-def costs(run: Run) -> Section:
+def costs(run: Comparison) -> Section:
     """The section of costs."""
-    return Section("Costs", tables=[*_measured(run), *_beside_the_plan(run)])
+    return Section("Costs", tables=[*_measured(run), *_planned(run)])
 
 
-def _measured(run: Run) -> list[Table]:
+def _measured(run: Comparison) -> list[Table]:
     columns: dict[str, tuple[str, Callable[[float], str]]] = {
         "tokens": ("tokens", scaled),
         "flops": ("FLOPs", scaled),
@@ -22,75 +22,74 @@ def _measured(run: Run) -> list[Table]:
         "peak_memory_bytes": ("peak memory, GiB", lambda value: number(value / 2**30, 2)),
     }
     rows = []
-    for arm, costs in run["costs"].items():
-        cells = [
-            _cost(costs.get(name, []), run["costs"].get(BASELINE, {}).get(name, []) if arm != BASELINE else [], shown)
-            for name, (_, shown) in columns.items()
-        ]
+    for arm, found in run.costs.items():
+        baseline = run.costs.get(BASELINE, Costs()) if arm != BASELINE else Costs()
+        cells = [_cell(getattr(found, name), shown, getattr(baseline, name)) for name, (_, shown) in columns.items()]
         rows.append([Cell(arm), *cells])
-    many = any(len(values) > 1 for costs in run["costs"].values() for values in costs.values())
-    how = f"Of one training{', median of the seeds' * many}{f'; × is the ratio to {BASELINE}' * (len(rows) > 1)}."
+    is_median = any(len(getattr(found, name)) > 1 for found in run.costs.values() for name in columns)
+    how = f"Per training{', median of the seeds' * is_median}{f'; × is the ratio to {BASELINE}' * (len(rows) > 1)}."
     head = ["arm", *(heading for heading, _ in columns.values())]
-    return [Table(f"Training on {run['device']}", how, head, rows)] if rows else []
+    return [Table(f"Training on {run.device}", how, head, rows)] if rows else []
 
 
-def _cost(values: Sequence[float | None], baseline: Sequence[float | None], shown: Callable[[float], str]) -> Cell:
-    known, theirs = ([value for value in found if value is not None] for found in (values, baseline))
+def _planned(run: Comparison) -> list[Table]:
+    """Plan and measurement; nothing for runs that recorded no plan."""
+    plans = {arm: plan for arm, plan in run.plans.items() if plan}
+    if not plans:
+        return []
+    baseline = run.costs.get(BASELINE)
+    head = ["arm", "FLOPs per token: plan", "FLOPs per token: measured", f"FLOPs over {BASELINE}: plan"]
+    head += [f"FLOPs over {BASELINE}: measured", f"time over {BASELINE}: measured"] * (baseline is not None)
+    head += ["peak memory, MiB: plan", "peak memory, MiB: measured"]
+    rows = []
+    for arm, plan in plans.items():
+        found = run.costs[arm]
+        per_token = [_per_token(found.flops, found), _per_token(found.seconds, found)]
+        cells = [_cell(plan["flops_per_token"], scaled), _cell(per_token[0], scaled), _cell(plan["overhead"], _times)]
+        if baseline is not None:
+            theirs = [_per_token(baseline.flops, baseline), _per_token(baseline.seconds, baseline)]
+            cells += [_ratio(*pair) for pair in zip(per_token, theirs, strict=True)]
+        cells += [_cell(plan["peak_memory_bytes"], _mib), _cell(_grown_memory(found), _mib)]
+        rows.append([Cell(arm), *cells])
+    process = " On a CPU it is that of the process, including libraries that are loaded during training."
+    how = (
+        "Plan: what `caftune plan` says of these runs on their device, recorded when they ended. FLOPs per token are planned "
+        "over all rows and measured in the first step. The measured ones include attention in full where padded rows need an "
+        "explicit mask, and padding, which is computed but does not count as tokens. "
+        f"Ratios to {BASELINE} are per token. Measured peak memory excludes what was allocated before the model was loaded."
+        + process
+        * (run.device == "cpu")
+    )
+    return [Table("Plan and measurement", how, head, rows)]
+
+
+def _per_token(values: Known, costs: Costs) -> Known:
+    pairs = zip(values, costs.tokens, strict=False)
+    return [value / tokens if value is not None and tokens else None for value, tokens in pairs]
+
+
+def _grown_memory(costs: Costs) -> Known:
+    pairs = zip(costs.peak_memory_bytes, costs.memory_before_bytes, strict=False)  # older runs lack the second
+    return [None if peak is None or before is None else peak - before for peak, before in pairs]
+
+
+def _cell(values: Known, shown: Callable[[float], str], baseline: Sequence[float | None] = ()) -> Cell:
+    """The median of the seeds, with its ratio to the baseline's, and how many seeds have a value if not all do."""
+    known, theirs = _known(values), _known(baseline)
     if not known:
-        return Cell("not measured")
+        return _NOT_MEASURED
     ratio = f" (×{median(known) / median(theirs):.2f})" if theirs and median(theirs) > 0 else ""
     some = f", {len(known)} of {len(values)} runs" if len(known) < len(values) else ""
     return Cell(f"{shown(median(known))}{ratio}{some}")
 
 
-def _beside_the_plan(run: Run) -> list[Table]:
-    """Nothing of runs that recorded no plan."""
-    plans = {arm: plan for arm, plan in run.get("plans", {}).items() if plan}
-    if not plans:
-        return []
-    baseline = run["costs"].get(BASELINE)
-    head = ["arm", "FLOPs per token: plan", "FLOPs per token: measured", f"FLOPs over {BASELINE}: plan"]
-    head += [f"FLOPs over {BASELINE}: measured", f"time over {BASELINE}: measured"] * (baseline is not None)
-    head += ["peak memory, MiB: plan", "peak memory, MiB: measured"]
-    rows = [[Cell(arm), *_pairs(plan, run["costs"][arm], baseline)] for arm, plan in plans.items()]
-    libraries = ", here of a process, whose libraries take some while they train" * (run["device"] == "cpu")
-    how = (
-        "Plan: what `caftune plan` says of these runs on their device, written down when they ended. FLOPs per token: planned "
-        "over all rows, measured in the first step, where attention counts in full under a written-out mask (of padded rows), "
-        "as it is then computed; padding is computed, too, and is no token. "
-        f"What is over {BASELINE} is per token. Peak memory, measured: less what was held "
-        f"before the model was loaded{libraries}."
-    )
-    return [Table("Plan and measurement", how, head, rows)]
+def _ratio(values: Known, baseline: Known) -> Cell:
+    known, theirs = _known(values), _known(baseline)
+    return Cell(_times(median(known) / median(theirs))) if known and theirs else _NOT_MEASURED
 
 
-def _pairs(plan: _Costs, ours: _Costs, theirs: _Costs | None) -> list[Cell]:
-    """What was planned of an arm, and what was measured; `theirs` None: without a baseline."""
-    per_token = {name: _combined(ours, name, "tokens", _divided) for name in ("flops", "seconds")}
-    ratios = []
-    if theirs is not None:
-        ratios = [_over(values, _combined(theirs, name, "tokens", _divided)) for name, values in per_token.items()]
-    grown = _combined(ours, "peak_memory_bytes", "memory_before_bytes", lambda peak, before: peak - before)
-    return [
-        *(_cost(values, [], scaled) for values in (plan["flops_per_token"], per_token["flops"])),
-        *(_cost(plan["overhead"], [], _times), *ratios),
-        *(_cost(values, [], _mib) for values in (plan["peak_memory_bytes"], grown)),
-    ]
-
-
-def _combined(arm: _Costs, one: str, other: str, how: Callable[[float, float], float | None]) -> list[float | None]:
-    """Of each run one number made of two costs, None where either was not measured."""
-    pairs = zip(arm.get(one, []), arm.get(other, []), strict=False)  # a run of an older version has no second
-    return [None if a is None or b is None else how(a, b) for a, b in pairs]
-
-
-def _divided(value: float, tokens: float) -> float | None:
-    return value / tokens if tokens else None
-
-
-def _over(values: Sequence[float | None], baseline: Sequence[float | None]) -> Cell:
-    known, theirs = ([value for value in found if value is not None] for found in (values, baseline))
-    return Cell(_times(median(known) / median(theirs)) if known and theirs else "not measured")
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _times(value: float) -> str:

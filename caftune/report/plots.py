@@ -1,4 +1,4 @@
-"""Pictures: SVG for the report's page, PNG for heads. The only user of matplotlib.
+"""Pictures of the report, as SVG.
 
 An SVG is 360 units wide, so that its text is still of 11 pixels on a phone, and its colours are CSS variables with a default
 (`var(--c0f766e, #0f766e)`), so that a page can give others to a dark background.
@@ -10,13 +10,14 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from caftune.checkpoints.quality_card import PANELS, draw_panel
 
 _LABEL = 26  # characters of a name
 _INK, _PALE = "#1f2937", "#9aa3af"
@@ -29,14 +30,10 @@ _STYLES: dict[str, tuple[str, Any, str]] = {  # colour, dashes, marker
     "shuffled_horizons": ("#7c3aed", (0, (8, 2, 1, 2, 1, 2)), "v"),
     "no_pretraining": ("#be185d", (0, (2.5, 2)), "P"),
 }
-_KINDS = {
-    "heads": ("heads", "#0f766e", "o"),
-    "untrained": ("untrained copies", "#b45309", "s"),
-    "trunk": ("the model, one token before", "#6b7280", "^"),
-}
 _MOST_POINTS = 250  # of one line, spread evenly over the steps
 
 Points = Sequence[tuple[float, float]]
+Lines = Mapping[str, Sequence[Points]]  # by name and seed: (step, value)
 
 
 class Bar(NamedTuple):
@@ -80,13 +77,10 @@ def forest(rows: Sequence[Difference], *, unit: str, is_lower_better: bool) -> s
         return _svg(figure)
 
 
-def curves(lines: Mapping[str, Sequence[Points]], *, unit: str, zero: bool = False) -> str:
+def curves(lines: Lines, *, unit: str) -> str:
     """Values over optimizer steps, SVG: each name's mean over its seeds, and the seeds as thin lines where there are several.
 
-    Args:
-        lines: name: for each seed (step, value). A mean is drawn at steps that all seeds have.
-        unit: of the values.
-        zero: whether the axis begins at 0.
+    A mean is drawn at steps that all seeds have; the axis of weights starts at 0.
     """
     with _drawing(3.1) as (figure, axes):
         for number, (name, seeds) in enumerate(lines.items()):
@@ -98,116 +92,62 @@ def curves(lines: Mapping[str, Sequence[Points]], *, unit: str, zero: bool = Fal
             axes.plot(*_columns(mean), linewidth=2, marker=marker if len(mean) < 2 else None, **style)
         axes.set(xlabel="optimizer step", ylabel=unit, xlim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        if zero:
+        if unit == "weight":
             axes.set_ylim(bottom=0)
         axes.grid(color=_PALE, alpha=0.35)
         _legend(figure, axes)
         return _svg(figure)
 
 
-def bars(values: Mapping[str, Mapping[str, Bar]], *, unit: str, is_lying: bool = False) -> str:
-    """Bars in groups, from zero: `values` by arm and group; SVG. Lying ones leave room for many groups with long names."""
+def bars(values: Mapping[str, Mapping[str, Bar]], *, unit: str, is_horizontal: bool = False) -> str:
+    """Bars in groups, from zero: `values` by arm and group; SVG. Horizontal ones leave room for many groups with long names."""
     groups = list(dict.fromkeys(group for arm in values.values() for group in arm))
     thick = 0.82 / max(len(values), 1)
-    with _drawing(max(2.2, 1.1 + len(groups) * (0.11 * len(values) + 0.12)) if is_lying else 2.9) as (figure, axes):
+    height = max(2.2, 1.1 + len(groups) * (0.11 * len(values) + 0.12)) if is_horizontal else 2.9
+    with _drawing(height) as (figure, axes):
+        draw, error = (axes.barh, "xerr") if is_horizontal else (axes.bar, "yerr")
         for number, (arm, by_group) in enumerate(values.items()):
             colour, _, _ = _style(arm)
             places = [groups.index(group) + (number - (len(values) - 1) / 2) * thick for group in by_group]
             means = [bar.mean for bar in by_group.values()]
-            error: dict[str, Any] = {"color": _INK, "linewidth": 1.1, "linestyle": "none"}
-            halves = [bar.half or 0.0 for bar in by_group.values()]
             style: dict[str, Any] = {"facecolor": (colour, 0.3), "edgecolor": colour, "linewidth": 1}
-            if is_lying:
-                axes.barh(places, means, 0.92 * thick, label=_label(arm), **style)
-                axes.errorbar(means, places, xerr=halves, **error)
-            else:
-                axes.bar(places, means, 0.92 * thick, label=_label(arm), **style)
-                axes.errorbar(places, means, yerr=halves, **error)
+            draw(places, means, 0.92 * thick, label=_label(arm), **style)
+            halves: dict[str, Any] = {error: [bar.half or 0.0 for bar in by_group.values()]}
+            ends = (means, places) if is_horizontal else (places, means)
+            axes.errorbar(*ends, **halves, color=_INK, linewidth=1.1, linestyle="none")
             for place, bar in zip(places, by_group.values(), strict=True):
                 across = [place] * len(bar.values)
-                dots = (bar.values, across) if is_lying else (across, bar.values)
+                dots = (bar.values, across) if is_horizontal else (across, bar.values)
                 axes.plot(*dots, marker="o", markersize=1.8, color=_INK, linestyle="none")
-        _name_groups(axes, groups, unit, is_lying=is_lying)
+        _name_groups(axes, groups, unit, is_horizontal=is_horizontal)
         _legend(figure, axes)
         return _svg(figure)
 
 
-def _name_groups(axes: Axes, groups: Sequence[str], unit: str, *, is_lying: bool) -> None:
+def _name_groups(axes: Axes, groups: Sequence[str], unit: str, *, is_horizontal: bool) -> None:
     names = [_label(group) for group in groups]
-    _, end = axes.get_xlim() if is_lying else axes.get_ylim()
+    _, end = axes.get_xlim() if is_horizontal else axes.get_ylim()
     reach = (0, min(end, 103) if unit == "%" else end)  # an interval of two seeds can reach far beyond 100%
-    if is_lying:
+    if is_horizontal:
         axes.set(xlabel=unit, xlim=reach, ylim=(len(groups) - 0.4, -0.6))
         axes.set_yticks(range(len(groups)), names)
     else:
         axes.set(ylabel=unit, ylim=reach)
         axes.set_xticks(range(len(groups)), [name.replace(" (", "\n(") for name in names])
-    axes.tick_params(axis="y" if is_lying else "x", length=0)
-    axes.grid(axis="x" if is_lying else "y", color=_PALE, alpha=0.4)
+    axes.tick_params(axis="y" if is_horizontal else "x", length=0)
+    axes.grid(axis="x" if is_horizontal else "y", color=_PALE, alpha=0.4)
 
 
 def quality_pictures(quality: Mapping[str, Any]) -> dict[str, str]:
-    """The three pictures of a report of `measure_heads`, title: SVG."""
+    """The panels of a quality report of heads, title: SVG."""
     found = {}
-    for title, draw in _QUALITY.items():
+    for title in PANELS:
         with _drawing(3.0) as (figure, axes):
-            draw(axes, quality)
-            axes.set_xlabel("horizon")
-            axes.set_xticks([int(horizon) for horizon in quality["targets"]])
+            draw_panel(axes, title, quality)
             axes.grid(color=_PALE, alpha=0.35)
             _legend(figure, axes, columns=1)
             found[title] = _svg(figure)
     return found
-
-
-def plot_quality(quality: Mapping[str, Any], path: Path) -> None:
-    """A report of `measure_heads`, each measure by horizon: loss; top-1 and top-5; agreement and accepted length."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for axes, (title, draw) in zip(panels, _QUALITY.items(), strict=True):
-        draw(axes, quality)
-        axes.set(title=title, xlabel="horizon")
-        axes.set_xticks([int(horizon) for horizon in quality["targets"]])
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
-    panels[0].legend(frameon=False)
-    panels[2].legend(frameon=False)
-    figure.savefig(path, dpi=130)
-
-
-def _quality_lines(quality: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], list[int], dict[str, Any]]]:
-    horizons = [int(horizon) for horizon in quality["targets"]]
-    for kind, (label, colour, marker) in _KINDS.items():
-        yield label, quality[kind], horizons, {"color": colour, "marker": marker, "linewidth": 2}
-
-
-def _draw_losses(axes: Axes, quality: Mapping[str, Any]) -> None:
-    for label, measured, horizons, style in _quality_lines(quality):
-        axes.plot(horizons, list(measured["loss"].values()), label=label, **style)
-    axes.set(ylabel="nats per token", ylim=(0, None))
-
-
-def _draw_hits(axes: Axes, quality: Mapping[str, Any]) -> None:
-    for label, measured, horizons, style in _quality_lines(quality):
-        for measure, dash in (("top1", "-"), ("top5", ":")):
-            values = [100 * value for value in measured[measure].values()]
-            axes.plot(horizons, values, linestyle=dash, label=label if dash == "-" else None, **style)
-    axes.set(ylabel="% of targets", ylim=(0, 103))
-
-
-def _draw_agreement(axes: Axes, quality: Mapping[str, Any]) -> None:
-    for label, measured, horizons, style in _quality_lines(quality):
-        if "agreement" in measured:
-            words = f"{label}: {measured['accepted_length']:.2f} of {len(horizons)} accepted"
-            axes.plot(horizons, [100 * value for value in measured["agreement"].values()], label=words, **style)
-    axes.set(ylabel="% of places", ylim=(0, 103))
-
-
-_QUALITY = {
-    "Loss": _draw_losses,
-    "Right: first guess (line), first five (dots)": _draw_hits,
-    "Guesses the model writes itself": _draw_agreement,
-}
 
 
 def _style(name: str, number: int = 0) -> tuple[str, Any, str]:

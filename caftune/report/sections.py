@@ -1,5 +1,6 @@
-"""The sections of a report, as plain values: sentences, tables, pictures, examples. report.py lays them out."""
+"""The sections of a report, as plain values: sentences, tables, pictures, examples. render.py lays them out."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
@@ -7,35 +8,42 @@ from typing import Any
 
 import yaml
 
-from caftune.compare.verdict import BASE, BASELINE, main_loss
+from caftune.checkpoints.quality_card import quality_rows
+from caftune.compare.summary import (
+    BASE,
+    BASELINE,
+    ArmConcepts,
+    Comparison,
+    ConceptGroup,
+    Difference,
+    Measure,
+    main_loss,
+    number,
+)
 from caftune.evals.statistics import LEVEL
 from caftune.report import plots
 from caftune.report.cost_tables import costs
-from caftune.report.parts import (
-    ARMS,
-    Answer,
-    Cell,
-    Example,
-    Measure,
-    Picture,
-    Run,
-    Section,
-    Table,
-    group_names,
-    in_words,
-    marked,
-    measures_of,
-    number,
-    p_value,
-    places_for,
-    without_addresses,
-    without_servers,
-)
+from caftune.report.parts import Answer, Cell, Example, Picture, Section, Table, marked
 
+_ARMS = {
+    "base": "the model before fine-tuning",
+    "ntp": "plain next-token fine-tuning, the baseline",
+    "caft": "concept-aware fine-tuning with pretrained heads",
+    "beta0": "CAFT's code with weight 0, which must equal ntp",
+    "random_heads": "CAFT with heads of shuffled weights, which have lost what they learnt",
+    "shuffled_horizons": "CAFT with each head in the place of the next one",
+    "no_pretraining": "CAFT with heads that were not pretrained",
+}
 _HORIZON = re.compile(r"h(\d+)_(loss|weight)")
+_GROUP = re.compile(r"(\w+)_(precision|recall|f1)")
+_BARS = "Bars are in the order of the legend."
+_CONCEPT_WORDS = {
+    "probability": "Probability of all tokens of the concept, given the text before it.",
+    "exact": "Share of concepts of which every token is the most likely one.",
+}
 
 
-def sections(run: Run) -> Iterator[Section]:
+def sections(run: Comparison) -> Iterator[Section]:
     """The sections that this run has something for, in their order."""
     for build in (_verdict, _results, _training, _concepts, _examples, costs, _heads, _provenance):
         section = build(run)
@@ -43,166 +51,140 @@ def sections(run: Run) -> Iterator[Section]:
             yield section
 
 
-def _arms(run: Run) -> list[str]:
-    """The arms, after the base and whatever else was measured."""
-    measured = [row["arm"] for row in run["measures"]]
-    return list(dict.fromkeys([*[BASE] * (BASE in measured), *run["arms"], *measured]))
+def _arms(run: Comparison) -> list[str]:
+    """The arms, after the base and before any other evaluated model."""
+    measured = [row.arm for row in run.measures]
+    return list(dict.fromkeys([*[BASE] * (BASE in measured), *run.arms, *measured]))
 
 
-def _verdict(run: Run) -> Section:
-    arms = {arm: ARMS[arm] for arm in _arms(run) if arm in ARMS}
-    section = Section("Verdict", text=list(run["remarks"]), terms=arms if len(run["arms"]) > 1 else {})
-    for measure in measures_of(run):
-        pairs = _pairs(run, measure)
-        if measure.is_primary and pairs:
-            section.pictures.append(_forest(measure, pairs))
+def _verdict(run: Comparison) -> Section:
+    arms = {arm: _ARMS[arm] for arm in _arms(run) if arm in _ARMS}
+    section = Section("Verdict", text=list(run.remarks), terms=arms if len(run.arms) > 1 else {})
+    section.pictures += [_forest(measure) for measure in run.by_measure if measure.is_primary and measure.differences]
     return section
 
 
-def _pairs(run: Run, measure: Measure) -> list[Mapping[str, Any]]:
-    return [row for row in run["comparisons"] if (row["task"], row["measure"]) == (measure.task, measure.name)]
-
-
-def _forest(measure: Measure, pairs: Sequence[Mapping[str, Any]]) -> Picture:
+def _forest(measure: Measure) -> Picture:
+    names = [row.arm if row.baseline == BASELINE else f"{row.arm} vs {row.baseline}" for row in measure.differences]
+    pairs = list(zip(names, measure.differences, strict=True))
     drawn = [
-        plots.Difference(_pair_name(row), *(measure.factor * row[name] for name in ("difference", "low", "high")))
-        for row in pairs
+        plots.Difference(name, *(measure.factor * value for value in (row.difference, row.low, row.high)))
+        for name, row in pairs
     ]
-    words = "; ".join(f"{_pair_name(row)} {_interval(measure, row)}" for row in pairs)
+    unit = measure.unit or measure.name
     return Picture(
         f"{measure.name} on {measure.task}: differences",
-        f"Each mark is an arm's mean less that of {BASELINE} (or of the arm named after “vs”), its line the 95% interval. A "
-        "line that crosses zero means that these runs cannot tell the two apart.",
-        f"Differences in {measure.unit}: {words}.",
-        plots.forest(drawn, unit=measure.unit, is_lower_better=measure.is_lower_better),
+        f"Each mark is an arm's mean minus that of {BASELINE} (or of the arm named after “vs”); its line is the 95% interval. "
+        "If the line crosses zero, these runs do not show a difference.",
+        f"Differences in {unit}: {'; '.join(f'{name} {measure.difference(row)}' for name, row in pairs)}.",
+        plots.forest(drawn, unit=unit, is_lower_better=measure.is_lower_better),
     )
 
 
-def _pair_name(row: Mapping[str, Any]) -> str:
-    return row["arm"] if row["baseline"] == BASELINE else f"{row['arm']} vs {row['baseline']}"
-
-
-def _interval(measure: Measure, row: Mapping[str, Any]) -> str:
-    """`+1.2 [−0.3, +2.7]`."""
-    places = places_for(measure.factor * (row["high"] - row["low"]) / 2, 2)
-    shown = [number(measure.factor * row[name], places, sign=True) for name in ("difference", "low", "high")]
-    return f"{shown[0]} [{shown[1]},\N{NO-BREAK SPACE}{shown[2]}]"
-
-
-def _results(run: Run) -> Section:
+def _results(run: Comparison) -> Section:
     section = Section("Results")
-    if run["missing"]:
+    if run.missing:
         section.text.append(
-            f"Not finished: {', '.join(run['missing'])}. These seeds are left out of every arm, so that all arms have the same."
+            f"Missing runs: {', '.join(run.missing)}. Their seeds are left out of every arm, so that all arms have the same "
+            "seeds."
         )
-    groups = group_names(run)
-    by_task: dict[str, list[Measure]] = {}
-    for measure in measures_of(run):
-        if measure.name not in groups:
-            by_task.setdefault(measure.task, []).append(measure)
-    sizes = {task["name"]: f", {task['examples']:,} examples" for task in run["tasks"]}
-    for task, measures in by_task.items():
-        section.tables.append(_measure_table(run, f"{task}{sizes.get(task, '')}", measures))
-    compared = [(measure, row) for measure in measures_of(run) for row in _pairs(run, measure)]
+    groups = _group_names(run)
+    sizes = {task.name: f", {task.examples:,} examples" for task in run.tasks}
+    for task in dict.fromkeys(measure.task for measure in run.by_measure):
+        measures = [measure for measure in run.by_measure if measure.task == task and measure.name not in groups]
+        if measures:
+            section.tables.append(_measure_table(run, f"{task}{sizes.get(task, '')}", measures))
+    compared = [(measure, row) for measure in run.by_measure for row in measure.differences]
     if compared:
         section.tables.append(_difference_table(compared))
     return section
 
 
-def _measure_table(run: Run, title: str, measures: Sequence[Measure], *, is_folded: bool = False) -> Table:
-    seeds = max(len(row["values"]) for measure in measures for row in measure.rows.values())
-    how = (
-        f"Mean of {seeds} runs ± half of its 95% interval."
-        if seeds > 1
-        else "One run each, so chance is not accounted for."
-    )
-    if run["comparisons"]:
-        how += f" ▲ better and ▼ worse than {BASELINE}, by the p-values corrected for the number of measures (Holm)."
-    signs = {"★": "is the task's main measure", "↓": "means that less is better"}
-    known = [f"{sign} {words}" for sign, words in signs.items() if any(sign in m.heading for m in measures)]
-    arms = [arm for arm in _arms(run) if any(arm in measure.rows for measure in measures)]
-    rows = [[Cell(arm), *(Cell(m.shown(arm), _tag(run, m, arm)) for m in measures)] for arm in arms]
+def _measure_table(run: Comparison, title: str, measures: Sequence[Measure], *, is_folded: bool = False) -> Table:
+    seeds = max(len(row.values) for measure in measures for row in measure.arms.values())
+    how = f"Mean of {seeds} runs ± half of its 95% interval."
+    if seeds < 2:
+        how = "One run per arm, so the variation between runs is unknown."
+    if run.differences:
+        how += f" ▲ better and ▼ worse than {BASELINE}, by p-values corrected for the number of measures (Holm)."
+    headings = [measure.heading for measure in measures]
+    signs = {"★": "primary measure of the task", "↓": "lower is better"}
+    known = [f"{sign} {words}" for sign, words in signs.items() if any(sign in heading for heading in headings)]
     how += f" {'; '.join(known)}." if known else ""
-    return Table(title, how, ["arm", *(measure.heading for measure in measures)], rows, is_folded)
+    arms = [arm for arm in _arms(run) if any(arm in measure.arms for measure in measures)]
+    rows = [[Cell(arm), *(Cell(measure.mean(arm), _tag(measure, arm)) for measure in measures)] for arm in arms]
+    return Table(title, how, ["arm", *headings], rows, is_folded)
 
 
-def _tag(run: Run, measure: Measure, arm: str) -> str:
-    for row in _pairs(run, measure):
-        if row["arm"] == arm and row["baseline"] == BASELINE and row["p_holm"] <= LEVEL:
-            return "better" if (row["difference"] > 0) != measure.is_lower_better else "worse"
+def _tag(measure: Measure, arm: str) -> str:
+    for row in measure.differences:
+        if row.arm == arm and row.baseline == BASELINE and row.p_holm <= LEVEL:
+            return "better" if (row.difference > 0) != measure.is_lower_better else "worse"
     return ""
 
 
-def _difference_table(compared: Sequence[tuple[Measure, Mapping[str, Any]]]) -> Table:
-    head = ["measure", "arm", "less", "difference [95% interval]", "p", "p, Holm", "smallest detectable", "over"]
-    rows = []
-    for measure, row in compared:
-        least = row["minimum_detectable"]
-        places = places_for(measure.factor * (row["high"] - row["low"]) / 2, 2)
-        cells = [
-            *(f"{measure.task}: {measure.heading}", row["arm"], row["baseline"], _interval(measure, row)),
-            *(p_value(row["p_value"]), p_value(row["p_holm"])),
-            *("–" if least is None else number(measure.factor * least, places), row["over"]),
-        ]
-        rows.append([Cell(text) for text in cells])
+def _difference_table(compared: Sequence[tuple[Measure, Difference]]) -> Table:
+    rows = [
+        (
+            f"{measure.task}: {measure.heading}",
+            row.arm,
+            row.baseline,
+            measure.difference(row),
+            _p_value(row.p_value),
+            _p_value(row.p_holm),
+            "–" if row.minimum_detectable is None else measure.size(row, row.minimum_detectable),
+            row.over,
+        )
+        for measure, row in compared
+    ]
     return Table(
         "All differences, with p-values",
-        "p is the chance of a difference at least this large between equal arms; Holm's is corrected for how many measures one "
-        "looks at. A true difference of the smallest detectable size would be found four times out of five. Differences of "
-        "shares are in percentage points.",
-        head,
-        rows,
+        "p is the probability of a difference at least this large between arms without a true difference; “p, Holm” is "
+        "corrected for the number of measures. A true difference of the smallest detectable size would be detected four times "
+        "out of five. Differences of shares are in percentage points.",
+        ["measure", "arm", "baseline", "difference [95% interval]", "p", "p, Holm", "smallest detectable", "over"],
+        [[Cell(text) for text in row] for row in rows],
         is_folded=True,
     )
 
 
-def _training(run: Run) -> Section:
+def _p_value(value: float) -> str:
+    return "<\N{NO-BREAK SPACE}0.001" if value < 0.001 else f"{value:.2g}"
+
+
+def _training(run: Comparison) -> Section:
     section = Section("Training")
-    losses = {arm: [_main_loss(log) for log in logs] for arm, logs in run["logs"].items()}
+    losses = {
+        arm: [[(entry["step"], loss) for entry in log if (loss := main_loss(entry)) is not None] for log in logs]
+        for arm, logs in run.logs.items()
+    }
     drawn = {arm: seeds for arm, seeds in losses.items() if any(seeds)}
     seeds = " Thick: mean of the seeds; thin: each seed." if any(len(found) > 1 for found in drawn.values()) else ""
     if drawn:
         section.pictures.append(_curves("Next-token loss L₁ in training", f"Lower is better.{seeds}", drawn))
     others = {arm: found for arm, found in drawn.items() if BASELINE in drawn and arm != BASELINE}
-    apart = {arm: less for arm, found in others.items() if any(less := _less(found, drawn[BASELINE]))}
+    apart = {arm: less for arm, found in others.items() if any(less := _minus(found, drawn[BASELINE]))}
     if apart:
         how = f"Below zero the arm predicts its training text better than {BASELINE} at the same step.{seeds}"
-        section.pictures.append(_curves(f"L₁ less that of {BASELINE}", how, apart))
-    for arm, logs in run["logs"].items():
+        section.pictures.append(_curves(f"L₁ minus that of {BASELINE}", how, apart))
+    for arm, logs in run.logs.items():
         by_horizon = _by_horizon(logs, "loss")
         if by_horizon:
-            how = f"Loss of the token h places ahead; h = 1 is the model itself, the others are heads.{seeds}"
+            how = f"Loss of the token h positions ahead; h = 1 is the model itself, the others are heads.{seeds}"
             section.pictures.append(_curves(f"{arm}: loss by horizon", how, by_horizon))
-    weights = {arm: _by_horizon(logs[:1], "weight") for arm, logs in run["logs"].items()}
-    shown = next(
-        (arm for arm, found in weights.items() if any(y for seeds in found.values() for _, y in seeds[0])), None
-    )
-    if shown is not None:
-        title, how = (
-            f"{shown}: weights of the heads' losses",
-            "How much each head's loss counts beside L₁: β γ(t) αʰ⁻¹.",
-        )
-        section.pictures.append(_curves(title, how, weights[shown], unit="weight", zero=True))
+    for arm, logs in run.logs.items():
+        weights = _by_horizon(logs[:1], "weight")
+        if any(weight for lines in weights.values() for _, weight in lines[0]):
+            title, how = f"{arm}: weights of the heads' losses", "Weight of each head's loss next to L₁: β γ(t) αʰ⁻¹."
+            section.pictures.append(_curves(title, how, weights, unit="weight"))
+            break  # the other arms have the same
     return section
 
 
-def _curves(
-    title: str,
-    how: str,
-    lines: Mapping[str, Sequence[plots.Points]],
-    *,
-    unit: str = "nats per token",
-    zero: bool = False,
-) -> Picture:
+def _curves(title: str, how: str, lines: plots.Lines, unit: str = "nats per token") -> Picture:
     last = {name: fmean(points[-1][1] for points in seeds if points) for name, seeds in lines.items()}
     ends = ", ".join(f"{name} {value:.3g}" for name, value in last.items()).replace("-", "−")
-    words = f"At the last step ({unit}): {ends}."
-    return Picture(title, how, words, plots.curves(lines, unit=unit, zero=zero))
-
-
-def _main_loss(log: Sequence[Mapping[str, Any]]) -> plots.Points:
-    """L_1 by step."""
-    return [(entry["step"], value) for entry in log if (value := main_loss(entry)) is not None]
+    return Picture(title, how, f"At the last step ({unit}): {ends}.", plots.curves(lines, unit=unit))
 
 
 def _by_horizon(logs: Sequence[Sequence[Mapping[str, Any]]], kind: str) -> dict[str, list[plots.Points]]:
@@ -216,23 +198,24 @@ def _by_horizon(logs: Sequence[Sequence[Mapping[str, Any]]], kind: str) -> dict[
     }
 
 
-def _less(ours: Sequence[plots.Points], theirs: Sequence[plots.Points]) -> list[plots.Points]:
+def _minus(ours: Sequence[plots.Points], theirs: Sequence[plots.Points]) -> list[plots.Points]:
     pairs = [(one, dict(other)) for one, other in zip(ours, theirs, strict=True)]
     return [[(step, value - other[step]) for step, value in one if step in other] for one, other in pairs]
 
 
-def _concepts(run: Run) -> Section:
+def _concepts(run: Comparison) -> Section:
     section = Section("Concepts")
-    studied = run["concepts"]
-    if studied:
-        name = "functional group" if studied["kind"] == "smiles" else "name"
+    if run.concepts:
+        name = "functional group" if run.concepts.kind == "smiles" else "name"
         for group, title in (("by_tokens", "by number of tokens"), ("by_name", f"by {name}")):
-            for measure in ("probability", "exact"):
-                section.pictures += _concept_bars(studied["arms"], group, measure, title)
-            section.tables += _concept_table(studied["arms"], group, title)
-    groups = group_names(run)
+            arms = {arm: getattr(found, group) for arm, found in run.concepts.arms.items() if getattr(found, group)}
+            if arms:
+                for measure in ("probability", "exact"):
+                    section.pictures.append(_concept_bars(run.concepts.arms, arms, measure, title))
+                section.tables.append(_concept_table(arms, title))
+    groups = _group_names(run)
     by_group: dict[str, dict[str, Measure]] = {}
-    for found in measures_of(run):
+    for found in run.by_measure:
         if found.name in groups:
             by_group.setdefault(f"{found.task}: {groups[found.name][0]}", {})[groups[found.name][1]] = found
     section.pictures += [_measure_bars(title, found) for title, found in by_group.items()]
@@ -242,126 +225,135 @@ def _concepts(run: Run) -> Section:
     return section
 
 
+def _group_names(run: Comparison) -> dict[str, tuple[str, str]]:
+    """Measures that belong together, as (group, measure): precision, recall and F1 of one thing, and RDKit's fragments."""
+    names = {row.measure for row in run.measures}
+    found = {name: (match[1], match[2]) for name in names if (match := _GROUP.fullmatch(name))}
+    whole = {group for group, kind in found.values() if kind == "recall"}
+    fragments = {name: ("fragments", name) for name in names if name.startswith("fragments_")}
+    return {name: pair for name, pair in found.items() if pair[0] in whole} | fragments
+
+
 def _measure_bars(title: str, measures: Mapping[str, Measure]) -> Picture:
-    is_whole = "recall" in measures
-    how = "Precision: how many of the groups written were asked for. Recall: how many of those asked for were written."
-    how = how if is_whole else "Micro: over all decisions. Macro: the mean over the kinds of fragments."
-    how += " The lines on bars are 95% intervals." * any(
-        row["half"] for m in measures.values() for row in m.rows.values()
-    )
-    arms = dict.fromkeys(arm for measure in measures.values() for arm in measure.rows)
+    how = "Micro: over all decisions. Macro: the mean over the kinds of fragments."
+    if "recall" in measures:
+        how = "Precision: share of the answers' groups that the reference has. Recall: share of its groups in the answers."
+    has_intervals = any(row.half for measure in measures.values() for row in measure.arms.values())
+    how += " The lines on bars are 95% intervals." * has_intervals
+    arms = dict.fromkeys(arm for measure in measures.values() for arm in measure.arms)
     how += f" {_BARS}" * (len(arms) > 1)
-    values = {arm: {name: m.bar(arm) for name, m in measures.items() if arm in m.rows} for arm in arms}
-    words = "; ".join(f"{arm}: " + ", ".join(f"{name} {m.shown(arm)}" for name, m in measures.items()) for arm in arms)
+    values = {arm: {name: plots.Bar(*m.scaled(arm)) for name, m in measures.items() if arm in m.arms} for arm in arms}
+    words = "; ".join(f"{arm}: " + ", ".join(f"{name} {m.mean(arm)}" for name, m in measures.items()) for arm in arms)
     return Picture(title, how, f"{words} (%).", plots.bars(values, unit="%"))
 
 
-def _concept_bars(arms: Mapping[str, Any], group: str, measure: str, title: str) -> list[Picture]:
-    values = {arm: _concept_groups(found, group, measure) for arm, found in arms.items() if found[group]}
-    if not values:
-        return []
-    how = f"{_CONCEPT_WORDS[measure]} In brackets: how many concepts. Each dot is a seed. {_BARS}"
+def _concept_bars(
+    whole: Mapping[str, ArmConcepts], arms: Mapping[str, Mapping[str, ConceptGroup]], measure: str, title: str
+) -> Picture:
+    values: dict[str, dict[str, plots.Bar]] = {}
+    is_by_name = title != "by number of tokens"
+    for arm, groups in arms.items():
+        bars = {f"{name} ({part.count:,})": getattr(part, measure) for name, part in _ordered(groups)}
+        every = bars if is_by_name else {"all": getattr(whole[arm], measure), **bars}
+        values[arm] = {
+            name: plots.Bar(100 * fmean(seeds), None, [100 * value for value in seeds]) for name, seeds in every.items()
+        }
+    how = f"{_CONCEPT_WORDS[measure]} In brackets: the number of concepts. Each dot is a seed. {_BARS}"
     words = "; ".join(
         f"{arm}: " + ", ".join(f"{name} {number(bar.mean, 1)}" for name, bar in found.items())
         for arm, found in values.items()
     )
-    svg = plots.bars(values, unit="%", is_lying=group == "by_name" or len(next(iter(values.values()))) > 9)
-    return [Picture(f"{measure.capitalize()} {title}", how, f"In percent, {words}.", svg)]
+    svg = plots.bars(values, unit="%", is_horizontal=is_by_name or len(next(iter(values.values()))) > 9)
+    return Picture(f"{measure.capitalize()} {title}", how, f"In percent, {words}.", svg)
 
 
-_BARS = "Bars stand in the order of the legend."
-_CONCEPT_WORDS = {
-    "probability": "That of all the concept's tokens, given the text before it.",
-    "exact": "Concepts whose every token is the most likely one.",
-}
+def _ordered(parts: Mapping[str, ConceptGroup]) -> list[tuple[str, ConceptGroup]]:
+    return sorted(parts.items(), key=lambda item: (int(item[0]) if item[0].isdecimal() else 0, -item[1].count))
 
 
-def _concept_groups(found: Mapping[str, Any], group: str, measure: str) -> dict[str, plots.Bar]:
-    """By number of tokens, after those of all concepts; or by name."""
-    named = {f"{name} ({part['count']:,})": part[measure] for name, part in _ordered(found[group])}
-    every = {"all": found[measure], **named} if group == "by_tokens" else named
-    return {
-        name: plots.Bar(100 * fmean(values), None, [100 * value for value in values]) for name, values in every.items()
-    }
-
-
-def _ordered(parts: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return sorted(parts.items(), key=lambda item: (int(item[0]) if item[0].isdecimal() else 0, -item[1]["count"]))
-
-
-def _concept_table(arms: Mapping[str, Any], group: str, title: str) -> list[Table]:
-    first = next(iter(arms.values()))[group]
-    if not first:
-        return []
+def _concept_table(arms: Mapping[str, Mapping[str, ConceptGroup]], title: str) -> Table:
     columns = [(arm, measure) for measure in ("probability", "exact") for arm in arms]
     rows = [
-        [Cell(name), Cell(f"{part['count']:,}"), *(_percent(arms[arm][group][name][m]) for arm, m in columns)]
-        for name, part in _ordered(first)
+        [
+            Cell(name),
+            Cell(f"{part.count:,}"),
+            *(Cell(number(100 * fmean(getattr(arms[arm][name], measure)), 1)) for arm, measure in columns),
+        ]
+        for name, part in _ordered(next(iter(arms.values())))
     ]
-    head = [title.removeprefix("by "), "how many", *(f"{measure}, {arm}, %" for arm, measure in columns)]
-    return [Table(f"Concepts {title}", "Means over the seeds.", head, rows, is_folded=True)]
+    head = [title.removeprefix("by "), "count", *(f"{measure}, {arm}, %" for arm, measure in columns)]
+    return Table(f"Concepts {title}", "Means over the seeds.", head, rows, is_folded=True)
 
 
-def _percent(values: Sequence[float]) -> Cell:
-    return Cell(number(100 * fmean(values), 1))
-
-
-def _examples(run: Run) -> Section:
+def _examples(run: Comparison) -> Section:
     section = Section("Examples")
-    for item in run["examples"]:
-        others = [one for one in run["examples"] if one["task"] == item["task"]]
-        scores = {answer["score"] for one in others for answer in one["answers"].values()}
-        answers = [Answer("reference", marked(item["reference"]), "", "")]
-        for arm, answer in item["answers"].items():
-            answers.append(Answer(arm, marked(answer), *_judged(answer["score"], is_binary=scores <= {0, 1})))
+    for item in run.examples:
+        scores = {
+            answer.score for other in run.examples if other.task == item.task for answer in other.answers.values()
+        }
+        answers = [Answer("reference", marked(item.reference))]
+        for arm, answer in item.answers.items():
+            if scores <= {0, 1}:
+                answers.append(Answer(arm, marked(answer), mark="right" if answer.score == 1 else "wrong"))
+            else:
+                answers.append(Answer(arm, marked(answer), score=f"score {answer.score:.3g}".replace("-", "−")))
         said = ", ".join(f"{answer.name} {answer.mark or answer.score}" for answer in answers[1:])
-        section.examples.append(Example(f"{item['task']} {item['id']}: {said}", item["prompt"], answers))
+        section.examples.append(Example(f"{item.task} {item.id}: {said}", item.prompt, answers))
     if section.examples:
-        kinds = any(part.depth for example in section.examples for answer in example.answers for part in answer.parts)
-        section.text.append("Examples of the first seed." + " Concepts are underlined on a coloured ground." * kinds)
+        has_concepts = any(part.depth for item in section.examples for answer in item.answers for part in answer.parts)
+        section.text.append("Answers of the first seed." + " Concepts are coloured and underlined." * has_concepts)
     return section
 
 
-def _judged(score: float, *, is_binary: bool) -> tuple[str, str]:
-    return ("right" if score == 1 else "wrong", "") if is_binary else ("", f"score {score:.3g}".replace("-", "−"))
-
-
-def _heads(run: Run) -> Section:
-    quality = run["quality"]
+def _heads(run: Comparison) -> Section:
+    quality = run.quality
     if not quality:
         return Section("Heads")
-    names = {"heads": "heads", "untrained": "untrained copies", "trunk": "the model, one token before"}
-    rows, horizons = [], list(quality["targets"])
-    for measure, places in (("loss", 3), ("top1", 1), ("top5", 1), ("agreement", 1)):
-        for kind, who in names.items():
-            if measure in quality[kind]:
-                values = [(1 if measure == "loss" else 100) * quality[kind][measure][h] for h in horizons]
-                unit = "nats" if measure == "loss" else "%"
-                rows.append([Cell(f"{measure}, {unit}: {who}"), *(Cell(number(value, places)) for value in values)])
-    lengths = [f"{names[kind]} {quality[kind]['accepted_length']:.2f}" for kind in ("heads", "untrained")]
-    how = "Loss, share of first guesses (top1) and of first five (top5) that are right, and of what the model itself writes."
-    table = Table("Quality by horizon", how, ["", *(f"h = {h}" for h in horizons)], rows, is_folded=True)
+    horizons = list(quality["targets"])
+    heads, untrained = (quality[kind]["accepted_length"] for kind in ("heads", "untrained"))
     said = (
-        "Good heads lie between untrained copies and the model itself, which sees h − 1 more tokens. Guesses that the model "
-        f"would accept in a row, of {len(horizons)}: {', '.join(lengths)}."
+        "Good heads score between untrained copies and the model itself, which sees h − 1 more tokens. Guesses in a row that "
+        f"the model would accept, of {len(horizons)}: heads {heads:.2f}, untrained copies {untrained:.2f}."
     )
     what = "The numbers are in the table below."
     drawn = plots.quality_pictures(quality).items()
     pictures = [Picture(title, "By horizon: how many tokens ahead.", what, svg) for title, svg in drawn]
+    how = (
+        "Loss; how often the first guess (top-1) or one of the first five (top-5) is correct; how often the first guess is the "
+        "model's own greedy token (agreement)."
+    )
+    rows = [[Cell(name), *map(Cell, values)] for name, values in quality_rows(quality)]
+    table = Table("Quality by horizon", how, ["", *(f"h = {h}" for h in horizons)], rows, is_folded=True)
     return Section("Heads", text=[said], pictures=pictures, tables=[table])
 
 
-def _provenance(run: Run) -> Section:
+def _provenance(run: Comparison) -> Section:
     section = Section("Provenance")
     rows = []
-    for key, value in run["provenance"].items():
+    for key, value in run.provenance.items():
         if isinstance(value, Mapping) and key in ("data", "heads"):
-            rows += [[Cell(f"{key}: {name}"), Cell(in_words(part))] for name, part in value.items()]
+            rows += [[Cell(f"{key}: {name}"), Cell(_in_words(part))] for name, part in value.items()]
         else:
-            rows.append([Cell(key), Cell(without_servers(value) if key == "command" else in_words(value))])
+            rows.append([Cell(key), Cell(_in_words(value))])
     if rows:
-        how = "What this was made with; data and heads are named by the SHA-256 of their contents."
+        how = "Data and heads are identified by the SHA-256 of their contents."
         section.tables.append(Table("How to repeat it", how, ["", ""], rows))
-    if run["recipe"]:
-        section.code = yaml.safe_dump(without_addresses(run["recipe"]), sort_keys=False, allow_unicode=True)
+    if run.recipe:
+        section.code = yaml.safe_dump(_without_addresses(run.recipe), sort_keys=False, allow_unicode=True)
     return section
+
+
+def _in_words(value: Any) -> str:
+    """`key value, key value`, without unknown values and the addresses of servers (as in _without_addresses)."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_in_words(part)}" for key, part in value.items() if part is not None)
+    if isinstance(value, str):
+        return " ".join(word for word in value.split(" ") if ".server." not in word)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _without_addresses(recipe: Any) -> Any:
+    """The recipe without addresses of servers, which may hold keys; a report is passed on to others."""
+    if not isinstance(recipe, Mapping):
+        return recipe
+    return {key: "left out" if key == "url" else _without_addresses(value) for key, value in recipe.items()}

@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard
 from trainers import config
 
 from caftune import CAFTTrainer
-from caftune.checkpoints.cards import heads_card, quality_table, read_quality
+from caftune.checkpoints.cards import heads_card, read_quality
+from caftune.checkpoints.quality_card import quality_table
 from caftune.demo.run import BASE
 from caftune.files import file_sha256, write_json
 
@@ -52,18 +53,18 @@ def describe(folder, **changes):
 def test_a_report_of_quality_is_a_table_of_horizons_and_kinds():
     lines = quality_table(QUALITY)
     assert lines[:2] == ["| | h = 2 | h = 3 |", "|---|---|---|"]
-    assert "| loss, nats: these heads | 1.23 | 2.35 |" in lines
-    assert "| loss, nats: the model itself, one token before | 0.50 | 0.55 |" in lines
+    assert "| loss, nats: heads | 1.234 | 2.345 |" in lines
+    assert "| loss, nats: the model, one token before | 0.500 | 0.550 |" in lines
     assert "| top-1, %: untrained copies | 10.0 | 5.0 |" in lines
-    assert "| top-5, %: these heads | 75.0 | 62.5 |" in lines
-    assert "| agreement, %: these heads | 40.0 | 30.0 |" in lines
-    assert not [line for line in lines if line.startswith("| agreement, %: the model itself")]
+    assert "| top-5, %: heads | 75.0 | 62.5 |" in lines
+    assert "| agreement, %: heads | 40.0 | 30.0 |" in lines
+    assert not [line for line in lines if line.startswith("| agreement, %: the model,")]
 
 
 def test_a_report_of_quality_says_how_it_was_measured():
     said = quality_table(QUALITY)[-1]
     assert "1,200 targets at h = 2" in said
-    assert "from 64 places" in said
+    assert "over 64 positions" in said
     assert "0.88 of the 2 guesses would be accepted on average (untrained copies: 0.12)" in said
 
 

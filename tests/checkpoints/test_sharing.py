@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from caftune import Backbone, CAFTTrainer, load_heads
-from caftune.checkpoints.cards import quality_table
 from caftune.checkpoints.heads_folder import describe_heads, find_heads
 from caftune.checkpoints.hub import pull_heads, push_heads
+from caftune.checkpoints.quality_card import quality_table
 from caftune.cli import app
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
@@ -153,7 +153,7 @@ def test_the_card_says_what_the_heads_are_and_how_they_were_made(hub, made):
     lines = re.findall(r"^- \*\*(.+?)\*\*: (.+)$", card_of(hub).text, re.MULTILINE)
     facts = {name: value.strip("`") for name, value in lines}
     assert facts["base"] == BASE.name
-    assert facts["kind"] == "decoder, leaving the model at the input of the last layer"
+    assert facts["kind"] == "decoder, branching off the model at the input of the last layer"
     assert facts["horizons"] == "2, 3"
     assert facts["trained on"] == "text notes.jsonl, rows 40"
     assert "steps 2, learning_rate 0.001" in facts["settings"]

@@ -19,9 +19,8 @@ from caftune.checkpoints.heads_folder import describe_heads
 from caftune.cli import app
 from caftune.compare import runner as comparing
 from caftune.compare.control_heads import write_control_heads
-from caftune.compare.runner import arm_recipe, compare
-from caftune.compare.runs import run_folder
-from caftune.compare.verdict import main_loss
+from caftune.compare.runner import arm_recipe
+from caftune.compare.summary import Comparison, main_loss
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
@@ -52,6 +51,11 @@ def values_in(folder, heads, **compared):
         "eval": {"tasks": ["exact_match"], "data": {"exact_match": "test.jsonl"}, "max_new_tokens": 12},
         "compare": {"arms": ARMS, "seeds": 2, **compared},
     }
+
+
+def compare(recipe, only=None):
+    """What comparison.json holds."""
+    return comparing.compare(recipe, only).to_json()
 
 
 def recipe_in(folder, heads, **compared):
@@ -225,7 +229,7 @@ def test_a_run_that_diverges_counts_as_one_without_numbers_and_the_others_go_on(
         assert not arms & {row["arm"] for row in rows if row["task"] != "concepts"}
     kept = {row["arm"] for row in again["measures"] if row["measure"] == "loss"}
     assert kept == set(ARMS) - arms
-    assert f"is no finite number in {', '.join(broken)}." in again["verdict"]
+    assert f"is not a finite number in {', '.join(broken)}." in again["verdict"]
     assert all(page.is_file() for page in write_report([copied / "out"]))
     made = count_trainings(monkeypatch)
     assert compare(recipe_in(copied, heads))["left_out"] == again["left_out"]
@@ -248,7 +252,13 @@ def test_models_and_checkpoints_are_removed_once_they_are_evaluated(finished):
     assert (finished / "out" / "compare" / "caft" / "42" / "recipe.yaml").is_file()
 
 
-def test_a_finished_comparison_trains_and_asks_nothing(copied, heads, found, monkeypatch):
+def test_a_comparison_is_read_as_it_is_written(finished, found):
+    read = Comparison.read(finished / "out" / "compare" / "comparison.json")
+    assert json.loads(json.dumps(read.to_json())) == found
+    assert [row.arm for row in read.deciding.differences] == ["caft", "beta0", "no_pretraining", "caft"]
+
+
+def test_a_finished_comparison_trains_and_evaluates_nothing(copied, heads, found, monkeypatch):
     monkeypatch.setattr("caftune.pipeline.finetune.finetune_model", lambda _: pytest.fail("trained"))
     again = compare(recipe_in(copied, heads))
     for key in ("measures", "comparisons", "verdict", "logs", "costs", "concepts", "examples"):
@@ -266,7 +276,7 @@ def test_one_more_seed_runs_for_itself_alone(copied, heads, found, monkeypatch):
 
 def test_a_comparison_that_is_stopped_goes_on_where_it_was(copied, heads, found, monkeypatch):
     for arm, seed in (("caft", 43), ("beta0", 43), ("beta0", 42)):
-        shutil.rmtree(run_folder(recipe_in(copied, heads), arm, seed))
+        shutil.rmtree(copied / "out" / "compare" / arm / str(seed))
     real = comparing.evaluate
     with monkeypatch.context() as patch:
 
@@ -339,26 +349,28 @@ def test_the_last_of_single_runs_writes_the_comparison(copied, heads):
 
 def test_single_runs_compute_no_statistics_while_others_are_missing(copied, heads, monkeypatch):
     recipe = recipe_in(copied, heads)
-    shutil.rmtree(run_folder(recipe, "caft", 43))
+    shutil.rmtree(copied / "out/compare/caft/43")
     (copied / "out/compare/comparison.json").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(comparing, "summarise_comparison", lambda *_, **__: pytest.fail("computed"))
         found = compare(recipe, "ntp/42")
         assert found["missing"] == ["caft/43"]
-        assert found["verdict"] == "ntp/42 is done. Runs that are missing: caft/43."
-        comparing.print_comparison(Console(quiet=True), found)
+        assert found["verdict"] == "ntp/42 is done. Missing runs: caft/43."
+        comparing.print_comparison(Console(quiet=True), Comparison.from_json(found))
         assert compare(recipe, "base")["missing"] == ["caft/43"]
     assert not (copied / "out/compare/comparison.json").exists()
     assert compare(recipe, "caft/43")["missing"] == []
     assert (copied / "out/compare/comparison.json").is_file()
 
 
-def test_control_heads_follow_the_heads_that_they_are_made_from(copied, heads, tmp_path):
+def test_control_heads_follow_the_heads_that_they_are_made_from(copied, heads, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "finetune", lambda _: None)
     other = tmp_path / "other"
     write_control_heads("shuffled_horizons", Path(heads), other, seed=0)
     run = arm_recipe(recipe_in(copied, heads, arms=["ntp", "random_heads"]), "random_heads", 42)
+    Path(run.output).mkdir(parents=True)
     for source in (heads, str(other)):
-        comparing._write_heads(recipe_in(copied, source), run, "random_heads", 42)
+        comparing._train(run, "random_heads", Path(source))
         made_from = describe_heads(Path(run.output, "heads"))["training"]["made_from"]
         assert made_from == describe_heads(source)["weights_sha256"]
 
@@ -448,4 +460,4 @@ def test_a_run_that_another_process_makes_is_refused(copied, heads):
         FileLock(Path(run.output, ".lock")),
         pytest.raises(CaftuneError, match="caft/42 is being made by another process"),
     ):
-        comparing._run(recipe_in(copied, heads), "caft", 42)
+        comparing._make(run, {}, "caft", Path(heads))

@@ -2,9 +2,28 @@
 
 import pytest
 
-from caftune.compare.summary import _comparisons, _Measured
-from caftune.compare.verdict import remarks, verdict
+from caftune.compare import verdict as verdicts
+from caftune.compare.measures import Values, compare_arms
+from caftune.compare.summary import Comparison
 from caftune.evals.statistics import holm
+
+
+def typed(base):
+    """The comparison of a comparison.json that holds this; what a verdict does not need is filled in."""
+    rows = [{"effect_size": None, "minimum_detectable": None, "over": "runs", **row} for row in base["comparisons"]]
+    measures = [{"mean": sum(row["values"]) / len(row["values"]), "half": None, **row} for row in base["measures"]]
+    tasks = [{"examples": 400, **task} for task in base["tasks"]]
+    return Comparison.from_json(
+        {**base, "title": "names", "verdict": "", "comparisons": rows, "measures": measures, "tasks": tasks}
+    )
+
+
+def verdict(base):
+    return verdicts.verdict(typed(base))
+
+
+def remarks(base):
+    return verdicts.remarks(typed(base))
 
 
 def found(difference=0.02, low=0.005, high=0.035, p_value=0.01, *, seeds=5, **changes):
@@ -38,12 +57,15 @@ def with_measure(base, measure, values, pair):
 
 def test_an_interval_above_zero_is_help():
     assert verdict(found()) == (
-        "CAFT helped: exact_match on molecules +2.0 points (95% interval +0.5 to +3.5) against next-token fine-tuning."
+        "CAFT helped: exact_match on molecules +2.0 percentage points (95% interval +0.5 to +3.5) compared with next-token "
+        "fine-tuning."
     )
 
 
 def test_an_interval_below_zero_is_harm():
-    assert verdict(found(-0.02, -0.035, -0.005)).startswith("CAFT did harm: exact_match on molecules -2.0 points")
+    assert verdict(found(-0.02, -0.035, -0.005)).startswith(
+        "CAFT did harm: exact_match on molecules −2.0 percentage points"
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,14 +73,16 @@ def test_an_interval_below_zero_is_harm():
 )
 def test_an_interval_with_zero_or_a_large_p_value_decides_nothing_and_says_what_it_could_have_found(low, high, p_value):
     said = verdict(found(0.02, low, high, p_value))
-    assert said.startswith("This comparison cannot tell whether CAFT helped: exact_match on molecules +2.0 points")
-    assert said.endswith("a true difference of 2.1 points would have been found four times out of five.")
+    assert said.startswith(
+        "This comparison cannot tell whether CAFT helped: exact_match on molecules +2.0 percentage points"
+    )
+    assert said.endswith("a true difference of 2.1 percentage points would be detected four times out of five.")
 
 
 def test_less_is_better_turns_help_into_harm():
     base = found()
     base["tasks"][0]["lower_is_better"] = ["exact_match"]
-    assert verdict(base).startswith("CAFT did harm: exact_match on molecules +0.02 (95% interval")
+    assert verdict(base).startswith("CAFT did harm: exact_match on molecules +0.020 (95% interval")
 
 
 def test_a_loss_is_told_in_nats_and_less_of_it_is_better():
@@ -67,31 +91,31 @@ def test_a_loss_is_told_in_nats_and_less_of_it_is_better():
         row |= {"task": "held-out text", "measure": "loss"}
     base["tasks"] = []
     assert verdict(base) == (
-        "CAFT helped: loss on held-out text -0.1 nats (95% interval -0.15 to -0.05) against next-token fine-tuning."
+        "CAFT helped: loss on held-out text −0.100 nats (95% interval −0.150 to −0.050) compared with next-token fine-tuning."
     )
 
 
 def test_runs_that_differ_in_nothing_say_nothing_of_what_could_have_been_found():
     base = found(0.0, 0.0, 0.0, 1.0)
     base["comparisons"][0]["minimum_detectable"] = None
-    assert verdict(base).endswith("with runs so few or so alike it is not known what could have been found.")
+    assert verdict(base).endswith("the runs are too few or too similar to estimate the smallest detectable difference.")
 
 
 def test_a_count_of_faults_below_one_is_no_share():
     base = found(-0.2, -0.3, -0.1)
     base["tasks"][0] = {"name": "molecules", "primary": "exact_match", "lower_is_better": ["exact_match"]}
-    assert verdict(base).startswith("CAFT helped: exact_match on molecules -0.2 (95% interval -0.3 to -0.1)")
+    assert verdict(base).startswith("CAFT helped: exact_match on molecules −0.20 (95% interval −0.30 to −0.10)")
 
 
 def test_runs_on_different_devices_are_not_timed_against_each_other():
     said = remarks(found(checks={"start": 0.0, "devices": 2}, device="cpu, NVIDIA X"))
-    assert any("Runs were made on different devices (cpu, NVIDIA X)" in line for line in said)
+    assert any("Runs used different devices (cpu, NVIDIA X)" in line for line in said)
     assert not any("times the time" in line for line in said)
 
 
 def test_one_seed_decides_nothing():
     assert verdict(found(seeds=1)) == (
-        "One seed cannot tell CAFT from luck: exact_match on molecules is 22.0% with it and 20.0% without. Run more seeds."
+        "One seed cannot tell CAFT from chance: exact_match on molecules is 22.0% with it and 20.0% without. Run more seeds."
     )
 
 
@@ -109,20 +133,20 @@ def test_without_a_number_for_what_decides_nothing_is_decided_by_another_measure
     base = with_measure(found(seeds=seeds), "valid", {"ntp": [0.1] * seeds, "caft": [0.9] * seeds}, other)
     base = left_out(base, "molecules", "exact_match")
     assert verdict(base) == (
-        "This comparison cannot tell whether CAFT helped: exact_match on molecules is no finite number in caft/44."
+        "This comparison cannot tell whether CAFT helped: exact_match on molecules is not a finite number in caft/44."
     )
     assert "caft/44: exact_match on molecules is nan, so caft has no mean and no test in it." in remarks(base)
-    assert any("Of 1 other measures these differ" in said for said in remarks(base))
+    assert any("Of 1 other measures, these differ" in said for said in remarks(base))
 
 
 def test_other_measures_stay_corrected_where_what_decides_is_left_out():
     values = {"caft": [0.1, 0.3, 0.4], "ntp": [0.0, 0.1, 0.4]}
-    table = {("task", name, arm): _Measured(values[arm]) for name in ("exact_match", "valid", "bleu") for arm in values}
-    table["task", "exact_match", "caft"] = _Measured([0.1, 0.3, float("nan")])
-    rows = _comparisons(table, ["ntp", "caft"])
-    assert [row["measure"] for row in rows] == ["valid", "bleu"]
-    assert [row["p_holm"] for row in rows] == holm([row["p_value"] for row in rows]).tolist()
-    assert rows[0]["p_holm"] > rows[0]["p_value"]
+    table = {("task", name, arm): Values(values[arm]) for name in ("exact_match", "valid", "bleu") for arm in values}
+    table["task", "exact_match", "caft"] = Values([0.1, 0.3, float("nan")])
+    rows = compare_arms(table, ["ntp", "caft"])
+    assert [row.measure for row in rows] == ["valid", "bleu"]
+    assert [row.p_holm for row in rows] == holm([row.p_value for row in rows]).tolist()
+    assert rows[0].p_holm > rows[0].p_value
 
 
 def test_a_number_that_another_measure_lacks_leaves_the_verdict_as_it_is():
@@ -132,7 +156,7 @@ def test_a_number_that_another_measure_lacks_leaves_the_verdict_as_it_is():
 
 def test_without_a_whole_seed_nothing_is_said():
     base = found(measures=[], missing=["caft/42"], comparisons=[])
-    assert verdict(base) == "Nothing can be said yet: no seed has all its arms (missing: 1)."
+    assert verdict(base) == "There is no result yet: no seed has finished in all arms (missing runs: 1)."
     assert remarks(base) == ["Missing runs: caft/42."]
 
 
@@ -144,11 +168,11 @@ def test_other_measures_are_told_after_holms_correction_alone():
         {"difference": -1.0, "low": -1.5, "high": -0.5, "p_value": 0.01, "p_holm": 0.04, "minimum_detectable": 0.6},
     )
     assert any(
-        "these differ" in said and "levenshtein on molecules -1 (95% interval -1.5 to -0.5)" in said
+        "these differ" in said and "levenshtein on molecules −1.00 (95% interval −1.50 to −0.50)" in said
         for said in remarks(base)
     )
     base["comparisons"][-1]["p_holm"] = 0.06
-    assert "None of the 1 other measures differs after Holm's correction for their number." in remarks(base)
+    assert "None of the 1 other measures differs after Holm's correction." in remarks(base)
 
 
 def test_a_control_that_does_as_well_is_named():
@@ -156,27 +180,27 @@ def test_a_control_that_does_as_well_is_named():
     pair = {**base["comparisons"][0], "baseline": "random_heads", "difference": 0.001, "low": -0.01, "high": 0.012}
     base["comparisons"].append({**pair, "p_value": 0.8})
     assert remarks(base)[0] == (
-        "CAFT against random_heads: exact_match on molecules +0.1 points (95% interval -1.0 to +1.2); the two cannot be told "
-        "apart."
+        "CAFT compared with random_heads: exact_match on molecules +0.1 percentage points (95% interval −1.0 to +1.2); the "
+        "difference is not significant."
     )
 
 
 def test_arms_that_did_not_begin_alike_are_told():
-    assert any("did not begin alike" in said for said in remarks(found(checks={"start": 0.02})))
-    assert not any("did not begin alike" in said for said in remarks(found()))
+    assert any("did not start from the same state" in said for said in remarks(found(checks={"start": 0.02})))
+    assert not any("did not start from the same state" in said for said in remarks(found()))
 
 
 def test_beta_zero_that_differs_from_the_baseline_is_told():
     checks = {"start": 0.0, "beta0": 3, "answers": 400}
-    assert any("3 of 400 answers are not those" in said for said in remarks(found(checks=checks)))
+    assert any("3 of 400 answers differ from those" in said for said in remarks(found(checks=checks)))
     checks["beta0"] = 0
-    assert any("all 400 answers are those" in said for said in remarks(found(checks=checks)))
+    assert any("all 400 answers equal those" in said for said in remarks(found(checks=checks)))
 
 
 def test_one_run_that_something_held_up_does_not_make_the_price():
     costs = {"ntp": {"seconds": [1.0, 1.0, 1.0, 1.0, 40.0]}, "caft": {"seconds": [1.5] * 5}}
-    assert "A step of CAFT took 1.50 times the time of next-token fine-tuning." in remarks(found(costs=costs))
+    assert "A training step of CAFT took 1.50 times the time of next-token fine-tuning." in remarks(found(costs=costs))
 
 
 def test_the_price_is_told():
-    assert "A step of CAFT took 1.50 times the time of next-token fine-tuning." in remarks(found())
+    assert "A training step of CAFT took 1.50 times the time of next-token fine-tuning." in remarks(found())

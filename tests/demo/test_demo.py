@@ -20,9 +20,9 @@ def test_the_demo_runs_from_data_to_report(tmp_path, capsys):
     folder = tmp_path / "demo"
     found = demo(str(folder), train_rows=176, test_rows=8, prompts=16)
     said = " ".join(capsys.readouterr().out.split())
-    assert found["verdict"].startswith("One seed cannot tell CAFT from luck: exact_match on molecules is")
-    assert found["verdict"] in said
-    assert found["verdict"].split(":")[0] in (folder / "report.html").read_text()
+    assert found.verdict.startswith("One seed cannot tell CAFT from chance: exact_match on molecules is")
+    assert found.verdict in said
+    assert found.verdict.split(":")[0] in (folder / "report.html").read_text()
     for arm in ("ntp", "caft"):
         assert (folder / "compare" / arm / "42" / "model" / "model.safetensors").is_file()
     assert load_recipe(folder / "recipe.yaml") == demo_recipe(folder)
@@ -52,6 +52,6 @@ def test_the_base_scores_as_its_provenance_says(tmp_path):
 def test_the_demo_clears_only_its_own_folder(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "recipe.yaml").write_text("output: x")
-    with pytest.raises(CaftuneError, match="holds something else than a demo"):
+    with pytest.raises(CaftuneError, match="must be empty or a folder of caftune demo"):
         demo(str(tmp_path))
     assert (tmp_path / "data").is_dir()

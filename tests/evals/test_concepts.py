@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from caftune.compare.concept_study import study_concepts, summarise_concepts
+from caftune.compare.summary import ArmConcepts, ConceptGroup
 from caftune.core.backbone import Backbone
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
@@ -385,19 +386,21 @@ def test_real_models_are_scored_as_plain_loops_score_them(shared, real):
 def test_concepts_are_summed_up_by_length_and_by_name():
     drawn = [("b", 2, 0.5, True), ("a", 10, 0.25, False), ("b", 10, 0.75, True), ("c", 3, 0.1, False)]
     found = [{"name": name, "tokens": n, "log_prob": math.log(p), "exact": exact} for name, n, p, exact in drawn]
-    summary = summarise_concepts(found)
-    assert (summary["count"], summary["probability"], summary["exact"]) == (4, pytest.approx(0.4), 0.5)
-    assert list(summary["by_tokens"]) == ["2", "3", "10"]
-    assert summary["by_tokens"]["10"] == {"count": 2, "probability": pytest.approx(0.5), "exact": 0.5}
-    assert list(summary["by_name"]) == ["b", "a", "c"]
-    assert summary["by_name"]["b"] == {"count": 2, "probability": pytest.approx(0.625), "exact": 1.0}
+    summary = summarise_concepts([found])
+    assert (summary.probability, summary.exact) == ([pytest.approx(0.4)], [0.5])
+    assert list(summary.by_tokens) == ["2", "3", "10"]
+    assert [part.count for part in summary.by_tokens.values()] == [1, 1, 2]
+    assert summary.by_tokens["10"] == ConceptGroup(2, [pytest.approx(0.5)], [0.5])
+    assert list(summary.by_name) == ["b", "a", "c"]
+    assert summary.by_name["b"] == ConceptGroup(2, [pytest.approx(0.625)], [1.0])
+    missed = [{**concept, "exact": False} for concept in found]
+    assert summarise_concepts([found, missed]).by_name["b"].exact == [1.0, 0.0]
 
 
 def test_a_summary_names_the_twelve_most_frequent_and_has_no_numbers_of_nothing():
     found = [{"name": f"n{n:02d}", "tokens": 2, "log_prob": -1.0, "exact": True} for n in [*range(20)] * 2 + [19]]
-    assert list(summarise_concepts(found)["by_name"]) == ["n19", *(f"n{n:02d}" for n in range(11))]
-    nothing = {"count": 0, "probability": None, "exact": None}
-    assert summarise_concepts([]) == {**nothing, "by_tokens": {}, "by_name": {}}
+    assert list(summarise_concepts([found]).by_name) == ["n19", *(f"n{n:02d}" for n in range(11))]
+    assert summarise_concepts([[]]) == ArmConcepts([], [], {}, {})
 
 
 def test_a_term_is_no_part_of_a_word_that_goes_on_with_a_mark():

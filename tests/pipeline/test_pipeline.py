@@ -80,7 +80,7 @@ def test_a_run_whose_plan_fails_is_recorded_without_it(values, tmp_path, monkeyp
     assert result["plan"] is None
     assert result["costs"]["flops"] > 0
     assert "This run has no plan beside its costs: division by zero" in capsys.readouterr().err
-    assert read_run(tmp_path)["plans"] == {}
+    assert read_run(tmp_path).plans == {}
 
 
 def test_stage_one_lowers_the_loss_of_every_head(finished):

@@ -144,4 +144,4 @@ def test_an_exported_checkpoint_has_a_card_of_its_own(folder):
 def test_an_adapter_is_not_called_a_checkpoint(folder):
     lora = {"name": str(BASE), "tuning": "lora", "lora": {"merge": False}}
     model = finetune_model(recipe_in(folder, adapt=None, model=lora))
-    assert "An adapter, to be loaded with PEFT." in (model / "README.md").read_text()
+    assert "An adapter: load it with PEFT." in (model / "README.md").read_text()

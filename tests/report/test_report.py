@@ -20,8 +20,9 @@ from report_sample import ARMS, sample, single_run, small, write_sample
 from typer.testing import CliRunner
 
 from caftune.cli import app
+from caftune.compare.summary import MarkedText, number, places_for
 from caftune.report import plots
-from caftune.report.parts import marked, number, places_for
+from caftune.report.parts import marked
 from caftune.report.render import read_run, write_report
 
 REACHING = {"src", "href", "srcset", "action", "poster", "data", "formaction", "background", "ping", "xlink:href"}
@@ -161,7 +162,7 @@ def test_concepts_are_means_over_the_seeds(page):
     part = sample()["concepts"]["arms"]["caft"]["by_name"]["fr_amide"]
     column = "probability, caft, %"
     assert page.cell("Concepts by functional group", "fr_amide", column) == f"{100 * fmean(part['probability']):.1f}"
-    assert page.cell("Concepts by functional group", "fr_amide", "how many") == str(part["count"])
+    assert page.cell("Concepts by functional group", "fr_amide", "count") == str(part["count"])
     sizes = [cells[0] for cells in page.tables["Concepts by number of tokens"][1:]]
     assert sizes == ["2", "3", "4", "5", "7", "10"]
 
@@ -170,12 +171,12 @@ def test_one_seed_has_no_intervals(tmp_path):
     shown = page_of(tmp_path, small(seeds=1))
     assert "±" not in "".join(cell for row in shown.tables["molecules, 400 examples"] for cell in row)
     assert "All differences, with p-values" not in shown.tables
-    assert "One run each" in shown.text
+    assert "One run per arm" in shown.text
 
 
 def test_missing_runs_are_named_and_nothing_finished_is_no_crash(tmp_path):
     found = {**small(), "missing": ["caft/45"]}
-    assert "Not finished: caft/45." in page_of(tmp_path, found).text
+    assert "Missing runs: caft/45." in page_of(tmp_path, found).text
     nothing = {"seeds": [], "measures": [], "comparisons": [], "concepts": None, "examples": [], "tasks": []}
     nothing |= {"logs": {arm: [] for arm in ARMS}, "costs": {arm: {"tokens": []} for arm in ARMS}, "quality": None}
     shown = page_of(tmp_path / "other", {**found, **nothing, "verdict": "Nothing can be said yet."})
@@ -228,7 +229,7 @@ def test_texts_are_shown_and_never_read(tmp_path):
 
 
 def pieces(text, ranges):
-    return [tuple(part) for part in marked({"text": text, "concepts": ranges})]
+    return [tuple(part) for part in marked(MarkedText(text, ranges))]
 
 
 def test_marks_stand_at_the_characters_of_the_concepts():
@@ -273,7 +274,7 @@ def test_addresses_of_servers_are_left_out(html, whole):
 def test_a_single_training_is_reported_without_a_verdict(tmp_path):
     html, _ = write_report([single_run(tmp_path / "one")])
     shown = Page(html.read_text(encoding="utf-8"))
-    assert "One arm: nothing to compare. `caftune compare` does." in shown.text
+    assert "One arm, so nothing is compared. `caftune compare` makes several." in shown.text
     assert [cells for cells in shown.tables["gsm8k, 2 examples"][1:]] == [["base", "25.0"], ["caft", "50.0"]]
     assert shown.cell("held-out text", "caft", "loss, nats ↓") == "1.250"
     assert shown.tables["Training on cpu"][1] == ["caft", "1,000", "not measured", "2.5", "2.00"]
@@ -286,7 +287,7 @@ def test_a_single_training_is_reported_without_a_verdict(tmp_path):
 
 
 def test_a_training_without_weight_is_next_token_fine_tuning(tmp_path):
-    assert read_run(single_run(tmp_path / "one", weight=0.0))["arms"] == ["ntp"]
+    assert read_run(single_run(tmp_path / "one", weight=0.0)).arms == ["ntp"]
 
 
 def test_a_run_that_only_pretrained_heads_is_reported(tmp_path):

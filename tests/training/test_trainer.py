@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from trl import SFTConfig, SFTTrainer
 
 from caftune import AuxiliaryHeads, Backbone, CAFTConfig, CAFTTrainer, HeadsConfig, save_heads
-from caftune.compare.verdict import main_loss
+from caftune.compare.summary import main_loss
 from caftune.demo.run import BASE
 from caftune.pipeline.stage_trainer import evaluated
 
