@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from caftune.errors import CaftuneError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -38,8 +40,15 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The JSON object in a file; an empty one where there is no file.
+
+    Raises:
+        CaftuneError: the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise CaftuneError(f"{path} must be JSON, got something else ({error}). Make it again.") from error
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -209,11 +209,10 @@ def arm_recipe(recipe: Recipe, arm: RunArm, seed: int) -> Recipe:
     """The recipe of one run, or of the base's evaluation. Arms differ in `loss.weight` and `heads` only."""
     is_base = arm == BASE
     folder = Path(recipe.output, "compare", *((BASE,) if is_base else (arm, str(seed))))
-    count, kind = recipe.heads.count, recipe.heads.kind
+    config = HeadsConfig(recipe.heads.count, recipe.heads.kind)
     if recipe.heads.path is not None:
-        given = pretrained_heads(recipe.heads, RunFolder(recipe.output)).config
-        count, kind = given.count, given.kind
-    heads: dict[str, Any] = {"path": str(folder / "heads"), "count": count, "kind": kind}
+        config = pretrained_heads(recipe.heads, RunFolder(recipe.output)).config
+    heads: dict[str, Any] = {"path": str(folder / "heads"), "count": config.count, "kind": config.kind}
     if arm in (BASE, "ntp"):
         heads |= {"path": None, "train": False, "lora_rank": None, "learning_rate": None, "max_grad_norm": None}
     elif arm in ("caft", "beta0"):
