@@ -7,14 +7,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from trainers import config as caft_config
 from transformers import (
     AutoModelForCausalLM,
@@ -33,6 +30,7 @@ from caftune.pipeline.plan import measure_rows, plan
 from caftune.pipeline.schema import Recipe
 from caftune.training.estimate import estimate, meta_model
 from caftune.training.flops import Step, anatomy_of, flops, overhead
+from caftune.training.measured_cost import FlopCount
 from caftune.training.memory import state_bytes
 from caftune.training.run_setup import Setup
 
@@ -154,19 +152,6 @@ def test_stage_one_trains_the_heads_and_a_lora_on_heads_less():
     assert 0 < lora.trained_heads < heads.heads / 5
 
 
-class Counter(TorchDispatchMode):
-    """Operations by torch's formulas. FlopCounterMode itself hooks modules, which heads computed at once do not allow."""
-
-    formulas: ClassVar = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        formula = self.formulas.get(func._overloadpacket)
-        self.total += formula(*args, **(kwargs or {}), out_val=out) if formula else 0
-        return out
-
-
 def trainer_of(config, folder, *, lora=None, heads=4, batch=2, length=64, labelled=0.5, attention="eager", **options):
     """A trainer of a random model of this configuration, all rows alike, the last part of each labelled."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
@@ -233,7 +218,7 @@ def test_operations_are_those_of_a_real_step(family, mode, tmp_path, monkeypatch
     lora = adapter(family) if options.pop("lora", False) else None
     shape = {name: options.pop(name) for name in ("heads", "labelled") if name in options}
     trainer = trainer_of(small(family), tmp_path, lora=lora, **shape, **options)
-    with Counter() as counter:
+    with FlopCount() as counter:
         trainer.train()
     monkeypatch.setattr("caftune.training.estimate.ATTENTION_SHARE", 1.0)
     _, found = planned(small(family), trainer, lora=lora, **shape)
@@ -244,7 +229,7 @@ def test_operations_of_padding_are_those_of_a_real_step(tmp_path, monkeypatch):
     trainer = trainer_of(small("llama"), tmp_path)
     ids = [list(range(3, 67)), list(range(3, 19))]
     trainer.train_dataset = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    with Counter() as counter:
+    with FlopCount() as counter:
         trainer.train()
     monkeypatch.setattr("caftune.training.estimate.ATTENTION_SHARE", 1.0)
     rows = measure_rows(trainer.train_dataset, 64, 2)
