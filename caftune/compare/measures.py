@@ -80,9 +80,8 @@ def summarise_comparison(recipe: Recipe) -> Comparison:
     made = (path.name for path in (folder / BASELINE).glob("*"))
     quality = None
     if recipe.heads.path is not None or Path(recipe.output, "heads").is_dir():
-        heads = pretrained_heads(
-            recipe.heads, RunFolder(recipe.output)
-        ).folder  # `caftune heads measure` writes to the run folder where heads.path is given
+        heads = pretrained_heads(recipe.heads, RunFolder(recipe.output)).folder
+        # `caftune heads measure` writes to the run folder where heads.path is given
         quality = read_quality(heads) or read_quality(heads, Path(recipe.output, QUALITY_FILE))
     terms = read_terms(section.concepts.terms) if section.concepts.terms is not None else []
     found = Comparison(
