@@ -81,11 +81,9 @@ class BaseModel:
         """The model in the dtype it was published in, on the GPU where there is one."""
         with self.opening():
             model: Any = AutoModelForCausalLM.from_pretrained(self.name, dtype="auto", **self.where)
-        refuse_not_finite(
-            dict(model.named_parameters()),
-            f"{self.place} ({self.name})",
-            "Its answers would be noise: use another model or checkpoint.",
-        )
+        what = f"model.name ({self.name})" if self.place == "model.name" else f"The model in {self.name}"
+        remedy = "Its answers would be noise: use another model or checkpoint."
+        refuse_not_finite(dict(model.named_parameters()), what, remedy)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def stop_tokens(self, tokenizer: Any) -> list[int]:

@@ -67,7 +67,7 @@ def test_rows_that_change_between_two_commands_stay_those_of_the_first(hub, tmp_
     change(hub)
     again = Run.open(recipe).recipe
     assert first_prompt(again) == "old0:"
-    ((_, examples),) = read_tasks(again)
+    ((_, examples),) = read_tasks(again.eval)
     assert [example.prompt for example in examples][:1] == ["old test 0:"]
     finetune_model(recipe)  # goes on: it is the same run
     export_checkpoint(recipe)
