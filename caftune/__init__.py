@@ -8,58 +8,43 @@ CaftuneError                   what a person can fix: the message names the plac
 SpeculativeDecoding            kept heads draft for their model
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from caftune.checkpoints.export import export_model
-    from caftune.checkpoints.heads_folder import load_heads, save_heads
-    from caftune.core.attach import attach_heads, detach_heads
-    from caftune.core.backbone import Backbone
-    from caftune.core.heads import AuxiliaryHeads, HeadsConfig
-    from caftune.core.objective import AuxiliaryWeights, auxiliary_loss
-    from caftune.core.speculative import SpeculativeDecoding
-    from caftune.errors import CaftuneError
-    from caftune.training.config import CAFTConfig
-    from caftune.training.trainer import CAFTTrainer
+from caftune._lazy import lazy
 
-_HOME = {
-    "Backbone": "core.backbone",
-    "AuxiliaryHeads": "core.heads",
-    "HeadsConfig": "core.heads",
-    "attach_heads": "core.attach",
-    "detach_heads": "core.attach",
-    "AuxiliaryWeights": "core.objective",
-    "auxiliary_loss": "core.objective",
-    "load_heads": "checkpoints.heads_folder",
-    "save_heads": "checkpoints.heads_folder",
-    "export_model": "checkpoints.export",
-    "SpeculativeDecoding": "core.speculative",
-    "CAFTConfig": "training.config",
-    "CaftuneError": "errors",
-    "CAFTTrainer": "training.trainer",
-}
-__all__ = [
-    "AuxiliaryHeads",
-    "AuxiliaryWeights",
-    "Backbone",
-    "CAFTConfig",
-    "CAFTTrainer",
-    "CaftuneError",
-    "HeadsConfig",
-    "SpeculativeDecoding",
-    "attach_heads",
-    "auxiliary_loss",
-    "detach_heads",
-    "export_model",
-    "load_heads",
-    "save_heads",
-]
+if TYPE_CHECKING:  # for type checkers, which do not follow `lazy`
+    from caftune.checkpoints.export import export_model as export_model
+    from caftune.checkpoints.heads_folder import load_heads as load_heads
+    from caftune.checkpoints.heads_folder import save_heads as save_heads
+    from caftune.core.attach import attach_heads as attach_heads
+    from caftune.core.attach import detach_heads as detach_heads
+    from caftune.core.backbone import Backbone as Backbone
+    from caftune.core.heads import AuxiliaryHeads as AuxiliaryHeads
+    from caftune.core.heads import HeadsConfig as HeadsConfig
+    from caftune.core.objective import AuxiliaryWeights as AuxiliaryWeights
+    from caftune.core.objective import auxiliary_loss as auxiliary_loss
+    from caftune.core.speculative import SpeculativeDecoding as SpeculativeDecoding
+    from caftune.errors import CaftuneError as CaftuneError
+    from caftune.training.config import CAFTConfig as CAFTConfig
+    from caftune.training.trainer import CAFTTrainer as CAFTTrainer
+
+__all__, __getattr__ = lazy(
+    __name__,
+    {
+        "Backbone": "core.backbone",
+        "AuxiliaryHeads": "core.heads",
+        "HeadsConfig": "core.heads",
+        "attach_heads": "core.attach",
+        "detach_heads": "core.attach",
+        "AuxiliaryWeights": "core.objective",
+        "auxiliary_loss": "core.objective",
+        "load_heads": "checkpoints.heads_folder",
+        "save_heads": "checkpoints.heads_folder",
+        "export_model": "checkpoints.export",
+        "SpeculativeDecoding": "core.speculative",
+        "CAFTConfig": "training.config",
+        "CaftuneError": "errors",
+        "CAFTTrainer": "training.trainer",
+    },
+)
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use, so that `import caftune` and `caftune --help` stay light."""
-    if name in _HOME:
-        return getattr(import_module(f"caftune.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'caftune' has no attribute {name!r}")

@@ -14,7 +14,7 @@ LAYERS = [layer.replace(":", " ").split() for layer in CONTRACTS[0]["layers"]]
 ABSENT = {  # yaml is not named here: huggingface_hub loads it
     "core": {"trl", "peft", "datasets", "pydantic", "typer"},
     "data": {"torch", "trl", "peft", "pydantic", "typer"},
-    "evals": {"torch", "transformers", "datasets", "rdkit", "Bio", "scipy", "numpy"},
+    "evals": {"torch", "transformers", "datasets", "rdkit", "Bio", "scipy"},
     "checkpoints": {"trl", "peft", "datasets", "pydantic", "typer"},
     "generation": {"trl", "peft", "pydantic", "typer", "openai", "vllm"},
     "training": {"pydantic", "typer"},

@@ -108,7 +108,7 @@ def test_a_plan_does_not_call_missing_memory_a_fault_of_the_model(monkeypatch):
             raise error
 
         monkeypatch.setattr(plan, "estimate", estimate)
-        return plan._Base("m", None, lambda: None).estimate
+        return plan._Planned("m", None, lambda: None).estimate
 
     setup = type("Setup", (), {"stage": "heads", "tuning": "full"})()
     with pytest.raises(MemoryError):
