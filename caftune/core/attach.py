@@ -58,8 +58,9 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
         kwargs = _by_name(signature, self, args, kwargs)
         if auxiliary not in ("add", "only", "soft"):
             raise CaftuneError(f"auxiliary must be 'add', 'only', 'soft' or None, got {auxiliary!r}.")
-        heads = getattr(self, ATTRIBUTE)
-        targets = auxiliary_targets or _targets(heads, kwargs, auxiliary_labels, is_soft=auxiliary == "soft")
+        labels = kwargs.get("labels") if auxiliary_labels is None else auxiliary_labels
+        if labels is None and auxiliary_targets is None:
+            raise CaftuneError("labels must be given for the auxiliary losses, got none.")
         # No loss reads a cache; with one, transformers does not tell packed documents apart, and some layers write in place.
         kwargs |= {"return_dict": True, "use_cache": False}
         own = replace(backbone, model=self)
@@ -71,10 +72,11 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
                     outputs = self._caftune_inner_forward(**arguments)
             else:
                 _run_trunk(own, **kwargs)
+        heads = getattr(self, ATTRIBUTE)
         scores = heads(
             own,
             call,
-            targets,
+            auxiliary_targets or _targets(heads, {**kwargs, "labels": labels}, is_soft=auxiliary == "soft"),
             soft=auxiliary == "soft",
             soft_top_k=soft_top_k,
             weights=auxiliary_weights,
@@ -118,13 +120,11 @@ def _by_name(signature: inspect.Signature, model: Any, args: tuple[Any, ...], kw
     return {**named, **kwargs}
 
 
-def _targets(heads: AuxiliaryHeads, batch: dict[str, Any], labels: Tensor | None, *, is_soft: bool) -> HorizonTargets:
+# Their number differs with every batch, for which torch.compile would compile again.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _targets(heads: AuxiliaryHeads, batch: dict[str, Any], *, is_soft: bool) -> HorizonTargets:
     """The targets of the heads, and with soft targets of horizon 1, at whose positions the model has a next token."""
-    labels = batch.get("labels") if labels is None else labels
-    if labels is None:
-        raise CaftuneError("labels must be given for the auxiliary losses, got none.")
-    horizons = [1, *heads.config.horizons] if is_soft else heads.config.horizons
-    return HorizonTargets.of({**batch, "labels": labels}, horizons)
+    return HorizonTargets.of(batch, [1, *heads.config.horizons] if is_soft else heads.config.horizons)
 
 
 @functools.cache

@@ -98,7 +98,6 @@ class HorizonTargets:
     counts: Mapping[int, int]  # the number of targets by horizon, in the tensors' order
 
     @classmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def of(cls, batch: Mapping[str, Any], horizons: Sequence[int]) -> "HorizonTargets":
         """`horizon_targets` of a batch as a data collator makes it. On the CPU; a batch on a GPU costs one synchronisation."""
         where = {name: batch.get(name) for name in ("position_ids", "attention_mask")}

@@ -225,7 +225,7 @@ def refuse_missing_parts(dataset: Dataset, args: CAFTConfig, *, name: str, as_st
         )
     if args.completion_only_loss and "completion" not in columns:
         problem = (
-            f"completion_only_loss must not be set for rows without a completion, as in the {name} data: every token would be "
+            f"completion_only_loss must not be set where rows have no completion, as in the {name} data: every token would be "
             "trained on. Use assistant_only_loss for messages, or leave it out."
         )
         if not as_stock:

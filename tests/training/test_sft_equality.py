@@ -434,7 +434,7 @@ def test_a_model_that_sees_across_packed_documents_is_warned_of_and_trained(text
         for trainer in (CAFTTrainer, SFTTrainer)
     ]
     assert_same_run(*runs)
-    assert "changes with the document before it in the row" in caplog.text
+    assert "document change with the document before it (by" in caplog.text
 
 
 def test_a_function_that_formats_rows(rows, compare):
