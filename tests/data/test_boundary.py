@@ -310,7 +310,7 @@ def test_a_row_that_is_tokenized_apart_is_reported_once_with_its_number(tmp_path
     pairs = [("Ask:", " sun"), ("New Yo", "rk"), ("New Yo", "rk")]
     recipe = recipe_of(tmp_path, tmp_path / "base", [{"prompt": p, "completion": c} for p, c in pairs])
     task_rows(recipe, "train", load_tokenizer(recipe), stage_two_config(recipe, tmp_path / "train"))
-    (message,) = [record.getMessage() for record in caplog.records if "apart" in record.getMessage()]
+    (message,) = [record.getMessage() for record in caplog.records if "tokenized separately" in record.getMessage()]
     assert "2 of 3 train rows (the first is row 1, from 0)" in message
 
 
