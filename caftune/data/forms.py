@@ -41,6 +41,7 @@ def load_rows(
     limit: int | None = None,
     chat: bool = False,
     texts_too: bool = False,
+    place: str = "data.columns",
 ) -> Dataset:
     """Read a data source and bring its rows into one form.
 
@@ -51,6 +52,7 @@ def load_rows(
         limit: number of rows to read, from the first; the rest of the file is not read.
         chat: turn alpaca rows into a conversation (for a base with a chat template) instead of plain text.
         texts_too: turn prompts and completions that are text into a conversation, too.
+        place: where the recipe has `columns`, for errors.
 
     Raises:
         CaftuneError: no such file, a malformed line (with its number), no rows, or columns of no known form.
@@ -58,10 +60,10 @@ def load_rows(
     rows = raw_rows(source, limit)
     if columns:
         first = next(rows)
-        _check_columns(columns, first, source)
+        _check_columns(columns, first, source, place)
         rows = (_named(row, columns) for row in chain([first], rows))
     formed = (
-        row if _is_plain(row) else _in_form(row, f"{source}, row {number} (from 0)", chat=chat)
+        row if _is_plain(row) else _in_form(row, f"{source}, row {number} (from 0)", chat=chat, columns=place)
         for number, row in enumerate(rows)
     )
     return _dataset((_as_conversation(row) for row in formed) if texts_too else formed, source)
@@ -76,17 +78,15 @@ def read_rows(source: str, limit: int | None = None) -> list[dict[str, Any]]:
     return list(raw_rows(source, limit))
 
 
-def _check_columns(columns: Mapping[str, str], row: Mapping[str, Any], source: str) -> None:
+def _check_columns(columns: Mapping[str, str], row: Mapping[str, Any], source: str, place: str) -> None:
     unknown = next((name for name in columns if name not in _NAMES), None)
     if unknown is not None:
         near = get_close_matches(unknown, _NAMES, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(_NAMES)}."
-        raise CaftuneError(f"data.columns.{unknown} is not one of caftune's names. {hint}")
+        raise CaftuneError(f"{place}.{unknown} is not one of caftune's names. {hint}")
     missing = [name for name in columns.values() if name not in row]
     if missing:
-        raise CaftuneError(
-            f"{source} has no column {missing[0]!r}; its columns are {', '.join(row)}. Fix data.columns."
-        )
+        raise CaftuneError(f"{source} has no column {missing[0]!r}; its columns are {', '.join(row)}. Fix {place}.")
 
 
 def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -160,10 +160,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _in_form(row: dict[str, Any], place: str, *, chat: bool) -> dict[str, Any]:
-    """A row in one of the three forms. `place`: the row's name in errors."""
+def _in_form(row: dict[str, Any], place: str, *, chat: bool, columns: str) -> dict[str, Any]:
+    """A row in one of the three forms. `place` and `columns`: where the row is and where its columns are named, for errors."""
     try:
-        return _with_system(_formed(row, chat=chat), row.get("system"))
+        return _with_system(_formed(row, chat=chat, columns=columns), row.get("system"))
     except RecursionError as error:
         raise CaftuneError(f"{place} must be nested less deeply. Fix or remove the row.") from error
     except _BadRow as error:
@@ -171,10 +171,10 @@ def _in_form(row: dict[str, Any], place: str, *, chat: bool) -> dict[str, Any]:
         raise CaftuneError(f"{place}{link}{error}") from error
 
 
-def _formed(row: dict[str, Any], *, chat: bool) -> dict[str, Any]:
+def _formed(row: dict[str, Any], *, chat: bool, columns: str) -> dict[str, Any]:
     _refuse_media(row)
     if "instruction" in row and not {"messages", "conversations"} & row.keys():
-        return _from_alpaca(row, chat=chat)
+        return _from_alpaca(row, chat=chat, columns=columns)
     extras = _extras(row)
     if "messages" in row:
         return {"messages": _conversation(row["messages"], "messages"), **extras}
@@ -186,8 +186,8 @@ def _formed(row: dict[str, Any], *, chat: bool) -> dict[str, Any]:
     if form is not None:
         return {**_texts({name: row[name] for name in form}), **extras}
     raise _BadRow(
-        f"must have the columns of a known form, got {', '.join(row)} (known: messages; prompt and completion; text; "
-        "instruction and output; conversations). Name them in data.columns, such as {prompt: question, completion: answer}."
+        f"must have the columns of a known form, got {', '.join(row)} (known: messages; prompt and completion; prompt alone, "
+        f"to be answered; text; instruction and output; conversations). Name them in {columns}, such as {{prompt: question}}."
     )
 
 
@@ -380,25 +380,25 @@ def _from_sharegpt(turn: Any) -> Any:
     return {"role": role, "content": None, "tool_calls": [{"type": "function", "function": call} for call in calls]}
 
 
-def _from_alpaca(row: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
+def _from_alpaca(row: Mapping[str, Any], *, chat: bool, columns: str) -> dict[str, Any]:
     instruction = row["instruction"]
     answer = row["output"] if row.get("output") is not None else row.get("response")  # as Dolly calls it
     if _is_given(row.get("history")):
         raise _BadRow("must not have a history, which alpaca rows cannot keep. Write its turns as messages.")
     _refuse_non_text(instruction, "instruction")
     _refuse_non_text(answer, "output")
-    more = _input(row)
+    more = _input(row, columns)
     prompt = instruction if more is None else f"{instruction}\n\n{more}"
     if chat:
         return _as_conversation({"prompt": prompt, "completion": answer})
     return {"prompt": f"{prompt}\n\n", "completion": answer}
 
 
-def _input(row: Mapping[str, Any]) -> str | None:
+def _input(row: Mapping[str, Any], columns: str) -> str | None:
     """The input of an instruction as text (numbers and booleans as in JSON); None where there is none."""
     given = [(name, row[name]) for name in ("input", "context") if _is_given(row.get(name))]
     if len(given) > 1:
-        raise _BadRow("must have an input or a context, got both. Name one in data.columns, as {input: context}.")
+        raise _BadRow(f"must have an input or a context, got both. Name one in {columns}, as {{input: context}}.")
     if not given:
         return None
     ((name, value),) = given

@@ -69,7 +69,8 @@ def label_prompts(recipe: Recipe) -> Path:
 def _read_prompts(source: str, section: LabelsSection, tokenizer: Any) -> tuple[list[Conversation], bool]:
     """The conversations of the prompts, one a row, and whether the base is queried in a conversation."""
     has_template = bool(getattr(tokenizer, "chat_template", None))
-    rows = load_rows(source, section.columns, limit=section.limit, chat=has_template and section.chat is not False)
+    chat = has_template and section.chat is not False
+    rows = load_rows(source, section.columns, limit=section.limit, chat=chat, place="labels.columns")
     in_conversation = is_in_conversation(rows, tokenizer, section.chat)
     every = conversations(rows, tokenizer, chat=in_conversation, system=section.system, source=source)
     tqdm.write(

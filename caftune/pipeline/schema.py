@@ -49,10 +49,10 @@ def _key(option: Option) -> tuple[Any, Any]:
 class LoraSection(_Section):
     """LoRA, handed to `peft.LoraConfig`."""
 
-    r: int = Field(8, gt=0)
-    alpha: int = Field(16, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str] = "all-linear"
+    r: int = Field(8, gt=0, description="Rank of the adapters.")
+    alpha: int = Field(16, gt=0, description="The adapters are scaled by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
+    target_modules: str | list[str] = Field("all-linear", description="Modules that get adapters, as in PEFT.")
     modules_to_save: list[str] = Field([], description="Modules trained in full, such as lm_head.")
     dora: bool = Field(False, description="DoRA: train a magnitude next to the low-rank direction.")
     merge: bool = Field(True, description="Export the base with the adapter merged in. false: the adapter alone.")
@@ -62,7 +62,7 @@ class ModelSection(_Section):
     """The base model, and which of its weights are trained."""
 
     name: str = Field(description="A folder or a hub id.")
-    revision: str | None = None
+    revision: str | None = Field(None, description="Branch, tag or commit of the base on the hub. None: main.")
     trust_remote_code: bool | None = Field(None, description="Run the Python code in the base's repository.")
     tuning: Literal["full", "lora", "qlora"] = Field("full", description="qlora: LoRA on a base in 4 bits.")
     lora: LoraSection = LoraSection()
@@ -83,11 +83,11 @@ class ServerSection(_Section):
 class AnswersSection(_Section):
     """How answers are sampled from a model, and where it runs."""
 
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens with this total probability.")
     top_k: int = Field(0, ge=0, description="0: all tokens.")
-    backend: Literal["transformers", "vllm", "server"] = "transformers"
+    backend: Literal["transformers", "vllm", "server"] = Field("transformers", description="What runs the model.")
     batching: Literal["auto", "continuous", "static"] = Field("auto", description="Of the transformers backend.")
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(64, gt=0, description="Answers at a time, of the transformers backend.")
     vllm: dict[str, Any] = Field({}, description="Arguments of vllm.LLM, such as tensor_parallel_size.")
     server: ServerSection = ServerSection()
 
@@ -96,11 +96,13 @@ class LabelsSection(AnswersSection):
     """Self-generated answers, the training data of the heads."""
 
     prompts: str | None = Field(None, description="A file or hub id with the prompts to answer.")
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(
+        {}, description="caftune's name of a column: the file's name, as {prompt: question}."
+    )
     limit: int | None = Field(None, gt=0, description="Number of prompts to answer, from the first. None: all.")
     chat: bool | None = Field(None, description="Text prompts as user messages. None: if there is a chat template.")
     skip_long_prompts: bool = Field(False, description="Skip prompts that leave no room for max_new_tokens.")
-    max_new_tokens: int = Field(256, gt=0)
+    max_new_tokens: int = Field(256, gt=0, description="Longest answer, in tokens.")
     temperature: float = Field(0.7, ge=0, description="0 is greedy.")
     system: str | None = Field(None, description="A system message for conversations that have none.")
     keep_truncated: bool = Field(False, description="Also train on answers that max_new_tokens cut off.")
@@ -149,8 +151,10 @@ class DataSection(_Section):
     """The task's data."""
 
     train: str | None = Field(None, description="A file or hub id.")
-    eval: str | None = None
-    columns: dict[str, str] = Field({}, description="Our name: the file's name.")
+    eval: str | None = Field(None, description="A file or hub id (with its split) for the evaluation loss.")
+    columns: dict[str, str] = Field(
+        {}, description="caftune's name of a column: the file's name, as {prompt: question}."
+    )
     separator: str = Field("", description="Text between prompt and completion, where these are text.")
     chat: bool | None = Field(
         None,
@@ -222,7 +226,7 @@ class Recipe(_Section):
     """Everything a run needs."""
 
     output: str = Field(description="The run folder.")
-    seed: int = 42
+    seed: int = Field(42, description="Seed of labels, training and evaluation.")
     model: ModelSection
     labels: LabelsSection = LabelsSection()
     heads: HeadsSection = HeadsSection.model_validate({})

@@ -45,7 +45,8 @@ def head_rows(recipe: Recipe, base: BaseModel, args: CAFTConfig) -> HeadRows:
     tokenizer, text, folder = base.tokenizer(), recipe.heads.text, RunFolder(recipe.output)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if text is not None:  # cut at the training length: nothing is lost but text to read on
-        rows = load_rows(text, recipe.labels.columns, limit=recipe.labels.limit, chat=has_template)
+        labels = recipe.labels
+        rows = load_rows(text, labels.columns, limit=labels.limit, chat=has_template, place="labels.columns")
         about: dict[str, Any] = {"text": file_name(text), "rows": 0}
     else:
         rows, about = _finished_labels(recipe.labels, folder, base, has_template=has_template)

@@ -1,7 +1,8 @@
-"""The options that CAFTConfig adds to TRL's SFTConfig, each written here and nowhere else.
+"""The options that CAFTConfig adds to TRL's SFTConfig, each declared here.
 
-The recipe's sections `heads` and `loss` follow from this list, with their messages and descriptions (pipeline/schema.py).
-Importing it loads neither torch nor TRL, so that a recipe is checked before they are.
+config.py fills the defaults that depend on the stage. The recipe's sections `heads` and `loss` follow from this list, with
+their messages and descriptions (pipeline/schema.py). Importing it loads neither torch nor TRL, so that a recipe is checked
+before they are.
 """
 
 import operator
@@ -58,7 +59,7 @@ class CAFTOptions:
     """The fields of CAFTConfig that are not SFTConfig's."""
 
     heads: Annotated[str | None, InRecipe("heads.path", _LATER)] = _option(
-        None, "Pretrained heads to use instead of new ones: a folder (in a recipe also a hub id)."
+        None, "Pretrained heads to use instead of new ones: a folder or a hub id."
     )
     pretrain_heads: Annotated[bool, InRecipe("the command `caftune pretrain-heads`")] = _option(
         False, "Stage 1: train the heads and leave the model as it is."

@@ -240,6 +240,13 @@ def test_a_missing_column_is_named(tmp_path):
         load_rows(path, {"prompt": "q", "completion": "answer"})
 
 
+def test_columns_of_no_known_form_are_named_where_the_recipe_names_them(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"q": "1"}])
+    with pytest.raises(CaftuneError, match=r"prompt alone, to be answered; .*\. Name them in labels\.columns"):
+        load_rows(path, place="labels.columns")
+    assert load_rows(path, {"prompt": "q"}, place="labels.columns").to_list() == [{"prompt": "1"}]
+
+
 @pytest.mark.parametrize("ending", [".txt", ".parquet.gz"])
 def test_an_unknown_ending_is_refused(tmp_path, ending):
     (tmp_path / f"x{ending}").write_text("a")

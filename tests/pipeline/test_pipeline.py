@@ -159,6 +159,8 @@ def test_a_folder_of_something_else_is_refused(values, tmp_path):
     [
         (label_prompts, {"labels": {"prompts": None}}, CaftuneError, "labels.prompts must name a file"),
         (label_prompts, {"labels": {"max_new_tokens": 255}}, CaftuneError, "24 of 24 prompts"),
+        (label_prompts, {"labels": {"columns": {"prompt": "q"}}}, CaftuneError, "no column 'q'.* Fix labels.columns"),
+        (label_prompts, {"labels": {"columns": {"promt": "q"}}}, CaftuneError, "labels.columns.promt is not one"),
         (
             label_prompts,
             {"model": {"name": "./nothing"}},
@@ -232,6 +234,9 @@ def test_the_schema_is_json(values):
     schema = json.loads(CliRunner().invoke(app, ["schema"]).output)
     assert schema["required"] == ["output", "model"]
     assert set(values) <= set(schema["properties"])
+    described = [schema, *schema["$defs"].values()]
+    keys = {key: about for section in described for key, about in section["properties"].items()}
+    assert [key for key, about in keys.items() if not {"description", "$ref"} & about.keys()] == []
 
 
 def test_help_imports_neither_torch_nor_transformers():
