@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.11 and a compiler: each makes .venv on first use.
+# `make demo` and `make test` need Python 3.11 or 3.12. Each makes .venv on first use, which needs a network.
 PYTHON ?= python3
 BIN := .venv/bin
 
