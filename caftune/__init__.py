@@ -1,11 +1,11 @@
 """caftune: concept-aware fine-tuning of language models (CAFT, arXiv 2506.07833).
 
 CAFTTrainer, CAFTConfig        a drop-in for TRL's SFTTrainer and SFTConfig
-attach_heads, detach_heads     put heads into a model, take them out: for a training loop of your own
+attach_heads, detach_heads     put heads into a model and take them out: for your own training loop
 Backbone, AuxiliaryHeads, HeadsConfig, AuxiliaryWeights, auxiliary_loss      the method, without TRL
 load_heads, save_heads, export_model                                         heads and models on disk
-CaftuneError                   what a person can fix: the message names the place, the value and the remedy
-SpeculativeDecoding            kept heads draft for their model
+CaftuneError                   an error that a user can fix: it names the place, the value and the remedy
+SpeculativeDecoding            decoding in which kept heads draft for their model
 """
 
 from typing import TYPE_CHECKING

@@ -22,7 +22,7 @@ console = Console(quiet=os.environ.get("RANK", "0") != "0")  # with several proc
 
 
 class _Commands(TyperGroup):
-    """The commands. Errors that a person can fix are printed in one line; others keep their traceback.
+    """The commands. Errors that a user can fix are printed in one line; others keep their traceback.
 
     With CAFTUNE_TRACEBACK=1 all keep it.
     """
@@ -34,7 +34,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             console.print(
-                "\nStopped. Labels and checkpoints written so far are kept; the same command goes on from there."
+                "\nStopped. Labels and checkpoints written so far are kept; run the same command again to resume."
             )
             sys.exit(130)
         except Exception as error:
@@ -65,7 +65,7 @@ Chat = Annotated[
 
 
 def _load(path: str, overrides: list[str] | None) -> "Recipe":
-    """The recipe. Commands load it before torch is imported, so that a slip is reported at once."""
+    """The recipe. Commands load it before torch is imported, so that a mistake is reported at once."""
     from caftune.pipeline.recipe import load_recipe
 
     return load_recipe(path, overrides or [])
@@ -129,7 +129,7 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 @app.command(name="eval")
 def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Ask a model the tasks of `eval`, and score its answers."""
+    """Evaluate a model on the tasks of `eval`."""
     loaded = _load(recipe, overrides)
     from caftune.pipeline.evaluate import evaluate_model, print_results
 
@@ -176,7 +176,7 @@ def preview(
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(help="How many rows to show.")] = 3,
 ) -> None:
-    """Show rows of data.train: which tokens are trained on, and what each horizon is held to."""
+    """Show rows of data.train: which tokens are trained on, and the targets of each horizon."""
     loaded = _load(recipe, overrides)
     from caftune.pipeline.preview import preview_rows, print_row
 
@@ -191,7 +191,7 @@ def report(
     ],
     output: Annotated[str | None, typer.Option(help="Where to write; the first run folder by default.")] = None,
 ) -> None:
-    """Write report.html, one page to open or to pass on, and report.md."""
+    """Write report.html, one page to open or to share, and report.md."""
     from caftune.report.render import write_report
 
     for path in write_report(runs, output):
@@ -220,7 +220,7 @@ def plan(
         print_plan(console, found)
 
 
-heads_app = typer.Typer(help="Heads: measure, look at, share.", no_args_is_help=True, rich_markup_mode=None)
+heads_app = typer.Typer(help="Heads: measure, show, share.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(heads_app, name="heads")
 HeadsName = Annotated[str, typer.Argument(metavar="HEADS", help="A heads folder, or a hub id owner/name[@revision].")]
 
@@ -232,11 +232,11 @@ def info(
         str | None, typer.Option(metavar="PROMPTS", help="Decode with them from these prompts (a file or hub id).")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The model they draft for; their base by default.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Use the first so many prompts.")] = 64,
+    limit: Annotated[int, typer.Option(min=1, help="Number of prompts to use, from the first.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     chat: Chat = None,
 ) -> None:
-    """What heads are: their base, how they were trained, how good they are; with --measure, what their drafts are worth."""
+    """Show heads: their base, training and quality; with --measure, how much their drafts save."""
     from rich.markdown import Markdown
 
     from caftune.checkpoints.cards import heads_card
@@ -255,9 +255,9 @@ def info(
 
     logging.disable_progress_bar()
     description = describe_heads(folder)
-    base, beside = description["base"], folder.parent / "model"
-    if model is None:  # kept heads lie beside their model
-        model = str(beside) if folder.name == "model-heads" and beside.is_dir() else base["name"]
+    base, neighbour = description["base"], folder.parent / "model"
+    if model is None:  # kept heads are next to their model
+        model = str(neighbour) if folder.name == "model-heads" and neighbour.is_dir() else base["name"]
     revision = base["revision"] if model == base["name"] else None
     writer = Writer(model, heads, revision=revision, length=len(description["horizons"]))
     given = writer.prompts([], measure, limit, chat=chat)
@@ -266,7 +266,7 @@ def info(
 
 @heads_app.command()
 def measure(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Measure the recipe's heads on its held-out labels, beside untrained copies and the model itself."""
+    """Measure the recipe's heads on its held-out labels, next to untrained copies and the model itself."""
     loaded = _load(recipe, overrides)
     from rich.markdown import Markdown
 
@@ -309,10 +309,12 @@ def generate(
     heads: Annotated[
         str, typer.Argument(metavar="HEADS", help="Its heads: a folder, or a hub id owner/name[@revision].")
     ],
-    texts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to go on from.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue.")] = None,
     prompts: Annotated[str | None, typer.Option(help="A file or hub id with prompts, as labels.prompts.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Of --prompts, use the first so many.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="256, or what the context leaves.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Number of rows of --prompts to use, from the first.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: 256, or what the context leaves.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="0: all tokens.")] = 0,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
@@ -321,7 +323,9 @@ def generate(
         list[str] | None, typer.Option(help="A text that ends an answer; may be given several times.")
     ] = None,
     seed: Annotated[int, typer.Option()] = 42,
-    draft: Annotated[int | None, typer.Option(min=1, help="Tokens of a draft; what pays by default.")] = None,
+    draft: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a draft. Default: chosen by recent acceptance.")
+    ] = None,
     chat: Chat = None,
     alone: Annotated[
         bool, typer.Option("--alone", help="Let the model write without heads, too, and compare.")
@@ -356,7 +360,7 @@ def schema() -> None:
 
 
 def _quiet_libraries() -> None:
-    """Leave out what libraries say about themselves and a user can do nothing about."""
+    """Silence messages of libraries that a user can do nothing about."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,4 +1,4 @@
-"""The error class for what a person can fix, and the operating system's errors in the same form."""
+"""The error class for what a user can fix, and the operating system's errors in the same form."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ class CaftuneError(ValueError):
 
 def not_utf8(path: str | Path, error: UnicodeDecodeError) -> CaftuneError:
     """The error for a text file that is not in UTF-8."""
-    return CaftuneError(f"{path} must be text in UTF-8, and is not ({error}). Convert it, with iconv for example.")
+    return CaftuneError(f"{path} must be text in UTF-8, got other bytes ({error}). Convert it, with iconv for example.")
 
 
 def system_error(error: Exception) -> str | None:

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 
 from caftune.checkpoints.heads_folder import QUALITY_FILE, describe_heads, file_name
 from caftune.checkpoints.quality_card import quality_table
-from caftune.files import read_json
+from caftune.files import read_json, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,18 +88,18 @@ def write_model_card(folder: Path, base: str, options: Any, steps: int, *, heads
         )
     intro = f"{base}, fine-tuned with [caftune](https://pypi.org/project/caftune){how}"
     card = _card(base, None, tag, [f"# {folder.name}", "", intro, use, "", *_listed(facts)])
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)
 
 
 def read_quality(folder: Path, file: Path | None = None) -> dict[str, Any] | None:
-    """The quality report of heads, from their folder or another file; None where there is none, or one of other weights."""
+    """The quality report of heads, from their folder or another file; None if there is none, or only one of other weights."""
     quality = read_json(file or folder / QUALITY_FILE)
     return quality if quality and quality.get("weights_sha256") == describe_heads(folder)["weights_sha256"] else None
 
 
 def print_quality(console: "Console", folder: Path) -> None:
     """Show the quality report of a heads folder, where it has one."""
-    from rich.markdown import Markdown  # here, for a training needs none
+    from rich.markdown import Markdown  # imported here, because training does not need it
 
     quality = read_quality(folder)
     if quality is not None:
@@ -122,5 +122,5 @@ def _in_words(values: Mapping[str, Any]) -> str:
 
 
 def _listed(facts: Mapping[str, Any]) -> list[str]:
-    """A list and no table: on a narrow screen a table would cut hashes short."""
+    """A list, not a table: on a narrow screen a table would cut hashes short."""
     return [f"- **{name}**: {' '.join(str(value).split())}" for name, value in facts.items()]

@@ -238,7 +238,7 @@ def _check_state_dict_keys(plain: Any, state: Mapping[str, Tensor]) -> None:
 
 
 def _is_untied(model: Any) -> bool:
-    """Whether the configuration says that input and output embeddings are one, and they are not (any more)."""
+    """Whether the configuration ties input and output embeddings, but their weights differ."""
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return False
     return not torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
@@ -305,7 +305,7 @@ class _PublishedBase:
                 yield from ((file, key) for key in list(file.keys()))
 
     def _file(self, name: str, *, fetch: bool = False) -> Path | None:
-        """A file of the base; None where it has none, or (without `fetch`) none that is on this machine."""
+        """A file of the base; None if it does not exist, or (without `fetch`) is not on this machine."""
         with suppress(OSError, ValueError):
             found = (
                 cached_file(self.name, name, revision=self.revision, local_files_only=not fetch) if self.name else None

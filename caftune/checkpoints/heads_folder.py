@@ -136,12 +136,12 @@ def find_heads(name: str | os.PathLike[str]) -> Path:
         folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except HUB_ERRORS as error:
         raise CaftuneError(
-            f"{name} is no folder, and the hub gave no such heads ({hub_reason(error)}). Check the name; private heads need "
-            "`hf auth login`."
+            f"{name} must be a folder or heads on the hub, got neither ({hub_reason(error)}). Check the name; private heads "
+            "need `hf auth login`."
         ) from error
     if not (folder / DESCRIPTION_FILE).is_file():
         raise CaftuneError(
-            f"{name} on the hub holds no heads of caftune: it has no {DESCRIPTION_FILE}. Check the name."
+            f"{name} on the hub must hold heads of caftune, got a repository without {DESCRIPTION_FILE}. Check the name."
         )
     return folder
 
@@ -171,8 +171,7 @@ def describe_heads(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise CaftuneError(f"{path} is damaged ({error}). Copy or train the heads again.") from error
     if found != FORMAT:
         raise CaftuneError(
-            f"{folder} has heads of format {found}, and this caftune reads format {FORMAT}. "
-            "Update caftune or train the heads again."
+            f"{folder} must hold heads of format {FORMAT}, got format {found}. Update caftune or train the heads again."
         )
     return description
 
@@ -182,12 +181,12 @@ def _no_heads(folder: Path) -> CaftuneError:
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)
     if pickles:
         return CaftuneError(
-            f"{folder} holds {pickles[0]}, a pickle, which can run code when opened. caftune reads only {WEIGHTS_FILE} "
-            f"with {DESCRIPTION_FILE}; train heads with `caftune pretrain-heads`."
+            f"{folder} must hold {WEIGHTS_FILE} and {DESCRIPTION_FILE}, got {pickles[0]}, a pickle, which can run code when "
+            "opened. Train heads with `caftune pretrain-heads`."
         )
     return CaftuneError(
-        f"{folder} must be a folder with {DESCRIPTION_FILE} and {WEIGHTS_FILE}, and is not. "
-        "Train heads with `caftune pretrain-heads`, or name some on the hub (owner/name)."
+        f"{folder} must be a folder with {DESCRIPTION_FILE} and {WEIGHTS_FILE}, got no {DESCRIPTION_FILE} there. "
+        "Train heads with `caftune pretrain-heads`, or name heads on the hub (owner/name)."
     )
 
 
@@ -228,7 +227,7 @@ def read_heads(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def file_name(source: str) -> str:
-    """A hub id, or the name of a file or folder: what is shared holds no paths of this machine."""
+    """A hub id, or the last name of a path, so that shared files hold no paths of this machine."""
     return Path(source).name if Path(source).exists() or Path(source).is_absolute() else source
 
 

@@ -1,4 +1,4 @@
-"""Heads on the Hugging Face hub: push, pull. Only safetensors, JSON, a picture and the card travel."""
+"""Heads on the Hugging Face hub: push, pull. Only safetensors, JSON, a picture and the card are copied."""
 
 import shutil
 from pathlib import Path
@@ -22,7 +22,7 @@ def push_heads(
         revision: the branch to push to; None: main.
 
     Raises:
-        CaftuneError: the folder is damaged, or the hub does not take it.
+        CaftuneError: the folder is damaged, or the hub does not accept it.
     """
     source = find_heads(folder)
     read_heads(source)  # checks that the file is whole
@@ -46,8 +46,8 @@ def push_heads(
             )
         except HUB_ERRORS as error:
             raise CaftuneError(
-                f"The hub did not take {folder} as {name}: {hub_reason(error)}. Log in with `hf auth login` (a token that may "
-                "write), and check the name."
+                f"The hub did not accept {folder} as {name}: {hub_reason(error)}. Log in with `hf auth login` (a token that "
+                "may write), and check the name."
             ) from error
     return str(commit.commit_url)
 
@@ -60,7 +60,9 @@ def pull_heads(name: str, folder: str | Path) -> Path:
     """
     target = Path(folder)
     if target.is_file() or (target.exists() and any(target.iterdir())):
-        raise CaftuneError(f"{target} must be an empty or a new folder, and is not. Name another.")
+        raise CaftuneError(
+            f"{target} must be an empty or a new folder, got a file or a folder with files. Name another."
+        )
     found = find_heads(name)
     read_heads(found)
     target.mkdir(parents=True, exist_ok=True)

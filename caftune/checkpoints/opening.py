@@ -61,9 +61,9 @@ def opening_tokenizer(name: str, place: str) -> Iterator[None]:
     """As `opening`, for a tokenizer alone: its folder needs no model."""
     folder = Path(name)
     if _is_path(name) and not _any(folder, _TOKENIZERS):
-        what = "has no tokenizer" if folder.is_dir() else "is no such folder"
+        what = "has no tokenizer" if folder.is_dir() else "does not exist"
         raise CaftuneError(
-            f"{place} must be a folder with a tokenizer (tokenizer.json) or a hub id, and {name} {what}. Check the name."
+            f"{place} must be a folder with a tokenizer (tokenizer.json) or a hub id, got {name}, which {what}. Check the name."
         )
     try:
         yield
@@ -75,11 +75,11 @@ def opening_tokenizer(name: str, place: str) -> Iterator[None]:
 
 
 def refuse_missing_model(name: str, place: str = "model.name") -> None:
-    """Raise CaftuneError for a path that is no folder with a model; hub ids are not checked."""
+    """Raise CaftuneError for a path that is not a folder with a model; hub ids are not checked."""
     if _is_path(name) and not Path(name, "config.json").is_file():
-        what = "has no config.json" if Path(name).is_dir() else "is no such folder"
+        what = "has no config.json" if Path(name).is_dir() else "does not exist"
         raise CaftuneError(
-            f"{place} must be a folder with a config.json or a hub id, and {name} {what}. Check the name."
+            f"{place} must be a folder with a config.json or a hub id, got {name}, which {what}. Check the name."
         )
 
 
@@ -99,7 +99,7 @@ def _reason(error: Exception, name: str, place: str, revision: str | None, *, tr
         found = _unknown_kind(error, name, place, revision, trust=trust)
     if found is None and isinstance(error, OSError):
         reason = _first_line(error)
-        return f"{place} must be a model that can be opened, and {name} is not ({reason}). Check its name and files."
+        return f"{place} must be a model that can be opened, got {name} ({reason}). Check its name and files."
     return found
 
 
@@ -141,13 +141,11 @@ def _lacking(folder: Path, place: str, error: Exception) -> str | None:
     for index in folder.glob("*.index.json"):
         for name in sorted(set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())):
             if not (folder / name).is_file():
-                return f"{place}: {folder} must hold {name}, which {index.name} names, and does not. Copy or download it again."
+                return f"{place}: {folder} must hold {name}, which {index.name} names, got none. Copy or download it again."
     if isinstance(error, OSError) and not _any(folder, _WEIGHTS):
-        return (
-            f"{place}: {folder} must hold the weights of a model (model.safetensors), and holds none. Copy them there."
-        )
+        return f"{place}: {folder} must hold the weights of a model (model.safetensors), got none. Copy them there."
     if not isinstance(error, OSError) and not _any(folder, _TOKENIZERS):
-        return f"{place}: {folder} must hold a tokenizer (tokenizer.json), and holds none. Copy its base's there."
+        return f"{place}: {folder} must hold a tokenizer (tokenizer.json), got none. Copy that of its base there."
     return None
 
 
@@ -166,9 +164,9 @@ def _refused_by_hub(error: BaseException, name: str, place: str, revision: str |
         GatedRepoError: f"{place}: {name} is gated on the hub. Accept its terms on https://huggingface.co/{name}, and {login}.",
         RevisionNotFoundError: f"{place}: {name} on the hub has no revision {revision}. Name one of its branches, tags or "
         "commits.",
-        RepositoryNotFoundError: f"{place} must be a folder or a hub id, and {name} is neither: there is no such folder, and "
-        f"no such model on the hub for you. Check the name; for a private model {login}.",
-        LocalEntryNotFoundError: f"{place}: {name} must be a folder or a model in the local cache, and is neither; "
+        RepositoryNotFoundError: f"{place} must be a folder or a hub id, got {name}: there is no such folder, and no "
+        f"such model on the hub that you can access. Check the name; for a private model {login}.",
+        LocalEntryNotFoundError: f"{place}: {name} must be a folder or a model in the local cache, got neither; "
         f"{unreachable}",
     }
     chain = []
@@ -189,14 +187,14 @@ def _unknown_kind(error: ValueError, name: str, place: str, revision: str | None
     if has_code and not trust and "trust_remote_code" in str(error):
         return f"{place}: {name} has its own code, which runs only with model.trust_remote_code=true. Read it, then set that."
     if kind is None:
-        return f"{place}: the config.json of {name} must name a model_type, and names none. Copy the model again."
+        return f"{place}: the config.json of {name} must name a model_type, got none. Copy the model again."
     if kind not in CONFIG_MAPPING and not has_code:
         return (
-            f"{place} must be a model that transformers {_transformers_version} knows, and {name} is of type {kind}. Update "
+            f"{place} must be a model that transformers {_transformers_version} knows, got {name} of type {kind}. Update "
             "transformers."
         )
     if "Unrecognized configuration class" in str(error):
-        return f"{place} must be a causal language model, and {name} is of type {kind}. Name another."
+        return f"{place} must be a causal language model, got {name} of type {kind}. Name another."
     return None
 
 

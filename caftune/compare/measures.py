@@ -62,7 +62,7 @@ class Values:
 
     @property
     def is_finite(self) -> bool:
-        """Whether there are means of it: a run that diverged has no finite loss."""
+        """Whether its values have a mean: a run that diverged has no finite loss."""
         return all(map(math.isfinite, self.values))
 
 

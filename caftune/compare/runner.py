@@ -64,7 +64,7 @@ Files = dict[str, str | Path | None]  # by name: what a run's result depends on
 
 
 def compare(recipe: Recipe, only: str | None = None) -> Comparison:
-    """Make every missing run (or only `ARM/SEED` or `base`), and compare the runs that are there.
+    """Make every missing run (or only `ARM/SEED` or `base`), and compare the finished runs.
 
     Returns:
         What comparison.json holds; after a single run (`only`) with others missing, the names of these.
@@ -155,7 +155,7 @@ def _refuse_unfit(recipe: Recipe) -> None:
 
 
 def _with_form(recipe: Recipe) -> Recipe:
-    """The recipe with eval.chat=false where a chat model is evaluated on plain text; else as it is, like that of older runs."""
+    """The recipe with eval.chat=false where a chat model is evaluated on plain text; otherwise unchanged, as in older runs."""
     if not recipe.eval.tasks:
         return recipe
     tokenizer = BaseModel.of(recipe.model).tokenizer()

@@ -17,7 +17,7 @@ class ComparedRun:
 
     @classmethod
     def read(cls, folder: Path, model: str = "model") -> "ComparedRun":
-        """The finished run in `folder`, of whose evaluated models `model` is read."""
+        """The finished run in `folder`, with the answers of its evaluated model `model`."""
         stages = {row["stage"]: row for row in lines_of(folder / "results.jsonl")}
         answers = {task: lines_of(folder / "eval" / model / f"{task}.jsonl") for task in stages["compare"]["tasks"]}
         return cls(stages.get("train", {}), answers, lines_of(folder / "concepts.jsonl"))

@@ -25,7 +25,7 @@ Known = list[float | None]  # one value a seed; None: not measured
 
 @dataclass(frozen=True)
 class EvaluatedTask:
-    """A task, its primary measure, and the measures of which less is better."""
+    """A task, its primary measure, and the measures of which lower is better."""
 
     name: str
     primary: str
@@ -178,7 +178,7 @@ class Comparison:
     remarks: list[str] = field(default_factory=list)
     recipe: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)  # ARM/SEED
-    unused_seeds: list[int] = field(default_factory=list)  # of runs that are there and that compare.seeds leaves out
+    unused_seeds: list[int] = field(default_factory=list)  # of finished runs that compare.seeds leaves out
     tasks: list[EvaluatedTask] = field(default_factory=list)
     measures: list[Measured] = field(default_factory=list)  # the first task's primary measure first
     left_out: list[LeftOut] = field(default_factory=list)

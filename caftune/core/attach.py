@@ -24,7 +24,7 @@ _OUTPUT_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "fused_lm_h
 def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
     """Put `heads` inside the model, so that its devices, wrappers and optimizer see them, and let its forward run them.
 
-    The model's forward then takes these arguments; without `auxiliary` it is as it was:
+    The model's forward then takes these arguments; without `auxiliary` it is unchanged:
 
         auxiliary="add"      the model's own outputs and, under `auxiliary`, the result of `AuxiliaryHeads.forward`
         auxiliary="only"     the latter alone; the trunk runs without a graph

@@ -112,7 +112,7 @@ def plain_text(ids: Sequence[int], tokenizer: Any) -> str:
     """The text of tokens, special tokens included, with exactly the spaces that belong to it.
 
     Some tokenizers (Llama 2's) put a space in front of what follows an added token: "<call>sun" is `<call>`, ` sun`. That
-    space is no part of the text.
+    space is not part of the text.
     """
     exact = {
         "skip_special_tokens": False,

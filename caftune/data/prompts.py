@@ -46,7 +46,7 @@ class Conversation:
 
     @property
     def turns(self) -> list[int]:
-        """The indices of the messages that the model writes; the last is the end of the messages if no answer is there yet."""
+        """The indices of the messages that the model writes; the last is the end of the messages if these have no answer."""
         if self.messages is None:
             return [0]
         roles = [message["role"] for message in self.messages]
@@ -104,7 +104,7 @@ def conversations(
     if not is_in_conversation(rows, tokenizer, chat):
         if system is not None:
             raise CaftuneError(
-                "labels.system needs prompts that are messages, and these are text. Set labels.chat=true, or remove it."
+                "labels.system must be used with prompts that are messages, got text. Set labels.chat=true, or remove it."
             )
         return [Conversation(text=row.get("prompt") or "") for row in rows]
     return [_from_row(row, system, f"{source}, row {number} (from 0)") for number, row in enumerate(rows)]
@@ -141,8 +141,8 @@ def is_in_conversation(rows: Dataset, tokenizer: Any, chat: bool | None = None, 
     rendered = [row for row, prompt in enumerate(rows["prompt"]) if prompt.lstrip().startswith(special)]
     if rendered and len(rendered) < len(rows):
         raise CaftuneError(
-            f"{option} must be given where some prompts begin with a special token of the tokenizer: {len(rendered)} of "
-            f"{len(rows)} do (the first is row {rendered[0]}, from 0). Add it: true for user messages, false for text."
+            f"{option} must be set if only some prompts begin with a special token of the tokenizer, got {len(rendered)} of "
+            f"{len(rows)} (the first is row {rendered[0]}, from 0). Set true for user messages, false for text."
         )
     return not rendered
 
@@ -169,7 +169,7 @@ def refuse_messages_without_template(tokenizer: Any) -> None:
     """Raise CaftuneError where `tokenizer` cannot render messages."""
     if not getattr(tokenizer, "chat_template", None):
         raise CaftuneError(
-            f"The data has messages, and {tokenizer.name_or_path} has no chat template to write them with. Use a chat "
+            f"{tokenizer.name_or_path} must have a chat template for data with messages, got none. Use a chat "
             "model, give the tokenizer a chat_template, or use prompt and completion columns."
         )
 

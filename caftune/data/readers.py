@@ -123,7 +123,7 @@ def data_commit(source: HubSource) -> str | None:
     """The current commit of a data set, or the latest in the local cache; None where neither is known."""
     try:
         return dataset_info(source.repository, revision=source.revision).sha
-    except (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__):  # reading the rows says why
+    except (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__):  # reading the rows raises the error
         folder = repo_folder_name(repo_id=source.repository, repo_type="dataset")
         with suppress(OSError):
             return Path(constants.HF_HUB_CACHE, folder, "refs", source.revision or "main").read_text().strip()
@@ -154,7 +154,7 @@ def _all_rows(source: str) -> Iterator[dict[str, Any]]:
         return _file_rows(path)
     found = hub_source(source)
     if found is None:
-        raise CaftuneError(f"{source} must be an existing file or a hub id (owner/name), and there is no such file.")
+        raise CaftuneError(f"{source} must be an existing file or a hub id (owner/name), got neither. Check the name.")
     return _hub_rows(found)
 
 
@@ -177,7 +177,7 @@ def _open(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         if b"\0" in file.peek(_HEAD)[:_HEAD]:  # type: ignore[union-attr]
             raise CaftuneError(
-                f"{path} must be text in UTF-8, and is not: it holds NUL bytes, as UTF-16 does. Convert it, with "
+                f"{path} must be text in UTF-8, got NUL bytes, as UTF-16 has. Convert it, with "
                 "`iconv -f UTF-16 -t UTF-8` for example."
             )
         # utf-8-sig: as UTF-8, and a byte order mark at the start, which Windows editors write, is left out
@@ -254,7 +254,7 @@ def _hub_rows(source: HubSource) -> Iterator[dict[str, Any]]:
         table: Any = load_dataset(source.repository, *configuration, split=source.split or "train", **more)
     except (OSError, ValueError, DatasetsError) as error:
         raise CaftuneError(
-            f"{source} must be a file or a data set on the hub, and is neither ({error}). A hub id is "
+            f"{source} must be a file or a data set on the hub, got neither ({error}). A hub id is "
             "owner/name[/config][:split], or owner/name@revision with the rest."
         ) from error
     _refuse_other_commit(source, table)
@@ -263,12 +263,12 @@ def _hub_rows(source: HubSource) -> Iterator[dict[str, Any]]:
 
 
 def _refuse_other_commit(source: HubSource, table: Any) -> None:
-    """Without the hub, `datasets` loads the newest rows in the cache, of whatever commit."""
+    """Without the hub, `datasets` loads the newest rows in the cache, at any commit."""
     folders = [Path(file["filename"]).parts for file in table.cache_files]
     if source.commit and not all(source.commit in parts for parts in folders):
         raise CaftuneError(
             f"{replace(source, revision=None)} must be in the local cache at commit {source.commit} when the hub is not "
-            "reachable, and is there at another only. Run the command where the hub can be reached."
+            "reachable, got another commit only. Run the command where the hub can be reached."
         )
 
 

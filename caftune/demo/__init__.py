@@ -1,1 +1,1 @@
-"""The embedded default: a small base model, a task the package writes itself, and the whole path over both."""
+"""The embedded default: a small base model, a generated task, and the whole path with both."""

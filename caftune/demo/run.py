@@ -103,7 +103,7 @@ def _fresh(folder: Path) -> Path:
     marker = folder / _MARKER
     if folder.exists() and not (folder.is_dir() and (marker.is_file() or not any(folder.iterdir()))):
         raise CaftuneError(
-            f"{folder} must be empty or a folder of caftune demo, and holds other files. Use another --output."
+            f"{folder} must be empty or a folder of caftune demo, got other files. Use another --output."
         )
     for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -320,7 +320,7 @@ _SAYS_NOTHING = re.compile(
     r"(?:indeed |therefore |clearly |also )*"
     r"(?:correct|right|wrong|incorrect|reasonable|verified|confirmed|consistent|valid|not)\b"
 )
-# Words, spacing and commas that are no part of an answer.
+# Words, spacing and commas that are not part of an answer.
 _LONG_WORD = re.compile(r"[A-Za-z][A-Za-z']{2,}[,;:]?")
 _WORD = re.compile(rf"{_LONG_WORD.pattern}|(?:an?|as|at|by|in|is|it|of|on|or|so|to)[,;:]?", re.IGNORECASE)
 _SPACING = re.compile(r"(?<!\\)\\[!,;: ]|\\(?:left|right|displaystyle)(?![A-Za-z])|\\?\$|~")

@@ -25,7 +25,7 @@ _SMILES_PART = re.compile(
     r"(?P<atom>\[[^\]]*\]|Br|Cl|[BCNOPSFIbcnops*])|(?P<branch>[()])"
     r"|[-=#$:/\\~]?(?:%\((?P<long>\d+)\)|%(?P<two>\d\d)|(?P<one>\d))"
 )
-_BROKEN = "\ufffd"  # what a decoder writes for bytes that are no whole character
+_BROKEN = "\ufffd"  # what a decoder writes for bytes that are not a whole character
 _WINDOW = 16  # tokens that are decoded again before each new one
 
 

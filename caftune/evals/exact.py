@@ -18,7 +18,7 @@ def read(row: Mapping[str, Any], number: int) -> Example:
     """A row as an example, with its `id` or else its number; the reference is its completion.
 
     Raises:
-        CaftuneError: a column is missing or no text, or the completion is empty, so that saying nothing would be right.
+        CaftuneError: a column is missing or not a text, or the completion is empty, so that saying nothing would be right.
     """
     prompt, completion = text(row, number, "prompt"), text(row, number, "completion").strip()
     reference = without_thought(completion, prompt).strip()

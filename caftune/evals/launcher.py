@@ -1,7 +1,7 @@
 """The process that starts a program in the sandbox: this file, run as a script (see `caftune.evals.sandbox`).
 
     launcher                  makes the namespaces, waits for the end or the time, kills
-      first process           sees the program alone as its machine, buries orphans; when it ends, the kernel kills the rest
+      first process           sees no other processes than the program's, reaps orphans; when it ends, the kernel kills the rest
         the program
 
 Its arguments: the length of its order, which is on stdin with the program's input after it, and the descriptor of its reports:
@@ -115,7 +115,7 @@ def _enter_namespaces(control: int, is_root: bool) -> None:
 
 
 def _be_first(order: dict[str, Any], control: int, alive: tuple[int, int], is_root: bool, seccomp: ctypes.CDLL) -> None:
-    """The first process: when it ends, the kernel kills the others. It starts the program and buries the orphans."""
+    """The first process: when it ends, the kernel kills the others. It starts the program and reaps the orphans."""
     _c("prctl", _DEATH_SIGNAL, _SIGKILL)
     os.close(alive[0])
     os.write(alive[1], b".")  # fails if the launcher has died already
@@ -129,7 +129,7 @@ def _be_first(order: dict[str, Any], control: int, alive: tuple[int, int], is_ro
 
 
 def _build_root(order: dict[str, Any], is_root: bool) -> None:
-    """A root folder in memory with what the program may see, and its own folder; the machine's files are let go."""
+    """A root folder in memory with what the program may see, and its own folder; the machine's files are unmounted."""
     _c("mount", b"none", b"/", None, _RECURSIVE | _PRIVATE, None)
     content = order["program"].encode("utf-8", "surrogatepass")
     # /proc is on every machine, holds nothing that is to be seen, and is not needed any more.

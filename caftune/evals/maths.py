@@ -54,7 +54,7 @@ def _letters(answer: str) -> str:
 
 
 def is_equal(reference: str, answer: str) -> bool | None:
-    r"""Whether a final answer is equal to the reference; None where math-verify came to no end.
+    r"""Whether a final answer is equal to the reference; None where math-verify did not finish.
 
     Raises:
         CaftuneError: math-verify is not installed.

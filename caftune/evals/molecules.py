@@ -178,7 +178,7 @@ def _bare(word: str, before: str = "") -> str:
 
 
 def molecule_of(smiles: str) -> Any:
-    """RDKit's molecule, or None where the text is no SMILES, has no atoms or is longer than LONGEST.
+    """RDKit's molecule, or None where the text is not a SMILES, has no atoms or is longer than LONGEST.
 
     Raises:
         CaftuneError: RDKit is not installed.
@@ -196,7 +196,7 @@ def read(row: Mapping[str, Any], number: int) -> Example:
     """A row of ChEBI-20 or L+M-24, or one with a column `prompt`, as an example; the reference is its SMILES.
 
     Raises:
-        CaftuneError: a column is missing, or the SMILES is none that RDKit reads.
+        CaftuneError: a column is missing, or RDKit cannot read the SMILES.
     """
     _edits()  # fails before anything is generated
     prompt = text(row, number, "prompt", "description", "caption")

@@ -208,7 +208,7 @@ def _readings(answer: str) -> Iterator[list[_Part]]:
 
 
 def _indented(answer: str, names: frozenset[str] = frozenset()) -> list[str]:
-    """The runs of lines that are indented, moved to the left margin, but for bodies of functions and classes of other names."""
+    """The runs of lines that are indented, moved to the left margin, except bodies of functions and classes of other names."""
     lines = answer.split("\n")
     runs = [list(run) for _, run in itertools.groupby(lines, lambda line: not line.strip() or line[0] in " \t")]
     texts = [

@@ -45,7 +45,7 @@ _CAPITALS = frozenset({
 
 
 def sequence_of(completion: str) -> str:
-    r"""The sequence in a completion: the first line that is one, with the lines that carry it on; "" if there is none.
+    r"""The sequence in a completion: the first line that is one, with the lines that continue it; "" if there is none.
 
     Such a line is one word of capital letters (at least three in four of them residues), or blocks of one length (of ten, say)
     with numbers at either end or without. Small letters count where they are too many for a word, or stand in FASTA, a code
@@ -77,7 +77,7 @@ def _first_sequence(text: str, *, is_marked: bool) -> str:
 
 
 def _residues(line: str, *, is_marked: bool, is_begun: bool) -> str:
-    """The residues of a line in capital letters, or "" where it is no part of a sequence, or of the one that `is_begun`."""
+    """The residues of a line in capital letters, or "" where it is not part of a sequence (of the begun one, if `is_begun`)."""
     label = _LABEL.match(line)
     text = label[1] if label else line[len((_BULLET.match(line) or [""])[0]) :] or line
     groups = _bare(text).split()

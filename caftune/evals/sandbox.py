@@ -86,7 +86,7 @@ def check_sandbox() -> None:
 
 def _refusal(reason: str) -> CaftuneError:
     return CaftuneError(
-        f"The machine must be able to isolate generated code, and is not: {reason}. Use Linux 5.14 or newer with the package "
+        f"The machine must be able to isolate generated code, got: {reason}. Use Linux 5.14 or newer with the package "
         "libseccomp2, as root (in a container: docker run --privileged) or as a user who may create user namespaces."
     )
 
@@ -104,7 +104,7 @@ def fork_often():
         if os.fork() == 0:
             time.sleep(1)
 held = {
-    "a process table of its own": os.getpid() == 2,
+    "a separate process table": os.getpid() == 2,
     "no files but Python's": not any(map(os.path.exists, ["/etc/passwd", "/proc/self", "/sys/kernel", "/home"])),
     "nothing to write outside its folder": refused(lambda: open("/escape", "w")),
     "no sockets": refused(socket.socket),

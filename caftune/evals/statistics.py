@@ -50,7 +50,7 @@ def interval(values: Sequence[float] | Array) -> tuple[float, float]:
     """Mean and half-width of the two-sided 95% Student-t interval over independent runs, one value each.
 
     Raises:
-        CaftuneError: fewer than two values, or one that is no finite number.
+        CaftuneError: fewer than two values, or one that is not a finite number.
     """
     runs = np.asarray(values, dtype=np.float64)
     if runs.ndim != 1 or len(runs) < 2:
@@ -158,7 +158,7 @@ def compare(
 
 
 def compare_runs(treatment: Sequence[float], baseline: Sequence[float]) -> Comparison:
-    """Two arms by one number per run, for measures that are no means over examples (an F1 of a data set, a loss).
+    """Two arms by one number per run, for measures that are not means over examples (an F1 of a data set, a loss).
 
     Student's paired t test over the runs; it says nothing of other examples. `effect_size` is over runs, `num_examples` is 0,
     and without any spread p is 1.
@@ -282,7 +282,7 @@ def _scores(arm: str, values: ArrayLike) -> Array:
     if scores.ndim != 2 or min(scores.shape) < 2:
         raise CaftuneError(
             f"{arm} must be scores [seeds, examples] with at least 2 of each, got shape {scores.shape}. Train with another "
-            "seed: one run does not tell the method from its luck."
+            "seed: one run cannot tell the method from chance."
         )
     if not np.isfinite(scores).all():
         run, example = np.argwhere(~np.isfinite(scores))[0].tolist()

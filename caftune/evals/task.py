@@ -54,9 +54,9 @@ class Task:
             completion has the lowest score, and never fails.
         max_new_tokens: room that an answer needs.
         combine: the measures of all completions -> those of the whole. By default the mean of each, over the completions that
-            have it (F1 over a data set, for example, is no mean of F1s).
+            have it (F1 over a data set, for example, is not a mean of F1s).
         stop: an answer is cut where one of these texts begins.
-        lower_is_better: measures of which less is better.
+        lower_is_better: measures of which lower is better.
         past: an answer with one of these texts is complete and does not count as cut off. The text itself is kept.
     """
 
@@ -92,7 +92,7 @@ def column(row: Mapping[str, Any], number: int, *names: str) -> Any:
         if row.get(name) is not None:
             return row[name]
     raise CaftuneError(
-        f"Row {number} (from 0) must have a column {' or '.join(names)}, and has {', '.join(row)}. Fix the file, or name the "
+        f"Row {number} (from 0) must have a column {' or '.join(names)}, got {', '.join(row)}. Fix the file, or name the "
         "column in eval.columns."
     )
 

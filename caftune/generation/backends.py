@@ -27,7 +27,7 @@ class Sampling:
     top_k: int = 0
 
     def generation_config(self, eos: Sequence[int], pad: int) -> GenerationConfig:
-        """These settings for transformers' `generate`, and nothing of the model's own (a repetition penalty, say)."""
+        """These settings for transformers' `generate`, and none of the model's own (such as a repetition penalty)."""
         drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k} if self.temperature else {}
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,

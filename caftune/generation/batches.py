@@ -87,7 +87,7 @@ class _RefuseNaN(LogitsProcessor):
 
 @contextmanager
 def only_these_settings(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """`generate` fills what a configuration leaves open from the model's own (a repetition penalty, say): not here."""
+    """`generate` fills settings that a configuration leaves open from the model's own (a repetition penalty); not here."""
     own, model.generation_config = model.generation_config, config
     try:
         yield

@@ -58,7 +58,7 @@ def label_dataset(labels: Sequence[Label], *, keep_truncated: bool = False) -> D
     Empty answers are left out, and those that were cut off unless `keep_truncated`.
 
     Raises:
-        CaftuneError: no answer is left.
+        CaftuneError: no answer remains.
     """
     kept = [label for label in labels if label.completion_ids and (keep_truncated or label.finish == "stop")]
     if not kept:

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 class AnswersProgress:
     """A progress bar of answers. The time left is estimated from the average pace of finished answers.
 
-    Answers come a batch at a time. The bar is drawn every half second (every half minute without a terminal), because drawn
-    at the first answer of a batch it would count the time of the whole batch for one answer.
+    The bar is drawn every half second (every half minute without a terminal) and not at every answer: answers come a batch
+    at a time, and the first answer of a batch would be counted with the time of the whole batch.
     """
 
     def __init__(self, total: int, done: int, name: str) -> None:

@@ -62,7 +62,7 @@ def chat_completion(reply: dict[str, Any]) -> Reply:
     parts = [part for part in _PARSERS if message.get(part)]
     if parts:
         raise BadReply(
-            f"the server set {' and '.join(parts)} apart from the answer; switch its parsers off",
+            f"the server separated {' and '.join(parts)} from the answer; switch its parsers off",
             f"Start the server without its {_PARSERS[parts[0]]}, or let it take texts (/v1/completions).",
         )
     return Reply(_text(message.get("content")), str(choice.get("finish_reason")), None, _count(reply))

@@ -410,7 +410,7 @@ def _in_parallel(
 ) -> Iterator[tuple[int, Answer | Failure]]:
     """Send `concurrency` requests at a time; stop when the server is lost for twice as many prompts in a row.
 
-    The pool's threads are daemons: when the command is stopped, nobody waits for requests under way.
+    The pool's threads are daemons: when the command is stopped, it does not wait for requests under way.
     """
     lost, lock = 0, threading.Lock()
 

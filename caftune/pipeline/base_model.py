@@ -44,7 +44,7 @@ class BaseModel:
         return cls(section.name, section.revision, trust_remote_code=section.trust_remote_code)
 
     def other(self, name: str, place: str = "The model") -> "BaseModel":
-        """The model `name`, whose code may run if this one's may; this one where it is called so."""
+        """The model `name`, whose code may run if this one's may; this one if it has that name."""
         return self if name == self.name else BaseModel(name, trust_remote_code=self.trust_remote_code, place=place)
 
     @property
@@ -69,7 +69,7 @@ class BaseModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells it from other models: its commit on the hub, or a hash of the folder's files."""
+        """Its identity: its commit on the hub, or a hash of the folder's files."""
         return model_fingerprint(self.name, self.revision)
 
     def tokenizer(self) -> Any:
@@ -141,7 +141,7 @@ def answer_backend(
 
 
 def who_answers(section: AnswersSection) -> str:
-    """What tells the answers of one backend from those of another, beyond the model: empty where nothing does."""
+    """What distinguishes the answers of one backend from another's, besides the model; empty if nothing does."""
     if section.backend == "server":
         return section.server.model or ""
     engine = {name: section.vllm[name] for name in ("model", "quantization", "dtype") if name in section.vllm}

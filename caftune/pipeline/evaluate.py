@@ -117,7 +117,8 @@ class _EvaluatedModel:
         if long:
             raise CaftuneError(
                 f"{len(long)} of {len(talks)} prompts of {task.name} (the first is {examples[long[0]].id}) leave no room for "
-                f"{sampling.max_new_tokens} tokens in the model's context. Lower eval.max_new_tokens, or use a model with more."
+                f"{sampling.max_new_tokens} tokens in the model's context. Lower eval.max_new_tokens, or use a model with a "
+                "longer context."
             )
         opened = functools.cache(lambda: answer_backend(model, section, tokenizer, sampling, self._loaded))
         report_second_bos([talk.text for talk in talks.values()], tokenizer, f"eval.data.{task.name}")
@@ -170,8 +171,8 @@ def _is_trained_on_text(data: DataSection) -> bool:
         return not is_chat(read_task_rows(data, data.train, limit=1, chat=True))
     except CaftuneError as error:
         raise CaftuneError(
-            f"eval.chat must be given where data.train cannot be read ({error}). Add it: true for a model that is trained in "
-            "conversations, false for one that is trained on plain text."
+            f"eval.chat must be set if data.train cannot be read ({error}). Set true for a model trained in conversations, "
+            "false for one trained on plain text."
         ) from error
 
 
@@ -200,7 +201,7 @@ def _model_of(section: EvalSection, base: BaseModel, folder: RunFolder) -> str:
         return base.name if section.model == "base" else section.model
     if (folder.model / "adapter_config.json").is_file():
         raise CaftuneError(
-            f"{folder.model} must hold a whole model, and holds an adapter alone. Run `caftune export` with "
+            f"{folder.model} must hold a whole model, got an adapter alone. Run `caftune export` with "
             "model.lora.merge=true."
         )
     if not (folder.model / "config.json").is_file():
@@ -215,7 +216,7 @@ def label_of(name: str, base_name: str, folder: RunFolder, *, server: str | None
     """What the model is called in output/eval/ and in results: `base`, `model` (the run's own), or its last name and a hash.
 
     Args:
-        server: the name under which a server has the model, which need not be the model here: it is then called by that.
+        server: the name under which a server has the model, which need not be the model here; results then use that name.
     """
     if server is None and name == base_name:
         return "base"
@@ -239,8 +240,8 @@ def _examples(section: EvalSection, task: Task) -> list[Example]:
     try:
         examples = [task.read(row, number) for number, row in enumerate(named)]
         if "prompt" in section.columns:  # as a model was trained on them
-            asked = [text(row, number, "prompt") for number, row in enumerate(named)]
-            examples = [replace(example, prompt=prompt) for example, prompt in zip(examples, asked, strict=True)]
+            prompts = [text(row, number, "prompt") for number, row in enumerate(named)]
+            examples = [replace(example, prompt=prompt) for example, prompt in zip(examples, prompts, strict=True)]
     except CaftuneError as error:
         raise CaftuneError(f"{source}: {error}") from error
     twice = next((name for name, count in Counter(example.id for example in examples).items() if count > 1), None)
@@ -298,7 +299,10 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
         for name, values in result.measures.items():
             table.add_row(name, in_words(values))
         console.print(table)
-        console.print(f"Asked {'in a conversation' if result.chat else 'as plain text'} (eval.chat).", highlight=False)
+        console.print(
+            f"Prompts were given {'in a conversation' if result.chat else 'as plain text'} (eval.chat).",
+            highlight=False,
+        )
         if result.unfinished:
             console.print(f"{result.unfinished} answers were cut off by eval.max_new_tokens.", highlight=False)
         if result.in_thought:

@@ -77,7 +77,7 @@ def finetune_model(recipe: Recipe) -> Path:
 
 
 def _trained(trainer: CAFTTrainer, folder: Path, rows: Any) -> dict[str, Any]:
-    """Train from the last checkpoint in `folder` on. Returns the costs."""
+    """Train, from the last checkpoint in `folder` if there is one. Returns the costs."""
     show_progress(trainer, "train")
     with Costs(trainer) as costs:
         try:
@@ -106,13 +106,13 @@ def _keep_heads(
 
 
 def _plan(planned: Callable[[], dict[str, float]]) -> dict[str, float] | None:
-    """The plan of this run, to be shown next to its costs. Made at its end, so that nothing waits for it."""
+    """The plan of this run, to be shown next to its costs. It is made when the run ends, so that nothing waits for it."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return None  # neither the plan nor the count of operations is of several processes
+        return None  # plan and FLOPs are those of one process
     try:
         return planned()
-    except Exception as error:  # whatever a model not planned for brings up, the run is done and must be recorded
-        tqdm.write(f"This run has no plan beside its costs: {error}", file=sys.stderr)
+    except Exception as error:  # the run is done and must be recorded, whatever its plan raises
+        tqdm.write(f"This run has no plan next to its costs: {error}", file=sys.stderr)
         return None
 
 

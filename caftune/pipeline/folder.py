@@ -138,8 +138,8 @@ class Stage:
         """Prepare the folder, which is new or belongs to this recipe and these files. Returns the folder.
 
         Options that do not affect the steps so far may differ (see resumption.py): they are reported and recorded.
-        A folder in which nothing was done yet (its stage was refused, say) takes on the recipe it is given, and so does that
-        of the labels, whose answers are kept by their prompts. With several processes the main one prepares it.
+        A folder without results (its stage was refused, for example) takes the given recipe. So does that of the labels,
+        whose answers are cached by prompt. With several processes the main one prepares it.
 
         Raises:
             CaftuneError: the folder holds a stage of another recipe, or other files; or the training is to be longer and has
@@ -153,7 +153,7 @@ class Stage:
                 self._adopt(self.refuse_other(may_resume=True))
             elif not (self.folder / "recipe.yaml").is_file() and _holds_files(self.folder):
                 raise CaftuneError(
-                    f"{self.folder} must be empty or a folder of caftune, and holds other files. Use another output."
+                    f"{self.folder} must be empty or a folder of caftune, got other files. Use another output."
                 )
             elif is_main_process():
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,7 @@ class Stage:
         checkpoint = last_checkpoint(self.folder) if changes.length else None
         if changes.length and checkpoint is None:
             raise CaftuneError(
-                f"{self.folder} must hold a checkpoint to resume from ({', '.join(changes.length)}), and holds none. Remove "
+                f"{self.folder} must hold a checkpoint to resume from ({', '.join(changes.length)}), got none. Remove "
                 f"{self.folder} to train from the start."
             )
         if checkpoint is not None:
@@ -320,7 +320,7 @@ def _forget_unknown_data(kept: Any, wanted: Any) -> None:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint: one whose `trainer_state.json`, which is written last, is there and can be read."""
+    """The newest whole checkpoint: one whose `trainer_state.json`, which is written last, exists and can be read."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
@@ -336,7 +336,7 @@ def whole_checkpoint(folder: Path, named: str | None, *, best: bool) -> str:
     if source is not None and Path(source, "pytorch_model_fsdp_0").is_dir():
         raise CaftuneError(
             f"{source} must hold whole weights, got FSDP's pieces of them (SHARDED_STATE_DICT). Run `caftune train` again, as "
-            "before: it goes on from the last checkpoint and writes the model at its end."
+            "before: it resumes from the last checkpoint and writes the model at its end."
         )
     if source is None or not any(Path(source, name).is_file() for name in ("config.json", "adapter_config.json")):
         raise CaftuneError(
@@ -373,7 +373,7 @@ def _holds_files(folder: Path) -> bool:
 
 
 def _digest(path: Path) -> str:
-    """What a file's contents are told apart by: of heads their weights, not how and when these were made."""
+    """A hash of a file's contents; of heads.json that of the weights, whenever and however they were made."""
     return read_json(path)["weights_sha256"] if path.name == DESCRIPTION_FILE else file_sha256(path)
 
 

@@ -25,7 +25,7 @@ from caftune.generation.batches import only_these_settings
 
 @dataclass(frozen=True)
 class Written:
-    """An answer, what it took, and (where asked for) what it took the model alone. Seconds are those of `generate`."""
+    """An answer and its cost, and with `alone` the cost of the model alone. Seconds are those of `generate`."""
 
     prompt: Prompt
     ids: list[int]
@@ -102,15 +102,13 @@ class Writer:
                 or settings of sampling without it.
         """
         if sampling.temperature == 0 and (sampling.top_p < 1 or sampling.top_k > 0):
-            raise CaftuneError(
-                "--temperature must be above 0 for --top-p and --top-k, got 0, which draws nothing. Raise it."
-            )
+            raise CaftuneError("--temperature must be above 0 for --top-p and --top-k, got 0 (greedy). Raise it.")
         if repetition_penalty <= 0:
-            raise CaftuneError(f"--repetition-penalty must be above 0, got {repetition_penalty}. 1 is none.")
+            raise CaftuneError(f"--repetition-penalty must be above 0, got {repetition_penalty}. Use 1 for none.")
         if self.room(prompts, sampling.max_new_tokens) < sampling.max_new_tokens:
             raise CaftuneError(
-                f"--max-new-tokens must be at most {self.room(prompts, sampling.max_new_tokens)}, which the longest prompt "
-                f"leaves of the model's context, got {sampling.max_new_tokens}. Lower it."
+                f"--max-new-tokens must be at most {self.room(prompts, sampling.max_new_tokens)} (the context left by the "
+                f"longest prompt), got {sampling.max_new_tokens}. Lower it."
             )
         eos = self.ends
         config = sampling.generation_config(eos, padding_token(self.tokenizer))
@@ -139,7 +137,7 @@ class Writer:
         return end_tokens(self.model.generation_config, self.tokenizer)
 
     def room(self, prompts: Sequence[Prompt], wanted: int) -> int:
-        """How many new tokens, of those wanted, fit the model's context after the longest prompt; none is an error."""
+        """How many of the `wanted` new tokens fit the model's context after the longest prompt; none is an error."""
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(len(prompt.ids) for prompt in prompts)
         if context is not None and longest >= context:
@@ -173,7 +171,7 @@ def print_drafting(console: Console, written: Sequence[Written]) -> None:
     shares = ", ".join(f"{a / max(d, 1):.0%} of {d}" for a, d in zip(total.accepted, total.drafted, strict=True))
     console.print(
         f"{total.tokens} tokens in {total.passes} passes of the model ({total.passes / max(total.tokens, 1):.2f} a token) and "
-        f"{seconds:.2f} s. Taken over of the heads' tokens, from the nearest: {shares}; {total.accepted_length:.2f} a draft.",
+        f"{seconds:.2f} s. Accepted of each head's tokens, nearest first: {shares}; {total.accepted_length:.2f} a draft.",
         soft_wrap=True,
         highlight=False,
     )

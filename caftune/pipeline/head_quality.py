@@ -1,4 +1,4 @@
-"""How good heads are, beside the untrained copies they began as and the model itself.
+"""How good heads are, next to the untrained copies they began as and the model itself.
 
 On text (best: the model's own, held out), for each horizon h: the loss in nats, and how often the token t + h is the head's
 first guess (top-1) or among its first five (top-5). `trunk` is the model's own next-token prediction of the same tokens, from

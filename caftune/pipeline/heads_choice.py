@@ -48,7 +48,7 @@ def pretrained_heads(section: HeadsSection, folder: RunFolder) -> HeadsRef:
     """The heads of heads.path (downloaded if that is a hub id), or those that stage 1 made in this run.
 
     Raises:
-        CaftuneError: there are none, or others than the recipe asks for.
+        CaftuneError: there are no heads, or they are not those of the recipe.
     """
     if section.path is not None:
         name, keys, remedy = section.path, section.model_fields_set & {"count", "kind"}, "Remove it."

@@ -94,7 +94,7 @@ def _room(section: LabelsSection, base: BaseModel) -> int:
 
 def _fitting(every: list[Conversation], tokenizer: Any, room: int, *, refuse: bool) -> dict[int, Conversation]:
     """The conversations with prompts that fit, by row; with `refuse`, one that does not fit is an error."""
-    talks = {row: talk for row, talk in enumerate(every) if talk.turns}  # others leave the model nothing to say
+    talks = {row: talk for row, talk in enumerate(every) if talk.turns}  # others have no turn for the model to write
     first = {row: talk.prompt(0, [], tokenizer) for row, talk in talks.items()}
     if refuse:
         refuse_long_prompts(first, room)
@@ -109,7 +109,7 @@ def _refuse_failures(found: Labelling, cache: Path, *, may_skip: bool) -> None:
     if not (may_skip and found.labels):
         raise CaftuneError(
             f"{what} The other answers are kept "
-            f"in {cache}; run the command again to ask for the missing ones, or set labels.skip_failed=true to do without."
+            f"in {cache}; run the command again to query the missing ones, or set labels.skip_failed=true to leave them out."
         )
     tqdm.write(f"{what} They are left out (labels.skip_failed).", file=sys.stderr)
 

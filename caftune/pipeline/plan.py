@@ -99,7 +99,7 @@ class _Planned:
                 raise
             why = " ".join(str(error).split())
             raise CaftuneError(
-                "model.name must be a model that runs with the recipe's options and without its numbers, got "
+                "model.name must be a model that runs with the recipe's options on tensors without values, got "
                 f"{self.name} ({type(error).__name__}: {why}). Change an option that this names, or measure a short run."
             ) from error
 
@@ -115,7 +115,7 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
     if stage == "heads":
         args = stage_one_config(recipe, base, folder)
         if not recipe.heads.text and not Path(recipe.head_source).is_file():
-            missing = f"{recipe.head_source} is still to be made"
+            missing = f"{recipe.head_source} does not exist yet"
     else:
         args = stage_two_config(recipe, base, folder, heads=None, aux_weight=0.0, aux_min_weight=0.0)
         missing = "" if recipe.data.train else "data.train names no data"

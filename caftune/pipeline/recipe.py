@@ -15,7 +15,7 @@ from caftune.pipeline.recipe_text import parse_yaml, read_yaml
 from caftune.pipeline.schema import Recipe
 from caftune.training.options import OPTIONS, Training
 
-# Options of SFTConfig that a recipe sets in a section of its own.
+# Options of SFTConfig that a recipe sets in other sections.
 _SET_ELSEWHERE = {
     "output_dir": "output",
     "seed": "seed",
@@ -35,7 +35,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     file = Path(path)
     if not file.is_file():
-        raise CaftuneError(f"{path} must be a recipe file (YAML), and there is no such file.")
+        raise CaftuneError(f"{path} must be a recipe file (YAML), got no such file. Check the path.")
     values = read_yaml(file)
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
@@ -142,7 +142,9 @@ def _override(values: dict[str, Any], override: str) -> None:
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise CaftuneError(f"{override!r} sets a part of {section}, which is a value.")
+            raise CaftuneError(
+                f"{override!r} must set a key of a section, got {section}, which is a value. Fix the key."
+            )
     try:
         values[key] = parse_yaml(text, f"The override {override!r}")
     except CaftuneError as error:

@@ -59,9 +59,7 @@ def parse_yaml(text: str, place: str) -> Any:
         node = loader.get_node() if loader.check_node() else None
         if loader.check_node():
             line = loader.get_event().start_mark.line + 1
-            raise CaftuneError(
-                f"{place}, line {line}: must be one YAML document, and a second begins here. Remove one."
-            )
+            raise CaftuneError(f"{place}, line {line}: must be one YAML document, got a second one here. Remove one.")
         _check(node, place)
         return loader.construct_document(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
@@ -86,8 +84,8 @@ def _check(node: yaml.Node | None, place: str, above: tuple[yaml.Node, ...] = ()
         )
     if node.tag == f"{_TAG}int" and _LEADING_ZERO.match(node.value):
         raise CaftuneError(
-            f"{place}, line {line}: {node.value} must be written without its leading zero, which YAML 1.1 takes for a mark of "
-            "octal numbers. Remove the zero, or put it in quotes where it is text."
+            f"{place}, line {line}: {node.value} must be written without its leading zero, which marks octal numbers in "
+            "YAML 1.1. Remove the zero, or put it in quotes where it is text."
         )
     if isinstance(node, yaml.MappingNode):
         _check_keys(node, place)
@@ -108,7 +106,7 @@ def _check_keys(node: yaml.MappingNode, place: str) -> None:
         name = key.value if key.tag == f"{_TAG}str" else (key.tag, key.value)
         if name in lines:
             raise CaftuneError(
-                f"{place}, line {line}: {key.value} is given twice, first in line {lines[name]}, and one would be dropped. "
+                f"{place}, line {line}: {key.value} must be given once, got it twice (first in line {lines[name]}). "
                 "Remove one, or put what they hold under one key."
             )
         lines[name] = line

@@ -104,7 +104,7 @@ class _DataCommits:
         key = str(HubSource(found.repository, found.revision))
         commit = self._known.get(key) or data_commit(found)
         if commit is None:
-            return source  # reading the rows says why
+            return source  # reading the rows raises the error
         self._known[key] = commit
         return str(replace(found, revision=commit))
 
@@ -115,7 +115,7 @@ class _DataCommits:
         return section.model_copy(update=changes)
 
     def keep(self) -> None:
-        """Write new commits down."""
+        """Write new commits to data.json."""
         if self._known != self._kept and is_main_process():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._path, self._known)

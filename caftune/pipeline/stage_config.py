@@ -75,7 +75,8 @@ def inherited_options(adapt: Mapping[str, Any] | None, trainer: Mapping[str, Any
     """
     if adapt is None:
         raise CaftuneError(
-            "adapt must be in the recipe, got none: stage 2 would not use these heads. Add adapt={learning_rate: 1.0e-4}, say."
+            "adapt must be in the recipe, got none: stage 2 would not use these heads. Add "
+            "adapt={learning_rate: 1.0e-4}, for example."
         )
     return {**{name: trainer[name] for name in (*ROW_OPTIONS, "model_init_kwargs") if name in trainer}, **adapt}
 
@@ -83,12 +84,14 @@ def inherited_options(adapt: Mapping[str, Any] | None, trainer: Mapping[str, Any
 def _refuse_heads_options(heads: HeadsSection, model: ModelSection, *, has_heads: bool) -> None:
     for key in ("lora_rank", "learning_rate", "max_grad_norm"):
         if getattr(heads, key) is not None and not heads.train:
-            raise CaftuneError(f"heads.{key} needs heads.train: true, for heads are frozen in stage 2 otherwise.")
+            raise CaftuneError(
+                f"heads.{key} needs heads.train: true, because heads are frozen in stage 2 otherwise. Change one."
+            )
     if heads.keep and not has_heads:
         raise CaftuneError("heads.keep needs loss.weight above 0: without it there are no heads to keep. Change one.")
     if heads.keep and model.tuning != "full" and not model.lora.merge:
         raise CaftuneError(
-            "heads.keep needs model.lora.merge: true, for heads are kept next to a whole model. Change one."
+            "heads.keep needs model.lora.merge: true, because heads are kept next to a whole model. Change one."
         )
 
 
@@ -149,7 +152,7 @@ def refuse_quantised_base(base: BaseModel, *, merge: bool) -> None:
     """Raise CaftuneError where an adapter would have to be merged into a base that is published quantised."""
     if merge and getattr(base.config, "quantization_config", None):
         raise CaftuneError(
-            f"model.name must be an unquantised base, and {base.name} is published quantised: an adapter cannot be "
+            f"model.name must be an unquantised base, got {base.name}, which is published quantised: an adapter cannot be "
             "merged into it. Name the unquantised base (tuning: qlora rounds it), or set model.lora.merge=false."
         )
 

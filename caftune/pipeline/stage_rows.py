@@ -160,7 +160,7 @@ def _unprepared(data: DataSection, name: str, tokenizer: Any, args: CAFTConfig, 
         refuse_messages_without_template(tokenizer)
     if "prompt" in rows.column_names and "completion" not in rows.column_names:
         raise CaftuneError(
-            f"data.{name} has prompts and no completions to train on. Name the answers' column in data.columns."
+            f"data.{name} must have completions to train on, got prompts only. Name the answers' column in data.columns."
         )
     separator = data.separator
     if separator and "prompt" in rows.column_names and not is_chat(rows):

@@ -40,17 +40,18 @@ class Structure:
 
 
 def check_structures(model_name: str) -> None:
-    """Say what is missing before anything is asked or folded; no weights are loaded.
+    """Raise CaftuneError for a missing package or model before a model is queried or folds; no weights are loaded.
 
     Raises:
-        CaftuneError: tmtools is not installed, or the model is not there or no folding model.
+        CaftuneError: tmtools is not installed, or the model does not exist or is not a folding model.
     """
     _tm_align()
     try:
         config = AutoConfig.from_pretrained(model_name)
     except OSError as error:
         raise CaftuneError(
-            f"eval.structures must be a folder or hub id of an ESMFold, got {model_name}, which is not there ({error})."
+            f"eval.structures must be a folder or hub id of an ESMFold, got {model_name}, which cannot be "
+            f"opened ({error}). Check the name."
         ) from error
     if not getattr(config, "is_folding_model", False):
         raise CaftuneError(
@@ -68,7 +69,7 @@ def fold(sequences: Sequence[str], model_name: str) -> list[Structure]:
 
     Raises:
         CaftuneError: a sequence is empty or has more than LONGEST residues. None is cut.
-        OSError: the model is not there.
+        OSError: the model does not exist.
     """
     for sequence in sequences:
         if not 0 < len(sequence) <= LONGEST:
@@ -89,7 +90,7 @@ def _load(model_name: str) -> Any:
     on_gpu = torch.cuda.is_available()
     model: Any = EsmForProteinFolding.from_pretrained(model_name, dtype=torch.float32)
     model = model.to("cuda" if on_gpu else "cpu").eval()
-    model.esm.to(torch.float16 if on_gpu else torch.float32)  # esmfold_v1 asks for half, which a CPU is slow at
+    model.esm.to(torch.float16 if on_gpu else torch.float32)  # half precision, as esmfold_v1 has it, is slow on a CPU
     return model
 
 
@@ -148,7 +149,7 @@ def compare_structures(pairs: Sequence[tuple[str, str]], model_name: str) -> lis
 
     Raises:
         CaftuneError: tmtools is not installed.
-        OSError: the model is not there.
+        OSError: the model does not exist.
     """
     to_fold = [pair for pair in pairs if len(pair[1]) <= LONGEST]
     sequences = list(dict.fromkeys(text for pair in to_fold for text in pair if 0 < len(text) <= LONGEST))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from caftune.compare.summary import Comparison
 from caftune.errors import CaftuneError
+from caftune.files import write_text
 from caftune.report.single_run import EXAMPLES, read_single_run
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
         target / "report.md": "\n".join(_markdown(title, parts)) + "\n",
     }
     for file, text in files.items():
-        file.write_text(text, encoding="utf-8", errors="replace")  # half of a surrogate pair, which a model may write
+        # A model may write half of a surrogate pair, which UTF-8 cannot hold: it becomes "?".
+        write_text(file, text.encode("utf-8", errors="replace").decode("utf-8"))
     return list(files)
 
 

@@ -353,7 +353,7 @@ def _in_words(value: Any) -> str:
 
 
 def _without_addresses(recipe: Any) -> Any:
-    """The recipe without addresses of servers, which may hold keys; a report is passed on to others."""
+    """The recipe without addresses of servers, which may hold keys; a report is shared with others."""
     if not isinstance(recipe, Mapping):
         return recipe
     return {key: "left out" if key == "url" else _without_addresses(value) for key, value in recipe.items()}

@@ -57,7 +57,7 @@ def evaluation_leaves_rng(trainer: Trainer) -> Iterator[None]:
     """Within the block, evaluations leave the random state of training unchanged.
 
     transformers 5.23: the evaluation's data loader draws a number, so dropout and the sample of targets would depend on when
-    a run is evaluated (also after its last step). Ends when evaluations have a generator of their own.
+    a run is evaluated (also after its last step). Ends when evaluations have a separate generator.
     """
     evaluate = trainer.evaluate
 

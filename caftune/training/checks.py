@@ -220,7 +220,7 @@ def refuse_missing_parts(dataset: Dataset, args: CAFTConfig, *, name: str, as_st
         return
     if "prompt" in columns and "completion" not in columns:
         raise CaftuneError(
-            f"The {name} data has prompts and no completions to train on; its columns are {', '.join(columns)}. "
+            f"The {name} data must have completions to train on, got the columns {', '.join(columns)}. "
             "Name the answers completion (of preference pairs, the chosen ones)."
         )
     if args.completion_only_loss and "completion" not in columns:
@@ -294,7 +294,7 @@ def _cut(lost: list[int], total: int, max_length: int | None, name: str) -> str:
 def refuse_many_dropped(dropped: list[int], total: int, max_length: int | None, *, name: str) -> None:
     """Raise CaftuneError where more than a tenth of the rows have no token to train on within max_length."""
     if len(dropped) > _MOST_DROPPED * total:
-        why = ": no row is left" if len(dropped) == total else ", and up to a tenth may be left out"
+        why = ": no row remains" if len(dropped) == total else ", and up to a tenth may be left out"
         raise CaftuneError(f"{_cut(dropped, total, max_length, name)}{why}. {_LENGTHEN}")
 
 

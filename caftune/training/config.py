@@ -91,7 +91,7 @@ class CAFTConfig(CAFTOptions, SFTConfig):
             )
         if self.eval_packing and not self.packing:
             raise CaftuneError(
-                "eval_packing must not be True without packing where there are heads: TRL (1.16) would then not mark where "
+                "eval_packing must not be True without packing in a run with heads: TRL (1.16) would then not mark where "
                 "documents begin, and heads would be evaluated across them. Set packing=True too, or leave eval_packing out."
             )
 

@@ -26,7 +26,7 @@ from caftune.training.run_setup import Setup
 # Size of the optimizer's state: as a multiple of the trained weight, or in bytes per value where it is quantised.
 _STATES_LIKE_WEIGHT = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmsprop": 1, "sgd": 0}
 _STATES_IN_BYTES = {"adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "adamw_torch_8bit": 2}
-# States of smaller weights stay in 32 bits, and with bitsandbytes those of embeddings (transformers 5.23 asks for it).
+# States of smaller weights stay in 32 bits, and with bitsandbytes those of embeddings (transformers 5.23 sets that).
 _FEWEST_IN_8_BITS = 4096
 # TRL's loss (1.16): rows and columns of its buffer; float32 tiles next to the buffer where there is no Triton.
 _TILE_ROWS, _TILE_COLUMNS, _TILES_PLAIN = 4096, 32768, 7.25

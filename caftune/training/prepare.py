@@ -224,10 +224,11 @@ def _set_template(tokenizer: Any, place: str) -> None:
     """Set the tokenizer's chat template to that of a file or of another tokenizer."""
     is_file = place.endswith((".jinja", ".j2"))
     if Path(place).is_file() and not is_file:
-        raise CaftuneError(f"chat_template_path must end in .jinja or .j2 where it is a file, got {place}. Rename it.")
+        raise CaftuneError(f"chat_template_path must end in .jinja or .j2 if it is a file, got {place}. Rename it.")
     if not Path(place).exists() and (is_file or Path(place).is_absolute()):
         raise CaftuneError(
-            f"chat_template_path must be a template file, a folder or a hub id, and {place} does not exist. Check the name."
+            f"chat_template_path must be a template file, a folder or a hub id, got {place}, which does not exist. "
+            "Check the name."
         )
     given = template_in(place)
     if given is not None:
@@ -237,7 +238,7 @@ def _set_template(tokenizer: Any, place: str) -> None:
         source = AutoTokenizer.from_pretrained(place)
     if not source.chat_template:
         raise CaftuneError(
-            f"chat_template_path must name a tokenizer with a chat template, and {place} has none. Name another."
+            f"chat_template_path must name a tokenizer with a chat template, got {place}, which has none. Name another."
         )
     _clone_chat_template(tokenizer, source)
 
@@ -259,12 +260,12 @@ def _marked_template(dataset: Dataset, tokenizer: Any, name: str) -> str | None:
     """The template that marks the assistant's turns; None where the tokenizer's does."""
     if not is_chat(dataset):
         raise CaftuneError(
-            f"assistant_only_loss must be used with conversations, and the {name} data has the columns "
-            f"{', '.join(dataset.column_names)} of text or tokens. Leave it out, or write the rows as messages."
+            "assistant_only_loss must be used with conversations, got the columns "
+            f"{', '.join(dataset.column_names)} in the {name} data. Leave it out, or write the rows as messages."
         )
     if not tokenizer.chat_template:
         raise CaftuneError(
-            "assistant_only_loss needs conversations and a chat template, and the tokenizer has none. Leave it out, or name a "
+            "assistant_only_loss must be used with a chat template, got a tokenizer without one. Leave it out, or name a "
             "template in chat_template_path."
         )
     if has_generation_markers(tokenizer.chat_template):
@@ -275,7 +276,7 @@ def _marked_template(dataset: Dataset, tokenizer: Any, name: str) -> str | None:
         if "patching is not supported" not in str(error):
             raise
         raise CaftuneError(
-            "assistant_only_loss must be used with a chat template that marks the assistant's turns, and this tokenizer's has "
-            "no {% generation %} ... {% endgeneration %} around them. Write a copy of it with these marks and name the file "
+            "assistant_only_loss must be used with a chat template that marks the assistant's turns, got one without "
+            "{% generation %} ... {% endgeneration %} around them. Write a copy of it with these marks and name the file "
             "in chat_template_path, or leave assistant_only_loss out."
         ) from error

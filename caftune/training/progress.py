@@ -125,7 +125,7 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
     if checkpoint is not None:
         trainer.add_callback(ResumeCallback(checkpoint))
         if trainer.is_world_process_zero():
-            tqdm.write(f"Going on from {checkpoint}.", file=sys.stderr)
+            tqdm.write(f"Resuming from {checkpoint}.", file=sys.stderr)
     stop = StopOnSigterm(trainer)
     trainer.add_callback(stop)
     trainer.add_callback(StopOnDivergence(trainer))

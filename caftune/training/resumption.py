@@ -90,7 +90,7 @@ def refuse_missing_optimizer_state(checkpoint: Path) -> None:
     kept = ("optimizer*", "global_step*")  # the second is DeepSpeed's
     if not any(any(checkpoint.glob(name)) for name in kept):
         raise CaftuneError(
-            f"{checkpoint} must hold an optimizer's state to resume from, and holds the model alone (save_only_model). Remove "
+            f"{checkpoint} must hold an optimizer's state to resume from, got the model alone (save_only_model). Remove "
             f"{checkpoint.parent} to train from the start, or see `caftune export --checkpoint`."
         )
 

@@ -208,7 +208,7 @@ def test_a_missing_folder_is_refused(tmp_path):
 def test_a_pickle_is_refused_and_not_opened(name, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_args, **_kwargs: pytest.fail("opened the pickle"))
     (tmp_path / name).write_bytes(b"not even a pickle")
-    with pytest.raises(CaftuneError, match=f"holds {name}, a pickle, which can run code when opened"):
+    with pytest.raises(CaftuneError, match=f"got {name}, a pickle, which can run code when opened"):
         load_heads(tmp_path, base())
 
 
@@ -257,7 +257,7 @@ def test_weights_with_wrong_keys_or_shapes_are_refused(change, saved):
 
 def test_another_format_is_refused(saved):
     edit(saved, format=2)
-    with pytest.raises(CaftuneError, match=r"has heads of format 2, and this caftune reads format 1"):
+    with pytest.raises(CaftuneError, match=r"must hold heads of format 1, got format 2"):
         load_heads(saved, base(), TOKENIZER)
 
 

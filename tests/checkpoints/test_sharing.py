@@ -256,7 +256,7 @@ def test_heads_on_the_hub_of_another_kind_than_the_recipe_asks_for_are_refused(h
 @pytest.mark.parametrize("name", ["tester/nothing", f"{NAME}@no-such-branch", f"{NAME}@{'0' * 40}"])
 def test_a_repository_or_revision_that_does_not_exist_is_refused(hub, made, tmp_path, name):
     push_heads(made, NAME, licence="mit")
-    with pytest.raises(CaftuneError, match=f"^{name} is no folder, and the hub gave no such heads") as error:
+    with pytest.raises(CaftuneError, match=f"^{name} must be a folder or heads on the hub, got neither") as error:
         pull_heads(name, tmp_path / "new")
     assert in_one_line(error)
     assert not (tmp_path / "new").exists()
@@ -266,7 +266,7 @@ def test_a_repository_or_revision_that_does_not_exist_is_refused(hub, made, tmp_
 def test_a_repository_without_heads_is_refused(hub, tmp_path, files):
     name = published(hub, dict.fromkeys(files, b"other"))
     with pytest.raises(
-        CaftuneError, match=rf"^{name} on the hub holds no heads of caftune: .* no heads\.json"
+        CaftuneError, match=rf"^{name} on the hub must hold heads of caftune, got .* without heads\.json"
     ) as error:
         pull_heads(name, tmp_path / "new")
     assert in_one_line(error)
@@ -274,7 +274,9 @@ def test_a_repository_without_heads_is_refused(hub, tmp_path, files):
 
 
 def test_heads_that_are_not_cached_are_refused_when_the_hub_is_gone(tmp_path):
-    with pytest.raises(CaftuneError, match=f"{NAME} is no folder, and the hub gave no such heads .*refused") as error:
+    with pytest.raises(
+        CaftuneError, match=f"{NAME} must be a folder or heads on the hub, got neither .*refused"
+    ) as error:
         pull_heads(NAME, tmp_path / "new")
     assert in_one_line(error)
 
@@ -285,7 +287,7 @@ def test_heads_that_are_cached_in_part_are_refused_when_the_hub_is_gone(made, tm
         cached = find_heads(NAME)
     (cached / "heads.safetensors").unlink()
     with pytest.raises(
-        CaftuneError, match=f"{NAME} is no folder, and the hub gave no such heads .*incomplete"
+        CaftuneError, match=f"{NAME} must be a folder or heads on the hub, got neither .*incomplete"
     ) as error:
         pull_heads(NAME, tmp_path / "new")
     assert in_one_line(error)
@@ -318,7 +320,9 @@ def test_a_folder_that_holds_files_is_left_as_it_is(hub, made, tmp_path):
     push_heads(made, NAME, licence="mit")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    with pytest.raises(CaftuneError, match="mine must be an empty or a new folder, and is not") as error:
+    with pytest.raises(
+        CaftuneError, match="mine must be an empty or a new folder, got a file or a folder with files"
+    ) as error:
         pull_heads(NAME, tmp_path / "mine")
     assert in_one_line(error)
     assert files_in(tmp_path / "mine") == {"thesis.txt": b"mine"}
@@ -332,7 +336,7 @@ def test_pushing_without_a_token_is_refused(hub, made, monkeypatch, exists):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(
         CaftuneError,
-        match=rf"The hub did not take .* as {NAME}: .*(401|no such repository).* Log in with `hf auth login`",
+        match=rf"The hub did not accept .* as {NAME}: .*(401|no such repository).* Log in with `hf auth login`",
     ) as error:
         push_heads(made, NAME, licence="mit")
     assert in_one_line(error)
@@ -402,5 +406,5 @@ def test_the_command_push_asks_for_the_licence(hub, made):
 def test_the_commands_tell_errors_in_one_line(hub, tmp_path):
     result = CliRunner().invoke(app, ["heads", "pull", "tester/nothing", str(tmp_path / "new")])
     assert result.exit_code == 2
-    assert "Error: tester/nothing is no folder, and the hub gave no such heads" in result.output
+    assert "Error: tester/nothing must be a folder or heads on the hub, got neither" in result.output
     assert "Traceback" not in result.output

@@ -124,7 +124,7 @@ def test_a_system_message_goes_where_there_is_none(tokenizer):
 
 
 def test_a_system_message_for_plain_text_is_refused(tokenizer):
-    with pytest.raises(CaftuneError, match="labels.system needs prompts that are messages"):
+    with pytest.raises(CaftuneError, match="labels.system must be used with prompts that are messages"):
         conversations(Dataset.from_list([{"prompt": "C"}]), tokenizer, chat=False, system="ours")
 
 

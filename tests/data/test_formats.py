@@ -346,13 +346,11 @@ def test_conversations_without_the_part_to_train_on_are_refused(row, options, me
 
 def test_preference_pairs_are_refused_with_what_to_do(tokenizer, chat_base, tmp_path):
     pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    with pytest.raises(
-        ValueError, match=r"prompts and no completions.* columns are prompt, chosen, rejected.* chosen ones"
-    ):
+    with pytest.raises(ValueError, match=r"must have completions.* columns prompt, chosen, rejected.* chosen ones"):
         trainer_for(Dataset.from_list(pairs), tmp_path, tokenizer)
     recipe = recipe_of(pairs, chat_base, tmp_path, {})
     with pytest.raises(
-        CaftuneError, match="data.train has prompts and no completions to train on. Name the answers' column"
+        CaftuneError, match="data.train must have completions to train on, got prompts only. Name the answers' column"
     ):
         finetune_model(recipe)
 

@@ -107,9 +107,7 @@ def test_a_revision_in_the_name_is_the_one_that_is_read(hub, tmp_path):
     assert load_rows(f"{NAME}@main:test", limit=1)[0]["prompt"] == "new test 0:"
     named = Run.open(recipe_in(tmp_path, data={"train": f"{NAME}@main"})).recipe
     assert named.data.train == f"{NAME}@{second}"
-    with pytest.raises(
-        CaftuneError, match=r"owner/rows@nothing must be a file or a data set on the hub, and is neither"
-    ):
+    with pytest.raises(CaftuneError, match=r"owner/rows@nothing must be a file or a data set on the hub, got neither"):
         load_rows(f"{NAME}@nothing")
 
 
@@ -140,7 +138,7 @@ def test_without_the_hub_the_rows_are_of_the_commit_that_is_known_or_refused(hub
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     assert first_prompt(Run.open(recipe_in(tmp_path)).recipe) == "old0:"
     with pytest.raises(
-        CaftuneError, match=r"owner/rows must be in the local cache at commit 0{40} when .* is there at another only"
+        CaftuneError, match=r"owner/rows must be in the local cache at commit 0{40} when .* got another commit only"
     ):
         load_rows(f"{NAME}@{'0' * 40}")
 

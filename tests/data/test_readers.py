@@ -82,7 +82,7 @@ def test_malformed_json_says_its_line():
 def test_a_file_in_utf_16_or_32_is_refused_with_what_to_do(name, text, encoding, tmp_path):
     content = text.encode(encoding)
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    with pytest.raises(CaftuneError, match=rf"{name} must be text in UTF-8, and is not.*Convert it, with"):
+    with pytest.raises(CaftuneError, match=rf"{name} must be text in UTF-8, got.*Convert it, with"):
         load_rows(str(tmp_path / name))
 
 
@@ -101,7 +101,7 @@ def test_a_recipe_with_a_byte_order_mark_is_read_and_one_in_utf_16_is_named(tmp_
     (tmp_path / "marked.yaml").write_bytes(text.encode("utf-8-sig"))
     assert load_recipe(tmp_path / "marked.yaml").output == "run"
     (tmp_path / "wide.yaml").write_bytes(text.encode("utf-16"))
-    with pytest.raises(CaftuneError, match=r"wide\.yaml must be text in UTF-8, and is not .* Convert it"):
+    with pytest.raises(CaftuneError, match=r"wide\.yaml must be text in UTF-8, got .* Convert it"):
         load_recipe(tmp_path / "wide.yaml")
 
 

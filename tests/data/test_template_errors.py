@@ -143,7 +143,7 @@ def test_a_byte_order_mark_of_the_tokenizers_own_template_is_not_written(tmp_pat
 def test_a_template_file_in_utf_16_is_named(base, tmp_path):
     (tmp_path / "wide.jinja").write_text(STRICT, encoding="utf-16")
     file = write(tmp_path, {"messages": [ASKED, ANSWERED]})
-    with pytest.raises(CaftuneError, match=r"wide\.jinja must be text in UTF-8, and is not"):
+    with pytest.raises(CaftuneError, match=r"wide\.jinja must be text in UTF-8, got"):
         finetune_model(recipe_in(tmp_path, base, file, chat_template_path=str(tmp_path / "wide.jinja")))
 
 

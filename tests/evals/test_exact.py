@@ -90,8 +90,8 @@ def test_the_task_is_found_by_its_name():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a"}, "Row 4 .* must have a column completion, and has prompt"),
-        ({"text": "a", "completion": "b"}, "Row 4 .* must have a column prompt, and has text, completion"),
+        ({"prompt": "a"}, "Row 4 .* must have a column completion, got prompt"),
+        ({"text": "a", "completion": "b"}, "Row 4 .* must have a column prompt, got text, completion"),
         ({"prompt": [{"role": "user"}], "completion": "b"}, "Row 4 .*: prompt must be a text, got list"),
         ({"prompt": "a", "completion": " \n"}, "Row 4 .*: completion must not be empty, got white space"),
         (

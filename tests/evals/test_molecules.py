@@ -345,7 +345,7 @@ def test_a_conversation_in_place_of_a_prompt_is_refused():
 
 
 def test_a_row_without_its_columns_or_with_a_bad_smiles_is_refused_with_a_sentence():
-    with pytest.raises(CaftuneError, match="Row 4 .* must have a column smiles or molecule, and has description"):
+    with pytest.raises(CaftuneError, match="Row 4 .* must have a column smiles or molecule, got description"):
         MOLECULES.read({"description": "It is sweet."}, 4)
     with pytest.raises(CaftuneError, match=r"The SMILES of row 4 \(from 0\) must be one that RDKit reads, got 'C1CC'"):
         MOLECULES.read({"description": "It is sweet.", "smiles": "C1CC"}, 4)

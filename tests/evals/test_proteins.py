@@ -194,9 +194,9 @@ def test_a_prompt_lists_every_function_and_the_next_question_does_not_count():
 
 
 def test_a_row_without_its_columns_or_without_a_sequence_is_refused_with_a_sentence():
-    with pytest.raises(CaftuneError, match="Row 4 .* must have a column functions or instruction, and has sequence"):
+    with pytest.raises(CaftuneError, match="Row 4 .* must have a column functions or instruction, got sequence"):
         PROTEINS.read({"sequence": "MKT"}, 4)
-    with pytest.raises(CaftuneError, match="Row 4 .* must have a column output, and has instruction"):
+    with pytest.raises(CaftuneError, match="Row 4 .* must have a column output, got instruction"):
         PROTEINS.read({"instruction": "Write one."}, 4)
     with pytest.raises(CaftuneError, match=r"Row 4 \(from 0\) must have a sequence of amino acids .*, got 'mkt'"):
         PROTEINS.read({"functions": ["toxin activity"], "sequence": "mkt"}, 4)

@@ -76,7 +76,9 @@ def test_a_base_without_a_template_gets_text(given):
 
 def test_a_system_message_goes_with_them(given):
     assert given(system="Be brief.") == ["<system>Be brief.<user>Explain X.", "<system>Be brief.<user>Why? "]
-    with pytest.raises(CaftuneError, match=r"labels.system needs prompts that are messages, .* Set labels.chat=true"):
+    with pytest.raises(
+        CaftuneError, match=r"labels.system must be used with prompts that are messages, .* Set labels.chat=true"
+    ):
         given(system="Be brief.", chat=False)
 
 
@@ -96,7 +98,7 @@ def test_a_text_starts_from_bos_alone(given):
 def test_prompts_that_were_rendered_before_are_not_rendered_again(given):
     rendered = "<s><user>Explain X.<said>"
     assert given([{"prompt": rendered}]) == [rendered.removeprefix("<s>")]
-    with pytest.raises(CaftuneError, match=r"labels.chat must be given .* 1 of 2 do \(the first is row 1, from 0\)"):
+    with pytest.raises(CaftuneError, match=r"labels.chat must be set .* 1 of 2 \(the first is row 1, from 0\)"):
         given([{"prompt": "Why?"}, {"prompt": rendered}])
     assert given([{"prompt": "Why?"}, {"prompt": rendered}], chat=True)[1] == f"<user>{rendered}"
 

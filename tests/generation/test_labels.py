@@ -242,7 +242,7 @@ def test_a_prompt_to_be_continued_is_not_closed():
 
 def test_messages_need_a_chat_template(tokenizer):
     rows = Dataset.from_list([{"messages": [{"role": "user", "content": "Hi"}]}])
-    with pytest.raises(CaftuneError, match="The data has messages, and .* has no chat template"):
+    with pytest.raises(CaftuneError, match="must have a chat template for data with messages, got none"):
         conversations(rows, tokenizer)
 
 

@@ -181,7 +181,7 @@ def test_an_answer_that_the_server_took_apart_is_a_failure(replies, chatty, part
         dict(backend([item], [0]))  # the word, and an answer, before there are parts
         replies.parts = {part: calls if part == "tool_calls" else "hm"}
         found = dict(backend([item], [0]))
-    assert found[0] == Failure(f"the server set {part} apart from the answer; switch its parsers off")
+    assert found[0] == Failure(f"the server separated {part} from the answer; switch its parsers off")
 
 
 def test_an_answer_that_ended_in_another_way_is_a_failure(replies, tokenizer, prompts):
@@ -383,7 +383,7 @@ def test_a_server_with_a_reasoning_parser_is_told_so(replies, chatty, part):
     replies.answer = lambda _asked: answer(item.ids)
     with (
         serve(replies),
-        pytest.raises(CaftuneError, match=f"set {part} apart .* without its reasoning parser .*--reasoning"),
+        pytest.raises(CaftuneError, match=f"separated {part} from .* without its reasoning parser .*--reasoning"),
     ):
         ask(replies, chatty, [item])
 

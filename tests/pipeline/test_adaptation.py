@@ -227,7 +227,7 @@ def test_lost_adapted_heads_come_back_from_the_last_checkpoint(copied, capsys):
     shutil.rmtree(adapted)
     recipe = recipe_in(copied)
     assert adapt_heads(recipe) == adapted
-    assert f"Going on from {copied}/run/adapt/checkpoint-6" in capsys.readouterr().err
+    assert f"Resuming from {copied}/run/adapt/checkpoint-6" in capsys.readouterr().err
     assert contents(adapted) == before
 
 
@@ -239,7 +239,7 @@ def test_an_interrupted_adaptation_goes_on_to_the_same_heads(copied, capsys):
     (output / "results.jsonl").unlink()
     recipe = recipe_in(copied)
     after = load_file(adapt_heads(recipe) / "heads.safetensors")
-    assert f"Going on from {output}/adapt/checkpoint-3" in capsys.readouterr().err
+    assert f"Resuming from {output}/adapt/checkpoint-3" in capsys.readouterr().err
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -136,7 +136,7 @@ def test_the_command_prints_a_table(values, tmp_path):
     ran = CliRunner().invoke(app, ["eval", str(tmp_path / "recipe.yaml")])
     assert ran.exit_code == 0, ran.output
     assert "molecules: base (12 examples, 1 run)" in " ".join(ran.output.split())
-    assert "Asked as plain text (eval.chat)." in ran.output
+    assert "Prompts were given as plain text (eval.chat)." in ran.output
     assert "valid" in ran.output
 
 

@@ -193,7 +193,7 @@ def test_heads_of_the_base_draft_for_its_child(kept, heads):
     [
         (
             ["/nowhere", "{heads}", "x"],
-            "MODEL must be a folder with a config.json or a hub id, and /nowhere is no such",
+            "MODEL must be a folder with a config.json or a hub id, got /nowhere, which does not exist",
         ),
         (["{model}", "/nowhere", "x"], "/nowhere must be a folder with heads.json"),
         (["{model}", "{heads}"], "A prompt must be given, got none"),

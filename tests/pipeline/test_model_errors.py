@@ -79,7 +79,7 @@ def is_one_sentence(ran):
 def test_every_command_names_a_folder_that_is_not_there(folder, heads, command):
     ran, said = run(folder, command, "./models/bse", heads)
     assert is_one_sentence(ran), said
-    assert "./models/bse is no such folder" in said
+    assert "./models/bse, which does not exist" in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -87,7 +87,7 @@ def test_every_command_names_a_model_that_is_neither_a_folder_nor_on_this_machin
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     ran, said = run(folder, command, "models/bse", heads)
     assert is_one_sentence(ran), said
-    assert "models/bse must be a folder or a model in the local cache, and is neither; HF_HUB_OFFLINE is set" in said
+    assert "models/bse must be a folder or a model in the local cache, got neither; HF_HUB_OFFLINE is set" in said
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"preview", "plan", "compare"}))
@@ -121,7 +121,7 @@ INDEX = b'{"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-0000
         (
             load_config,
             {"config__json": None},
-            "model.name must be a folder with a config.json or a hub id, and .*/base has no",
+            "model.name must be a folder with a config.json or a hub id, got .*/base, which has no",
         ),
         (load_config, {"config__json": b'{"a": '}, "base/config.json is damaged or cut off .Expecting value"),
         (load_config, {"config__json": b"[]"}, "base/config.json is damaged .*it must hold a JSON object, got list"),
@@ -129,7 +129,7 @@ INDEX = b'{"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-0000
         (
             load_config,
             {"config__json": b'{"model_type": "foo"}'},
-            "transformers .* knows, and .*/base is of type foo. Update",
+            "transformers .* knows, got .*/base of type foo. Update",
         ),
         (
             load_config,
@@ -139,11 +139,11 @@ INDEX = b'{"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-0000
         (
             load_tokenizer,
             {"tokenizer__json": None, "tokenizer_config__json": None},
-            "must hold a tokenizer .*, and holds none",
+            "must hold a tokenizer .*, got none",
         ),
         (load_tokenizer, {"tokenizer__json": b"{"}, "base/tokenizer.json is damaged or cut off"),
         (load_tokenizer, {"tokenizer_config__json": b"\xff\xfe"}, "base/tokenizer_config.json is damaged or cut off"),
-        (load_model, {"model__safetensors": None}, "must hold the weights of a model .*, and holds none"),
+        (load_model, {"model__safetensors": None}, "must hold the weights of a model .*, got none"),
         (load_model, {"model__safetensors": b""}, "base/model.safetensors is damaged or cut off"),
         (load_model, {"model__safetensors": POINTER}, r"base/model.safetensors is damaged or cut off .*git lfs pull"),
         (
@@ -153,7 +153,7 @@ INDEX = b'{"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-0000
         ),
         (load_model, {"model__safetensors": None, "model__safetensors__index__json": b"{"}, "index.json is damaged"),
         (load_model, {"model__safetensors": None, "pytorch_model__bin": b"PK\x03\x04cut"}, "bin is damaged or cut off"),
-        (load_model, {"config__json": b'{"model_type": "clip_vision_model"}'}, "must be a causal language model, and"),
+        (load_model, {"config__json": b'{"model_type": "clip_vision_model"}'}, "must be a causal language model, got"),
     ],
 )
 def test_a_file_that_is_missing_or_damaged_is_named(folder, load, files, message):
@@ -179,7 +179,7 @@ def test_without_a_connection_a_model_of_the_hub_is_named_and_one_that_is_here_i
     load_tokenizer(of_hub("owner/base"))
     with pytest.raises(
         CaftuneError,
-        match=r"owner/bse must be a folder or a model in the local cache, and is neither; the hub cannot be reached",
+        match=r"owner/bse must be a folder or a model in the local cache, got neither; the hub cannot be reached",
     ):
         load_tokenizer(of_hub("owner/bse"))
 
@@ -194,9 +194,7 @@ def of_hub(name, revision=None):
 
 def test_a_model_that_the_hub_has_not_and_a_revision_that_it_has_not_are_distinguished(hub):
     load_tokenizer(of_hub("owner/base"))
-    with pytest.raises(
-        CaftuneError, match=r"owner/bse is neither: there is no such folder, and no such model on the hub"
-    ):
+    with pytest.raises(CaftuneError, match=r"got owner/bse: there is no such folder, and no such model on the hub"):
         load_tokenizer(of_hub("owner/bse"))
     with pytest.raises(CaftuneError, match=r"owner/base on the hub has no revision v2\. Name one of its branches"):
         load_tokenizer(of_hub("owner/base", "v2"))
@@ -217,7 +215,7 @@ def test_a_model_on_the_hub_without_weights_is_named(hub):
     hub.record(
         "owner/empty", "first", {name: text for name, text in files_in(BASE).items() if "safetensors" not in name}
     )
-    with pytest.raises(CaftuneError, match=r"owner/empty is not \(.*model.safetensors"):
+    with pytest.raises(CaftuneError, match=r"got owner/empty \(.*model.safetensors"):
         load_model(of_hub("owner/empty"))
 
 
@@ -249,10 +247,13 @@ def test_from_python_an_error_is_what_transformers_raises(tmp_path, rows):
             ["train", "RECIPE", "loss.weight=0", "output=rows.jsonl"],
             "rows.jsonl.* cannot be used .(Not a directory|File exists)",
         ),
-        (["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=none.jinja"], "none.jinja does not exist"),
+        (
+            ["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=none.jinja"],
+            "none.jinja, which does not exist",
+        ),
         (
             ["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=folder"],
-            "chat_template_path .* folder has no tokenizer",
+            "chat_template_path .* folder, which has no tokenizer",
         ),
         (
             ["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=no/such"],
@@ -260,7 +261,7 @@ def test_from_python_an_error_is_what_transformers_raises(tmp_path, rows):
         ),
         (
             ["train", "RECIPE", "loss.weight=0", "trainer.chat_template_path=./no"],
-            "chat_template_path .* is no such folder",
+            "chat_template_path .*, which does not exist",
         ),
         (
             ["plan", "RECIPE", "data.max_length=.inf"],

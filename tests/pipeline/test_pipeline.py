@@ -79,7 +79,7 @@ def test_a_run_whose_plan_fails_is_recorded_without_it(values, tmp_path, monkeyp
     result = json.loads((tmp_path / "results.jsonl").read_text())
     assert result["plan"] is None
     assert result["costs"]["flops"] > 0
-    assert "This run has no plan beside its costs: division by zero" in capsys.readouterr().err
+    assert "This run has no plan next to its costs: division by zero" in capsys.readouterr().err
     assert read_run(tmp_path).plans == {}
 
 
@@ -150,7 +150,7 @@ def test_the_folder_of_another_run_is_refused(values, stage, sections, differenc
 def test_a_folder_of_something_else_is_refused(values, tmp_path):
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "thesis.txt").write_text("mine")
-    with pytest.raises(CaftuneError, match="must be empty or a folder of caftune, and holds other files"):
+    with pytest.raises(CaftuneError, match="must be empty or a folder of caftune, got other files"):
         label_prompts(Recipe.model_validate({**values, "output": str(tmp_path)}))
 
 
@@ -185,7 +185,7 @@ def test_a_folder_of_something_else_is_refused(values, tmp_path):
             finetune_model,
             {"loss": {"weight": 0}, "data": {"columns": {"prompt": "name"}}},
             CaftuneError,
-            "prompts and no completions to train on",
+            "must have completions to train on, got",
         ),
         (
             finetune_model,
@@ -265,7 +265,7 @@ def test_a_stopped_training_goes_on_from_its_last_epoch(values, tmp_path, capsys
     whole = load_file(finetune_model(recipe) / "model.safetensors")
     shutil.rmtree(tmp_path / "train" / "checkpoint-6")
     resumed = load_file(finetune_model(recipe) / "model.safetensors")
-    assert "Going on from" in capsys.readouterr().err
+    assert "Resuming from" in capsys.readouterr().err
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
@@ -274,7 +274,7 @@ def test_messages_for_a_base_without_a_chat_template_are_refused(values, tmp_pat
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     chat = {"train": str(tmp_path / "chat.jsonl"), "eval": None, "columns": {}}
     recipe = recipe_with({**values, "output": str(tmp_path / "new"), "data": chat}, loss={"weight": 0})
-    with pytest.raises(CaftuneError, match="The data has messages, and .* has no chat template"):
+    with pytest.raises(CaftuneError, match="must have a chat template for data with messages, got none"):
         finetune_model(recipe)
     assert not (tmp_path / "new").exists()
 
@@ -352,7 +352,7 @@ def test_the_adapter_of_a_base_that_is_published_quantised_is_exported_alone(val
     (tmp_path / "base" / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
     )
-    with pytest.raises(CaftuneError, match="is published quantised: an adapter cannot be merged into it"):
+    with pytest.raises(CaftuneError, match="which is published quantised: an adapter cannot be merged into it"):
         export_checkpoint(merged)
     assert (export_checkpoint(alone) / "adapter_model.safetensors").is_file()
 

@@ -311,7 +311,7 @@ def test_a_plan_needs_neither_weights_nor_heads(folder):
 
 def test_what_cannot_be_read_is_assumed_and_said(folder):
     found = plan(recipe_of(folder), stage="heads")
-    assert "is still to be made" in found.rows.assumed
+    assert "does not exist yet" in found.rows.assumed
     assert found.setup.labelled == 0.5
     assert found.setup.stage == "heads"
 

@@ -35,11 +35,13 @@ def recipe(tmp_path):
 def test_a_key_given_twice_is_refused_with_both_lines(recipe, text, key, lines):
     with pytest.raises(CaftuneError) as refused:
         recipe(MINIMAL + text)
-    assert f"recipe.yaml, line {lines[0]}: {key} is given twice, first in line {lines[1]}" in str(refused.value)
+    assert f"recipe.yaml, line {lines[0]}: {key} must be given once, got it twice (first in line {lines[1]})" in str(
+        refused.value
+    )
 
 
 def test_a_key_given_twice_in_json_is_refused(recipe):
-    with pytest.raises(CaftuneError, match="line 2: output is given twice, first in line 1"):
+    with pytest.raises(CaftuneError, match=r"line 2: output must be given once, got it twice \(first in line 1\)"):
         recipe('{"output": "x",\n "output": "y", "model": {"name": "a"}}')
 
 
@@ -70,7 +72,7 @@ def test_an_override_of_a_part_after_its_section_changes_the_part_alone(recipe):
 
 
 def test_a_key_given_twice_within_an_override_is_refused(recipe):
-    with pytest.raises(CaftuneError, match="weight is given twice"):
+    with pytest.raises(CaftuneError, match="weight must be given once, got it twice"):
         recipe(overrides=["loss={weight: 1, weight: 2}"])
 
 
@@ -112,7 +114,7 @@ def test_a_number_with_a_leading_zero_is_refused(recipe, written):
         ("", "must hold a mapping of sections .*, got nothing"),
         ("# nothing\n", "got nothing"),
         ("- a\n", "got a list"),
-        (f"{MINIMAL}---\n{MINIMAL}", "line 3: must be one YAML document, and a second begins here"),
+        (f"{MINIMAL}---\n{MINIMAL}", "line 3: must be one YAML document, got a second one"),
         (f"{MINIMAL}trainer:\n\tlearning_rate: 1\n", r"line 4: is not valid YAML \(found character '\\t'"),
         (f"{MINIMAL}trainer: &a {{x: *a}}\n", "line 3: a value must not contain itself"),
         (f"{MINIMAL}trainer: {'[' * 3000}", "must be nested less deeply"),
@@ -133,7 +135,7 @@ def test_a_slip_is_named(recipe, text, message):
 
 @pytest.mark.parametrize("text", [MINIMAL.encode("utf-16"), MINIMAL.encode() + b"# caf\xe9\n"])
 def test_a_recipe_in_another_encoding_is_named(recipe, text):
-    with pytest.raises(CaftuneError, match=r"recipe.yaml must be text in UTF-8, and is not .*Convert it"):
+    with pytest.raises(CaftuneError, match=r"recipe.yaml must be text in UTF-8, got .*Convert it"):
         recipe(text)
 
 

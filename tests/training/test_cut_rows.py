@@ -105,7 +105,7 @@ def test_many_of_the_evaluation_are_refused_too(tmp_path):
 
 def test_a_preview_shows_the_rows_that_are_trained_on(tmp_path):
     assert len(list(preview_rows(recipe_in(tmp_path, rows_with([1])), 3))) == 2
-    with pytest.raises(CaftuneError, match="3 of 3 rows of the train data .*: no row is left. Raise"):
+    with pytest.raises(CaftuneError, match="3 of 3 rows of the train data .*: no row remains. Raise"):
         list(preview_rows(recipe_in(tmp_path, rows_with([0, 1, 2])), 3))
 
 
@@ -155,7 +155,7 @@ def test_from_python_they_are_dropped_as_sft_trainer_drops_them(tmp_path, heads,
 
 def test_no_row_left_is_an_error_from_python_too(tmp_path, caplog):
     rows = Dataset.from_list(rows_with(range(6), count=6))
-    with pytest.raises(CaftuneError, match="6 of 6 rows of the train data .*: no row is left. Raise"):
+    with pytest.raises(CaftuneError, match="6 of 6 rows of the train data .*: no row remains. Raise"):
         CAFTTrainer(str(BASE), config(tmp_path, max_length=96, pretrain_heads=True), train_dataset=rows)
     plain = CAFTTrainer(str(BASE), config(tmp_path, max_length=96, aux_weight=0.0), train_dataset=rows)
     assert len(plain.train_dataset) == 0  # as SFTTrainer
@@ -294,7 +294,7 @@ def test_a_template_without_marks_names_where_to_put_one(tmp_path):
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     rows, tokenizer = Dataset.from_list([{"messages": talk}]), AutoTokenizer.from_pretrained(BASE)
     args = config(tmp_path, aux_weight=0.0, assistant_only_loss=True)
-    with pytest.raises(CaftuneError, match="assistant_only_loss needs .*chat template.*chat_template_path"):
+    with pytest.raises(CaftuneError, match="assistant_only_loss must be used with .*chat template.*chat_template_path"):
         prepare(rows, tokenizer, args, name="train")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(CaftuneError, match=r"\{% generation %\}.*name the file in chat_template_path"):
@@ -315,7 +315,7 @@ def test_losses_of_the_assistant_alone_need_conversations(tmp_path, row, packing
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.chat_template = "{% generation %}{% endgeneration %}"
     with pytest.raises(
-        CaftuneError, match=f"assistant_only_loss .* conversations, and the train data .*{', '.join(row)}"
+        CaftuneError, match=f"assistant_only_loss .* conversations, got the columns {', '.join(row)} in the train data"
     ):
         prepare(Dataset.from_list([row]), tokenizer, args, name="train")
 
@@ -331,10 +331,10 @@ def test_losses_of_the_assistant_alone_need_conversations(tmp_path, row, packing
         ({"completion_only_loss": True}, "completion_only_loss must not be set where rows have no completion"),
         ({"dataset_text_field": "body"}, "dataset_text_field is set by data.columns"),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "dataset_kwargs is set by data"),
-        ({"chat_template_path": "template.txt"}, "must end in .jinja or .j2 where it is a file, got template.txt"),
+        ({"chat_template_path": "template.txt"}, "must end in .jinja or .j2 if it is a file, got template.txt"),
         (
             {"chat_template_path": "folder"},
-            "chat_template_path must be a folder with a tokenizer .*, and folder has no tokenizer",
+            "chat_template_path must be a folder with a tokenizer .*, got folder, which has no tokenizer",
         ),
         ({"chat_template_path": str(BASE)}, "must name a tokenizer with a chat template"),
     ],
