@@ -24,6 +24,7 @@ from caftune.checkpoints.quality_card import quality_table
 from caftune.cli import app
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
+from caftune.files import file_sha256, write_json
 from caftune.pipeline.finetune import finetune_model
 from caftune.pipeline.head_quality import measure_heads
 from caftune.pipeline.schema import Recipe

@@ -364,7 +364,7 @@ def test_single_runs_compute_no_statistics_while_others_are_missing(copied, head
 
 
 def test_control_heads_follow_the_heads_that_they_are_made_from(copied, heads, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "finetune", lambda _: None)
+    monkeypatch.setattr("caftune.pipeline.finetune.finetune_model", lambda _: None)
     other = tmp_path / "other"
     write_control_heads("shuffled_horizons", Path(heads), other, seed=0)
     run = arm_recipe(recipe_in(copied, heads, arms=["ntp", "random_heads"]), "random_heads", 42)

@@ -18,6 +18,7 @@ from caftune.pipeline.generate import Writer
 from caftune.pipeline.label import label_prompts
 from caftune.pipeline.preview import preview_rows
 from caftune.pipeline.schema import Recipe
+from caftune.training.prepare import prepare
 
 MARK = "\ufeff"
 STRICT = (

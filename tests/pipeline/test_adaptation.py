@@ -16,6 +16,7 @@ from caftune import CAFTTrainer
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
+from caftune.files import file_sha256, write_json
 from caftune.pipeline.adapt import adapt_heads
 from caftune.pipeline.finetune import export_checkpoint, finetune_model
 from caftune.pipeline.pretrain import pretrain_heads

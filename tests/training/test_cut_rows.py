@@ -23,6 +23,7 @@ from caftune.pipeline.pretrain import measure_quality, pretrain_heads
 from caftune.pipeline.preview import preview_rows
 from caftune.pipeline.recipe import load_recipe
 from caftune.pipeline.schema import Recipe
+from caftune.training.prepare import prepare
 
 LONG = (4, 17)  # of forty rows
 

@@ -27,7 +27,7 @@ from caftune.generation.batches import answer_in_batches
 from caftune.pipeline.finetune import export_checkpoint, finetune_model
 from caftune.pipeline.pretrain import pretrain_heads
 from caftune.pipeline.recipe import save_recipe
-from caftune.training.divergence import DivergedError, StopOnDivergence
+from caftune.training.divergence import DivergedError, LossWatch, StopOnDivergence
 
 values = values_of_runs  # a fixture of its own here: files in another folder
 

@@ -17,6 +17,7 @@ from caftune import AuxiliaryHeads, Backbone, CAFTConfig, CAFTTrainer, HeadsConf
 from caftune.compare.summary import main_loss
 from caftune.demo.run import BASE
 from caftune.pipeline.stage_trainer import evaluated
+from caftune.training.prepare import prepare
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
