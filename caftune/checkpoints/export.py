@@ -149,13 +149,22 @@ def clear_export(folder: Path, base_name: str, *, template: bool = False) -> Non
 
 
 def copy_adapter(checkpoint: str | os.PathLike[str], folder: Path, tokenizer: Any, *, base_name: str) -> None:
-    """Export the adapter of a checkpoint unchanged."""
-    for weights in Path(checkpoint).glob("adapter_model.safetensors"):
+    """Export the adapter of a checkpoint unchanged. PEFT gives adapters with other names than `default` a folder each.
+
+    Raises:
+        CaftuneError: the checkpoint holds no adapter, or its weights are not finite.
+    """
+    files = [path for name in _ADAPTER for path in sorted(Path(checkpoint).rglob(name))]
+    if len(files) < len(_ADAPTER):
+        raise CaftuneError(f"{checkpoint} must hold {' and '.join(_ADAPTER)}, got neither or one. Export another one.")
+    for weights in (path for path in files if path.suffix == ".safetensors"):
         refuse_not_finite(load_file(weights), f"The weights of {checkpoint}", _NOTHING_WRITTEN)
     folder.mkdir(parents=True, exist_ok=True)
     clear_export(folder, base_name, template=True)
-    for name in _ADAPTER:
-        shutil.copy(Path(checkpoint, name), folder)
+    for path in files:
+        target = folder / path.relative_to(checkpoint)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(path, target)
     tokenizer.save_pretrained(folder)
 
 

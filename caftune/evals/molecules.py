@@ -99,7 +99,7 @@ def _candidates(text: str) -> Iterator[str]:
     )
     yield from _words(text, _spans(_NAMED, text), _is_value)
     yield from _words(text, _spans(_ANYWHERE, text), _is_of_no_language)
-    line, _, others = text.partition("\n")
+    line, _, others = text.strip().partition("\n")
     word = _bare(line.strip())
     is_word = re.fullmatch(r"[A-Z][a-z']*|(?i:N/A)", word) or (word.isalpha() and others.strip())
     if len(word.split()) == 1 and not is_word:

@@ -17,7 +17,7 @@ from caftune.pipeline.schema import DataSection, LabelsSection, Recipe
 from caftune.pipeline.stage_config import embedding_rows
 from caftune.training.checks import refuse_long_rows, refuse_many_dropped, refuse_unknown_padding, refuse_unknown_tokens
 from caftune.training.config import CAFTConfig
-from caftune.training.prepare import Prepared, prepare, row_options
+from caftune.training.prepare import Prepared, prepare, refuse_other_values, row_options
 
 # What answers depend on; where they came from does not matter.
 _MADE_WITH = {
@@ -136,6 +136,7 @@ def task_rows(
     if source is None:
         return None
     limit = section.limit if limit is None else limit
+    refuse_other_values(args)
     key = (limit, *row_options(args, name))
     if key not in kept:
         rows = _unprepared(section, name, tokenizer, args, limit)

@@ -71,7 +71,7 @@ def prepare(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, so
             refuses, or one whose prompt and completion cannot be tokenized separately.
     """
     refuse_missing_parts(dataset, args, name=name)
-    _refuse_other_values(args)
+    refuse_other_values(args)
     tokenizer, source = copy.deepcopy(tokenizer), source or f"the {name} data"
     _apply_tokenizer_options(tokenizer, args)
     template = None  # None: the tokenizer's own
@@ -194,7 +194,7 @@ def _warn(rows: list[int], dataset: Dataset, name: str, what: str) -> None:
         _logger.warning(f"{len(rows)} of {len(dataset)} {name} rows (the first is row {rows[0]}, from 0) {what}")
 
 
-def _refuse_other_values(args: CAFTConfig) -> None:
+def refuse_other_values(args: CAFTConfig) -> None:
     """Refuse unknown values of options that SFTTrainer would check late."""
     known = {"truncation_mode": ("keep_start", "keep_end"), "packing_strategy": ("bfd", "bfd_split", "wrapped")}
     for option, values in known.items():

@@ -67,6 +67,8 @@ from caftune.training.trained_heads import (
 
 _DIVERGED = "The training diverged: train again with a lower learning_rate, or export an earlier checkpoint."
 
+_TARGETS_DEPEND_ON = ("labels", "position_ids", "attention_mask")  # of a batch
+
 
 class CAFTTrainer(SFTTrainer):
     """TRL's SFTTrainer with auxiliary heads.
@@ -158,6 +160,7 @@ class CAFTTrainer(SFTTrainer):
         self.loss_watch = LossWatch()
         self._horizon_counts: Tensor | None = None  # targets of each horizon in the current optimizer step
         self._micro_batch = 0  # number within the optimizer step
+        self._collated: list[tuple[Tensor, int]] = []  # tensors that the targets were computed from, and their versions
         self._batches = 1  # by which Trainer divides the losses of micro-batches
         self.reset_log_sums()
         if self.heads is not None:
@@ -257,6 +260,7 @@ class CAFTTrainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """L_1 as SFTTrainer computes it, plus the auxiliary losses. In evaluation L_1 only; in stage 1 no L_1."""
+        self._drop_targets_of_other_batch(inputs)
         if self.args.pretrain_heads:
             return self._loss_of_heads(model, inputs, return_outputs, num_items_in_batch)
         training = self.model.training
@@ -345,7 +349,16 @@ class CAFTTrainer(SFTTrainer):
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 counts = self.accelerator.reduce(counts.to(device), reduction="sum")
             self._horizon_counts = counts
+            tensors = [batch.get(name) for batch in batches for name in _TARGETS_DEPEND_ON]
+            self._collated = [(found, found._version) for found in tensors if isinstance(found, Tensor)]
         return batches, num_items
+
+    def _drop_targets_of_other_batch(self, inputs: dict[str, Any]) -> None:
+        """Remove targets that are not those of `inputs`, which a subclass may have changed: the forward computes them again."""
+        given = [inputs[name] for name in _TARGETS_DEPEND_ON if isinstance(inputs.get(name), Tensor)]
+        is_collated = [any(found is one and found._version == age for one, age in self._collated) for found in given]
+        if self.model.training and not all(is_collated):
+            inputs.pop("auxiliary_targets", None)
 
     def _counts(self, batch: dict[str, Any]) -> Tensor:
         """The number of targets of each horizon in a batch, which is given its targets where it has none yet."""

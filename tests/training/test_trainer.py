@@ -220,6 +220,33 @@ def test_a_micro_batch_without_targets_adds_zero(rows, heads, tmp_path):
     assert all(p.grad is not None and not p.grad.any() for n, p in trainer.model.named_parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("change", ["masked", "masked in place", "cut"])
+def test_a_subclass_that_changes_a_batch_changes_its_targets(rows, heads, tmp_path, change):
+    def changed(inputs):
+        if change == "cut":
+            return {n: v[:, :-5] if isinstance(v, torch.Tensor) and v.ndim == 2 else v for n, v in inputs.items()}
+        labels = inputs["labels"] if change == "masked in place" else inputs["labels"].clone()
+        labels[:, ::3] = -100
+        return {**inputs, "labels": labels}
+
+    class Changed(CAFTTrainer):
+        def training_step(self, model, inputs, *rest):
+            return super().training_step(model, changed(inputs), *rest)
+
+    class Recomputed(CAFTTrainer):
+        def training_step(self, model, inputs, *rest):
+            given = {name: value for name, value in inputs.items() if name != "auxiliary_targets"}
+            return super().training_step(model, changed(given), *rest)
+
+    args = {"heads": heads, "aux_weight": 1.0, "gradient_accumulation_steps": 2}
+    found, expected = (
+        trained(kind(str(BASE), config(tmp_path / kind.__name__, **args), train_dataset=rows))
+        for kind in (Changed, Recomputed)
+    )
+    assert numbers(found) == numbers(expected)
+    assert same(weights(found), weights(expected))
+
+
 def test_outputs_with_heads_survive_being_taken_apart(rows, heads, tmp_path):
     """As DDP does with find_unused_parameters, which Trainer sets where there is no gradient checkpointing."""
     from torch.utils._pytree import tree_flatten, tree_unflatten

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import build
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from trainers import config, lora, numbers, same, trained, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
@@ -362,3 +362,11 @@ def test_a_model_left_frozen_by_stage_one_is_refused_in_stage_two(rows, heads, t
     model = AutoModelForCausalLM.from_pretrained(BASE).requires_grad_(False)
     with pytest.raises(ValueError, match="model must have weights to train, and all are frozen"):
         CAFTTrainer(model, config(tmp_path, heads=heads, train_heads=True), train_dataset=rows)
+
+
+def test_an_adapter_with_another_name_is_exported_alone(rows, heads, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), lora(), adapter_name="task")
+    trainer = trained(CAFTTrainer(model, config(tmp_path / "out", heads=heads), train_dataset=rows))
+    trainer.export(tmp_path / "adapter", merged=False)
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "adapter" / "task")
+    assert torch.equal(logits_of(again, rows), logits_of(trainer.model, rows))
