@@ -42,14 +42,15 @@ def head_rows(recipe: Recipe, base: BaseModel, args: CAFTConfig) -> HeadRows:
         CaftuneError: no labels yet, too few rows to divide, no finished answer, or more than a tenth of the rows without a
             token to train on within the training length.
     """
-    tokenizer, text, folder = base.tokenizer(), recipe.heads.text, RunFolder(recipe.output)
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if text is not None:  # cut at the training length: nothing is lost but text to read on
-        labels = recipe.labels
-        rows = load_rows(text, labels.columns, limit=labels.limit, chat=has_template, place="labels.columns")
-        about: dict[str, Any] = {"text": file_name(text), "rows": 0}
-    else:
-        rows, about = _finished_labels(recipe.labels, folder, base, has_template=has_template)
+    text, labels = recipe.heads.text, recipe.labels
+    if text is None:  # checked before the base is opened
+        rows, about = _finished_labels(labels, RunFolder(recipe.output), base)
+        tokenizer = base.tokenizer()
+    else:  # cut at the training length: nothing is lost but text to read on
+        tokenizer = base.tokenizer()
+        chat = bool(getattr(tokenizer, "chat_template", None))
+        rows = load_rows(text, labels.columns, limit=labels.limit, chat=chat, place="labels.columns")
+        about = {"text": file_name(text), "rows": 0}
     name, counted = ("labels", "answers") if text is None else ("heads.text", "rows")
     if text is None and args.max_length is None:  # labels are tokens already, and cut only to be packed
         found = Prepared(rows, len(rows))
@@ -77,9 +78,7 @@ def _divided(rows: Dataset, share: float, seed: int, source: str) -> tuple[Datas
     return kept.select(parts[0]), kept.select(parts[1])
 
 
-def _finished_labels(
-    section: LabelsSection, folder: RunFolder, base: BaseModel, *, has_template: bool
-) -> tuple[Dataset, dict[str, Any]]:
+def _finished_labels(section: LabelsSection, folder: RunFolder, base: BaseModel) -> tuple[Dataset, dict[str, Any]]:
     """The labels of the run, ready to be trained on, and how they were made, for the record."""
     labels = folder.labels
     if not labels.is_file():
@@ -92,12 +91,13 @@ def _finished_labels(
     wanted = section.model_dump(include=_MADE_WITH)
     forget_unknown_commit(kept, model)
     forget_unknown_commit(made, wanted)
-    if made.get("chat") is None:  # the default stands for the form that was used; labels of old versions are plain text
+    difference = first_difference({name: kept[name] for name in model}, model)
+    if made.get("chat") is None and difference is None:
+        # the default stands for the form that was used; labels of old versions are plain text
         if in_conversation is None:
-            made["chat"] = False if has_template else wanted["chat"]
+            made["chat"] = False if getattr(base.tokenizer(), "chat_template", None) else wanted["chat"]
         elif wanted["chat"] is not None:
             made["chat"] = in_conversation
-    difference = first_difference({name: kept[name] for name in model}, model)
     difference = difference or first_difference({name: made[name] for name in wanted}, wanted, "labels")
     if difference:
         raise CaftuneError(

@@ -173,10 +173,10 @@ def _kept_by(layer: nn.Module, call: LayerCall, setup: Setup, share: float = 1.0
             if mixer is None:
                 call.replay(layer)
             else:
-                run_at(
-                    layer, mixer, call, torch.zeros(round(share * setup.batch_size * setup.length), dtype=torch.long)
-                )
-    except (RuntimeError, ValueError) as error:
+                positions = torch.zeros(round(share * setup.batch_size * setup.length), dtype=torch.long)
+                if run_at(layer, mixer, call, positions).shape[0] != 1:
+                    raise ValueError("arguments of the call were broadcast")
+    except (RuntimeError, TypeError, ValueError) as error:
         if mixer is None or is_machine_error(error):
             raise
         return _kept_by(layer, call, setup)  # it has the names of a common layer, and another shape

@@ -277,7 +277,7 @@ def test_one_more_seed_runs_for_itself_alone(copied, heads, found, monkeypatch):
 def test_a_comparison_that_is_stopped_goes_on_where_it_was(copied, heads, found, monkeypatch):
     for arm, seed in (("caft", 43), ("beta0", 43), ("beta0", 42)):
         shutil.rmtree(copied / "out" / "compare" / arm / str(seed))
-    real = comparing.evaluate
+    real = comparing.evaluate_model
     with monkeypatch.context() as patch:
 
         def stopped(recipe):
@@ -285,7 +285,7 @@ def test_a_comparison_that_is_stopped_goes_on_where_it_was(copied, heads, found,
                 raise KeyboardInterrupt  # trained and not evaluated
             return real(recipe)
 
-        patch.setattr(comparing, "evaluate", stopped)
+        patch.setattr(comparing, "evaluate_model", stopped)
         with pytest.raises(KeyboardInterrupt):
             compare(recipe_in(copied, heads))
     made = count_trainings(monkeypatch)

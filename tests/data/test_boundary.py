@@ -363,7 +363,7 @@ def test_rendered_text_is_trained_on_with_one_bos_and_so_is_its_prompt(kind, for
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
         patch.setattr(evaluation, "answer_backend", lambda *_, **__: replay([]))
-        patch.setattr(evaluation, "model_fingerprint", lambda *_: "any")
+        patch.setattr("caftune.pipeline.base_model.model_fingerprint", lambda *_: "any")
         evaluation.evaluate_model(recipe)
     assert (
         "2 of 3 prompts of eval.data.exact_match (the first is row 1, from 0) begin with <s>" in capsys.readouterr().err

@@ -281,7 +281,7 @@ def test_runs_made_with_other_heads_are_refused_before_new_ones_are_made(copied)
     made.mkdir(parents=True)
     (made / "recipe.yaml").touch()
     with pytest.raises(
-        CaftuneError, match=r"compare/caft/42 was made with other heads .* remove .*out/compare to make"
+        CaftuneError, match=r"compare/caft/42 was made with other heads .* remove .*out/compare to repeat"
     ):
         comparing.compare(recipe_in(copied, data={"eval": "data.jsonl"}))
     assert not (copied / "out" / "pretrain").exists()

@@ -354,7 +354,7 @@ def test_values_that_are_one_under_the_schema_are_no_difference(trained, monkeyp
     recipe, file = run_of(trained, "run", max_steps=1), trained / "run/train/recipe.yaml"
     whole = file.read_text()
     kept = yaml.safe_load(whole)
-    kept["loss"] |= {"decay": "8e-1", "rows": 1, "weight": 0}
+    kept["loss"] |= {"decay": "8e-1", "target_share": 1, "weight": 0}
     kept["heads"] |= {"count": 2.0, "held_out": "0.1"}
     kept["trainer"]["learning_rate"] = "1e-3"
     file.write_text(yaml.safe_dump(kept))
@@ -374,7 +374,7 @@ def test_labels_of_an_older_version_are_trained_on(tmp_path):
     (made / "labels.jsonl").write_text(json.dumps({**label, "prompt_ids": [5], "completion_ids": [6]}) + "\n")
     kept = {"model.name": recipe.model.name, "labels": {"prompts": "data.jsonl", "max_new_tokens": 30}}
     (made / "recipe.yaml").write_text(yaml.safe_dump(kept))
-    assert _finished_labels(recipe.labels, RunFolder(recipe.output), base_of(recipe))["input_ids"] == [[5, 6]]
+    assert _finished_labels(recipe.labels, RunFolder(recipe.output), base_of(recipe))[0]["input_ids"] == [[5, 6]]
     (made / "recipe.yaml").write_text(yaml.safe_dump({**kept, "labels": {"prompts": "data.jsonl"}}))
     with pytest.raises(CaftuneError, match=r"labels.max_new_tokens: 256 -> 30"):
         _finished_labels(recipe.labels, RunFolder(recipe.output), base_of(recipe))
