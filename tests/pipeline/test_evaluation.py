@@ -238,7 +238,7 @@ def test_a_model_without_a_chat_template_is_asked_in_plain_text_whatever_it_is_t
 def test_where_the_form_cannot_be_known_it_must_be_given(chatty, reply):
     reply("C")
     unknown = {**chatty, "data": {"train": "nowhere.jsonl"}}
-    with pytest.raises(CaftuneError, match=r"eval\.chat must be given .*nowhere\.jsonl must be an existing file"):
+    with pytest.raises(CaftuneError, match=r"eval\.chat must be set .*nowhere\.jsonl must be an existing file"):
         evaluated(unknown)
     assert evaluated(unknown, chat=True).chat is True
 
