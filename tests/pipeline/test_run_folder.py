@@ -242,7 +242,7 @@ def test_only_the_main_process_writes_into_a_stages_folder(tmp_path, monkeypatch
     Stage(recipe, "train", {}).open()
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     monkeypatch.setenv("RANK", "0")
-    Stage(recipe, "train", {}).open()  # again by the main process: both are written anew
+    Stage(recipe, "train", {}).open()  # again by the main process: both are written again
     assert all(path.stat().st_mtime_ns > before[path] for path in folder.iterdir())
 
 
