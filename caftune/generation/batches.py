@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad as padded
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -28,6 +27,7 @@ from transformers.generation import (
 )
 
 from caftune.core.finite import nan_logits
+from caftune.generation.cache import add_rows, buffered_cache, can_buffer, keep_rows
 
 _REFILLED_SHARE = 4  # 1/4 of a batch must be free before new prompts are prefilled: a few at a time are slow
 
@@ -100,10 +100,7 @@ def can_refill(model: Any) -> bool:
     prepares = getattr(type(model), "prepare_inputs_for_generation", None)
     if prepares is not GenerationMixin.prepare_inputs_for_generation or getattr(model, "_is_stateful", False):
         return False  # not a model of transformers, or one with other inputs or another state
-    if model.config.is_encoder_decoder:
-        return False
-    layers = _cache(model).layers
-    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return not model.config.is_encoder_decoder and can_buffer(model.config)
 
 
 def refilled_batches(
@@ -123,15 +120,17 @@ def refilled_batches(
         if waiting and (running is None or free * _REFILLED_SHARE >= batch_size):
             group = [waiting.popleft() for _ in range(min(free, len(waiting)))]
             read = _RunningBatch.prefill(model, group, [prompts[index] for index in group], choose)
-            running = running.joined(read) if running else read
+            if running:
+                running.join(read)
+            else:
+                running = read
         elif running:
             running.decode_step(model, choose)
         assert running is not None
         is_over = [tokens[-1] in ends or len(tokens) >= (config.max_new_tokens or 0) for tokens in running.tokens]
         if any(is_over):
-            ended = [(running.indices[row], running.tokens[row]) for row, over in enumerate(is_over) if over]
-            running = running.select([row for row, over in enumerate(is_over) if not over])
-            yield from ended
+            yield from running.drop(is_over)
+            running = running if running.indices else None
 
 
 @dataclass
@@ -141,13 +140,13 @@ class _RunningBatch:
     indices: list[int]
     tokens: list[list[int]]
     mask: Int[Tensor, "rows columns"]
-    cache: Any  # a DynamicCache
+    cache: DynamicCache
 
     @classmethod
     def prefill(cls, model: Any, indices: list[int], prompts: list[list[int]], choose: Choice) -> "_RunningBatch":
         """Prefill prompts, and choose the first token of each answer."""
         ids, mask = _left_padded(prompts, 0, model.device)
-        cache = _cache(model)
+        cache = buffered_cache(model.config)
         logits = _logits(model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
         return cls(indices, [[token] for token in choose(logits, indices)], mask, cache)
 
@@ -159,30 +158,31 @@ class _RunningBatch:
         for tokens, token in zip(self.tokens, choose(logits, self.indices), strict=True):
             tokens.append(token)
 
-    def joined(self, others: "_RunningBatch") -> "_RunningBatch":
-        """These rows and others in one batch. The shorter cache is padded on the left with masked columns."""
+    def join(self, others: "_RunningBatch") -> None:
+        """Add other rows. The shorter ones get masked columns at the left."""
         columns = max(self.mask.shape[1], others.mask.shape[1])
         masks = [padded(rows.mask, (columns - rows.mask.shape[1], 0)) for rows in (self, others)]
-        for own, other in zip(self.cache.layers, others.cache.layers, strict=True):
-            own.keys, own.values = (_stacked(*pair) for pair in ((own.keys, other.keys), (own.values, other.values)))
-            _set_length(own, columns)
-        return _RunningBatch(self.indices + others.indices, self.tokens + others.tokens, torch.cat(masks), self.cache)
-
-    def select(self, rows: list[int]) -> "_RunningBatch | None":
-        """Some of these rows, without columns that are masked in all of them; None for no rows."""
-        if not rows:
-            return None
-        chosen = torch.tensor(rows, device=self.mask.device)
-        self.cache.batch_select_indices(chosen)
-        mask = self.mask[chosen]
-        columns = mask.shape[1] - int(mask.any(0).int().argmax())
-        for layer in self.cache.layers:
-            held = min(columns, layer.keys.shape[-2])
-            layer.keys, layer.values = layer.keys[..., -held:, :], layer.values[..., -held:, :]
-            _set_length(layer, columns)
-        return _RunningBatch(
-            [self.indices[row] for row in rows], [self.tokens[row] for row in rows], mask[:, -columns:], self.cache
+        add_rows(self.cache, others.cache, columns)
+        self.mask, self.indices, self.tokens = (
+            torch.cat(masks),
+            self.indices + others.indices,
+            self.tokens + others.tokens,
         )
+
+    def drop(self, is_over: Sequence[bool]) -> "list[tuple[int, list[int]]]":
+        """Remove rows, and columns that are then masked in all. Returns the removed rows' (index, tokens)."""
+        ended = [(self.indices[row], self.tokens[row]) for row, over in enumerate(is_over) if over]
+        left = [row for row, over in enumerate(is_over) if not over]
+        # The last rows take the places of those removed, so that the others stay where they are.
+        last = [row for row in left if row >= len(left)]
+        rows = [last.pop() if is_over[place] else place for place in range(len(left))]
+        self.indices, self.tokens = [self.indices[row] for row in rows], [self.tokens[row] for row in rows]
+        if rows:
+            mask = self.mask[torch.tensor(rows, device=self.mask.device)]
+            columns = mask.shape[1] - int(mask.any(0).int().argmax())
+            self.mask = mask[:, -columns:]
+            keep_rows(self.cache, rows, columns)
+        return ended
 
 
 def _left_padded(prompts: Sequence[list[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
@@ -191,21 +191,6 @@ def _left_padded(prompts: Sequence[list[int]], pad: int, device: Any) -> tuple[T
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     return ids, mask
-
-
-def _cache(model: Any) -> Any:
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
-
-
-def _stacked(one: Tensor, other: Tensor) -> Tensor:
-    columns = max(one.shape[-2], other.shape[-2])
-    return torch.cat([padded(tensor, (0, 0, columns - tensor.shape[-2], 0)) for tensor in (one, other)])
-
-
-def _set_length(layer: Any, columns: int) -> None:
-    """A sliding-window layer also counts the columns that it has dropped."""
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length = columns
 
 
 @torch.inference_mode()
