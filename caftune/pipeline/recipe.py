@@ -58,8 +58,11 @@ def parse_recipe(values: Any) -> Recipe:
         raise CaftuneError(_explain(error)) from error
 
 
-def trainer_config(recipe: Recipe, section: Training, **ours: Any) -> Any:
+def trainer_config(recipe: Recipe, section: Training, *, defaults: Mapping[str, Any] | None = None, **ours: Any) -> Any:
     """The CAFTConfig of a training: its section, what the recipe sets in `heads` and `loss`, and `ours`, which go first.
+
+    Args:
+        defaults: options of the section where the recipe gives none.
 
     Raises:
         CaftuneError: an option CAFTConfig does not have, one that belongs elsewhere, or a value it refuses.
@@ -76,7 +79,13 @@ def trainer_config(recipe: Recipe, section: Training, **ours: Any) -> Any:
         section, options, {each.name: each.default for each in dataclasses.fields(CAFTConfig) if each.init}
     )
     has_gpu = torch.accelerator.is_available()
-    defaults = {"report_to": [], "seed": recipe.seed, "use_cpu": not has_gpu, "dataloader_pin_memory": has_gpu}
+    defaults = {
+        **(defaults or {}),
+        "report_to": [],
+        "seed": recipe.seed,
+        "use_cpu": not has_gpu,
+        "dataloader_pin_memory": has_gpu,
+    }
     defaults["include_num_input_tokens_seen"] = "non_padding"
     defaults["logging_nan_inf_filter"] = False  # the filter logs 0 or an earlier loss instead of NaN
     follows = options.get("load_best_model_at_end") and options.get("eval_strategy") == "steps"  # saved when evaluated

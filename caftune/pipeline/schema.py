@@ -127,6 +127,9 @@ class HeadsSection(_Section):
         False,
         description="Write the heads next to the model, so that they can draft for it. By default loss.schedule is then sine.",
     )
+    target_share: float = Field(
+        0.25, gt=0, le=1, description="Stage 1: share of each horizon's targets in its loss, sampled for each batch."
+    )
     held_out: float = Field(0.1, gt=0, lt=1, description="Share of the rows of stage 1 kept for evaluating the heads.")
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from caftune.training.config import CAFTConfig
 from caftune.training.prepare import ROW_OPTIONS
 
 _DEFAULT_LENGTH = 1024
+_MEASURED_RATE, _MEASURED_WIDTH = 3e-3, 576  # of stage 1, on SmolLM2-135M
 
 
 def stage_one_config(recipe: Recipe, base: BaseModel, folder: Path) -> CAFTConfig:
@@ -24,11 +25,25 @@ def stage_one_config(recipe: Recipe, base: BaseModel, folder: Path) -> CAFTConfi
     return trainer_config(
         recipe,
         "pretrain",
+        defaults={
+            "learning_rate": _stage_one_rate(base),
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.05,  # a share of all steps
+            "train_sampling_strategy": "group_by_length",  # batches of examples of similar length need little padding
+        },
         output_dir=str(folder),
         pretrain_heads=True,
+        aux_target_share=recipe.heads.target_share,
         max_length=_training_length(recipe.data.max_length, base) if recipe.cuts_stage_one else None,
-        **_model_options(base, recipe.pretrain),
+        # The model is not trained, so it is loaded in its own dtype, in which it has written the labels.
+        **_model_options(base, recipe.pretrain, dtype="auto"),
     )
+
+
+def _stage_one_rate(base: BaseModel) -> float:
+    """The learning rate of new heads: docs/results/real_heads.md. Wider models need smaller ones, as 1 / width."""
+    width = getattr(base.config.get_text_config(), "hidden_size", None) or _MEASURED_WIDTH
+    return _MEASURED_RATE * min(1.0, _MEASURED_WIDTH / width)
 
 
 def adapt_config(recipe: Recipe, base: BaseModel, folder: Path, heads: Path) -> CAFTConfig:
