@@ -1,6 +1,9 @@
 """caftune against the reference implementation (caft-llm 0.0.1): do they agree, and what does a step cost?
 
-    python benchmarks/reference.py [--reference-python PATH] [--rounds 3] [--steps 1]
+    python benchmarks/reference.py [--only losses heads cost] [--reference-python PATH] [--rounds 3] [--steps 1]
+
+`losses`: both losses of the same logits. `heads`: the reference trains heads and saves them; `caftune heads import` reads them,
+and both give every head's loss on the same rows. `cost`: a training step.
 
 The reference needs transformers 4.51.3, which caftune does not run on, so it gets an environment of its own: a throw-away one,
 or the one whose interpreter is named. Linux, CPU, one thread. Prints Markdown; exits with 1 if the two disagree.
@@ -21,13 +24,16 @@ from pathlib import Path
 import torch
 from reference_worker import CASES, NUM_HEADS, SCHEDULES, TOTAL_STEPS
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from caftune.demo.run import BASE
 
 WORKER = Path(__file__).with_name("reference_worker.py")
 REQUIREMENTS = (f"torch=={importlib.metadata.version('torch').split('+')[0]}", "transformers==4.51.3", "pandas")
 # Relative for values above 1: the losses lie near 4.6, where float32 has one value every 4.8e-7.
 TOLERANCES = {"torch.float32": 1e-6, "torch.float64": 1e-12}
 VOCABULARIES = (8192, 32000)
+PARTS = ("losses", "heads", "cost")
 # Of one case: its runs' results, one per round.
 Runs = list[dict[str, float]]
 Costs = dict[tuple[int, str, str], Runs]
@@ -99,6 +105,25 @@ def difference(
     return torch.cat([((theirs[key] - ours[key]).abs() / theirs[key].abs().clamp(min=1)).flatten() for key in keys])
 
 
+def imported_heads(reference_python: str, folder: Path) -> tuple[str, bool]:
+    """A table of every head's loss on both sides, and whether all differences are within tolerance."""
+    write_model(folder / "base", VOCABULARIES[0])
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(folder / "base")
+    horizons = " | ".join(f"h{horizon}" for horizon in range(2, NUM_HEADS + 2))
+    lines = [f"| precision | side | {horizons} | largest difference | tolerance |", f"|{'---|' * (NUM_HEADS + 4)}"]
+    agrees = True
+    for dtype, tolerance in TOLERANCES.items():
+        given = folder / dtype
+        theirs = json.loads(worker_output(reference_python, "heads", "reference", folder / "base", given, dtype))
+        ours = json.loads(worker_output(sys.executable, "heads", "caftune", folder / "base", given, dtype))
+        largest = max(abs(one - other) / max(1, one) for one, other in zip(theirs, ours, strict=True))
+        agrees &= largest <= tolerance
+        for side, losses, last in (("reference", theirs, " | "), ("caftune", ours, f"{largest:.1e} | {tolerance:.0e}")):
+            cells = " | ".join(f"{loss:.8f}" for loss in losses)
+            lines.append(f"| {dtype.removeprefix('torch.')} | {side} | {cells} | {last} |")
+    return "\n".join(lines), agrees
+
+
 def costs(reference_python: str, folder: Path, *, rounds: int, steps: int) -> Costs:
     """Every case in a fresh process per round, one after the other, so that a slow spell of the machine hits all alike."""
     for vocabulary in VOCABULARIES:
@@ -155,18 +180,22 @@ def median(runs: Runs, name: str) -> float:
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference-python", help="interpreter of an environment with caft-llm 0.0.1")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to compare; default: all")
     parser.add_argument("--rounds", type=int, default=3, help="processes per case of the cost table")
     parser.add_argument("--steps", type=int, default=1, help="timed steps per process")
     arguments = parser.parse_args()
     with reference_environment(arguments.reference_python) as python, tempfile.TemporaryDirectory() as folder:
-        table, agrees = agreement(python, Path(folder))
-        print(table, flush=True)
-        if not agrees:
-            sys.exit("caftune and the reference disagree by more than the tolerance.")
-        print("\n" + cost_table(costs(python, Path(folder), rounds=arguments.rounds, steps=arguments.steps)))
+        for part, compare in (("losses", agreement), ("heads", imported_heads)):
+            if part in arguments.only:
+                table, agrees = compare(python, Path(folder))
+                print(table + "\n", flush=True)
+                if not agrees:
+                    sys.exit("caftune and the reference disagree by more than the tolerance.")
+        if "cost" in arguments.only:
+            print(cost_table(costs(python, Path(folder), rounds=arguments.rounds, steps=arguments.steps)))
 
 
 if __name__ == "__main__":

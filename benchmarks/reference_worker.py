@@ -1,7 +1,8 @@
 """One measurement in a process of its own; benchmarks/reference.py runs it with the reference's Python and with ours.
 
-`agree` writes every per-head loss, weight and total of a schedule; `cost` prints what one training step takes. What only
-one of the two environments has is imported inside its own functions.
+`agree` writes every per-head loss, weight and total of a schedule; `heads` prints the losses of heads that the reference
+trained; `cost` prints what one training step takes. What only one of the two environments has is imported inside its own
+functions.
 """
 
 import argparse
@@ -100,6 +101,52 @@ def agree(terms: Callable[..., Terms], data: Path, output: Path) -> None:
                 for name, values in zip(("loss", "weight", "total"), zip(*steps, strict=True), strict=True):
                     result[f"{dtype}/{labels}/{schedule}/{name}"] = torch.stack(values).detach().double()
     save_file(result, output)
+
+
+def heads_batch(vocabulary: int) -> dict[str, Tensor]:
+    """Three rows with prompts of 2, 7 and 11 tokens without labels, padded on the right to the longest."""
+    ids = torch.randint(1, vocabulary, (3, 40), generator=torch.Generator().manual_seed(1))
+    places = torch.arange(ids.shape[1])
+    seen = places < torch.tensor([[40], [31], [22]])
+    labels = ids.where(seen & (places >= torch.tensor([[2], [7], [11]])), -100)
+    return {"input_ids": ids.where(seen, 0), "labels": labels, "attention_mask": seen.long()}
+
+
+def reference_heads(base: Path, folder: Path, dtype: torch.dtype) -> list[float]:
+    """Train the reference's heads for a few steps, save them as its script does, and return the losses that it has then."""
+    from caft import add_auxiliary_heads
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, torch_dtype=dtype)
+    add_auxiliary_heads(model, caft_num_heads=NUM_HEADS, caft_only_heads=True)
+    batch = heads_batch(model.config.vocab_size)
+    compute_loss = reference_compute_loss("constant", step=0)
+    optimizer = torch.optim.AdamW(model.auxiliary_head.parameters(), lr=1e-2)
+    for _ in range(5):
+        step(lambda: compute_loss(model, batch), optimizer)
+    folder.mkdir()
+    torch.save(model.auxiliary_head.state_dict(), folder / "heads.pth")
+    with torch.no_grad():
+        logits = model(**batch)
+    losses, _, _ = reference_terms(logits.detach(), batch["labels"], "constant", step=0)
+    return losses[1:].tolist()
+
+
+def caftune_heads(base: Path, folder: Path, dtype: torch.dtype) -> list[float]:
+    """The losses of the same heads, imported."""
+    from transformers import AutoModelForCausalLM
+
+    from caftune import Backbone, attach_heads, load_heads
+    from caftune.checkpoints.reference_heads import import_heads
+
+    heads = import_heads(str(folder), str(base), folder / "imported")
+    backbone = Backbone.of(AutoModelForCausalLM.from_pretrained(base, dtype=dtype))
+    attach_heads(backbone, load_heads(heads, backbone))
+    with torch.no_grad():
+        scores = backbone.model(**heads_batch(backbone.model.config.vocab_size), auxiliary="only")["auxiliary"]
+    losses: list[float] = (scores["nll"] / scores["count"]).tolist()
+    return losses
 
 
 def reference_loss(model: torch.nn.Module, ids: Tensor, labels: Tensor, *, train_heads: bool) -> Callable[[], Tensor]:
@@ -206,6 +253,11 @@ def main() -> None:
     agreement.add_argument("side", choices=("reference", "caftune"))
     agreement.add_argument("data", type=Path)
     agreement.add_argument("output", type=Path)
+    heads = modes.add_parser("heads")
+    heads.add_argument("side", choices=("reference", "caftune"))
+    heads.add_argument("model", type=Path)
+    heads.add_argument("folder", type=Path)
+    heads.add_argument("dtype", choices=("torch.float32", "torch.float64"))
     costs = modes.add_parser("cost")
     costs.add_argument("case", choices=CASES)
     costs.add_argument("model", type=Path)
@@ -216,6 +268,10 @@ def main() -> None:
     if arguments.mode == "agree":
         terms = reference_terms if arguments.side == "reference" else caftune_terms
         agree(terms, arguments.data, arguments.output)
+    elif arguments.mode == "heads":
+        losses_of = reference_heads if arguments.side == "reference" else caftune_heads
+        dtype = getattr(torch, arguments.dtype.removeprefix("torch."))
+        print(json.dumps(losses_of(arguments.model, arguments.folder, dtype)))
     else:
         print(json.dumps(cost(arguments.case, arguments.model, arguments.labelled, arguments.steps)))
 

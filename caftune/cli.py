@@ -220,7 +220,7 @@ def plan(
         print_plan(console, found)
 
 
-heads_app = typer.Typer(help="Heads: measure, show, share.", no_args_is_help=True, rich_markup_mode=None)
+heads_app = typer.Typer(help="Heads: measure, show, share, import.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(heads_app, name="heads")
 HeadsName = Annotated[str, typer.Argument(metavar="HEADS", help="A heads folder, or a hub id owner/name[@revision].")]
 
@@ -301,6 +301,21 @@ def pull(
     from caftune.checkpoints.hub import pull_heads
 
     console.print(f"Heads: {pull_heads(name, folder)}", soft_wrap=True)
+
+
+@heads_app.command(name="import")
+def import_heads(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A heads.pth, a folder with one, or a hub id owner/name[@revision].")
+    ],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model they were trained for: a folder or a hub id.")],
+    folder: Annotated[str, typer.Argument(help="A new folder.")],
+    revision: Annotated[str | None, typer.Option(help="Of the base on the hub.")] = None,
+) -> None:
+    """Convert heads of CAFT's reference implementation (heads.pth) into a heads folder with the same outputs."""
+    from caftune.checkpoints.reference_heads import import_heads as convert
+
+    console.print(f"Heads: {convert(source, base, folder, revision=revision)}", soft_wrap=True)
 
 
 @app.command()

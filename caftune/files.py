@@ -23,6 +23,14 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def refuse_filled_folder(folder: Path) -> None:
+    """Raise CaftuneError where a folder to be written is a file, or holds files."""
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
+        raise CaftuneError(
+            f"{folder} must be an empty or a new folder, got a file or a folder with files. Name another."
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file of text in UTF-8."""
     with replacing(path) as partial:

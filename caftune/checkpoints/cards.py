@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
 
-from caftune.checkpoints.heads_folder import QUALITY_FILE, describe_heads, file_name
+from caftune.checkpoints.heads_folder import QUALITY_FILE, config_of, describe_heads, file_name
 from caftune.checkpoints.quality_card import quality_table
 from caftune.files import read_json, write_text
 
@@ -39,10 +39,11 @@ def heads_card(folder: Path, name: str, *, licence: str) -> str:
     description = describe_heads(folder)
     base, training = description["base"], dict(description["training"])
     data, command = training.pop("data", None), training.pop("command", None)
+    norm = "" if config_of(description).final_norm else ", without the final norm before the unembedding"
     facts = {
         "base": base["name"] or base["model_type"],
         "revision of the base": base.get("revision") or "not recorded",
-        "kind": f"{description['kind']}, branching off the model at the {description['fork_point']}",
+        "kind": f"{description['kind']}, branching off the model at the {description['fork_point']}{norm}",
         "horizons": ", ".join(map(str, description["horizons"])),
         "trained on": _in_words(data) if data else "not recorded",
         "settings": _in_words(training),

@@ -31,7 +31,7 @@ QUALITY_FILE, PICTURE_FILE = "quality.json", "quality.png"
 SHARED_FILES = (WEIGHTS_FILE, DESCRIPTION_FILE, QUALITY_FILE, PICTURE_FILE)
 # What huggingface_hub raises where the hub cannot be reached or refuses: its own errors and its HTTP library's.
 HUB_ERRORS = (ValueError, RuntimeError, *HfHubHTTPError.__bases__)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _WAITING_DESCRIPTION = f".{DESCRIPTION_FILE}.waiting"
 _PICKLES = (".pth", ".pt", ".bin", ".pkl")
 # The keys that loading needs: of a description, and of its entry `base`.
@@ -71,6 +71,7 @@ def save_heads(
         "kind": heads.config.kind,
         "horizons": heads.config.horizons,
         "fork_point": FORK_POINTS[heads.config.kind],
+        "final_norm": heads.config.final_norm,
         "base": base,
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
         "vocabulary": len(tokenizer.get_vocab()) if tokenizer is not None else None,
@@ -109,7 +110,7 @@ def load_heads(
     description = describe_heads(folder)
     _refuse_other_base(folder, description, backbone, tokenizer, force=force)
     weights = read_heads(folder)
-    heads = AuxiliaryHeads.copied(backbone, HeadsConfig(len(description["horizons"]), description["kind"]))
+    heads = AuxiliaryHeads.copied(backbone, config_of(description))
     expected = {name: tensor.shape for name, tensor in heads.state_dict().items()}
     found = {name: tensor.shape for name, tensor in weights.items()}
     if expected != found:
@@ -128,7 +129,7 @@ def find_heads(name: str | os.PathLike[str]) -> Path:
     Raises:
         CaftuneError: it is neither a folder nor heads on the hub.
     """
-    if Path(name).is_dir() or not _HUB_ID.fullmatch(str(name)):
+    if Path(name).is_dir() or not HUB_ID.fullmatch(str(name)):
         return Path(name)
     repository, _, revision = str(name).partition("@")
     try:
@@ -141,7 +142,8 @@ def find_heads(name: str | os.PathLike[str]) -> Path:
         ) from error
     if not (folder / DESCRIPTION_FILE).is_file():
         raise CaftuneError(
-            f"{name} on the hub must hold heads of caftune, got a repository without {DESCRIPTION_FILE}. Check the name."
+            f"{name} on the hub must hold heads of caftune, got a repository without {DESCRIPTION_FILE}. Check the name; "
+            "convert heads of CAFT's reference implementation with `caftune heads import`."
         )
     return folder
 
@@ -176,13 +178,21 @@ def describe_heads(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return description
 
 
+def config_of(description: Mapping[str, Any]) -> HeadsConfig:
+    """What the heads of a heads.json are."""
+    final_norm = description.get("final_norm", True)  # not in folders of older versions
+    if not isinstance(final_norm, bool):
+        raise TypeError(f"final_norm must be true or false, got {final_norm!r}")
+    return HeadsConfig(len(description["horizons"]), description["kind"], final_norm=final_norm)
+
+
 def _no_heads(folder: Path) -> CaftuneError:
     """The error for a folder without a description."""
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)
     if pickles:
         return CaftuneError(
             f"{folder} must hold {WEIGHTS_FILE} and {DESCRIPTION_FILE}, got {pickles[0]}, a pickle, which can run code when "
-            "opened. Train heads with `caftune pretrain-heads`."
+            "opened. Convert heads of CAFT's reference implementation with `caftune heads import`, or train heads."
         )
     return CaftuneError(
         f"{folder} must be a folder with {DESCRIPTION_FILE} and {WEIGHTS_FILE}, got no {DESCRIPTION_FILE} there. "
@@ -192,7 +202,7 @@ def _no_heads(folder: Path) -> CaftuneError:
 
 def _check_description(description: Mapping[str, Any]) -> None:
     """Raise ValueError, KeyError or TypeError where a description lacks what loading needs."""
-    config = HeadsConfig(len(description["horizons"]), description["kind"])
+    config = config_of(description)
     if description["horizons"] != config.horizons:
         raise CaftuneError(f"horizons must be {config.horizons}, got {description['horizons']}")
     for place, keys in ((description, _NEEDED), (description["base"], _NEEDED_OF_BASE)):

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi
 from caftune.checkpoints.cards import heads_card, read_quality
 from caftune.checkpoints.heads_folder import HUB_ERRORS, SHARED_FILES, find_heads, hub_reason, read_heads
 from caftune.errors import CaftuneError
+from caftune.files import refuse_filled_folder
 
 
 def push_heads(
@@ -59,10 +60,7 @@ def pull_heads(name: str, folder: str | Path) -> Path:
         CaftuneError: the hub has no such heads, they are damaged, or the folder is not empty.
     """
     target = Path(folder)
-    if target.is_file() or (target.exists() and any(target.iterdir())):
-        raise CaftuneError(
-            f"{target} must be an empty or a new folder, got a file or a folder with files. Name another."
-        )
+    refuse_filled_folder(target)
     found = find_heads(name)
     read_heads(found)
     target.mkdir(parents=True, exist_ok=True)

@@ -33,16 +33,22 @@ class HeadsConfig:
 
     `decoder`: a copy of the last decoder layer. `mlp`: a residual two-layer perceptron, for models whose last layer is
     expensive to copy (mixtures of experts) or cannot be called twice.
+
+    `final_norm`: whether a head's output goes through the model's final norm before the unembedding, as the last layer's does.
+    It does not in the paper's reference implementation, whose decoder heads can be imported.
     """
 
     count: int = 4
     kind: str = "decoder"
+    final_norm: bool = True
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise CaftuneError(f"count must be at least 1, got {self.count}.")
         if self.kind not in FORK_POINTS:
             raise CaftuneError(f"kind must be one of {', '.join(FORK_POINTS)}, got {self.kind!r}.")
+        if self.kind == "mlp" and not self.final_norm:
+            raise CaftuneError("final_norm must be true for MLP heads, which begin as the model's own prediction.")
 
     @property
     def horizons(self) -> list[int]:
@@ -75,7 +81,7 @@ class MLPHead(nn.Module):
 
 
 class AuxiliaryHeads(nn.Module):
-    """The heads of one model: a hidden layer per head; all share the model's final norm and unembedding."""
+    """The heads of one model: a hidden layer per head; all share the model's final norm (if any) and unembedding."""
 
     def __init__(self, config: HeadsConfig, modules: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -114,8 +120,12 @@ class AuxiliaryHeads(nn.Module):
         """Head `index`'s hidden states at every position, ready for the unembedding."""
         head = self.heads[index]
         if self.config.kind == "decoder":
-            return backbone.close(call.replay(head))
-        return backbone.close(head(call.hidden, backbone.close(call.hidden)))
+            return self.close(call.replay(head), backbone)
+        return self.close(head(call.hidden, backbone.close(call.hidden)), backbone)
+
+    def close(self, hidden: Float[Tensor, "... width"], backbone: Backbone) -> Float[Tensor, "... unembedding_width"]:
+        """What the unembedding is given of a head's output."""
+        return backbone.close(hidden) if self.config.final_norm else hidden
 
     def hidden_at(
         self, index: int, backbone: Backbone, call: LayerCall, positions: Int[Tensor, " positions"]
@@ -130,7 +140,7 @@ class AuxiliaryHeads(nn.Module):
             hidden = at_positions(call.replay(head), positions)
         else:
             hidden = run_at(head, backbone.mixer, call, positions)
-        return backbone.close(hidden)[0]
+        return self.close(hidden, backbone)[0]
 
     # torch.compile would guard on the closures below, which are new in every call, and on every count of targets. The model
     # around the heads is compiled.
@@ -204,7 +214,8 @@ class AuxiliaryHeads(nn.Module):
 
     def _trained(self, index: int, backbone: Backbone, unembedding: Unembedding) -> list[Tensor]:
         """The trained weights between the fork point and head `index`'s loss."""
-        closing = (backbone.model.get_submodule(name) for name in backbone.closing_names)
+        names = backbone.closing_names if self.config.final_norm else ()
+        closing = (backbone.model.get_submodule(name) for name in names)
         parameters = [p for module in (self.heads[index], *closing) for p in module.parameters()]
         return [p for p in (*parameters, unembedding.weight, unembedding.bias) if p is not None and p.requires_grad]
 

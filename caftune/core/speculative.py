@@ -313,7 +313,7 @@ class _Drafts(CandidateGenerator):
         with autocast_like(hidden):
             if self.is_stateless:
                 hidden = self.heads.heads[index](hidden, self.backbone.close(hidden))
-            return self.backbone.close(hidden)[:, 0]
+            return self.heads.close(hidden, self.backbone)[:, 0]
 
     def _catch_up(self, index: int) -> None:
         """Let head `index` read the passes it has not read yet."""

@@ -11,6 +11,7 @@ tokens beyond its own the model would accept of a draft of all heads.
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,7 +51,9 @@ def measure_heads(
         `heads`, `untrained` and `trunk`, each with `loss`, `top1`, `top5` by horizon (the first two also `agreement` by
         horizon, and `accepted_length`); `targets` by horizon; `positions`.
     """
-    untrained = AuxiliaryHeads.build(backbone, heads.config)
+    untrained = AuxiliaryHeads.build(
+        backbone, replace(heads.config, final_norm=True)
+    )  # without it a copy predicts nothing
     kinds = {"heads": heads, "untrained": untrained}
     places = _draw_places(rows, positions, seed, reach=heads.config.horizons[-1])
     with torch.inference_mode(), evaluating(backbone.model), evaluating(heads), evaluating(untrained):

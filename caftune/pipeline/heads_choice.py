@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from caftune.checkpoints.heads_folder import DESCRIPTION_FILE, describe_heads, find_heads
+from caftune.checkpoints.heads_folder import DESCRIPTION_FILE, config_of, describe_heads, find_heads
 from caftune.core.heads import HeadsConfig
 from caftune.errors import CaftuneError
 from caftune.pipeline.folder import RunFolder
@@ -41,7 +41,7 @@ class HeadsRef:
     @property
     def config(self) -> HeadsConfig:
         """How many heads of which kind."""
-        return HeadsConfig(len(self.description["horizons"]), self.description["kind"])
+        return config_of(self.description)
 
 
 def pretrained_heads(section: HeadsSection, folder: RunFolder) -> HeadsRef:

@@ -12,11 +12,11 @@ IDS = torch.randint(3, VOCABULARY, (2, 10), generator=torch.Generator().manual_s
 KINDS = ["decoder", "mlp"]
 
 
-def carrying(family="llama", kind="decoder", *, count=3, **options):
+def carrying(family="llama", kind="decoder", *, count=3, final_norm=True, **options):
     """A model with heads whose weights are moved apart from the last layer's."""
     model = build(family, **options)
     backbone = Backbone.of(model)
-    heads = AuxiliaryHeads.build(backbone, HeadsConfig(count, kind))
+    heads = AuxiliaryHeads.build(backbone, HeadsConfig(count, kind, final_norm=final_norm))
     with torch.no_grad():
         for parameter in heads.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -135,6 +135,19 @@ def test_every_layout_of_rows_gives_the_same_sums_and_gradients(family, kind, la
     alone = sums_and_gradients(model, separate())
     assert alone[0]["count"].tolist() == [8, 6, 3]  # by hand: horizon 2 has 4 + 2 + 2 targets
     assert_same(sums_and_gradients(model, LAYOUTS[layout]()), alone)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_heads_without_the_final_norm_do_so_too(layout):
+    model, _, _ = carrying("llama", final_norm=False, attention="sdpa")
+    alone = sums_and_gradients(model, separate())
+    assert_same(sums_and_gradients(model, LAYOUTS[layout]()), alone)
+    weights = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    (batch,) = LAYOUTS[layout]()
+    model.zero_grad()
+    model(**batch, use_cache=False, auxiliary="add", auxiliary_weights=weights)["auxiliary"]["loss"].backward()
+    one_by_one = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same((alone[0], one_by_one), alone)
 
 
 @pytest.mark.parametrize(
