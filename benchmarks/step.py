@@ -1,8 +1,9 @@
 """One training step, timed and weighed: SFTTrainer, CAFT exact and sampled, textbook stacked logits, and the reference.
 
     python benchmarks/step.py --quick                        two minutes: one small case
-    python benchmarks/step.py [--tunings full full-heads lora lora-heads stage1] [--vocabularies 32000 131072] [--labelled 0.25 0.5 1]
-        [--heads 1 2 4 8] [--shapes 4x512 ...] [--arms ...] [--rounds 3] [--steps 3] [--reference-python PATH]
+    python benchmarks/step.py [--tunings full full-heads lora lora-heads stage1] [--vocabularies 32000 131072]
+        [--labelled 0.25 0.5 1] [--heads 1 2 4 8] [--shapes 4x512 ...] [--arms ...] [--rounds 3] [--steps 3]
+        [--reference-python PATH]
 
 A Llama of 6 layers, width 512, random weights, float32 on a CPU (bfloat16 autocast on a GPU), 2 threads, AdamW, no gradient
 checkpointing. Every arm of a case runs once per round in a process of its own, so that a slow spell of the machine hits all

@@ -135,7 +135,8 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
     device, available = _device()
     remedies = []
     if found.memory.peak > available:
-        kinds = [_recomputed, _in_smaller_batches, _with_frozen_heads, _with_adapters, _in_smaller_batches]
+        kinds = [_recomputed, _in_smaller_batches, _with_frozen_heads, _in_smaller_batches]
+        kinds += [_with_adapters, _in_smaller_batches]
         kinds += [_shorter] if stage == "train" or recipe.cuts_stage_one else []
         kinds += [_with_fewer_heads] if recipe.heads.path is None else []
         remedies = _remedies(planned, setup, kinds, found.memory.peak, available)
@@ -249,7 +250,7 @@ def _remedies(planned: _Planned, setup: Setup, kinds: Sequence[_Kind], peak: int
     """Changes that lower the peak, each on top of those before it, until it fits.
 
     Changes without an effect on results come first. A smaller batch can raise the peak, because gradients are kept over its
-    several passes; it is tried again next to adapters, whose gradients are small.
+    several passes; it is tried again next to frozen heads and to adapters, whose gradients are fewer.
     """
     found: list[Remedy] = []
     for changes in kinds:

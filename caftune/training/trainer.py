@@ -1,8 +1,8 @@
 """`CAFTTrainer`, a drop-in for TRL's `SFTTrainer`.
 
 Stage 1 (`pretrain_heads=True`) trains the heads only: the trunk is frozen and runs without a graph, beta = 1, gamma is
-constant, and there is no main loss. Stage 2 trains the model on the main loss plus the auxiliary losses. With `aux_weight=0`
-stage 2 is SFTTrainer, step for step.
+constant, and there is no main loss. Stage 2 trains the model, and the heads with it unless `train_heads` is False, on the main
+loss plus the auxiliary losses. With `aux_weight=0` stage 2 is SFTTrainer, step for step.
 """
 
 import copy

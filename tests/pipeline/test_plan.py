@@ -320,7 +320,8 @@ def test_what_cannot_be_read_is_assumed_and_said(folder):
 
 def test_remedies_come_in_order_until_it_fits(folder, monkeypatch):
     monkeypatch.setattr("caftune.training.memory._PROCESS", 0)  # of which a model of this size is a small part
-    recipe = recipe_of(folder, trainer={"gradient_checkpointing": False, "per_device_train_batch_size": 16})
+    options = {"gradient_checkpointing": False, "per_device_train_batch_size": 16}
+    recipe = recipe_of(folder, trainer=options, heads={"train": False})
     whole = plan(recipe).estimate.memory.peak
     monkeypatch.setattr("caftune.pipeline.plan._device", lambda: ("a small device", whole // 2))
     found = plan(recipe)
@@ -349,7 +350,7 @@ def test_a_plan_names_whether_heads_are_trained_and_frozen_ones_as_the_cheaper_c
     found = plan(recipe_of(folder, trainer={"per_device_train_batch_size": 1}, **sections))
     console = Console(file=io.StringIO(), record=True, width=200)
     print_plan(console, found)
-    assert f"({ways})" in console.export_text()
+    assert f"({ways})" in " ".join(console.export_text().split())  # a title may go on in a second line
     changes = [remedy.change for remedy in found.remedies]
     assert "model.tuning=lora" in changes
     assert changes[0] == ("model.tuning=lora" if sections else "heads.train=false")

@@ -72,8 +72,8 @@ def broken_at(monkeypatch):
 
 KINDS = {
     "plain": {"loss": {"weight": 0}},
-    "heads": {},
-    "heads trained along": {"heads": {"train": True}},
+    "heads": {"heads": {"train": False}},
+    "heads trained along": {},
     "lora": {"model": {"tuning": "lora"}},
     "plain lora": {"model": {"tuning": "lora"}, "loss": {"weight": 0}},
     "adapter alone": {"model": {"tuning": "lora", "lora": {"merge": False}}},

@@ -83,7 +83,7 @@ def test_with_heads_and_a_constant_gamma_a_finished_run_goes_on_to_the_weights_o
     def run(name, steps):
         loss = {"weight": 0.5, "schedule": "constant"}
         recipe = run_of(folder, name, loss=loss, max_steps=steps, num_train_epochs=None)
-        section = recipe.heads.model_copy(update={"path": heads, "count": 3, "train": True})
+        section = recipe.heads.model_copy(update={"path": heads, "count": 3})
         return recipe.model_copy(update={"heads": section})
 
     finetune_model(run("short", 2))
