@@ -2,7 +2,7 @@
 
 from statistics import median
 
-from caftune.compare.summary import BASELINE, TREATMENT, Comparison, Difference, LeftOut, Measure
+from caftune.compare.summary import BASELINE, TREATMENT, Comparison, Costs, Difference, LeftOut, Measure
 from caftune.evals.statistics import LEVEL
 
 _SAME_START = 1e-3  # relative: arms compute the first step's loss by different kernels
@@ -110,13 +110,22 @@ def _price(found: Comparison) -> list[str]:
     kinds = {"seconds": "time", "flops": "FLOPs"}
     if found.device != "cpu":  # there it is the memory of the whole process, mostly libraries
         kinds["peak_memory_bytes"] = "peak memory"
+    costs = [found.costs[arm] for arm in (TREATMENT, BASELINE)]
+    has_tokens = all(any(cost.tokens) for cost in costs)
     said = []
     for name, words in kinds.items():
-        arms = (getattr(found.costs[arm], name) for arm in (TREATMENT, BASELINE))
-        ours, theirs = ([value for value in values if value is not None] for values in arms)
+        per_token = has_tokens and name != "peak_memory_bytes"
+        ours, theirs = (_values(cost, name, per_token=per_token) for cost in costs)
         if ours and theirs:
             said.append(f"{median(ours) / median(theirs):.2f} times the {words}")
     return [f"A training step of CAFT took {', '.join(said)} of next-token fine-tuning."] if said else []
+
+
+def _values(costs: Costs, name: str, *, per_token: bool) -> list[float]:
+    """The known values of a cost, per token where arms may stop early, after different numbers of steps."""
+    values: list[float | None] = getattr(costs, name)
+    tokens = costs.tokens if per_token else [1.0] * len(values)
+    return [value / count for value, count in zip(values, tokens, strict=True) if value is not None and count]
 
 
 def _left_out(found: Comparison, measure: Measure) -> list[LeftOut]:

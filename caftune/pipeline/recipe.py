@@ -59,7 +59,7 @@ def parse_recipe(values: Any) -> Recipe:
 
 
 def trainer_config(recipe: Recipe, section: Training, **ours: Any) -> Any:
-    """The CAFTConfig of a training: its section, what the recipe sets in `heads` and `loss`, and `ours`, which go first.
+    """The CAFTConfig of a training: its section, its options in `heads`, `loss` and `model`, and `ours`, which go first.
 
     Raises:
         CaftuneError: an option CAFTConfig does not have, one that belongs elsewhere, or a value it refuses.
@@ -93,7 +93,7 @@ def _refuse_unknown_options(section: str, options: Mapping[str, Any], known: Map
 
     CAFTConfig takes any type and fails late: numbers and switches are checked here against its defaults.
     """
-    elsewhere = _SET_ELSEWHERE | {name: option.recipe.place for name, option in OPTIONS.items()}
+    elsewhere = _SET_ELSEWHERE | {name: option.recipe.place for name, option in OPTIONS.items() if option.recipe.place}
     for name, value in options.items():
         place = f"{section}.{name}"
         if name in elsewhere:
