@@ -1,10 +1,12 @@
 """Rows of any source in one of three forms that SFTTrainer knows: `messages`, `prompt` and `completion`, or `text`.
 
-Alpaca (instruction, input, output) and ShareGPT (conversations) rows are converted to the first two. Contents become text,
-and arguments of tool calls objects, as chat templates expect them. None, "" and [] are missing values; 0 and false are not.
+Alpaca (instruction, input, output), ShareGPT (conversations) and the reference implementation's rows (conversation, status)
+are converted to the first two. Contents become text, and arguments of tool calls objects, as chat templates expect them.
+None, "" and [] are missing values; 0 and false are not.
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from itertools import chain
@@ -17,19 +19,29 @@ from caftune.data import table
 from caftune.data.readers import MalformedJson, hub_source, parse_json, raw_rows
 from caftune.errors import CaftuneError
 
+_logger = logging.getLogger(__name__)
 # Columns that accompany messages, and their values in rows without them.
 _EXTRAS: dict[str, Any] = {"tools": None, "chat_template_kwargs": {}}
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _NAMES = (
     *("prompt", "completion", "messages", "conversations", "text", "tools", "chat_template_kwargs", "system"),
-    *("instruction", "input", "output", "response"),
+    *("instruction", "input", "output", "response", "conversation", "status"),
 )
 _MEDIA = {"image", "images", "image_url", "video", "videos", "video_url", "audio", "audios", "input_audio"}
 # The forms of plain text: the columns of each, in order.
 _TEXTS: tuple[dict[str, None], ...] = ({"prompt": None, "completion": None}, {"prompt": None}, {"text": None})
 _PLAIN, _TEXT = {tuple(form) for form in _TEXTS}, {str}
+# Columns of the forms that come before the reference's where a row has both.
+_BEFORE_REFERENCE = {"messages", "conversations", "instruction", *(name for form in _TEXTS for name in form)}
+
+
+class NoFinishedRowError(CaftuneError):
+    """All rows are failed generations of the reference's form."""
+
+
+_SPEAKERS = {"human": "user", "gpt": "assistant"}  # roles by other names
 _SHAREGPT_ROLES = {
-    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
+    **{**_SPEAKERS, "user": "user", "assistant": "assistant", "system": "system"},
     **{"observation": "tool", "tool": "tool", "function_call": "assistant"},
 }
 
@@ -56,6 +68,7 @@ def load_rows(
 
     Raises:
         CaftuneError: no such file, a malformed line (with its number), no rows, or columns of no known form.
+        NoFinishedRowError: see `_finished`.
     """
     rows = raw_rows(source, limit)
     if columns:
@@ -64,18 +77,69 @@ def load_rows(
         rows = (_named(row, columns) for row in chain([first], rows))
     formed = (
         row if _is_plain(row) else _in_form(row, f"{source}, row {number} (from 0)", chat=chat, columns=place)
-        for number, row in enumerate(rows)
+        for number, row in _finished(rows, source)
     )
     return _dataset((_as_conversation(row) for row in formed) if texts_too else formed, source)
 
 
 def read_rows(source: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a file or hub id, unchanged; the first `limit` of them where that is given.
+    """The rows of a file or hub id; the first `limit` of them where that is given.
+
+    They are unchanged, except for the reference's: one question and its answer are added as `prompt` and `completion`.
 
     Raises:
         CaftuneError: no such file, a malformed line (with its number), or no rows.
+        NoFinishedRowError: see `_finished`.
     """
-    return list(raw_rows(source, limit))
+    return [_with_question(row) for _, row in _finished(raw_rows(source, limit), source)]
+
+
+def _finished(rows: Iterator[dict[str, Any]], source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows and their numbers, without the reference's failed generations, which are counted and logged at the end.
+
+    Raises:
+        NoFinishedRowError: all rows are failed generations.
+    """
+    total, failed, first = 0, 0, ""
+    for number, row in enumerate(rows):
+        total += 1
+        if not _is_failed(row):
+            yield number, row
+            continue
+        what = f"status {_short(row.get('status'))}" if _is_given(row["conversation"]) else "no conversation"
+        first = first or f"the first is row {number}, from 0, with {what}"
+        failed += 1
+    if failed == total:
+        raise NoFinishedRowError(
+            f"{source} must have a row with status OK and a conversation, got {total} failed generations ({first}). "
+            "Generate them again, read more rows, or name another file."
+        )
+    if failed:
+        _logger.warning(f"{failed} of {total} rows of {source} are failed generations and are left out ({first}).")
+
+
+def _is_reference(row: Mapping[str, Any]) -> bool:
+    """Whether a row has the form of the reference implementation's data."""
+    return "conversation" in row and _BEFORE_REFERENCE.isdisjoint(row)
+
+
+def _is_failed(row: Mapping[str, Any]) -> bool:
+    """Whether a row of the reference's form has another status than OK, or no conversation (the reference skips these)."""
+    if not _is_reference(row):
+        return False
+    status = row.get("status")
+    return (_is_given(status) and status != "OK") or not _is_given(row["conversation"])
+
+
+def _with_question(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the reference's form with its question and answer as text; any other row unchanged."""
+    turns = row["conversation"] if _is_reference(row) else None
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return row
+    roles = [_SPEAKERS.get(str(turn.get("role")), turn.get("role")) for turn in turns]
+    if roles != ["user", "assistant"]:
+        return row
+    return row | {"prompt": turns[0].get("content"), "completion": turns[1].get("content")}
 
 
 def _check_columns(columns: Mapping[str, str], row: Mapping[str, Any], source: str, place: str) -> None:
@@ -92,7 +156,8 @@ def _check_columns(columns: Mapping[str, str], row: Mapping[str, Any], source: s
 def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """A row with its columns renamed, and the optional columns (tools, system, ...) that are not renamed."""
     of_instruction = ["history", *([] if "input" in columns else ["input", "context"])]
-    along = [*_EXTRAS, "system", *(of_instruction if "instruction" in columns else [])]
+    of_conversation = ["status"] if "conversation" in columns else []
+    along = [*_EXTRAS, "system", *(of_instruction if "instruction" in columns else []), *of_conversation]
     unnamed = [name for name in along if name not in columns.values()]
     return {name: row[name] for name in unnamed if name in row} | {
         ours: row.get(name) for ours, name in columns.items()
@@ -179,15 +244,16 @@ def _formed(row: dict[str, Any], *, chat: bool, columns: str) -> dict[str, Any]:
     if "messages" in row:
         return {"messages": _conversation(row["messages"], "messages"), **extras}
     if "conversations" in row:
-        turns = _parsed(row["conversations"], "conversations")
-        turns = [_from_sharegpt(turn) for turn in turns] if isinstance(turns, list) else turns
-        return {"messages": _conversation(turns, "conversations"), **extras}
+        return {"messages": _shared_conversation(row, "conversations"), **extras}
+    if _is_reference(row):
+        return {"messages": _shared_conversation(row, "conversation"), **extras}
     form = next((form for form in _TEXTS if row.keys() >= form.keys()), None)
     if form is not None:
         return {**_texts({name: row[name] for name in form}), **extras}
     raise _BadRow(
         f"must have the columns of a known form, got {', '.join(row)} (known: messages; prompt and completion; prompt alone, "
-        f"to be answered; text; instruction and output; conversations). Name them in {columns}, such as {{prompt: question}}."
+        f"to be answered; text; instruction and output; conversations; conversation). Name them in {columns}, such as "
+        "{prompt: question}."
     )
 
 
@@ -298,9 +364,12 @@ def _conversation(turns: Any, name: str) -> list[dict[str, Any]]:
 
 def _turn(turn: Any, name: str) -> dict[str, Any]:
     role = turn.get("role") if isinstance(turn, dict) else None
+    role = _SPEAKERS.get(role, role) if isinstance(role, str) else role
     if role not in _ROLES:
         raise _must_be(f"a role in {name}", f"one of {', '.join(_ROLES)}", role)
-    found = {**turn, "content": _content(turn["content"], name)} if "content" in turn else dict(turn)
+    found = {**turn, "role": role}
+    if "content" in turn:
+        found["content"] = _content(turn["content"], name)
     if found.get("tool_calls") is not None:
         found["tool_calls"] = _calls(found["tool_calls"], name)
     if isinstance(found.get("function_call"), dict):  # OpenAI's form before there were tool_calls
@@ -357,10 +426,16 @@ def _with_arguments(function: dict[str, Any], name: str) -> dict[str, Any]:
     return {**function, "arguments": _parsed(arguments, f"arguments of a call in {name}")}
 
 
-# ShareGPT and alpaca.
+# ShareGPT, the reference and alpaca.
 
 
-def _from_sharegpt(turn: Any) -> Any:
+def _shared_conversation(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """The messages of a column of ShareGPT's or the reference's."""
+    turns = _parsed(row[name], name)
+    return _conversation([_from_sharegpt(turn, name) for turn in turns] if isinstance(turns, list) else turns, name)
+
+
+def _from_sharegpt(turn: Any, name: str) -> Any:
     """A turn as a message. TRL's converter renames keys only: it keeps the roles human and gpt, and calls as text."""
     if not isinstance(turn, dict) or "role" in turn:
         return turn  # ChatML under ShareGPT's name
@@ -368,15 +443,13 @@ def _from_sharegpt(turn: Any) -> Any:
     role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         known = f"one of {', '.join(_SHAREGPT_ROLES)}"
-        raise _must_be("a speaker in conversations", known, turn.get("from"), "Rename it.")
+        raise _must_be(f"a speaker in {name}", known, turn.get("from"), "Rename it.")
     if speaker != "function_call":
         return {"role": role, "content": value}
-    calls = _parsed(value, "a function_call in conversations")
+    calls = _parsed(value, f"a function_call in {name}")
     calls = calls if isinstance(calls, list) and calls else [calls]
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise _must_be(
-            "a function_call in conversations", "an object with name and arguments, or a list of them", value
-        )
+        raise _must_be(f"a function_call in {name}", "an object with name and arguments, or a list of them", value)
     return {"role": role, "content": None, "tool_calls": [{"type": "function", "function": call} for call in calls]}
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from caftune.data.forms import read_rows, refuse_unnamed_split
+from caftune.data.forms import NoFinishedRowError, read_rows, refuse_unnamed_split
 from caftune.data.prompts import Conversation, is_chat, report_second_bos
 from caftune.errors import CaftuneError
 from caftune.evals.proteins import PROTEINS, sequence_of
@@ -169,6 +169,8 @@ def _is_trained_on_text(data: DataSection) -> bool:
         return False
     try:
         return not is_chat(read_task_rows(data, data.train, limit=1, chat=True))
+    except NoFinishedRowError:  # the first row is a failed generation, so the others are conversations
+        return False
     except CaftuneError as error:
         raise CaftuneError(
             f"eval.chat must be set if data.train cannot be read ({error}). Set true for a model trained in conversations, "
