@@ -140,11 +140,13 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise CaftuneError(f"An override must be key.sub=value, got {override!r}.")
     *sections, key = place.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
+        inner = values.get(section, {})
+        if not isinstance(inner, dict):
             raise CaftuneError(
                 f"{override!r} must set a key of a section, got {section}, which is a value. Fix the key."
             )
+        values[section] = dict(inner)  # a copy: by an alias in the YAML, it may be part of other sections too
+        values = values[section]
     try:
         values[key] = parse_yaml(text, f"The override {override!r}")
     except CaftuneError as error:
