@@ -68,7 +68,7 @@ def write_model_card(folder: Path, base: str, options: Any, steps: int, *, heads
         heads: the heads.json of the heads it was trained with; None where it had none.
     """
     names = ["learning_rate", "num_train_epochs", "seed"]
-    names += ["aux_weight", "aux_decay", "aux_schedule"] if heads else []
+    names += ["aux_weight", "aux_decay", "aux_schedule", "train_heads", "heads_lora_rank"] if heads else []
     settings = {"steps": steps, **{name: getattr(options, name) for name in names}}
     base = file_name(base)
     facts = {"base": base, "settings": _in_words(settings)}
