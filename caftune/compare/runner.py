@@ -53,7 +53,14 @@ from caftune.pipeline.heads_choice import pretrained_heads
 from caftune.pipeline.recipe import save_recipe
 from caftune.pipeline.run import Run
 from caftune.pipeline.schema import Arm, HeadsSection, Recipe
-from caftune.pipeline.stage_config import refuse_heads_options, stage_two_config
+from caftune.pipeline.stage_config import (
+    adapt_config,
+    inherited_options,
+    refuse_evaluation_without_rows,
+    refuse_heads_options,
+    stage_one_config,
+    stage_two_config,
+)
 from caftune.pipeline.stage_rows import task_rows
 from caftune.training.divergence import DivergedError
 from caftune.training.measured_cost import device_name
@@ -155,6 +162,7 @@ def _refuse_unfit(recipe: Recipe) -> None:
     for arm in arms:
         weight = {"weight": recipe.loss.weight * (arm not in _WITHOUT_LOSSES)}
         refuse_heads_options(_heads_of(recipe.heads, arm), recipe.loss.model_copy(update=weight), recipe.model)
+    _check_options(recipe)
     if "shuffled_horizons" in arms and arm_recipe(recipe, "shuffled_horizons", recipe.seed).heads.count < 2:
         raise CaftuneError("compare.arms must not hold shuffled_horizons with one head. Remove it.")
     load_scipy()
@@ -162,6 +170,19 @@ def _refuse_unfit(recipe: Recipe) -> None:
         read_tasks(recipe.eval)
     if recipe.compare.concepts.terms is not None:
         read_terms(recipe.compare.concepts.terms)
+
+
+def _check_options(recipe: Recipe) -> None:
+    """Raise CaftuneError for what the trainings would refuse of their options: heads are made first, for hours maybe."""
+    refuse_evaluation_without_rows(recipe)
+    base, folder = BaseModel.of(recipe.model), Path(recipe.output, "compare")
+    stage_two_config(arm_recipe(recipe, "ntp", recipe.seed), base, folder, None)
+    if recipe.adapt is not None:
+        adapt_config(
+            recipe.model_copy(update={"adapt": inherited_options(recipe.adapt, recipe.trainer)}), base, folder, folder
+        )
+    if recipe.heads.path is None:
+        stage_one_config(recipe, base, folder)
 
 
 def _with_form(recipe: Recipe) -> Recipe:

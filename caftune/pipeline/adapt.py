@@ -9,7 +9,7 @@ from caftune.pipeline.base_model import free_memory
 from caftune.pipeline.folder import Stage, last_checkpoint
 from caftune.pipeline.run import Run
 from caftune.pipeline.schema import Recipe
-from caftune.pipeline.stage_config import adapt_config, inherited_options
+from caftune.pipeline.stage_config import adapt_config, inherited_options, refuse_evaluation_without_rows
 from caftune.pipeline.stage_trainer import command_line, evaluated, stage_trainer, task_sets
 from caftune.training.progress import run as run_training
 from caftune.training.progress import show_progress
@@ -29,6 +29,7 @@ def adapt_heads_of(run: Run) -> Path:
     options = inherited_options(run.recipe.adapt, run.recipe.trainer)
     recipe = run.recipe.model_copy(update={"adapt": options})
     base, data, source, target = run.base, recipe.data, run.heads, run.folder.adapted_heads
+    refuse_evaluation_without_rows(recipe)
     args = adapt_config(recipe, base, target.parent, source.folder)
     files = {"train": data.train, "eval": data.eval, "heads": source.file}
     Stage(recipe, "adapt", files).open()  # with another length it counts as unfinished

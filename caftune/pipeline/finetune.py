@@ -24,7 +24,13 @@ from caftune.pipeline.heads_choice import HeadsRef
 from caftune.pipeline.plan import plan_of_run
 from caftune.pipeline.run import Run
 from caftune.pipeline.schema import ModelSection, Recipe
-from caftune.pipeline.stage_config import lora_config, quantization, refuse_quantised_base, stage_two_config
+from caftune.pipeline.stage_config import (
+    lora_config,
+    quantization,
+    refuse_evaluation_without_rows,
+    refuse_quantised_base,
+    stage_two_config,
+)
 from caftune.pipeline.stage_trainer import command_line, evaluated, stage_trainer, task_sets
 from caftune.training.config import CAFTConfig
 from caftune.training.divergence import DivergedError
@@ -42,6 +48,7 @@ def finetune_model(recipe: Recipe) -> Path:
     tokenizer = base.tokenizer()
     if recipe.data.train is None:
         raise CaftuneError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
+    refuse_evaluation_without_rows(recipe)
     stage = run.train_stage()
     args = stage_two_config(recipe, base, stage.folder, run.stage_two_heads)
     adapter, rounding = lora_config(recipe.model), quantization(recipe.model, base)

@@ -213,6 +213,7 @@ def _setup(
     return Setup(
         stage=stage,
         tuning=tuning if stage == "train" else "full",
+        freezes_unembedding=bool(args.freeze_unembedding),
         heads=count if has_heads else 0,
         head_kind=described["kind"],
         trains_heads=heads.train,

@@ -59,7 +59,7 @@ def parse_recipe(values: Any) -> Recipe:
 
 
 def trainer_config(recipe: Recipe, section: Training, *, defaults: Mapping[str, Any] | None = None, **ours: Any) -> Any:
-    """The CAFTConfig of a training: its section, what the recipe sets in `heads` and `loss`, and `ours`, which go first.
+    """The CAFTConfig of a training: its section, its options in `heads`, `loss` and `model`, and `ours`, which go first.
 
     Args:
         defaults: options of the section where the recipe gives none.
@@ -102,7 +102,7 @@ def _refuse_unknown_options(section: str, options: Mapping[str, Any], known: Map
 
     CAFTConfig takes any type and fails late: numbers and switches are checked here against its defaults.
     """
-    elsewhere = _SET_ELSEWHERE | {name: option.recipe.place for name, option in OPTIONS.items()}
+    elsewhere = _SET_ELSEWHERE | {name: option.recipe.place for name, option in OPTIONS.items() if option.recipe.place}
     for name, value in options.items():
         place = f"{section}.{name}"
         if name in elsewhere:
@@ -149,11 +149,13 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise CaftuneError(f"An override must be key.sub=value, got {override!r}.")
     *sections, key = place.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
+        inner = values.get(section, {})
+        if not isinstance(inner, dict):
             raise CaftuneError(
                 f"{override!r} must set a key of a section, got {section}, which is a value. Fix the key."
             )
+        values[section] = dict(inner)  # a copy: by an alias in the YAML, it may be part of other sections too
+        values = values[section]
     try:
         values[key] = parse_yaml(text, f"The override {override!r}")
     except CaftuneError as error:

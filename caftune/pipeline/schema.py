@@ -1,7 +1,7 @@
 """The sections of a recipe, the one YAML file that every command reads.
 
-`heads` and `loss` have the options of CAFTConfig whose place in a recipe is there (training/options.py), and keys that are
-the pipeline's alone.
+`heads`, `loss` and `model` have the options of CAFTConfig whose place in a recipe is there (training/options.py), and keys
+that are the pipeline's alone.
 """
 
 import re
@@ -58,6 +58,7 @@ class LoraSection(_Section):
     merge: bool = Field(True, description="Export the base with the adapter merged in. false: the adapter alone.")
 
 
+@_with_options("model")
 class ModelSection(_Section):
     """The base model, and which of its weights are trained."""
 
@@ -66,6 +67,13 @@ class ModelSection(_Section):
     trust_remote_code: bool | None = Field(None, description="Run the Python code in the base's repository.")
     tuning: Literal["full", "lora", "qlora"] = Field("full", description="qlora: LoRA on a base in 4 bits.")
     lora: LoraSection = LoraSection()
+    freeze_unembedding: bool
+
+    @model_validator(mode="after")
+    def _freezes_what_is_trained(self) -> "ModelSection":
+        if self.freeze_unembedding and self.tuning != "full":
+            raise CaftuneError("given without freeze_unembedding, or with tuning: full (adapters leave it as it is)")
+        return self
 
 
 class ServerSection(_Section):
@@ -267,7 +275,7 @@ class Recipe(_Section):
         return values
 
     def options_for(self, training: Training) -> dict[str, Any]:
-        """The options of CAFTConfig that the recipe sets in `heads` and `loss`, for one of its trainings."""
+        """The options of CAFTConfig that the recipe sets in `heads`, `loss` and `model`, for one of its trainings."""
         found = {}
         for name, option in OPTIONS.items():
             if training in option.recipe.trainings:

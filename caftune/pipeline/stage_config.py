@@ -96,6 +96,17 @@ def inherited_options(adapt: Mapping[str, Any] | None, trainer: Mapping[str, Any
     return {**{name: trainer[name] for name in (*ROW_OPTIONS, "model_init_kwargs") if name in trainer}, **adapt}
 
 
+def refuse_evaluation_without_rows(recipe: Recipe) -> None:
+    """Raise CaftuneError where a training is to be evaluated and data.eval is missing."""
+    for section in ("adapt", "trainer"):
+        strategy = (getattr(recipe, section) or {}).get("eval_strategy", "no")
+        if strategy not in ("no", False) and recipe.data.eval is None:  # YAML 1.1 reads `no` as false
+            raise CaftuneError(
+                f"data.eval must name a file or hub id with {section}.eval_strategy={strategy}, got nothing. Add it, or leave "
+                f"{section}.eval_strategy out."
+            )
+
+
 def refuse_heads_options(heads: HeadsSection, loss: LossSection, model: ModelSection) -> None:
     """Raise CaftuneError for options of stage 2's heads that exclude each other."""
     for key in ("lora_rank", "learning_rate", "max_grad_norm"):

@@ -42,6 +42,7 @@ class CAFTConfig(CAFTOptions, SFTConfig):
         if self.soft_top_k is not None and not (self.soft_targets and self.soft_top_k >= 1):
             raise CaftuneError(f"soft_top_k must be at least 1, and needs soft_targets=True, got {self.soft_top_k}.")
         self._check_trained_heads()
+        self._check_early_stopping()
         self.refuse_out_of_bounds()
         if self.has_heads:
             self._check_packing()
@@ -49,6 +50,8 @@ class CAFTConfig(CAFTOptions, SFTConfig):
     def _check_stage_one(self) -> None:
         if self.aux_weight == 0:
             raise CaftuneError("aux_weight must be above 0 in stage 1 (pretrain_heads=True), got 0.")
+        if self.freeze_unembedding:
+            raise CaftuneError("freeze_unembedding must be False in stage 1, which trains heads only. Leave it out.")
         if self.label_smoothing_factor > 0:
             raise CaftuneError(
                 f"label_smoothing_factor must be 0 in stage 1 (pretrain_heads=True), got {self.label_smoothing_factor}: it "
@@ -81,6 +84,18 @@ class CAFTConfig(CAFTOptions, SFTConfig):
             raise CaftuneError(
                 f"aux_min_weight must be 0 where heads are trained (pretrain_heads, train_heads), got {self.aux_min_weight}: "
                 "heads that are left out would not learn. Freeze them in stage 2 (train_heads=False), or leave it out."
+            )
+
+    def _check_early_stopping(self) -> None:
+        patience = self.early_stopping_patience
+        if patience is None:
+            return
+        if type(patience) is not int or patience < 1:
+            raise CaftuneError(f"early_stopping_patience must be a whole number above 0, got {patience!r}.")
+        if not self.load_best_model_at_end:
+            raise CaftuneError(
+                "early_stopping_patience needs load_best_model_at_end=True, or the result would be the last of the evaluations "
+                "that did not improve. Set it, with eval_strategy and save_strategy."
             )
 
     def _check_packing(self) -> None:

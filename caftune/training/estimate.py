@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from caftune.core.backbone import Backbone, last_layer
 from caftune.core.heads import AuxiliaryHeads, HeadsConfig
 from caftune.training.flops import Flops, Step, anatomy_of, flops, overhead
+from caftune.training.loading import freeze_unembedding
 from caftune.training.memory import Memory, step_memory
 from caftune.training.run_setup import Setup
 from caftune.training.trained_heads import make_trainable
@@ -89,6 +90,8 @@ def meta_model(config: Any, setup: Setup, adapter: Any = None) -> tuple[Backbone
         model.requires_grad_(False)
     elif adapter is not None:
         _add_adapter(model, adapter, setup.tuning)
+    elif setup.freezes_unembedding:
+        freeze_unembedding(model)
     if setup.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         if adapter is not None:

@@ -1,5 +1,6 @@
 """Loading what a run starts from: the base, its tokenizer and its heads."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from caftune.core.backbone import Backbone
 from caftune.core.heads import AuxiliaryHeads, HeadsConfig
 from caftune.errors import CaftuneError
 from caftune.training.config import CAFTConfig
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,3 +84,22 @@ def holds_adapter(name: str) -> bool:
 def holds_tokenizer(name: str) -> bool:
     """Whether `name` is a folder with a tokenizer."""
     return Path(name, "tokenizer_config.json").is_file()
+
+
+def freeze_unembedding(model: Any) -> None:
+    """Exclude the output layer from training, and with it the embeddings where both are one matrix (a warning says so).
+
+    Raises:
+        CaftuneError: it is not trained anyway, as next to adapters.
+    """
+    weights = list(model.get_output_embeddings().parameters())
+    if hasattr(model, "peft_config") or not any(weight.requires_grad for weight in weights):
+        raise CaftuneError(
+            "freeze_unembedding must be False where the output layer is not trained anyway, as next to adapters. Leave it out."
+        )
+    for weight in weights:
+        weight.requires_grad_(False)
+    if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
+        _logger.warning(
+            "freeze_unembedding also freezes the embeddings: in this model they are the output layer's matrix."
+        )

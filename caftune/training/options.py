@@ -1,8 +1,8 @@
 """The options that CAFTConfig adds to TRL's SFTConfig, each declared here.
 
-config.py fills the defaults that depend on the stage. The recipe's sections `heads` and `loss` follow from this list, with
-their messages and descriptions (pipeline/schema.py). Importing it loads neither torch nor TRL, so that a recipe is checked
-before they are.
+config.py fills the defaults that depend on the stage. The keys of the recipe's sections `heads`, `loss` and `model` follow from
+this list, with their messages and descriptions (pipeline/schema.py). Importing it loads neither torch nor TRL, so that a recipe
+is checked before they are.
 """
 
 import operator
@@ -21,7 +21,7 @@ class InRecipe(NamedTuple):
     """Where a recipe sets an option, and its bounds.
 
     Args:
-        place: the key of the recipe, with its section.
+        place: the key of the recipe, with its section. Empty: the option's name, in the section of each training.
         trainings: the trainings that get the option from there. Empty: a command sets it.
         bounds: gt, ge, le, as pydantic and `operator` name them.
         default: the recipe's, where CAFTConfig's is None and depends on the stage.
@@ -41,6 +41,7 @@ class InRecipe(NamedTuple):
         return section, key
 
 
+_PER_TRAINING = InRecipe("")
 _ABOVE_0, _FROM_0, _SHARE = {"gt": 0}, {"ge": 0}, {"gt": 0, "le": 1}
 _BOUNDS_IN_WORDS = {("gt",): "above {}", ("ge",): "a number >= {}", ("gt", "le"): "in ({}, {}]"}
 _STAGE_ONE: tuple[Training, ...] = ("pretrain",)
@@ -117,6 +118,15 @@ class CAFTOptions:
     )
     aux_min_weight: Annotated[float, InRecipe("loss.min_weight", _STAGE_TWO, _FROM_0)] = _option(
         0.0, "Frozen heads: skip the loss of a horizon whose weight, beta gamma alpha^(h-1), is below this."
+    )
+
+    early_stopping_patience: Annotated[int | None, _PER_TRAINING] = _option(
+        None,
+        "Stop after this many evaluations in a row that do not improve the best one; needs load_best_model_at_end. "
+        "None: train to the end.",
+    )
+    freeze_unembedding: Annotated[bool, InRecipe("model.freeze_unembedding", _STAGE_TWO)] = _option(
+        False, "Full fine-tuning: leave the output layer as it is, and the embeddings where both are one matrix."
     )
 
     def refuse_out_of_bounds(self) -> None:

@@ -59,6 +59,9 @@ class ResumeCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         use_current_cadence(args, state)
+        best = self._checkpoint.with_name(Path(self._before.get("best_model_checkpoint") or "none").name)
+        if best.is_dir():  # transformers looks for it where the folder was before it was moved
+            state.best_model_checkpoint = str(best)
         if state.global_step > state.max_steps:
             raise too_short_error(self._checkpoint, state.global_step, state.max_steps)
         if state.global_step < state.max_steps:
@@ -135,6 +138,14 @@ def run(trainer: Trainer, *, checkpoint: str | None) -> None:
     finally:
         stop.restore()
         _close_bars(trainer)
+    state = trainer.state
+    is_early = state.global_step < state.max_steps and not stop.stopped
+    if is_early and state.best_global_step and state.is_world_process_zero:
+        tqdm.write(
+            f"Stopped early after step {state.global_step} of {state.max_steps}: the best evaluation is that of step "
+            f"{state.best_global_step}, whose weights are used.",
+            file=sys.stderr,
+        )
     if stop.stopped:
         resumes = "" if trainer.args.save_only_model else " The same command resumes from there."
         tqdm.write(

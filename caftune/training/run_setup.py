@@ -12,6 +12,7 @@ class Setup:
 
     stage: Literal["heads", "train"] = "train"  # stage 1 or 2
     tuning: Literal["full", "lora", "qlora"] = "full"
+    freezes_unembedding: bool = False  # in full fine-tuning
     heads: int = 4  # K; 0 for plain fine-tuning
     head_kind: str = "decoder"
     trains_heads: bool = False

@@ -47,8 +47,10 @@ from caftune.training.checks import (
 )
 from caftune.training.config import CAFTConfig, as_caft_config
 from caftune.training.divergence import LossWatch
+from caftune.training.early_stopping import StopEarly
 from caftune.training.loading import (
     Start,
+    freeze_unembedding,
     holds_adapter,
     holds_tokenizer,
     load_base,
@@ -154,9 +156,13 @@ class CAFTTrainer(SFTTrainer):
         # Absolute, because a run may change its folder before it exports.
         self._base = (str(Path(name).resolve()) if Path(name).is_dir() else name, revision)
         keep_trainable_on_cpu(self.model)
+        if args.freeze_unembedding:
+            freeze_unembedding(self.model)
         refuse_lost_adapters(self.accelerator, self.model)
         self.add_callback(RefuseLeaks(self, refuse=not is_stock))
         self.add_callback(ResetLogSums(self))
+        if args.early_stopping_patience is not None:
+            self.add_callback(StopEarly(args.early_stopping_patience))
         self.loss_watch = LossWatch()
         self._horizon_counts: Tensor | None = None  # targets of each horizon in the current optimizer step
         self._micro_batch = 0  # number within the optimizer step
@@ -246,8 +252,11 @@ class CAFTTrainer(SFTTrainer):
         return norm
 
     def _run_epoch(self, **arguments: Any) -> None:  # type: ignore[override]
-        """Without a step too many: transformers 5.23 trains one where a run resumes from its last step, inside an epoch."""
-        if self.state.global_step < self.state.max_steps:
+        """Without a step too many: transformers 5.23 trains one where a run resumes from its last step, inside an epoch.
+
+        And an epoch where a callback stops the training as it begins.
+        """
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(**arguments)
         else:
             self.control.should_training_stop = True

@@ -202,6 +202,15 @@ def test_one_run_that_something_held_up_does_not_make_the_price():
     assert "A training step of CAFT took 1.50 times the time of next-token fine-tuning." in remarks(found(costs=costs))
 
 
+def test_the_price_of_a_step_does_not_depend_on_how_early_an_arm_stopped():
+    costs = {
+        "ntp": {"seconds": [5.0, None, 3.0], "tokens": [500, None, 300], "flops": [50.0, None, 30.0]},
+        "caft": {"seconds": [3.0] * 3, "tokens": [200] * 3, "flops": [24.0] * 3},
+    }
+    said = "A training step of CAFT took 1.50 times the time, 1.20 times the FLOPs of next-token fine-tuning."
+    assert said in remarks(found(costs=costs))
+
+
 def test_frozen_heads_have_a_price_and_a_verdict_of_their_own():
     costs = {"ntp": {"seconds": [1.0] * 5}, "caft": {"seconds": [1.5] * 5}, "caft_frozen": {"seconds": [1.25] * 5}}
     said = remarks(found(arms=["ntp", "caft", "caft_frozen"], costs=costs))

@@ -24,7 +24,7 @@ NUMBERS = [name for name, option in IN_RECIPE.items() if option.recipe.bounds]
 
 
 def recipe(**sections):
-    return parse_recipe({"output": "x", "model": {"name": "y"}, **sections})
+    return parse_recipe({"output": "x", **sections, "model": {"name": "y", **sections.get("model", {})}})
 
 
 def other(option):
@@ -52,9 +52,30 @@ def sections(options, value):
 def test_every_field_of_ours_has_a_place_in_a_recipe():
     ours = {each.name for each in fields(CAFTConfig)} - {each.name for each in fields(SFTConfig)}
     assert set(OPTIONS) == ours
-    for name, option in OPTIONS.items():
-        with pytest.raises(CaftuneError, match=f"trainer.{name} is set by {option.recipe.place} in a recipe"):
+    places = {name: option.recipe.place for name, option in OPTIONS.items() if option.recipe.place}
+    for name, place in places.items():
+        with pytest.raises(CaftuneError, match=f"trainer.{name} is set by {place} in a recipe"):
             trainer_config(recipe(trainer={name: 1}), "trainer", output_dir="x")
+    assert set(OPTIONS) - set(places) == {"early_stopping_patience"}
+
+
+@pytest.mark.parametrize("section", ["pretrain", "adapt", "trainer"])
+def test_an_option_of_each_training_is_set_in_its_section(section):
+    given = {"early_stopping_patience": 3, "load_best_model_at_end": True, "eval_strategy": "epoch"}
+    stage = {"aux_weight": 0.0} if section == "trainer" else {"pretrain_heads": True}
+    made = trainer_config(recipe(**{section: given}), section, output_dir="x", **stage)
+    assert made.early_stopping_patience == 3
+    others = {"pretrain", "adapt", "trainer"} - {section}
+    assert all(not recipe(**{section: given}).options_for(other).get("early_stopping_patience") for other in others)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "qlora"])
+def test_freezing_what_adapters_do_not_train_is_refused(tuning):
+    message = (
+        r"model must be given without freeze_unembedding, or with tuning: full \(adapters leave it as it is\), got"
+    )
+    with pytest.raises(CaftuneError, match=message):
+        recipe(model={"tuning": tuning, "freeze_unembedding": True})
 
 
 def test_every_option_goes_from_the_recipe_to_caft_config():
@@ -101,7 +122,7 @@ def test_the_help_is_the_description_in_the_schema():
         assert shown[f"{section.capitalize()}Section"]["properties"][key]["description"] == option.text
 
 
-@pytest.mark.parametrize("section", [schema.HeadsSection, schema.LossSection])
+@pytest.mark.parametrize("section", [schema.HeadsSection, schema.LossSection, schema.ModelSection])
 def test_what_the_code_reads_of_a_section_has_the_type_it_declares(section):
     for name, declared in section.__base__.model_fields.items():
         assert section.model_fields[name].annotation == declared.annotation

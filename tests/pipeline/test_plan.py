@@ -154,6 +154,21 @@ def test_stage_one_trains_the_heads_and_a_lora_on_heads_less():
     assert 0 < lora.trained_heads < heads.heads / 5
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_frozen_unembedding_is_not_trained_and_costs_less(family, tmp_path):
+    plain = Setup(batch_size=1, length=16)
+    free, frozen = (estimate(small(family), replace(plain, freezes_unembedding=on)) for on in (False, True))
+    assert free.parameters.trained - frozen.parameters.trained == free.parameters.unembedding
+    assert frozen.flops.unembedding < free.flops.unembedding
+    assert frozen.memory.peak < free.memory.peak
+    values = {
+        "output": str(tmp_path),
+        "model": {"name": str(BASE), "freeze_unembedding": True},
+        "trainer": {"use_cpu": True},
+    }
+    assert plan(Recipe.model_validate(values)).setup.freezes_unembedding
+
+
 def trainer_of(config, folder, *, lora=None, heads=4, batch=2, length=64, labelled=0.5, attention="eager", **options):
     """A trainer of a random model of this configuration, all rows alike, the last part of each labelled."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)

@@ -34,6 +34,14 @@ def test_overrides_reach_any_depth(recipe):
     assert loaded.data.columns == {"prompt": "q"}
 
 
+def test_an_override_changes_its_own_section_alone_where_others_are_the_same_by_an_alias(recipe):
+    text = MINIMAL + "adapt: &same {learning_rate: 1.0, model_init_kwargs: {dtype: bfloat16}}\n"
+    for alias in ("trainer: *same", "trainer: {<<: *same}"):
+        loaded = recipe(text + alias, ["trainer.learning_rate=2.0", "trainer.model_init_kwargs.dtype=float32"])
+        assert loaded.adapt == {"learning_rate": 1.0, "model_init_kwargs": {"dtype": "bfloat16"}}
+        assert loaded.trainer == {"learning_rate": 2.0, "model_init_kwargs": {"dtype": "float32"}}
+
+
 def test_scientific_notation_is_a_number(recipe):
     assert recipe(MINIMAL + "trainer: {learning_rate: 1e-4}").trainer["learning_rate"] == 1e-4
 

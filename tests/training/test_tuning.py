@@ -68,6 +68,46 @@ def test_a_frozen_unembedding_stays_and_the_rest_learns_as_before(rows, tmp_path
     assert all(torch.equal(frozen[key], free[key]) for key in free if key != "lm_head.weight")
 
 
+@pytest.mark.parametrize("with_heads", [True, False])
+def test_the_option_that_freezes_the_unembedding_does_what_freezing_it_before_does(rows, tmp_path, with_heads):
+    base = untied(tmp_path / "base")
+    arm = {"heads": pretrained_heads(base, rows, tmp_path), "train_heads": True} if with_heads else {"aux_weight": 0.0}
+    options = {**SGD, **arm, "max_steps": 2}
+    given = AutoModelForCausalLM.from_pretrained(base)
+    given.lm_head.requires_grad_(False)
+    before = trained(CAFTTrainer(given, config(tmp_path / "a", **options), train_dataset=rows))
+    args = config(tmp_path / "b", freeze_unembedding=True, **options)
+    trainer = trained(CAFTTrainer(base, args, train_dataset=rows))
+    assert same(weights(trainer), weights(before))
+    trainer.export(tmp_path / "model")
+    exported, start = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "base"))
+    assert [name for name in start if torch.equal(start[name], exported[name])] == ["lm_head.weight"]
+
+
+def test_freezing_a_tied_unembedding_freezes_the_embeddings_and_says_so(rows, tmp_path, caplog):
+    args = config(tmp_path, aux_weight=0.0, freeze_unembedding=True, max_steps=1)
+    trainer = CAFTTrainer(str(BASE), args, train_dataset=rows)
+    assert "freeze_unembedding also freezes the embeddings" in caplog.text
+    trainer.train()
+    start = load_file(BASE / "model.safetensors")
+    assert torch.equal(trainer.model.get_input_embeddings().weight, start["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("case", ["lora", "lora that trains it", "frozen before", "stage 1"])
+def test_an_unembedding_that_is_not_trained_anyway_cannot_be_frozen(rows, tmp_path, case):
+    base, more, message = untied(tmp_path / "base"), {}, "must be False where the output layer is not trained anyway"
+    args = {"aux_weight": 0.0, "freeze_unembedding": True}
+    if case.startswith("lora"):
+        more["peft_config"] = LoraConfig(r=2, modules_to_save=["lm_head"] if "trains" in case else None)
+    elif case == "frozen before":
+        base = AutoModelForCausalLM.from_pretrained(base)
+        base.lm_head.requires_grad_(False)
+    else:
+        args, message = {"pretrain_heads": True, "freeze_unembedding": True}, "must be False in stage 1"
+    with pytest.raises(CaftuneError, match=f"freeze_unembedding {message}"):
+        CAFTTrainer(base, config(tmp_path, **args), train_dataset=rows, **more)
+
+
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_training_the_heads_along_leaves_the_models_first_step_alone(rows, heads, tmp_path, tuning):
     """Their gradients are clipped apart: in one norm with the model's, they would shrink its step."""
