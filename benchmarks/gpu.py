@@ -124,8 +124,8 @@ def table(results: dict[str, Any]) -> str:
         "```",
         "",
         "Runs go through SFTTrainer and CAFTTrainer: steps of `train()`, AdamW, bfloat16. Full fine-tuning has float32",
-        "weights, LoRA (rank 8) bfloat16 ones. Shapes are Qwen3's with random weights, of 8 x 1024 tokens a step (8B: 4 x 1024);",
-        "heads are copies of the last layer. A wait is one of the host for the GPU, logging apart.",
+        "weights, LoRA (rank 8) bfloat16 ones. Shapes are Qwen3's with random weights; a step has 8 x 1024 tokens (8B:",
+        "4 x 1024). Heads are copies of the last layer. Waits are those of the host for the GPU.",
     ]
     for part in PARTS[:-1]:
         module = importlib.import_module(f"gpu_parts.{part}")

@@ -9,19 +9,23 @@ import warnings
 from pathlib import Path
 
 import torch
-from bases import load_base, write_heads
 from datasets import Dataset, disable_progress_bars
 from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 from trainers import OPTIONS
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from caftune import CAFTConfig, CAFTTrainer
+from caftune import AuxiliaryHeads, Backbone, CAFTConfig, CAFTTrainer, HeadsConfig, save_heads
 from caftune.demo.run import BASE
 
 LENGTHS = (9, 14, 11, 17, 8, 21, 12, 19, 10, 16)
 RUNS = {"sft": None, "frozen": {"train_heads": False}, "trained": {"train_heads": True}}
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}  # traced by dynamo, run by torch
+
+
+def load():
+    """Two layers of the embedded base."""
+    return AutoModelForCausalLM.from_pretrained(BASE, num_hidden_layers=2)
 
 
 def rows():
@@ -40,7 +44,7 @@ def logged(heads, own, folder, **options):
     if own is not None:
         kind, args = CAFTTrainer, CAFTConfig(folder, heads=heads, aux_weight=1.0, **own, **options)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    trainer = kind(load_base("llama"), args, train_dataset=rows(), processing_class=tokenizer)
+    trainer = kind(load(), args, train_dataset=rows(), processing_class=tokenizer)
     trainer.train()
     names = ("loss", "grad_norm", "h2_loss")
     return [[line[name] for name in names if name in line] for line in trainer.state.log_history if "loss" in line]
@@ -64,6 +68,8 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
-        heads = write_heads("llama", Path(folder))
-        found = {name: compiled(heads, own, folder) for name, own in RUNS.items()}
+        backbone, heads = Backbone.of(load()), Path(folder, "heads")
+        built = AuxiliaryHeads.build(backbone, HeadsConfig(2))
+        save_heads(heads, built, backbone, AutoTokenizer.from_pretrained(BASE))
+        found = {name: compiled(str(heads), own, folder) for name, own in RUNS.items()}
     sys.stdout.write(json.dumps(found) + "\n")
