@@ -69,6 +69,17 @@ def test_a_step_is_timed_in_a_run_of_its_trainer(name):
     assert found["runs"][0]["layers"] == step.shapes(True)[CASES[name].shape].num_hidden_layers
 
 
+def test_the_compiled_loss_is_the_plain_one():
+    plain = step.cross_entropy._loss_and_slope
+    given = torch.randn(5, 7), torch.randint(7, (5,)), 1.0, None
+    expected = plain(given[0].clone(), *given[1:])
+    with step.compiled_loss("cpu"):
+        assert step.cross_entropy._loss_and_slope is not plain
+        found = step.cross_entropy._loss_and_slope(given[0].clone(), *given[1:])
+    torch.testing.assert_close(found, expected)
+    assert step.cross_entropy._loss_and_slope is plain
+
+
 def test_each_row_is_compared_with_the_same_run_of_sft_trainer():
     names = list(CASES)
     for name, case in CASES.items():

@@ -10,7 +10,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from caftune import CAFTConfig, CAFTTrainer
+from caftune.core import cross_entropy
 from gpu_parts.shapes import RANK, Shape, options_of, rows_of, shapes, tokenizer, train, untrained_heads, vocabularies
 
 TITLE = "Time and memory of a step"
@@ -39,6 +40,7 @@ class Case:
     trains_heads: bool = False
     checkpointing: bool = False
     compiled: bool = False
+    compiled_loss: bool = False  # the element-wise part of the heads' loss alone
 
     @property
     def name(self) -> str:
@@ -47,13 +49,14 @@ class Case:
         what += ["checkpointing"] if self.checkpointing else []
         what += ["compile"] if self.compiled else []
         kind = "trained along" if self.trains_heads else "frozen"
+        kind += ", loss compiled" if self.compiled_loss else ""
         share = "exact" if self.target_share == 1 else f"{self.target_share:.0%} of the targets"
         return ", ".join([*what, *([f"K={self.heads}", kind, share] if self.heads else ["SFTTrainer"])])
 
     @property
     def plain(self) -> "Case":
         """The run of SFTTrainer that this one is compared with."""
-        return replace(self, heads=0, target_share=1.0, trains_heads=False)
+        return replace(self, heads=0, target_share=1.0, trains_heads=False, compiled_loss=False)
 
 
 def cases() -> list[Case]:
@@ -61,6 +64,7 @@ def cases() -> list[Case]:
     wanted = [Case(shape, **change) for change in ({}, {"trains_heads": True}) for shape in ("8B", "1.7B")]
     changes: list[dict[str, Any]] = [
         {"target_share": 0.25},
+        {"compiled_loss": True},
         {"labelled": 1.0},
         {"vocabulary": "32k"},
         {"checkpointing": True},
@@ -130,13 +134,25 @@ def measured(case: Case, shape: Shape, layers: int, device: str, vocabulary: int
         options |= {"heads": "untrained", "train_heads": case.trains_heads, "heads_lora_rank": rank}
         options |= {"aux_target_share": case.target_share}
     rows = rows_of(vocabulary, shape.batch, shape.length, case.labelled, steps)
-    with tempfile.TemporaryDirectory() as folder, untrained_heads(case.heads):
+    loss = compiled_loss(device) if case.compiled_loss else nullcontext()
+    with tempfile.TemporaryDirectory() as folder, untrained_heads(case.heads), loss:
         model = shape.model(vocabulary, layers, device)
         trainer = kind(
             model, args(folder, **options), train_dataset=rows, processing_class=tokenizer(), peft_config=shape.lora()
         )
         train(trainer, meter)
     return {"layers": layers, **meter.found()}
+
+
+@contextmanager
+def compiled_loss(device: str) -> Iterator[None]:
+    """Within the block torch.compile fuses the element-wise part of the heads' loss."""
+    plain, backend = cross_entropy._loss_and_slope, "inductor" if device == "cuda" else "eager"
+    cross_entropy._loss_and_slope = torch.compile(plain, dynamic=True, backend=backend)
+    try:
+        yield
+    finally:
+        cross_entropy._loss_and_slope = plain
 
 
 def free_memory(device: str) -> None:
