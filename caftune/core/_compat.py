@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
+from transformers.utils import is_triton_available
 
 from caftune.core.objective import IGNORED, horizon_targets
 from caftune.core.replay import at_positions
+
+_HAS_TRITON = is_triton_available()
 
 
 @contextmanager
@@ -17,13 +21,13 @@ def at_labelled_positions(trunk: nn.Module, arguments: dict[str, Any]) -> Iterat
     """Within the block, TRL's fused head gets the positions with a next token to be trained on, and no others.
 
     TRL 1.16: without Triton the fused head computes the logits of all positions and then drops those it does not need.
-    Ends when it selects positions on every device, as its Triton kernel does.
+    Ends when it selects positions on every device, as its Triton kernel does: there nothing is changed.
     """
-    if not arguments.get("fused_lm_head") or arguments.get("shift_labels") is not None:
+    is_given = not arguments.get("fused_lm_head") or arguments.get("shift_labels") is not None
+    if is_given or _has_triton_kernel(arguments["labels"].device):
         yield arguments
         return
-    targets = horizon_targets(arguments["labels"], 1).flatten()
-    positions = (targets != IGNORED).nonzero()[:, 0]
+    positions, targets = _labelled(arguments["labels"])
 
     def cut(_trunk: nn.Module, _args: Any, output: Any) -> Any:
         hidden = output.last_hidden_state
@@ -33,9 +37,22 @@ def at_labelled_positions(trunk: nn.Module, arguments: dict[str, Any]) -> Iterat
 
     handle = trunk.register_forward_hook(cut)
     try:
-        yield {**arguments, "labels": None, "shift_labels": targets[positions][None]}
+        yield {**arguments, "labels": None, "shift_labels": targets[None]}
     finally:
         handle.remove()
+
+
+def _has_triton_kernel(device: torch.device) -> bool:
+    return _HAS_TRITON and device.type in ("cuda", "xpu")
+
+
+# Their number differs with every batch, for which torch.compile would compile again.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _labelled(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions with a next token to be trained on, counted through the batch, and these tokens."""
+    targets = horizon_targets(labels, 1).flatten()
+    positions = (targets != IGNORED).nonzero()[:, 0]
+    return positions, targets[positions]
 
 
 def has_sparse_attention(cache: DynamicCache) -> bool:

@@ -84,8 +84,7 @@ def attach_heads(backbone: Backbone, heads: AuxiliaryHeads) -> None:
         )
         if outputs is None:
             return {"auxiliary": scores}
-        kind: Any = type(outputs)
-        return _with_auxiliary(kind)(**outputs, auxiliary=scores)
+        return _with_auxiliary(outputs, scores)
 
     inner = model.forward
     setattr(model, ATTRIBUTE, heads)
@@ -127,8 +126,15 @@ def _targets(heads: AuxiliaryHeads, batch: dict[str, Any], *, is_soft: bool) -> 
     return HorizonTargets.of(batch, [1, *heads.config.horizons] if is_soft else heads.config.horizons)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _with_auxiliary(outputs: Any, scores: dict[str, Tensor]) -> Any:
+    """The outputs with a field `auxiliary`."""
+    kind: Any = type(outputs)
+    return _output_class(kind)(**outputs, auxiliary=scores)
+
+
 @functools.cache
-def _with_auxiliary(kind: Any) -> Any:
+def _output_class(kind: Any) -> Any:
     """The output class with a field `auxiliary`: DDP takes outputs apart and rebuilds them by their fields."""
     return make_dataclass(f"{kind.__name__}WithAuxiliary", [("auxiliary", Any, None)], bases=(kind,))
 

@@ -178,22 +178,18 @@ class AuxiliaryHeads(nn.Module):
         targets = targets.to(device)
         unembedding = backbone.unembedding()
         teacher = Teacher.of(call.hidden, targets.at(1)[0], backbone, soft_top_k) if soft else None
+        scored, factors = (targets, [1.0] * len(horizons)) if sample is None else targets.drawn(sample, horizons)
 
         def score(index: int, call: LayerCall, loss_of: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
             horizon = horizons[index]
-            positions, tokens = targets.at(horizon)
-            factor = 1.0
-            if sample is not None:
-                drawn, factor = sample.of(len(positions), horizon)
-                drawn = drawn.to(device, non_blocking=True)
-                positions, tokens = positions[drawn], tokens[drawn]
+            positions, tokens = scored.at(horizon)
             with autocast_like(call.hidden):
                 hidden = self.hidden_at(index, backbone, call, positions)
                 if teacher is not None:
                     loss, hits = teacher.distance(hidden, unembedding, positions, horizon)
                 else:
                     loss, hits = loss_of(hidden, unembedding, tokens)
-            return loss * factor, hits * factor
+            return loss * factors[index], hits * factors[index]
 
         given = call.differentiable()
         own = [self._trained(index, backbone, unembedding) for index in range(len(horizons))]

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -108,10 +109,11 @@ class HorizonTargets:
         counts = torch.bincount(head, minlength=len(horizons)).tolist()
         return cls(positions, every[head, positions], dict(zip(horizons, counts, strict=True)))
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "HorizonTargets":
+    def to(self, device: torch.device | str) -> "HorizonTargets":
         """The same on a device, without waiting for it. Accelerate's data loaders call this, too."""
-        positions, tokens = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.positions, self.tokens))
-        return HorizonTargets(positions, tokens, self.counts)
+        return HorizonTargets(
+            _without_waiting(self.positions, device), _without_waiting(self.tokens, device), self.counts
+        )
 
     def at(self, horizon: int) -> tuple[Int[Tensor, " scored"], Int[Tensor, " scored"]]:
         """The positions and tokens of one horizon."""
@@ -122,6 +124,22 @@ class HorizonTargets:
     def counts_of(self, horizons: Sequence[int]) -> Int[Tensor, " heads"]:
         """The number of targets of each of the horizons, on the CPU."""
         return torch.tensor([self.counts[horizon] for horizon in horizons])
+
+    def drawn(self, sample: "Sample", horizons: Sequence[int]) -> tuple["HorizonTargets", list[float]]:
+        """A sample of these horizons' targets, and how many targets each of a horizon's stands for."""
+        starts = dict(zip(self.counts, accumulate(self.counts.values(), initial=0), strict=False))
+        parts, factors = zip(*(sample.of(self.counts[horizon], horizon) for horizon in horizons), strict=True)
+        places = torch.cat([part + starts[horizon] for part, horizon in zip(parts, horizons, strict=True)])
+        places = _without_waiting(places, self.positions.device)
+        counts = dict(zip(horizons, map(len, parts), strict=True))
+        return HorizonTargets(self.positions[places], self.tokens[places], counts), list(factors)
+
+
+def _without_waiting(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device. From pinned memory: CUDA waits for its other work before it copies much of any other memory."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
