@@ -8,7 +8,7 @@ gradient checkpointing need no formula. The working set of the logits follows fr
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -114,6 +114,7 @@ def step_memory(backbone: Backbone, heads: AuxiliaryHeads | None, setup: Setup) 
         # The backward pass ends: all gradients, and the activations of one layer.
         "end": new + kept.layer + of_unembedding * is_tied,
         "optimizer": new + _optimizer_workspace(setup, [*trained, *trained_heads]),
+        "evaluation": _evaluation_bytes(setup, kept, unembedding) + new - gradients,
     }
     fixed = weights + of_heads + state + gradients - new + process
     return Memory(
@@ -129,6 +130,15 @@ def step_memory(backbone: Backbone, heads: AuxiliaryHeads | None, setup: Setup) 
         peak=fixed + round(max(moments.values())),
         optimizer_is_known=is_known,
     )
+
+
+def _evaluation_bytes(setup: Setup, kept: _Kept, unembedding: Tensor) -> int:
+    """Working set of an evaluation, whose batches have another size: no gradients, and the activations of one layer."""
+    if setup.eval_batch_size == 0:
+        return 0
+    batch = replace(setup, batch_size=setup.eval_batch_size, target_share=1.0)
+    layer = (kept.layer or kept.trunk + kept.head) * setup.eval_batch_size // setup.batch_size
+    return layer + max(_logits_bytes(batch, *unembedding.shape))
 
 
 def _bytes(weights: list[nn.Parameter]) -> int:
