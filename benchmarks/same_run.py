@@ -50,6 +50,7 @@ def main() -> None:
     run(folder, "pretrain-heads")
     run(folder, "compare", f"heads.path={folder}/heads", f"output={folder}/full", "compare.seeds=2", *full)
     lora = [f"heads.path={folder}/heads", f"output={folder}/lora", "model.tuning=lora", "adapt.max_steps=4"]
+    lora += ["heads.train=false"]
     run(folder, "train", *lora)
     run(folder, "eval", *lora)
     json.dump(found_in(folder), sys.stdout, indent=1, sort_keys=True)

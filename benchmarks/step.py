@@ -1,7 +1,7 @@
 """One training step, timed and weighed: SFTTrainer, CAFT exact and sampled, textbook stacked logits, and the reference.
 
     python benchmarks/step.py --quick                        two minutes: one small case
-    python benchmarks/step.py [--tunings full lora stage1] [--vocabularies 32000 131072] [--labelled 0.25 0.5 1]
+    python benchmarks/step.py [--tunings full full-heads lora lora-heads stage1] [--vocabularies 32000 131072] [--labelled 0.25 0.5 1]
         [--heads 1 2 4 8] [--shapes 4x512 ...] [--arms ...] [--rounds 3] [--steps 3] [--reference-python PATH]
 
 A Llama of 6 layers, width 512, random weights, float32 on a CPU (bfloat16 autocast on a GPU), 2 threads, AdamW, no gradient
@@ -106,9 +106,9 @@ def planned(case: Case, arm: str) -> Estimate:
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     setup = Setup(
         stage="heads" if case.tuning == "stage1" else "train",
-        tuning="lora" if case.tuning == "lora" else "full",
+        tuning="lora" if case.tuning.startswith("lora") else "full",
         heads=case.heads,
-        trains_heads=case.tuning == "full-heads",
+        trains_heads=case.tuning.endswith("-heads"),
         target_share=0.25 if arm == "sampled" else 1.0,
         batch_size=case.batch,
         length=case.length,
@@ -118,7 +118,7 @@ def planned(case: Case, arm: str) -> Estimate:
     )
     if arm == "sft":
         setup = replace(setup, stage="train", heads=0)
-    return estimate(LlamaConfig(vocab_size=case.vocabulary, **TRUNK), setup, lora if case.tuning == "lora" else None)
+    return estimate(LlamaConfig(vocab_size=case.vocabulary, **TRUNK), setup, lora if setup.tuning == "lora" else None)
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -164,7 +164,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
 def parsed() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ("full", "full-heads", "lora", "stage1")
+    kinds = ("full", "full-heads", "lora", "lora-heads", "stage1")
     parser.add_argument("--tunings", nargs="+", choices=kinds, default=["full", "lora", "stage1"])
     parser.add_argument("--vocabularies", nargs="+", type=int, default=[32000, 131072])
     parser.add_argument("--labelled", nargs="+", type=float, default=[0.5])
@@ -179,6 +179,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--reference-python", help="interpreter of an environment with caft-llm 0.0.1 and peft 0.15")
     parser.add_argument("--output", type=Path, default=Path("step.json"))
     options = parser.parse_args()
+    if "lora-heads" in options.tunings and {"stacked", "reference"} & {*options.arms}:
+        parser.error("--tunings lora-heads needs --arms sft exact sampled: the others have no LoRA on their heads.")
     if options.quick:
         vars(options).update(QUICK)
     if "sampled" in options.arms and "aux_target_share" not in {field.name for field in fields(CAFTConfig)}:

@@ -23,7 +23,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured. `tuning`: full, full-heads (heads trained along), lora or stage1."""
+    """What is measured. `tuning`: full, lora (frozen heads), full-heads, lora-heads (heads trained along) or stage1."""
 
     tuning: str
     vocabulary: int
@@ -152,13 +152,13 @@ def _trainer(case: Case, arm: str, folder: Path, steps: int, device: str) -> tup
         **{"use_cpu": device == "cpu", "dataloader_pin_memory": device == "cuda"},
     }
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    lora = lora if case.tuning == "lora" else None
+    lora = lora if case.tuning.startswith("lora") else None
     output = str(folder.with_name("run"))
     if arm == "sft":
         return SFTTrainer, SFTConfig(output, **options), lora
     if arm == "stacked":
         return _stacked_trainer(case), SFTConfig(output, **options), None
-    stage = {"heads": str(folder), "aux_weight": WEIGHT, "train_heads": case.tuning == "full-heads"}
+    stage = {"heads": str(folder), "aux_weight": WEIGHT, "train_heads": case.tuning.endswith("-heads")}
     if case.tuning == "stage1":
         stage = {"heads": str(folder), "pretrain_heads": True}
     if arm == "sampled":

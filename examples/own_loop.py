@@ -39,8 +39,8 @@ def main(name: str, output: str = "own_loop_model") -> list[float]:
         optimizer.zero_grad()
     caftune.save_heads(Path(output, "heads"), heads, backbone, tokenizer)
 
-    # Stage 2 trains the model with frozen heads. L = L_1 + beta * gamma(t) * sum_h alpha^(h-1) * L_h.
-    heads.requires_grad_(False)
+    # Stage 2 trains model and heads, which are part of it now. L = L_1 + beta * gamma(t) * sum_h alpha^(h-1) * L_h.
+    # (heads.requires_grad_(False) would freeze the heads: cheaper, and not the paper's method.)
     paper = caftune.AuxiliaryWeights()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     losses = []

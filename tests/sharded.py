@@ -26,12 +26,12 @@ FSDP2 = {
 RECOMPUTED = ("full_recomputed",)  # by FSDP's own activation checkpointing
 # Name -> (base is tied, LoRA, modules_to_save, options).
 CASES = {
-    "full_tied": (True, False, None, {}),
-    "full_untied_heads": (False, False, None, {"train_heads": True, "gradient_checkpointing": True}),
-    "full_recomputed": (False, False, None, {"train_heads": True, "heads_lora_rank": 2}),
-    "lora_heads": (False, True, None, {"train_heads": True, "heads_max_grad_norm": 0.1}),
-    "lora_heads_lora": (True, True, None, {"train_heads": True, "heads_lora_rank": 2}),
-    "lora_unembedding": (False, True, ["lm_head"], {}),
+    "full_tied": (True, False, None, {"train_heads": False}),
+    "full_untied_heads": (False, False, None, {"gradient_checkpointing": True}),
+    "full_recomputed": (False, False, None, {"heads_lora_rank": 2}),
+    "lora_heads": (False, True, None, {"heads_lora_rank": 0, "heads_max_grad_norm": 0.1}),
+    "lora_heads_lora": (True, True, None, {}),
+    "lora_unembedding": (False, True, ["lm_head"], {"train_heads": False}),
     "stage_one": (False, False, None, {"pretrain_heads": True, "num_heads": 2}),
 }
 

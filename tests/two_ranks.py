@@ -21,10 +21,10 @@ ROWS = Dataset.from_list([{"prompt": "Name:", "completion": ""}] * 2 + DRAWN)
 ROWS_OF = {1: 24, 2: 20}
 RUNS = {
     "heads": ("llama", {"pretrain_heads": True, "num_heads": 2}),
-    "llama full": ("llama", {"train_heads": True}),
+    "llama full": ("llama", {}),
     "llama lora": ("llama", {"gradient_accumulation_steps": 2}),
-    "gpt2 full": ("gpt2", {"gradient_accumulation_steps": 2}),
-    "gpt2 lora": ("gpt2", {"train_heads": True}),
+    "gpt2 full": ("gpt2", {"gradient_accumulation_steps": 2, "train_heads": False}),
+    "gpt2 lora": ("gpt2", {"heads_lora_rank": 0}),
 }
 
 

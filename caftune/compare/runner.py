@@ -8,7 +8,8 @@
     output/compare/comparison.json                everything a report needs: see summary.py
 
     ntp                 next-token fine-tuning, the baseline
-    caft                the recipe as it is
+    caft                the recipe as it is, by default with heads trained along
+    caft_frozen         CAFT with frozen heads, which cost less
     beta0               heads attached and measured, but not part of the loss: must equal ntp
     random_heads        CAFT with heads of shuffled weights
     shuffled_horizons   CAFT with each head in the place of the next
@@ -51,13 +52,15 @@ from caftune.pipeline.folder import RunFolder, Stage
 from caftune.pipeline.heads_choice import pretrained_heads
 from caftune.pipeline.recipe import save_recipe
 from caftune.pipeline.run import Run
-from caftune.pipeline.schema import Arm, Recipe
-from caftune.pipeline.stage_config import stage_two_config
+from caftune.pipeline.schema import Arm, HeadsSection, Recipe
+from caftune.pipeline.stage_config import refuse_heads_options, stage_two_config
 from caftune.pipeline.stage_rows import task_rows
 from caftune.training.divergence import DivergedError
 from caftune.training.measured_cost import device_name
 
-_WITH_HEADS = ("caft", "beta0", "random_heads", "shuffled_horizons")  # need pretrained heads
+_WITH_HEADS = ("caft", "caft_frozen", "beta0", "random_heads", "shuffled_horizons")  # need pretrained heads
+_WITHOUT_LOSSES = (BASE, "ntp", "beta0")  # of the heads
+_FROZEN = {"train": False, "lora_rank": None, "learning_rate": None, "max_grad_norm": None}  # in the section `heads`
 
 RunArm = Arm | Literal["base"]
 Files = dict[str, str | Path | None]  # by name: what a run's result depends on
@@ -141,10 +144,17 @@ def _refuse_unfit(recipe: Recipe) -> None:
             scrambled is not None and recipe.adapt is not None,
             f"compare.arms must not hold {scrambled} with adapt, which would train its heads on the task. Remove one.",
         ),
+        (
+            "caft_frozen" in arms and not recipe.heads.train,
+            "compare.arms must not hold caft_frozen with heads.train: false, which freezes the heads of caft too. Remove one.",
+        ),
     ]
     for is_refused, message in refused:
         if is_refused:
             raise CaftuneError(message)
+    for arm in arms:
+        weight = {"weight": recipe.loss.weight * (arm not in _WITHOUT_LOSSES)}
+        refuse_heads_options(_heads_of(recipe.heads, arm), recipe.loss.model_copy(update=weight), recipe.model)
     if "shuffled_horizons" in arms and arm_recipe(recipe, "shuffled_horizons", recipe.seed).heads.count < 2:
         raise CaftuneError("compare.arms must not hold shuffled_horizons with one head. Remove it.")
     load_scipy()
@@ -205,6 +215,13 @@ def _refuse_other_recipe(run: Recipe, files: Files) -> None:
         ) from error
 
 
+def _heads_of(section: HeadsSection, arm: RunArm) -> HeadsSection:
+    """`heads` with the arm's own choice of whether they are trained; the other arms follow the recipe."""
+    if arm in (BASE, "ntp", "caft_frozen"):
+        return section.model_copy(update=_FROZEN)
+    return section.model_copy(update={"train": True}) if arm == "no_pretraining" else section
+
+
 def arm_recipe(recipe: Recipe, arm: RunArm, seed: int) -> Recipe:
     """The recipe of one run, or of the base's evaluation. Arms differ in `loss.weight` and `heads` only."""
     is_base = arm == BASE
@@ -214,16 +231,14 @@ def arm_recipe(recipe: Recipe, arm: RunArm, seed: int) -> Recipe:
         config = pretrained_heads(recipe.heads, RunFolder(recipe.output)).config
     heads: dict[str, Any] = {"path": str(folder / "heads"), "count": config.count, "kind": config.kind}
     if arm in (BASE, "ntp"):
-        heads |= {"path": None, "train": False, "lora_rank": None, "learning_rate": None, "max_grad_norm": None}
-    elif arm in ("caft", "beta0"):
+        heads |= {"path": None}
+    elif arm in ("caft", "caft_frozen", "beta0"):
         heads |= {"path": str(pretrained_heads(recipe.heads, RunFolder(recipe.output)).folder)}
-    elif arm == "no_pretraining":
-        heads |= {"train": True}
-    weight = 0.0 if arm in (BASE, "ntp", "beta0") else recipe.loss.weight
+    weight = 0.0 if arm in _WITHOUT_LOSSES else recipe.loss.weight
     changes = {
         "output": str(folder),
         "seed": seed,
-        "heads": recipe.heads.model_copy(update=heads),
+        "heads": _heads_of(recipe.heads, arm).model_copy(update=heads),
         "loss": recipe.loss.model_copy(update={"weight": weight}),
         "adapt": None if arm == "no_pretraining" else recipe.adapt,
         # The first step is logged to check that all arms start from the same state.

@@ -218,6 +218,11 @@ class Comparison:
             )
         return cls.from_json(found)
 
+    @property
+    def treatment(self) -> str:
+        """The arm of the verdict: caft, or the first arm next to the baseline where there is no caft."""
+        return TREATMENT if TREATMENT in self.arms else next(arm for arm in self.arms if arm != BASELINE)
+
     @cached_property
     def by_measure(self) -> list["Measure"]:
         """The measures over all arms, each task's primary one first."""

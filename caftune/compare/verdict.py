@@ -5,13 +5,13 @@ from statistics import median
 from caftune.compare.summary import BASELINE, TREATMENT, Comparison, Difference, LeftOut, Measure
 from caftune.evals.statistics import LEVEL
 
+_NAMES = {"caft": "CAFT", "caft_frozen": "CAFT with frozen heads"}
 _SAME_START = 1e-3  # relative: arms compute the first step's loss by different kernels
 
 
 def verdict(found: Comparison) -> str:
     """Whether CAFT helped, by the deciding measure, in one sentence with its interval."""
-    arm = TREATMENT if TREATMENT in found.arms else next(arm for arm in found.arms if arm != BASELINE)
-    name = {"caft": "CAFT"}.get(arm, arm)
+    arm, name = found.treatment, _name(found.treatment)
     measure = found.deciding
     lost = [row.run for row in _left_out(found, measure) if row.arm in (arm, BASELINE)]
     if lost:
@@ -29,6 +29,10 @@ def verdict(found: Comparison) -> str:
     if not pair.is_apart:
         return f"This comparison cannot tell whether {name} helped: {compared}; {_power(measure, pair)}."
     return f"{name} {'helped' if (pair.difference > 0) != measure.is_lower_better else 'did harm'}: {compared}."
+
+
+def _name(arm: str) -> str:
+    return _NAMES.get(arm, arm)
 
 
 def _power(measure: Measure, row: Difference) -> str:
@@ -54,10 +58,10 @@ def remarks(found: Comparison) -> list[str]:
 
 
 def _against_controls(found: Comparison) -> list[str]:
-    """CAFT against arms without pretrained heads in the right places: a gain that these share is not due to CAFT."""
+    """CAFT against the other arms: a gain that it shares with control heads is not due to pretraining."""
     measure = found.deciding
     return [
-        f"CAFT compared with {row.baseline}: {measure.label} {measure.difference_in_words(row)}; "
+        f"CAFT compared with {_name(row.baseline)}: {measure.label} {measure.difference_in_words(row)}; "
         f"the difference is {'' if row.is_apart else 'not '}significant."
         for row in measure.differences
         if row.arm == TREATMENT and row.baseline != BASELINE
@@ -70,7 +74,7 @@ def _other_measures(found: Comparison) -> list[str]:
         (measure, row)
         for measure in found.by_measure
         for row in measure.differences
-        if (row.arm, row.baseline) == (TREATMENT, BASELINE) and (measure.task, measure.name) != deciding
+        if (row.arm, row.baseline) == (found.treatment, BASELINE) and (measure.task, measure.name) != deciding
     ]
     if not others:
         return []
@@ -105,18 +109,25 @@ def _fairness(found: Comparison) -> list[str]:
 def _price(found: Comparison) -> list[str]:
     if found.checks.devices > 1:
         return [f"Runs used different devices ({found.device}), so their times cannot be compared."]
-    if not {TREATMENT, BASELINE} <= found.costs.keys():
+    if BASELINE not in found.costs:
         return []
     kinds = {"seconds": "time", "flops": "FLOPs"}
     if found.device != "cpu":  # there it is the memory of the whole process, mostly libraries
         kinds["peak_memory_bytes"] = "peak memory"
     said = []
-    for name, words in kinds.items():
-        arms = (getattr(found.costs[arm], name) for arm in (TREATMENT, BASELINE))
-        ours, theirs = ([value for value in values if value is not None] for values in arms)
-        if ours and theirs:
-            said.append(f"{median(ours) / median(theirs):.2f} times the {words}")
-    return [f"A training step of CAFT took {', '.join(said)} of next-token fine-tuning."] if said else []
+    for arm in dict.fromkeys([found.treatment, *(arm for arm in _NAMES if arm in found.costs)]):
+        times = [
+            f"{ratio:.2f} times the {words}" for name, words in kinds.items() if (ratio := _ratio(found, arm, name))
+        ]
+        said += [f"A training step of {_name(arm)} took {', '.join(times)} of next-token fine-tuning."] if times else []
+    return said
+
+
+def _ratio(found: Comparison, arm: str, name: str) -> float | None:
+    """A cost of an arm over the baseline's, by medians of the runs; None where one is not known."""
+    costs = (getattr(found.costs[each], name) for each in (arm, BASELINE) if each in found.costs)
+    known = [[value for value in values if value is not None] for values in costs]
+    return median(known[0]) / median(known[1]) if len(known) == 2 and all(known) else None
 
 
 def _left_out(found: Comparison, measure: Measure) -> list[LeftOut]:

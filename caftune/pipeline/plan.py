@@ -65,7 +65,9 @@ class Plan:
     estimate: Estimate
     device: str
     available: int  # bytes
-    libraries: int  # bytes that a process on a CPU holds before its model is loaded, this one too: libraries, tokenizer, rows
+    libraries: (
+        int  # bytes that a process on a CPU holds before its model is loaded, this one too: libraries, tokenizer, rows
+    )
     remedies: list[Remedy] = field(default_factory=list)
 
     @property
@@ -124,7 +126,7 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
         if not recipe.heads.text and not Path(recipe.head_source).is_file():
             missing = f"{recipe.head_source} does not exist yet"
     else:
-        args = stage_two_config(recipe, base, folder, heads=None, aux_weight=0.0, aux_min_weight=0.0)
+        args = stage_two_config(recipe, base, folder, heads=None, aux_weight=0.0)
         missing = "" if recipe.data.train else "data.train names no data"
     if missing:
         rows = _assumed_rows(missing, args.max_length, recipe.data.max_length)
@@ -138,12 +140,15 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
     adapted = recipe.model.model_copy(update={"tuning": "lora"})  # remedies may add an adapter
     planned = _Planned(base.name, _config(base, args), partial(lora_config, adapted))
     evaluates = stage == "heads" or recipe.data.eval is not None
-    setup = _setup(stage, args, rows, planned.config, recipe.model.tuning, recipe.heads, recipe.loss, evaluates=evaluates)
+    setup = _setup(
+        stage, args, rows, planned.config, recipe.model.tuning, recipe.heads, recipe.loss, evaluates=evaluates
+    )
     device, available, libraries = _device()
     found = planned.estimate(setup)
     remedies = []
     if found.memory.peak > available:
-        kinds = [_evaluated_in_smaller_batches, _recomputed, _in_smaller_batches, _with_adapters, _in_smaller_batches]
+        kinds = [_evaluated_in_smaller_batches, _recomputed, _in_smaller_batches, _with_frozen_heads, _with_adapters]
+        kinds += [_in_smaller_batches]
         kinds += [_shorter] if stage == "train" or recipe.cuts_stage_one else []
         kinds += [_with_fewer_heads] if recipe.heads.path is None else []
         remedies = _remedies(planned, setup, kinds, found.memory.peak, available)
@@ -305,6 +310,11 @@ def _section(setup: Setup) -> str:
     return "pretrain" if setup.stage == "heads" else "trainer"
 
 
+def _with_frozen_heads(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    if setup.stage == "train" and setup.heads > 0 and setup.trains_heads:
+        yield "heads.train=false", replace(setup, trains_heads=False)
+
+
 def _with_adapters(setup: Setup) -> Iterator[tuple[str, Setup]]:
     if setup.stage == "train" and setup.tuning == "full":
         setup = replace(setup, tuning="lora")
@@ -356,7 +366,8 @@ def _sections(found: Plan) -> dict[str, dict[str, str]]:
     """The tables: name and value of each line."""
     sizes, memory, flops = found.estimate.parameters, found.estimate.memory, found.estimate.flops
     rows, setup = found.rows, found.setup
-    ways = "stage 1: heads alone" if setup.stage == "heads" else f"{setup.tuning}, {setup.heads} heads"
+    trained = f" {'trained along' if setup.trains_heads else 'frozen'}" if setup.heads else ""
+    ways = "stage 1: heads alone" if setup.stage == "heads" else f"{setup.tuning}, {setup.heads} heads{trained}"
     parts = {name: _size(value) for name, value in asdict(memory).items() if name not in ("peak", "optimizer_is_known")}
     return {
         f"Parameters ({ways})": {name.replace("_", " "): _number(value) for name, value in asdict(sizes).items()},

@@ -125,8 +125,7 @@ class HeadsSection(_Section):
     text: str | None = Field(None, description="Stage 1 on this file or hub id (labels.columns) instead of labels.")
     keep: bool = Field(
         False,
-        description="Write the heads next to the model, so that they can draft for it. By default they are then trained with "
-        "the model, and loss.schedule is sine.",
+        description="Write the heads next to the model, so that they can draft for it. By default loss.schedule is then sine.",
     )
     held_out: float = Field(0.1, gt=0, lt=1, description="Share of the rows of stage 1 kept for evaluating the heads.")
 
@@ -204,7 +203,7 @@ class ConceptsSection(_Section):
     limit: int | None = Field(200, gt=0, description="Number of rows of data.eval to study, from the first. None: all.")
 
 
-Arm = Literal["ntp", "caft", "beta0", "random_heads", "shuffled_horizons", "no_pretraining"]
+Arm = Literal["ntp", "caft", "caft_frozen", "beta0", "random_heads", "shuffled_horizons", "no_pretraining"]
 
 
 class CompareSection(_Section):
@@ -261,7 +260,7 @@ class Recipe(_Section):
     def _preset_of_kept_heads(cls, values: Any) -> Any:
         heads, loss = (values.get(name, {}) if isinstance(values, dict) else None for name in ("heads", "loss"))
         if isinstance(heads, dict) and isinstance(loss, dict) and heads.get("keep") is True:
-            return {**values, "heads": {"train": True, **heads}, "loss": {"schedule": "sine", **loss}}
+            return {**values, "loss": {"schedule": "sine", **loss}}
         return values
 
     def options_for(self, training: Training) -> dict[str, Any]:

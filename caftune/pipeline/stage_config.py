@@ -11,7 +11,7 @@ from transformers.utils import is_bitsandbytes_available
 from caftune.errors import CaftuneError
 from caftune.pipeline.base_model import BaseModel
 from caftune.pipeline.recipe import trainer_config
-from caftune.pipeline.schema import HeadsSection, ModelSection, Recipe
+from caftune.pipeline.schema import HeadsSection, LossSection, ModelSection, Recipe
 from caftune.training.config import CAFTConfig
 from caftune.training.prepare import ROW_OPTIONS
 
@@ -56,7 +56,7 @@ def stage_two_config(recipe: Recipe, base: BaseModel, folder: Path, heads: Path 
     """
     loss, dtype = recipe.loss, "bfloat16" if recipe.model.tuning == "qlora" else None
     _refuse_packing_without_length("trainer", recipe.trainer, recipe.data.max_length)
-    _refuse_heads_options(recipe.heads, recipe.model, has_heads=loss.weight > 0)
+    refuse_heads_options(recipe.heads, recipe.loss, recipe.model)
     chosen = {
         "heads": None if heads is None else str(heads),
         "aux_min_weight": 0.0 if loss.weight == 0 else loss.min_weight,
@@ -81,13 +81,18 @@ def inherited_options(adapt: Mapping[str, Any] | None, trainer: Mapping[str, Any
     return {**{name: trainer[name] for name in (*ROW_OPTIONS, "model_init_kwargs") if name in trainer}, **adapt}
 
 
-def _refuse_heads_options(heads: HeadsSection, model: ModelSection, *, has_heads: bool) -> None:
+def refuse_heads_options(heads: HeadsSection, loss: LossSection, model: ModelSection) -> None:
+    """Raise CaftuneError for options of stage 2's heads that exclude each other."""
     for key in ("lora_rank", "learning_rate", "max_grad_norm"):
         if getattr(heads, key) is not None and not heads.train:
             raise CaftuneError(
                 f"heads.{key} needs heads.train: true, because heads are frozen in stage 2 otherwise. Change one."
             )
-    if heads.keep and not has_heads:
+    if loss.min_weight > 0 and loss.weight > 0 and heads.train:
+        raise CaftuneError(
+            "loss.min_weight needs heads.train: false, because heads that are left out would not learn. Change one."
+        )
+    if heads.keep and not loss.weight > 0:
         raise CaftuneError("heads.keep needs loss.weight above 0: without it there are no heads to keep. Change one.")
     if heads.keep and model.tuning != "full" and not model.lora.merge:
         raise CaftuneError(

@@ -25,6 +25,7 @@ _STYLES: dict[str, tuple[str, Any, str]] = {  # colour, dashes, marker
     "base": ("#858c99", "-", "x"),
     "ntp": ("#4b5563", "-", "o"),
     "caft": ("#0f766e", (0, (6, 1.5)), "D"),
+    "caft_frozen": ("#a16207", (0, (3, 1, 1.2, 1)), "d"),
     "beta0": ("#2563eb", (0, (1.2, 1.8)), "s"),
     "random_heads": ("#c2410c", (0, (4, 1.5, 1.2, 1.5)), "^"),
     "shuffled_horizons": ("#7c3aed", (0, (8, 2, 1, 2, 1, 2)), "v"),

@@ -53,12 +53,12 @@ def refuse_arguments(
     args: CAFTConfig, peft_config: Any, compute_loss_func: Any, compute_metrics: Any, optimizers: tuple[Any, Any]
 ) -> None:
     """Refuse arguments of the trainer that do not work with heads."""
-    stage_one, trains_heads = args.pretrain_heads, args.has_heads and (args.pretrain_heads or args.train_heads)
+    stage_one = args.pretrain_heads
     _refuse(
         (
-            optimizers[0] is not None and trains_heads,
+            optimizers[0] is not None and args.trains_heads,
             "optimizers must not hold an optimizer where heads are trained, because it was created before them. Use "
-            "optimizer_cls_and_kwargs.",
+            "optimizer_cls_and_kwargs, or in stage 2 frozen heads (train_heads=False).",
         ),
         (
             args.has_heads and getattr(peft_config, "layer_replication", None),
@@ -136,7 +136,7 @@ def refuse_unfit_heads(trainer: Any) -> None:
     parallelism = accelerator.parallelism_config
     positions = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
     context = min(args.max_length or math.inf, positions or math.inf)
-    has_frozen_copies = args.aux_weight != 0 and not trainer.trains_heads and config.kind == "decoder"
+    has_copies = args.aux_weight != 0 and not args.pretrain_heads and config.kind == "decoder"
     last_layer = {id(parameter) for parameter in backbone.layer.parameters()}
     trained = {id(parameter) for parameter in backbone.model.parameters() if parameter.requires_grad}
     _refuse(
@@ -155,9 +155,9 @@ def refuse_unfit_heads(trainer: Any) -> None:
             "Use fewer heads or a larger max_length.",
         ),
         (
-            has_frozen_copies and trained and trained <= last_layer,
+            has_copies and trained and trained <= last_layer,
             "Only the last layer is trainable, but decoder heads branch off before it, so the auxiliary losses have no "
-            "gradient. Unfreeze earlier layers or use head_kind='mlp'.",
+            "gradient in the model. Unfreeze earlier layers or use head_kind='mlp'.",
         ),
     )
 

@@ -75,12 +75,12 @@ class CAFTConfig(CAFTOptions, SFTConfig):
             value = getattr(self, name)
             if value is not None and (self.pretrain_heads or not self.train_heads):
                 raise CaftuneError(
-                    f"{name} must be None unless stage 2 trains the heads (train_heads=True), got {value}."
+                    f"{name} must be None unless stage 2 trains the heads (train_heads=True), got {value}. Leave it out."
                 )
         if self.aux_min_weight > 0 and (self.pretrain_heads or self.train_heads):
             raise CaftuneError(
                 f"aux_min_weight must be 0 where heads are trained (pretrain_heads, train_heads), got {self.aux_min_weight}: "
-                "heads that are left out would not learn."
+                "heads that are left out would not learn. Freeze them in stage 2 (train_heads=False), or leave it out."
             )
 
     def _check_packing(self) -> None:
@@ -99,6 +99,11 @@ class CAFTConfig(CAFTOptions, SFTConfig):
     def has_heads(self) -> bool:
         """Whether the run has heads. Without them CAFTTrainer is SFTTrainer."""
         return self.pretrain_heads or self.heads is not None
+
+    @property
+    def trains_heads(self) -> bool:
+        """Whether the heads' weights are trained: in stage 1, and in stage 2 with `train_heads` and an `aux_weight` above 0."""
+        return self.has_heads and bool(self.aux_weight) and (self.pretrain_heads or self.train_heads)
 
     @property
     def auxiliary_weights(self) -> AuxiliaryWeights:

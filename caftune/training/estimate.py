@@ -83,7 +83,8 @@ def meta_model(config: Any, setup: Setup, adapter: Any = None) -> tuple[Backbone
         heads = AuxiliaryHeads.build(backbone, HeadsConfig(setup.heads, setup.head_kind)).requires_grad_(False)
         if setup.stage == "heads" or setup.trains_heads:
             with torch.device("meta"):
-                make_trainable(heads, lora_rank=None if setup.stage == "heads" else setup.heads_lora_rank)
+                rank = None if setup.stage == "heads" else setup.heads_lora_rank
+                make_trainable(heads, lora_rank=rank, adapters={} if adapter is None else {"default": adapter})
     if setup.stage == "heads":
         model.requires_grad_(False)
     elif adapter is not None:
@@ -119,7 +120,7 @@ def step_of(setup: Setup, backbone: Backbone, heads: AuxiliaryHeads | None) -> S
         target_share=setup.target_share,
         trains="none" if setup.stage == "heads" else trains,
         trains_unembedding=bool(backbone.model.get_output_embeddings().weight.requires_grad),
-        trains_heads=setup.stage == "heads" or (setup.trains_heads and setup.heads_lora_rank is None),
+        trains_heads=heads is not None and all(p.requires_grad for p in heads.parameters()),  # in full
         adapters=adapters,
         head_adapters=sum(p.numel() for name, p in one.named_parameters() if "lora_" in name),
         checkpointing=setup.checkpointing,

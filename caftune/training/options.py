@@ -84,10 +84,13 @@ class CAFTOptions:
         False, "Accept heads of another model with the same architecture and tokenizer."
     )
     train_heads: Annotated[bool, InRecipe("heads.train", _STAGE_TWO)] = _option(
-        False, "Stage 2: train the heads together with the model."
+        True,
+        "Stage 2: train the heads together with the model, as the paper does. False: frozen heads, which cost less.",
     )
-    heads_lora_rank: Annotated[int | None, InRecipe("heads.lora_rank", _STAGE_TWO, _ABOVE_0)] = _option(
-        None, "Trained heads: train a LoRA of this rank instead of all their weights."
+    heads_lora_rank: Annotated[int | None, InRecipe("heads.lora_rank", _STAGE_TWO, _FROM_0)] = _option(
+        None,
+        "Trained heads: train a LoRA of this rank; 0: all their weights. None: as the model is trained, by a LoRA of the "
+        "adapters' rank, or in full.",
     )
     heads_learning_rate: Annotated[float | None, InRecipe("heads.learning_rate", _STAGE_TWO, _ABOVE_0)] = _option(
         None, "Trained heads: their learning rate, with the model's scheduler. None: the model's."

@@ -15,7 +15,7 @@ class Setup:
     heads: int = 4  # K; 0 for plain fine-tuning
     head_kind: str = "decoder"
     trains_heads: bool = False
-    heads_lora_rank: int | None = None
+    heads_lora_rank: int | None = None  # 0: in full; None: as the model is trained
     target_share: float = 1.0  # of its targets that each head is trained on
     leaves_out_heads: bool = (
         False  # some steps may run no head (`loss.min_weight`), and cost what plain fine-tuning costs

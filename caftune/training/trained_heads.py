@@ -1,5 +1,6 @@
 """Heads in training: in full or with a LoRA, their learning rate, and saving and loading them, also from a sharded model."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,46 @@ from caftune.errors import CaftuneError
 from caftune.training.config import CAFTConfig
 
 _ADAPTER_FILE = "adapter.safetensors"
-# PEFT's default name, so that disabling the model's adapter disables the heads' adapter, too.
-_ADAPTER = "default"
 
 
-def make_trainable(heads: AuxiliaryHeads, *, lora_rank: int | None) -> None:
-    """Make the heads trainable: all weights, in float32, or a LoRA of `lora_rank` on their linear layers."""
-    if lora_rank is None:
+def make_trainable(heads: AuxiliaryHeads, *, lora_rank: int | None, adapters: Mapping[str, Any] | None = None) -> None:
+    """Make the heads trainable: all weights, in float32, or a LoRA on their linear layers.
+
+    Args:
+        lora_rank: rank of the LoRA; 0: all weights. None: as the model is trained, so by its LoRA's rank, or in full where it
+            has no adapters. Other adapters than LoRA count as a LoRA with PEFT's default rank, alpha and dropout.
+        adapters: the model's active adapters, by name. The heads' LoRA has the same scaling (alpha / rank) and dropout.
+
+    Raises:
+        CaftuneError: a LoRA for heads without linear layers.
+    """
+    adapters = adapters or {}
+    if lora_rank == 0 or (lora_rank is None and not adapters):
         heads.float().requires_grad_(True)
         return
+    alike = next((kind for kind in adapters.values() if isinstance(kind, LoraConfig)), LoraConfig())
+    scaling = alike.lora_alpha / (math.sqrt(alike.r) if alike.use_rslora else alike.r)
+    rank = lora_rank or alike.r
     # Not subclasses of them: routers and grouped layers have other inputs or outputs.
     linear = [name for name, module in heads.named_modules() if type(module) in (nn.Linear, Conv1D)]
     if not linear:
         raise CaftuneError(
-            "heads_lora_rank must be None for these heads, which have no linear layers. Train them in full."
+            f"heads_lora_rank must be 0 for these heads, which have no linear layers, got {rank}. Train them in full (0), or "
+            "freeze them (train_heads=False)."
         )
     transposed = any(type(module) is Conv1D for module in heads.modules())
-    config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=linear, fan_in_fan_out=transposed)
-    inject_adapter_in_model(config, heads, _ADAPTER)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=scaling * rank,  # type: ignore[arg-type]  # a number is all that PEFT needs
+        lora_dropout=alike.lora_dropout,
+        target_modules=linear,
+        fan_in_fan_out=transposed,
+    )
+    # Drawing the factors must not change what the model draws (its dropout), so that arms of a comparison stay alike.
+    devices = {parameter.device for parameter in heads.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices):
+        # The name of the model's own adapter: PEFT switches adapters by name, also in the heads, which are part of the model.
+        inject_adapter_in_model(config, heads, next(iter(adapters), "default"))
     for name, parameter in heads.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
@@ -66,9 +89,10 @@ def merged_state(heads: AuxiliaryHeads) -> dict[str, Tensor]:
     state = {name: whole(tensor.detach()) for name, tensor in heads.state_dict().items()}
     for name in [key.removesuffix(".base_layer.weight") for key in state if key.endswith(".base_layer.weight")]:
         module: Any = heads.get_submodule(name)  # the state's names are without the wrappers around layers
-        up, down = (state.pop(f"{name}.lora_{part}.{_ADAPTER}.weight") for part in "BA")
+        ((adapter, scaling),) = module.scaling.items()
+        up, down = (state.pop(f"{name}.lora_{part}.{adapter}.weight") for part in "BA")
         weight = state[f"{name}.base_layer.weight"]
-        change = module.scaling[_ADAPTER] * up @ down
+        change = scaling * up @ down
         state[f"{name}.base_layer.weight"] = weight + (
             change.T if getattr(module, "fan_in_fan_out", False) else change
         ).to(weight.dtype)

@@ -173,15 +173,11 @@ class CAFTTrainer(SFTTrainer):
         if self.args.pretrain_heads:
             self.model.requires_grad_(False)
         self.heads.requires_grad_(False)
-        if self.trains_heads:
-            make_trainable(self.heads, lora_rank=self.args.heads_lora_rank)
+        if self.args.trains_heads:
+            active = self.model.active_adapters if isinstance(self.model, PeftModel) else []
+            adapters = {name: self.model.peft_config[name] for name in active}
+            make_trainable(self.heads, lora_rank=self.args.heads_lora_rank, adapters=adapters)
         attach_heads(self.backbone, self.heads.to(self.args.device))
-
-    @property
-    def trains_heads(self) -> bool:
-        """Whether the heads' weights are trained: in stage 1, and in stage 2 with `train_heads` and an `aux_weight` above 0."""
-        is_wanted = self.args.pretrain_heads or self.args.train_heads
-        return self.heads is not None and is_wanted and bool(self.args.aux_weight)
 
     def export(
         self, folder: str | os.PathLike[str], *, merged: bool = True, about: Mapping[str, Any] | None = None
@@ -234,13 +230,13 @@ class CAFTTrainer(SFTTrainer):
         """SFTTrainer's optimizer, with `heads_learning_rate` for the heads where it is given."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if is_new and self.trains_heads and self.args.heads_learning_rate is not None:
+        if is_new and self.args.trains_heads and self.args.heads_learning_rate is not None:
             give_own_learning_rate(optimizer, self.heads, self.args.heads_learning_rate)
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip the heads' gradients apart from the model's, so that they do not change the size of its steps."""
-        if not self.trains_heads or self.args.pretrain_heads:
+        if not self.args.trains_heads or self.args.pretrain_heads:
             return super()._clip_grad_norm(model)
         own = {id(parameter) for parameter in self.heads.parameters()}
         trunk = [parameter for parameter in model.parameters() if id(parameter) not in own]
@@ -488,7 +484,7 @@ class CAFTTrainer(SFTTrainer):
         folder = Path(str(output_dir or self.args.output_dir))
         if not self.args.pretrain_heads:
             super().save_model(str(folder), _internal_call)
-        if self.trains_heads:
+        if self.args.trains_heads:
             self._save_heads(folder if self.args.pretrain_heads else folder / "heads")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -517,7 +513,7 @@ class CAFTTrainer(SFTTrainer):
         self._load_trained_heads(Path(str(self.state.best_model_checkpoint)))
 
     def _load_trained_heads(self, checkpoint: Path) -> None:
-        if self.trains_heads:
+        if self.args.trains_heads:
             folder = checkpoint if self.args.pretrain_heads else checkpoint / "heads"
             load_state(self.heads, folder, read_heads(folder))
 

@@ -403,12 +403,30 @@ def test_a_trained_run_of_another_recipe_is_not_evaluated_for_this_one(copied, h
 
 
 def test_arms_differ_in_the_auxiliary_losses_and_heads_alone(copied, heads):
-    recipe = recipe_in(copied, heads, arms=[*ARMS, "random_heads", "shuffled_horizons"])
+    recipe = recipe_in(copied, heads, arms=[*ARMS, "caft_frozen", "random_heads", "shuffled_horizons"])
     runs = {arm: arm_recipe(recipe, arm, 42).model_dump() for arm in recipe.compare.arms}
     for run in runs.values():
         for key in ("output", "heads", "loss"):
             run.pop(key)
     assert all(run == runs["ntp"] for run in runs.values())
+
+
+@pytest.mark.parametrize(
+    ("train", "trained"),
+    [
+        (True, {"caft", "beta0", "random_heads", "shuffled_horizons", "no_pretraining"}),
+        (False, {"no_pretraining"}),
+    ],
+)
+def test_arms_follow_the_recipe_in_training_heads_but_for_those_named_after_it(copied, heads, train, trained):
+    arms = [*ARMS, "caft_frozen", "random_heads", "shuffled_horizons"]
+    recipe = recipe_in(copied, heads, arms=arms)
+    section = recipe.heads.model_copy(update={"train": train, "lora_rank": 2 if train else None})
+    recipe = recipe.model_copy(update={"heads": section})
+    runs = {arm: arm_recipe(recipe, arm, 42).heads for arm in arms}
+    assert {arm for arm, found in runs.items() if found.train} == trained
+    assert {found.lora_rank for arm, found in runs.items() if not found.train} == {None}
+    assert runs["caft_frozen"] == runs["caft"].model_copy(update={"train": False, "lora_rank": None})
 
 
 @pytest.mark.parametrize(
@@ -425,6 +443,16 @@ def test_arms_differ_in_the_auxiliary_losses_and_heads_alone(copied, heads):
             "compare.arms must not hold random_heads with adapt",
         ),
         ({"eval": {"tasks": ["exact_match"]}}, "eval.data.exact_match must name a file"),
+        (
+            {"heads": {"train": False}, "compare": {"arms": ["ntp", "caft", "caft_frozen"]}},
+            "compare.arms must not hold caft_frozen with heads.train: false",
+        ),
+        ({"loss": {"weight": 0.5, "min_weight": 0.1}}, "loss.min_weight needs heads.train: false"),
+        (
+            {"loss": {"min_weight": 0.1}, "heads": {"train": False}},  # no_pretraining trains them all the same
+            "loss.min_weight needs heads.train: false",
+        ),
+        ({"heads": {"train": False, "lora_rank": 2}}, "heads.lora_rank needs heads.train: true"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_runs(copied, heads, monkeypatch, changes, message):

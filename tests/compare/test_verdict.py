@@ -202,5 +202,16 @@ def test_one_run_that_something_held_up_does_not_make_the_price():
     assert "A training step of CAFT took 1.50 times the time of next-token fine-tuning." in remarks(found(costs=costs))
 
 
+def test_frozen_heads_have_a_price_and_a_verdict_of_their_own():
+    costs = {"ntp": {"seconds": [1.0] * 5}, "caft": {"seconds": [1.5] * 5}, "caft_frozen": {"seconds": [1.25] * 5}}
+    said = remarks(found(arms=["ntp", "caft", "caft_frozen"], costs=costs))
+    assert "A training step of CAFT took 1.50 times the time of next-token fine-tuning." in said
+    assert "A training step of CAFT with frozen heads took 1.25 times the time of next-token fine-tuning." in said
+    base = found(arms=["ntp", "caft_frozen"], costs=costs)
+    for row in (*base["measures"], *base["comparisons"]):
+        row["arm"] = row["arm"].replace("caft", "caft_frozen")
+    assert verdict(base).startswith("CAFT with frozen heads helped: exact_match on molecules +2.0 percentage points")
+
+
 def test_the_price_is_told():
     assert "A training step of CAFT took 1.50 times the time of next-token fine-tuning." in remarks(found())

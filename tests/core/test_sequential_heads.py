@@ -148,6 +148,42 @@ def test_a_lora_in_fsdps_wrapper_for_recomputing_is_merged():
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_the_model_gets_the_same_gradient_from_frozen_heads_as_from_trained_ones():
+    model, backbone, heads = carrying()
+    expected, gradients = by_formula(model, backbone, heads)
+    own = {name for name in gradients if name.startswith(ATTRIBUTE)}
+    assert own
+    for train_heads in (True, False):
+        heads.requires_grad_(train_heads)
+        scores, found = at_once(model)
+        torch.testing.assert_close(scores["nll"], expected, rtol=1e-9, atol=1e-9)
+        assert_same(found, gradients if train_heads else {n: g for n, g in gradients.items() if n not in own})
+
+
+def test_a_heads_lora_is_its_merged_weights_to_the_model_and_has_the_gradients_of_the_chain_rule():
+    """W + s B A with s = alpha / r: dB = s dW A^T, dA = s B^T dW, where dW is the gradient of a head with merged weights."""
+    model, _, heads = carrying()
+    make_trainable(heads, lora_rank=None, adapters={"mine": LoraConfig(r=2, lora_alpha=6)})
+    heads.double()
+    factors = {name: parameter for name, parameter in heads.named_parameters() if "lora_" in name}
+    with torch.no_grad():
+        for parameter in factors.values():
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    assert {name for name, parameter in heads.named_parameters() if parameter.requires_grad} == factors.keys()
+    plain, plain_backbone, plain_heads = carrying()
+    plain_heads.load_state_dict(merged_state(heads))
+    expected, gradients = by_formula(plain, plain_backbone, plain_heads)
+    scores, found = at_once(model)
+    torch.testing.assert_close(scores["nll"], expected, rtol=1e-9, atol=1e-9)
+    wanted = {name: gradient for name, gradient in gradients.items() if not name.startswith(ATTRIBUTE)}
+    for name in factors:
+        layer, part = name.split(".lora_")
+        of_weight = gradients[f"{ATTRIBUTE}.{layer}.weight"]
+        a, b = (factors[f"{layer}.lora_{each}.mine.weight"] for each in "AB")
+        wanted[f"{ATTRIBUTE}.{name}"] = 3 * (of_weight @ a.T if part.startswith("B") else b.T @ of_weight)
+    assert_same(found, {name: gradient.detach() for name, gradient in wanted.items()})
+
+
 def test_a_lora_on_the_heads_gets_their_gradient():
     model, backbone, heads = carrying()
     model.requires_grad_(False)

@@ -86,7 +86,7 @@ def test_the_preset_gives_way_to_what_the_recipe_says():
         ({"keep": True}, {}, (True, "sine")),
         ({"keep": True, "train": False}, {}, (False, "sine")),
         ({"keep": True}, {"schedule": "constant"}, (True, "constant")),
-        ({}, {}, (False, "reflected_sine")),
+        ({}, {}, (True, "reflected_sine")),
     ):
         recipe = Recipe.model_validate({**values, "heads": heads, "loss": loss})
         assert (recipe.heads.train, recipe.loss.schedule) == expected

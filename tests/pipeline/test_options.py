@@ -33,7 +33,7 @@ def other(option):
     kind = option.type if get_origin(option.type) is Literal else kind
     if get_origin(kind) is Literal:
         return get_args(kind)[-1]
-    return {bool: True, int: 2, float: 0.5, str: "z"}[kind]
+    return {bool: not option.default, int: 2, float: 0.5, str: "z"}[kind]
 
 
 def written(option):

@@ -1,5 +1,6 @@
 """The plan says what really happens: parameters to the last one, operations within 5%, memory within 15%."""
 
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from trainers import config as caft_config
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +28,7 @@ from typer.testing import CliRunner
 from caftune import AuxiliaryHeads, Backbone, CAFTTrainer, HeadsConfig, save_heads
 from caftune.cli import app
 from caftune.demo.run import BASE
-from caftune.pipeline.plan import measure_rows, plan
+from caftune.pipeline.plan import measure_rows, plan, print_plan
 from caftune.pipeline.schema import Recipe
 from caftune.training.estimate import estimate, meta_model
 from caftune.training.flops import Step, anatomy_of, flops, overhead
@@ -199,18 +201,18 @@ def planned(config, trainer, *, lora=None, heads=4, batch=2, length=64, labelled
 
 MODES = {
     "plain": {"heads": 0},
-    "heads trained": {"train_heads": True},
+    "heads trained": {},
     "LoRA, checkpointed": {"lora": True, "gradient_checkpointing": True},
-    "LoRA, a quarter of the rows": {"lora": True, "aux_target_share": 0.25},
+    "LoRA, a quarter of the rows, heads frozen": {"lora": True, "aux_target_share": 0.25, "train_heads": False},
     "stage 1": {"pretrain_heads": True},
-    "all labelled": {"labelled": 1.0},
+    "all labelled, heads frozen": {"labelled": 1.0, "train_heads": False},
 }
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")
 @pytest.mark.parametrize(
     ("family", "mode"),
-    [*(("llama", mode) for mode in MODES), ("qwen3", "heads trained"), ("gpt2", "LoRA, a quarter of the rows")],
+    [*(("llama", mode) for mode in MODES), ("qwen3", "heads trained"), ("gpt2", "LoRA, checkpointed")],
 )
 def test_operations_are_those_of_a_real_step(family, mode, tmp_path, monkeypatch):
     """Attention written out computes the whole square of a row, so the plan is asked for that here."""
@@ -332,6 +334,38 @@ def test_remedies_come_in_order_until_it_fits(folder, monkeypatch):
     assert peaks[-1] <= whole // 2 < peaks[-2]
 
 
+@pytest.mark.parametrize(
+    ("sections", "ways"),
+    [
+        ({}, "full, 4 heads trained along"),
+        ({"heads": {"train": False}}, "full, 4 heads frozen"),
+        ({"loss": {"weight": 0}}, "full, 0 heads"),
+    ],
+)
+def test_a_plan_names_whether_heads_are_trained_and_frozen_ones_as_the_cheaper_change(
+    folder, monkeypatch, sections, ways
+):
+    monkeypatch.setattr("caftune.pipeline.plan._device", lambda: ("a small device", 1))
+    found = plan(recipe_of(folder, trainer={"per_device_train_batch_size": 1}, **sections))
+    console = Console(file=io.StringIO(), record=True, width=200)
+    print_plan(console, found)
+    assert f"({ways})" in console.export_text()
+    changes = [remedy.change for remedy in found.remedies]
+    assert "model.tuning=lora" in changes
+    assert changes[0] == ("model.tuning=lora" if sections else "heads.train=false")
+
+
+def test_by_default_a_loras_heads_are_planned_as_a_lora_and_cost_less_than_in_full():
+    kinds = [{"trains_heads": False}, {"trains_heads": True}, {"trains_heads": True, "heads_lora_rank": 0}]
+    setups = [Setup(tuning="lora", batch_size=1, length=64, mean_length=64, **kind) for kind in kinds]
+    found = [estimate(small("llama"), setup, LoraConfig(r=8, target_modules=["q_proj"])) for setup in setups]
+    frozen, along, full = (one.parameters.trained_heads for one in found)
+    assert frozen == 0 < along < full == found[2].parameters.heads
+    wide = [replace(setup, heads_lora_rank=8) for setup in setups[1:2]]  # the adapters' rank, though on other layers
+    assert estimate(small("llama"), *wide, LoraConfig(r=2, target_modules=["q_proj"])).parameters.trained_heads == along
+    assert found[0].flops.total < found[1].flops.total < found[2].flops.total
+
+
 def test_the_command_prints_a_table_or_json(folder):
     recipe = folder / "recipe.yaml"
     recipe.write_text(
@@ -349,7 +383,8 @@ def test_the_command_prints_a_table_or_json(folder):
 
 def test_plain_fine_tuning_has_no_overhead_and_steps_without_heads_are_planned_for(folder):
     assert plan(recipe_of(folder, loss={"weight": 0})).estimate.overhead == 1
-    setups = [plan(recipe_of(folder, loss={"min_weight": bound})).setup for bound in (0, 1e-4)]
+    frozen = {"train": False}
+    setups = [plan(recipe_of(folder, heads=frozen, loss={"min_weight": bound})).setup for bound in (0, 1e-4)]
     assert [setup.leaves_out_heads for setup in setups] == [False, True]
 
 

@@ -290,6 +290,12 @@ def test_a_training_without_weight_is_next_token_fine_tuning(tmp_path):
     assert read_run(single_run(tmp_path / "one", weight=0.0)).arms == ["ntp"]
 
 
+@pytest.mark.parametrize(("train", "words"), [(True, "trained along"), (False, "frozen")])
+def test_the_page_says_how_the_heads_of_caft_are_trained(tmp_path, train, words):
+    found = {**small(), "recipe": {"heads": {"train": train}}}
+    assert f"concept-aware fine-tuning with pretrained heads, {words}" in page_of(tmp_path, found).text
+
+
 def test_a_run_that_only_pretrained_heads_is_reported(tmp_path):
     row = {"stage": "pretrain-heads", "rows": 9, "metrics": {"loss": 1.0}, "quality": sample()["quality"]}
     (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")

@@ -2,7 +2,7 @@
 
 One epoch is one optimizer step here, so runs that lay out an epoch differently see the same documents in every step. SGD with
 a large learning rate and without clipping: a gradient that is off by a factor shows in the weights. Horizons weigh nearly as
-much as L_1 (beta = 1), and the heads are trained along in full fine-tuning.
+much as L_1 (beta = 1), and the heads are trained along, with LoRA through a LoRA.
 """
 
 import copy
@@ -67,7 +67,7 @@ class Runs:
 
     def train(self, rows, *, attention="sdpa", **options) -> Steps:
         full = self.tuning == "full"
-        args = config(self.folder, heads=self.heads, **{**SGD, **EPOCHS, "train_heads": full, **options})
+        args = config(self.folder, heads=self.heads, **{**SGD, **EPOCHS, **options})
         trainer = CAFTTrainer(
             load_base(self.base, attention),
             args,

@@ -108,7 +108,7 @@ def test_a_model_sharded_by_fsdp2_learns_resumes_and_exports_as_one_process_does
         assert {path.name for path in (runs[1] / "adapter").iterdir()} == {
             path.name for path in (one / "adapter").iterdir()
         }
-    if CASES[name][3].get("train_heads"):
+    if CASES[name][3].get("train_heads", name != "stage_one"):
         heads = [load_file(run / "checkpoint-4" / "heads" / "heads.safetensors") for run in runs]
         assert_close(heads[1], heads[0])
         assert_close(heads[2], heads[0])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from caftune import AuxiliaryHeads, Backbone, CAFTConfig, CAFTTrainer, HeadsConfig, save_heads
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
-from caftune.training.checks import refuse_lost_adapters, refuse_processes
+from caftune.training.checks import refuse_arguments, refuse_lost_adapters, refuse_processes
 
 OPTIONS = {"report_to": [], "bf16": False, "use_cpu": True, "disable_tqdm": True, "max_length": 32, "max_steps": 1}
 ROWS = Dataset.from_list([{"prompt": "Name: ethanol\nSMILES:", "completion": " CCO"}] * 4)
@@ -25,9 +25,9 @@ def trainer(folder, *, model=None, rows=ROWS, peft_config=None, **options):
     return CAFTTrainer(model or str(BASE), args, train_dataset=rows, peft_config=peft_config)
 
 
-def heads_of(model, folder):
+def heads_of(model, folder, kind="decoder"):
     backbone = Backbone.of(model)
-    save_heads(folder, AuxiliaryHeads.build(backbone, HeadsConfig(2)), backbone)
+    save_heads(folder, AuxiliaryHeads.build(backbone, HeadsConfig(2, kind)), backbone)
     return str(folder)
 
 
@@ -200,11 +200,18 @@ def test_heads_trained_with_another_tokenizer_are_refused(tmp_path):
         trainer(tmp_path / "out", model=model, heads=str(tmp_path / "heads"))
 
 
-def test_an_optimizer_made_before_the_heads_is_refused(tmp_path):
-    args = CAFTConfig(str(tmp_path), **OPTIONS, pretrain_heads=True)
+@pytest.mark.parametrize("options", [{"pretrain_heads": True}, {"heads": "h"}])
+def test_an_optimizer_made_before_the_heads_is_refused(tmp_path, options):
+    args = CAFTConfig(str(tmp_path), **OPTIONS, **options)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(ValueError, match="optimizers must not hold an optimizer where heads are trained"):
         CAFTTrainer(str(BASE), args, train_dataset=ROWS, optimizers=(optimizer, None))
+
+
+@pytest.mark.parametrize("options", [{"train_heads": False}, {"aux_weight": 0.0}])
+def test_an_optimizer_of_ones_own_goes_with_heads_that_are_not_trained(tmp_path, options):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    refuse_arguments(config(tmp_path, heads="h", **options), None, None, None, (optimizer, None))
 
 
 def test_metrics_of_logits_are_refused_in_stage_one(tmp_path):
@@ -226,9 +233,10 @@ def test_a_model_whose_weights_deepspeed_shards_is_refused(tmp_path):
 @pytest.mark.parametrize("option", ["heads_lora_rank", "heads_learning_rate", "heads_max_grad_norm"])
 def test_options_of_training_heads_need_trained_heads(option, tmp_path):
     with pytest.raises(ValueError, match=f"{option} must be None unless stage 2 trains the heads"):
-        config(tmp_path, heads="h", **{option: 1})
-    with pytest.raises(ValueError, match=f"{option} must be above 0, got 0"):
-        config(tmp_path, heads="h", train_heads=True, **{option: 0})
+        config(tmp_path, heads="h", train_heads=False, **{option: 1})
+    bound = "a number >= 0" if option == "heads_lora_rank" else "above 0"  # rank 0: all their weights
+    with pytest.raises(ValueError, match=f"{option} must be {bound}, got -1"):
+        config(tmp_path, heads="h", **{option: -1})
 
 
 def test_fsdp_that_loads_the_base_in_one_process_only_is_refused(tmp_path, monkeypatch):
@@ -259,7 +267,7 @@ def test_evaluation_packed_alone_is_refused(tmp_path):
 
 def test_a_clip_of_the_heads_without_any_clipping_is_refused(tmp_path):
     with pytest.raises(ValueError, match="heads_max_grad_norm must be None with max_grad_norm=0"):
-        config(tmp_path, heads="heads", train_heads=True, heads_max_grad_norm=1.0, max_grad_norm=0.0)
+        config(tmp_path, heads="heads", heads_max_grad_norm=1.0, max_grad_norm=0.0)
 
 
 def test_a_refused_trainer_leaves_the_options_of_its_model_alone(tmp_path):
@@ -274,15 +282,20 @@ def test_training_the_last_layer_alone_is_refused_with_decoder_heads(last, tmp_p
     model = AutoModelForCausalLM.from_pretrained(BASE)
     assert len(model.model.layers) == 4
     heads = heads_of(model, tmp_path / "heads")
-    with pytest.raises(ValueError, match="Only the last layer is trainable, but decoder heads branch off before it"):
-        trainer(tmp_path, heads=heads, peft_config=LoraConfig(**{"target_modules": ["q_proj"], **last}))
+    adapter = LoraConfig(**{"target_modules": ["q_proj"], **last})
+    for train_heads in (True, False):
+        with pytest.raises(
+            ValueError, match="Only the last layer is trainable, but decoder heads branch off before it"
+        ):
+            trainer(tmp_path, heads=heads, train_heads=train_heads, peft_config=adapter)
     trainer(tmp_path, heads=heads, peft_config=LoraConfig(target_modules=["q_proj"], layers_to_transform=[2, 3]))
-    trainer(tmp_path, heads=heads, train_heads=True, peft_config=LoraConfig(**{"target_modules": ["q_proj"], **last}))
+    trainer(tmp_path, heads=heads_of(model, tmp_path / "mlp", "mlp"), peft_config=adapter)
+    trainer(tmp_path, heads=heads, aux_weight=0.0, peft_config=adapter)
 
 
 def test_heads_whose_losses_do_not_count_are_not_trained(tmp_path):
     heads = heads_of(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "heads")
-    built = trainer(tmp_path / "run", heads=heads, train_heads=True, aux_weight=0.0)
+    built = trainer(tmp_path / "run", heads=heads, aux_weight=0.0)
     assert not any(parameter.requires_grad for parameter in built.heads.parameters())
     built.train()
     built.save_model()

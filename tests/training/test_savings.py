@@ -82,8 +82,8 @@ def test_stage_one_trains_on_a_share_too_and_evaluates_on_all(tmp_path):
 
 def test_heads_are_left_out_once_their_weight_is_below_the_bound(tmp_path, heads):
     # constant gamma: weights 0.8, 0.64, 0.512
-    whole = trained(trainer(tmp_path / "whole", heads, aux_schedule="constant"))
-    bounded = trainer(tmp_path / "bounded", heads, aux_schedule="constant", aux_min_weight=0.6)
+    whole = trained(trainer(tmp_path / "whole", heads, aux_schedule="constant", train_heads=False))
+    bounded = trainer(tmp_path / "bounded", heads, aux_schedule="constant", aux_min_weight=0.6, train_heads=False)
     calls = []
     bounded.heads.heads[2].register_forward_hook(lambda *_: calls.append(1))
     bounded.train()
@@ -96,7 +96,7 @@ def test_heads_are_left_out_once_their_weight_is_below_the_bound(tmp_path, heads
 
 def test_below_the_bound_altogether_a_run_is_plain_fine_tuning(tmp_path, heads):
     plain = trained(trainer(tmp_path / "plain", None, aux_weight=0.0))
-    bounded = trained(trainer(tmp_path / "bounded", heads, aux_min_weight=2.0))
+    bounded = trained(trainer(tmp_path / "bounded", heads, aux_min_weight=2.0, train_heads=False))
     assert same(weights(plain), weights(bounded))
     assert losses(bounded) == [{}] * 4
 
@@ -107,7 +107,7 @@ def test_below_the_bound_altogether_a_run_is_plain_fine_tuning(tmp_path, heads):
         ({"aux_target_share": 0.0}, r"aux_target_share must be in \(0, 1\], got 0.0"),
         ({"aux_target_share": 2.0}, r"aux_target_share must be in \(0, 1\], got 2.0"),
         ({"aux_min_weight": -1.0}, "aux_min_weight must be a number >= 0, got -1.0"),
-        ({"aux_min_weight": 0.1, "train_heads": True}, "aux_min_weight must be 0 where heads are trained"),
+        ({"aux_min_weight": 0.1}, r"aux_min_weight must be 0 where heads are trained.*train_heads=False"),
         ({"aux_min_weight": 0.1, "pretrain_heads": True}, "aux_min_weight must be 0 where heads are trained"),
     ],
 )
@@ -120,7 +120,7 @@ def test_the_recipe_sets_both(tmp_path, heads):
     recipe = Recipe(
         output=str(tmp_path),
         model={"name": str(BASE)},
-        heads={"path": heads},
+        heads={"path": heads, "train": False},
         loss={"target_share": 0.25, "min_weight": 0.002},
     )
     found = stage_two_config(recipe, tmp_path)

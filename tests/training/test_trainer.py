@@ -50,7 +50,8 @@ def test_total_loss_is_main_plus_weighted_horizons(rows, heads, tmp_path):
     )
 
 
-SCORED_LAST = {"aux_weight": 1.0, "aux_schedule": "linear", "aux_min_weight": 0.5}  # heads in the last step alone
+# Heads are scored in the last step alone.
+SCORED_LAST = {"aux_weight": 1.0, "aux_schedule": "linear", "aux_min_weight": 0.5, "train_heads": False}
 
 
 @pytest.mark.parametrize(("family", "heads_of"), [("llama", {}), ("gpt2", {}), ("mixtral", {}), ("llama", SCORED_LAST)])
@@ -106,21 +107,32 @@ def test_a_plain_trainer_is_unaffected_by_a_caft_run(rows, heads, tmp_path):
     assert same(weights(first), weights(second))
 
 
-@pytest.mark.parametrize("train_heads", [False, True])
+@pytest.mark.parametrize("options", [{}, {"train_heads": False}, {"heads_lora_rank": 0}, {"heads_lora_rank": 3}])
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_stage_two_trains_the_heads_only_when_asked(rows, heads, tmp_path, train_heads, tuning):
+def test_heads_are_trained_as_the_model_is_unless_options_differ(rows, heads, tmp_path, options, tuning):
     peft_config = lora() if tuning == "lora" else None
-    args = config(tmp_path, heads=heads, train_heads=train_heads)
-    trainer = CAFTTrainer(str(BASE), args, train_dataset=rows, peft_config=peft_config)
+    trainer = CAFTTrainer(
+        str(BASE), config(tmp_path, heads=heads, **options), train_dataset=rows, peft_config=peft_config
+    )
     start = {k: v.clone() for k, v in trainer.heads.state_dict().items()}
     trainer.train()
-    moved = [not torch.equal(value, start[key]) for key, value in trainer.heads.state_dict().items()]
-    assert all(moved) if train_heads else not any(moved)
+    moved = {key for key, value in trainer.heads.state_dict().items() if not torch.equal(value, start[key])}
+    rank = options.get("heads_lora_rank", peft_config.r if peft_config else 0)
+    if not options.get("train_heads", True):
+        assert not moved
+    elif rank == 0:
+        assert moved == set(start)
+    else:
+        assert moved == {key for key in start if "lora_" in key}
+        assert {value.shape[0] for key, value in start.items() if "lora_A" in key} == {rank}
+    factors = {key for key in start if "lora_" in key}
+    assert bool(factors) == (rank > 0 and options.get("train_heads", True))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora_gets_gradients_from_the_heads(rows, heads, tmp_path, checkpointing):
-    args = config(tmp_path, heads=heads, gradient_checkpointing=checkpointing, aux_weight=1.0, max_steps=1)
+    options = {"train_heads": False, "gradient_checkpointing": checkpointing, "aux_weight": 1.0, "max_steps": 1}
+    args = config(tmp_path, heads=heads, **options)
     trainer = CAFTTrainer(str(BASE), args, train_dataset=rows, peft_config=lora())
     batch = next(iter(trainer.get_train_dataloader()))
     scores = trainer.model(**batch, auxiliary="add", fused_lm_head=True)["auxiliary"]
@@ -133,7 +145,7 @@ def test_lora_gets_gradients_from_the_heads(rows, heads, tmp_path, checkpointing
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_resume_equals_the_uninterrupted_run(rows, heads, tmp_path, stage):
-    options = {"pretrain_heads": True} if stage == 1 else {"heads": heads, "train_heads": True}
+    options = {"pretrain_heads": True} if stage == 1 else {"heads": heads}
     options |= {"save_strategy": "steps", "save_steps": 2, "aux_schedule": "reflected_sine"}
     whole = trained(CAFTTrainer(str(BASE), config(tmp_path / "a", **options), train_dataset=rows))
     again = CAFTTrainer(str(BASE), config(tmp_path / "b", **options), train_dataset=rows)

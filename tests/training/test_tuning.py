@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from models import build
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from trainers import config, lora, numbers, same, trained, weights
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM, set_seed
 
-from caftune import CAFTTrainer
+from caftune import AuxiliaryHeads, Backbone, CAFTTrainer, HeadsConfig
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
 from caftune.pipeline.finetune import finetune_model
 from caftune.pipeline.recipe import load_recipe
+from caftune.training.trained_heads import make_trainable
 
 SGD = {"optim": "sgd", "learning_rate": 1e-2, "max_steps": 1, "aux_weight": 1.0}
 
@@ -70,15 +72,16 @@ def test_a_frozen_unembedding_stays_and_the_rest_learns_as_before(rows, tmp_path
 def test_training_the_heads_along_leaves_the_models_first_step_alone(rows, heads, tmp_path, tuning):
     """Their gradients are clipped apart: in one norm with the model's, they would shrink its step."""
     states = []
-    for train_heads in (False, True):
-        args = config(tmp_path, heads=heads, train_heads=train_heads, max_grad_norm=0.1, **SGD)
+    for options in ({"train_heads": False}, {}, {"heads_lora_rank": 2 if tuning == "full" else 0}):
+        args = config(tmp_path, heads=heads, max_grad_norm=0.1, **SGD, **options)
         peft_config = lora() if tuning == "lora" else None
         states.append(weights(trained(CAFTTrainer(str(BASE), args, train_dataset=rows, peft_config=peft_config))))
-    assert same(*states)
+    assert same(states[0], states[1])
+    assert same(states[0], states[2])
 
 
 def test_the_heads_have_their_own_clip_and_learning_rate(rows, heads, tmp_path):
-    options = {"train_heads": True, "heads_max_grad_norm": 0.05, "heads_learning_rate": 0.3, "max_grad_norm": 1e9}
+    options = {"heads_max_grad_norm": 0.05, "heads_learning_rate": 0.3, "max_grad_norm": 1e9}
     trainer = CAFTTrainer(str(BASE), config(tmp_path, heads=heads, **{**SGD, **options}), train_dataset=rows)
     before = {name: value.clone() for name, value in trainer.heads.state_dict().items()}
     trainer.train()
@@ -89,7 +92,7 @@ def test_the_heads_have_their_own_clip_and_learning_rate(rows, heads, tmp_path):
 
 
 def test_heads_can_be_trained_through_a_lora_of_their_own(rows, heads, tmp_path):
-    options = {"train_heads": True, "heads_lora_rank": 2, "max_steps": 3}
+    options = {"heads_lora_rank": 2, "max_steps": 3}
     args = config(tmp_path / "run", heads=heads, save_strategy="steps", save_steps=3, **options)
     trainer = CAFTTrainer(str(BASE), args, train_dataset=rows, peft_config=lora())
     before = {name: value.clone() for name, value in trainer.heads.state_dict().items()}
@@ -106,15 +109,53 @@ def test_heads_can_be_trained_through_a_lora_of_their_own(rows, heads, tmp_path)
     assert not any("auxiliary_heads" in name for name in adapter)
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_heads_with_a_lora_resume_bit_for_bit(rows, heads, tmp_path, tuning):
-    options = {"train_heads": True, "heads_lora_rank": 2, "heads_learning_rate": 1e-2}
-    options |= {"save_strategy": "steps", "save_steps": 2, "heads": heads}
-    peft_config = lora() if tuning == "lora" else None
-    runs = [
-        CAFTTrainer(str(BASE), config(tmp_path / name, **options), train_dataset=rows, peft_config=peft_config)
-        for name in ("a", "b")
-    ]
+LIKE_THEIRS = LoraConfig(r=4, lora_alpha=12, lora_dropout=0.25)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "lora_rank", "expected"),
+    [
+        ({"a": LIKE_THEIRS}, None, (4, 3.0, 0.25)),
+        ({"a": LIKE_THEIRS}, 2, (2, 3.0, 0.25)),
+        ({"a": LoHaConfig(r=3, alpha=9), "b": LIKE_THEIRS}, None, (4, 3.0, 0.25)),
+        ({"a": LoraConfig(r=4, lora_alpha=6, use_rslora=True)}, None, (4, 3.0, 0.0)),
+        ({"a": LoHaConfig(r=3, alpha=9)}, None, (8, 1.0, 0.0)),  # no LoRA: PEFT's defaults
+        ({}, 2, (2, 1.0, 0.0)),
+    ],
+)
+def test_a_heads_lora_has_rank_scaling_and_dropout_of_the_models(adapters, lora_rank, expected):
+    heads, state = AuxiliaryHeads.build(Backbone.of(build("llama")), HeadsConfig(2)), torch.get_rng_state()
+    make_trainable(heads, lora_rank=lora_rank, adapters=adapters)
+    name = next(iter(adapters), "default")
+    layers = [module for module in heads.modules() if isinstance(module, LoraLayer)]
+    assert len(layers) == 2 * 7
+    for layer in layers:
+        assert (layer.r[name], layer.scaling[name], getattr(layer.lora_dropout[name], "p", 0.0)) == expected
+    assert torch.equal(torch.get_rng_state(), state)  # the model's dropout stays as it is
+
+
+def named(name):
+    set_seed(42)
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), LIKE_THEIRS, adapter_name=name)
+
+
+RESUMED = {
+    "full": (lambda: str(BASE), None, {"heads_lora_rank": 2}),
+    "lora": (
+        lambda: str(BASE),
+        LIKE_THEIRS,
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2},
+    ),
+    "another name": (lambda: named("mine"), None, {}),
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_heads_with_a_lora_resume_bit_for_bit(rows, heads, tmp_path, kind):
+    start, peft_config, more = RESUMED[kind]
+    options = {"heads_learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2, "heads": heads, **more}
+    data = {"train_dataset": rows, "eval_dataset": rows.select(range(4)), "peft_config": peft_config}
+    runs = [CAFTTrainer(start(), config(tmp_path / name, **options), **data) for name in ("a", "b")]
     whole = trained(runs[0])
     runs[1].train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert numbers(runs[1])[-2:] == numbers(whole)[-2:]
@@ -259,7 +300,7 @@ def test_heads_beside_a_base_in_four_bits_are_plain_and_load_from_the_plain_base
     rows, heads, tmp_path, four_bits
 ):
     arguments = {"train_dataset": rows, "peft_config": lora(), "quantization_config": four_bits}
-    trainer = CAFTTrainer(str(BASE), config(tmp_path, heads=heads), **arguments)
+    trainer = CAFTTrainer(str(BASE), config(tmp_path, heads=heads, train_heads=False), **arguments)
     kinds = {type(module) for module in trainer.heads.modules() if hasattr(module, "in_features")}
     assert kinds == {torch.nn.Linear}
     kept = load_file(Path(heads) / "heads.safetensors")
@@ -347,7 +388,7 @@ def test_a_lora_on_gpt2s_heads_is_merged_the_right_way_round(rows, tmp_path):
     tokenizer = {"processing_class": AutoTokenizer.from_pretrained(BASE), "train_dataset": rows}
     stage1 = CAFTTrainer(copy.deepcopy(model), config(tmp_path / "one", pretrain_heads=True, max_steps=1), **tokenizer)
     trained(stage1).export(tmp_path / "heads")
-    options = {"train_heads": True, "heads_lora_rank": 2, "save_strategy": "steps", "save_steps": 4}
+    options = {"heads_lora_rank": 2, "save_strategy": "steps", "save_steps": 4}
     trainer = trained(
         CAFTTrainer(model, config(tmp_path / "two", heads=str(tmp_path / "heads"), **options), **tokenizer)
     )
@@ -361,7 +402,7 @@ def test_a_lora_on_gpt2s_heads_is_merged_the_right_way_round(rows, tmp_path):
 def test_a_model_left_frozen_by_stage_one_is_refused_in_stage_two(rows, heads, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(BASE).requires_grad_(False)
     with pytest.raises(ValueError, match="model must have weights to train, and all are frozen"):
-        CAFTTrainer(model, config(tmp_path, heads=heads, train_heads=True), train_dataset=rows)
+        CAFTTrainer(model, config(tmp_path, heads=heads), train_dataset=rows)
 
 
 def test_an_adapter_with_another_name_is_exported_alone(rows, heads, tmp_path):
