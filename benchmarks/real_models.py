@@ -1,6 +1,6 @@
 """Every command on a real model, once each: seconds and peak memory, next to what `caftune plan` says.
 
-    python benchmarks/real_models.py MODEL_FOLDER --data FOLDER [--output docs/results/real_models.md] [--only label train-lora ...]
+    python benchmarks/real_models.py MODEL_FOLDER --data FOLDER [--output docs/results/real_models.md] [--only label eval ...]
         [--runs runs/real_models] [--threads 1] [--again]
 
 FOLDER holds gsm8k/{train,test}.jsonl and instructions/alpaca_en_demo.json. Each command is a process of its own, through the

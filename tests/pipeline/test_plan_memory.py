@@ -69,19 +69,17 @@ def test_peak_of_stage_one_is_what_a_real_step_allocates(vocabulary, labelled, b
     assert expected == pytest.approx(found, rel=0.12)
 
 
-@pytest.mark.parametrize("mode", [{}, {"heads": 0}, {"lora": True}, {"pretrain_heads": True}])
+@pytest.mark.parametrize("mode", [{}, {"heads": 0}, {"pretrain_heads": True, "vocabulary": 32768}])
 def test_peak_of_an_evaluation_in_larger_batches_is_what_a_real_one_allocates(mode, tmp_path):
-    """Trained in batches of one short row, evaluated in batches of 16 long ones: logits of all of them at once."""
-    options = {"heads": 4, "lora": False, **mode}
-    config, lora = small("llama", vocabulary=8192, width=256), adapter("llama") if options.pop("lora") else None
-    shape = {"batch": 16, "length": 64, "attention": "sdpa", "heads": options.pop("heads"), "lora": lora}
+    """16 rows of 64 tokens at once, planned for a training on single rows."""
+    options = {"heads": 4, "vocabulary": 8192, **mode}
+    config = small("llama", vocabulary=options.pop("vocabulary"), width=64)
+    shape = {"batch": 16, "length": 64, "attention": "sdpa", "heads": options.pop("heads")}
     trainer = trainer_of(config, tmp_path, per_device_eval_batch_size=16, **shape, **options)
     trainer.eval_dataset = trainer.train_dataset.select(range(16))
-    trainer.evaluate()  # once before, for what libraries keep
     with Allocations() as found:
         trainer.evaluate()
     setup, _ = planned(config, trainer, **shape)
-    setup = replace(setup, batch_size=1, length=2, mean_length=2.0, eval_batch_size=512)
-    memory = estimate(config, setup, lora).memory
+    memory = estimate(config, replace(setup, batch_size=1, eval_batch_size=16)).memory
     expected = memory.peak - memory.weights - memory.heads - memory.optimizer - memory.process
-    assert expected == pytest.approx(found.bytes, rel=0.15)
+    assert expected == pytest.approx(found.bytes, rel=0.1)
