@@ -73,6 +73,9 @@ def write_model_card(folder: Path, base: str, options: Any, steps: int, *, heads
     settings = {"steps": steps, **{name: getattr(options, name) for name in names}}
     base = file_name(base)
     facts = {"base": base, "settings": _in_words(settings)}
+    dtype = read_json(folder / "config.json").get("dtype")
+    if dtype is not None:
+        facts["weights"] = f"{dtype}, as the base was published"
     how, tag = ".", "sft"
     if heads is None:
         facts["auxiliary heads"] = "none (plain next-token fine-tuning)"

@@ -12,9 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from caftune.checkpoints.fingerprint import model_fingerprint
 from caftune.checkpoints.opening import opening
 from caftune.core.finite import refuse_not_finite
+from caftune.errors import CaftuneError
 from caftune.generation.backends import Backend, Sampling, end_tokens, transformers_backend, vllm_backend
 from caftune.generation.server import Server, server_backend
 from caftune.pipeline.schema import AnswersSection, ModelSection
+
+_METHODS = {"quant_method", "load_in_8bit", "load_in_4bit"}  # keys by which transformers knows a quantisation
 
 
 class BaseModel:
@@ -60,7 +63,15 @@ class BaseModel:
     def config(self) -> Any:
         """Its configuration. Copy it before changing it."""
         with self.opening():
-            return AutoConfig.from_pretrained(self.name, **self.where)
+            config = AutoConfig.from_pretrained(self.name, **self.where)
+        rounding = getattr(config, "quantization_config", None)
+        # Without a method transformers cannot load it; read from GGUF it is loaded, but never saved (transformers 5.23).
+        if isinstance(rounding, dict) and (rounding.get("quant_method") == "gguf" or not {*rounding} & _METHODS):
+            raise CaftuneError(
+                f"{self.place}: the config.json of {self.name} must have no quantization_config of GGUF or without a method, "
+                f"got {rounding}, a leftover of a conversion. Remove this key if the weights are not quantised."
+            )
+        return config
 
     @property
     def context(self) -> int | None:

@@ -26,6 +26,7 @@ from caftune.pipeline.stage_config import lora_config, stage_one_config, stage_t
 from caftune.pipeline.stage_rows import head_rows, task_rows
 from caftune.training.config import CAFTConfig
 from caftune.training.estimate import Estimate, estimate
+from caftune.training.measured_cost import memory_bytes
 from caftune.training.run_setup import Setup
 
 # Examples that are read to measure their length and labelled share.
@@ -64,6 +65,9 @@ class Plan:
     estimate: Estimate
     device: str
     available: int  # bytes
+    libraries: (
+        int  # bytes that a process on a CPU holds before its model is loaded, this one too: libraries, tokenizer, rows
+    )
     remedies: list[Remedy] = field(default_factory=list)
 
     @property
@@ -71,12 +75,17 @@ class Plan:
         """Whether the device has enough free memory for the peak."""
         return self.estimate.memory.peak <= self.available
 
+    @property
+    def needed(self) -> int:
+        """The peak with libraries, tokenizer and rows: what the system shows of the process."""
+        return self.estimate.memory.peak + self.libraries
+
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         found = asdict(self)
         found["setup"]["dtype"] = str(self.setup.dtype).removeprefix("torch.")
         found["estimate"]["flops"]["total"] = self.estimate.flops.total
-        return {**found, "fits": self.fits}
+        return {**found, "needed": self.needed, "fits": self.fits}
 
 
 @dataclass(frozen=True)
@@ -130,17 +139,20 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
         rows = measure_rows(read.rows, args.max_length, args.per_device_train_batch_size)
     adapted = recipe.model.model_copy(update={"tuning": "lora"})  # remedies may add an adapter
     planned = _Planned(base.name, _config(base, args), partial(lora_config, adapted))
-    setup = _setup(stage, args, rows, planned.config, recipe.model.tuning, recipe.heads, recipe.loss)
+    evaluates = stage == "heads" or recipe.data.eval is not None
+    setup = _setup(
+        stage, args, rows, planned.config, recipe.model.tuning, recipe.heads, recipe.loss, evaluates=evaluates
+    )
+    device, available, libraries = _device()
     found = planned.estimate(setup)
-    device, available = _device()
     remedies = []
     if found.memory.peak > available:
-        kinds = [_recomputed, _in_smaller_batches, _with_frozen_heads, _in_smaller_batches]
-        kinds += [_with_adapters, _in_smaller_batches]
+        kinds = [_evaluated_in_smaller_batches, _recomputed, _in_smaller_batches, _with_frozen_heads]
+        kinds += [_in_smaller_batches, _with_adapters, _in_smaller_batches]
         kinds += [_shorter] if stage == "train" or recipe.cuts_stage_one else []
         kinds += [_with_fewer_heads] if recipe.heads.path is None else []
         remedies = _remedies(planned, setup, kinds, found.memory.peak, available)
-    return Plan(base.name, setup, rows, found, device, available, remedies)
+    return Plan(base.name, setup, rows, found, device, available, libraries, remedies)
 
 
 def plan_of_run(
@@ -149,7 +161,8 @@ def plan_of_run(
     """What `plan` says of stage 2 and a run can measure, from the options and the `task_rows` of the run."""
     planned = _Planned(base.name, _config(base, args), partial(lora_config, model))
     measured = measure_rows(rows, args.max_length, args.per_device_train_batch_size)
-    setup = _setup("train", args, measured, planned.config, model.tuning, heads, loss)
+    evaluates = args.eval_strategy != "no"  # the evaluation after the training is not part of its costs
+    setup = _setup("train", args, measured, planned.config, model.tuning, heads, loss, evaluates=evaluates)
     found = planned.estimate(setup)
     return {
         "flops_per_token": found.flops.total,
@@ -204,6 +217,8 @@ def _setup(
     tuning: Literal["full", "lora", "qlora"],
     heads: HeadsSection,
     loss: LossSection,
+    *,
+    evaluates: bool,
 ) -> Setup:
     dtype = dict(args.model_init_kwargs or {}).get("dtype", "float32")  # type: ignore[arg-type]
     dtype = getattr(config.get_text_config(), "dtype", None) or "float32" if dtype == "auto" else dtype
@@ -221,6 +236,7 @@ def _setup(
         target_share=args.aux_target_share if stage == "heads" else loss.target_share,
         leaves_out_heads=stage == "train" and loss.min_weight > 0,
         batch_size=args.per_device_train_batch_size,
+        eval_batch_size=args.per_device_eval_batch_size * evaluates,
         accumulation=args.gradient_accumulation_steps,
         length=args.max_length if args.packing and args.max_length else rows.longest,
         mean_length=rows.mean_length,  # also where examples are packed: they do not see each other
@@ -236,11 +252,11 @@ def _setup(
     )
 
 
-def _device() -> tuple[str, int]:
-    """The device's name, and its free bytes."""
+def _device() -> tuple[str, int, int]:
+    """The device's name, its free bytes, and on a CPU the bytes that this process holds."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]
-    return "CPU", psutil.virtual_memory().available
+        return torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0], 0
+    return "CPU", psutil.virtual_memory().available, memory_bytes() or 0
 
 
 # A kind of remedy: changes, each with the setup after it and those before.
@@ -272,14 +288,27 @@ def _recomputed(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield change, replace(setup, checkpointing=True)
 
 
+def _evaluated_in_smaller_batches(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    while setup.eval_batch_size > setup.batch_size:
+        setup = replace(setup, eval_batch_size=max(setup.eval_batch_size // 2, setup.batch_size))
+        yield f"{_section(setup)}.per_device_eval_batch_size={setup.eval_batch_size}", setup
+
+
 def _in_smaller_batches(setup: Setup) -> Iterator[tuple[str, Setup]]:
-    section = "pretrain" if setup.stage == "heads" else "trainer"
+    section = _section(setup)
     while setup.batch_size > 1:
         size = setup.batch_size // 2
         steps = -(-setup.batch_size * setup.accumulation // size)
-        setup = replace(setup, batch_size=size, accumulation=steps)
         name = f"{section}.per_device_train_batch_size={size} {section}.gradient_accumulation_steps={steps}"
+        if setup.eval_batch_size > size:
+            name += f" {section}.per_device_eval_batch_size={size}"
+        evaluated = min(setup.eval_batch_size, size)
+        setup = replace(setup, batch_size=size, eval_batch_size=evaluated, accumulation=steps)
         yield f"{name} (the same results)", setup
+
+
+def _section(setup: Setup) -> str:
+    return "pretrain" if setup.stage == "heads" else "trainer"
 
 
 def _with_frozen_heads(setup: Setup) -> Iterator[tuple[str, Setup]]:
@@ -325,10 +354,10 @@ def print_plan(console: Console, found: Plan) -> None:
         unknown = f"Not known: the size of {found.setup.optimizer}'s state. AdamW's is assumed."
         console.print(unknown, soft_wrap=True)
     verdict = "fits" if found.fits else "does not fit"
-    peak, available = _size(found.estimate.memory.peak), _size(found.available)
-    console.print(f"It {verdict}: {peak} needed, {available} free on {found.device}.", soft_wrap=True)
+    needed, available = _size(found.needed), _size(found.available + found.libraries)
+    console.print(f"It {verdict}: {needed} needed, {available} free on {found.device}.", soft_wrap=True)
     for remedy in found.remedies:
-        console.print(f"  {remedy.change}: {_size(remedy.peak)}", soft_wrap=True)
+        console.print(f"  {remedy.change}: {_size(remedy.peak + found.libraries)}", soft_wrap=True)
     if not found.fits and not (found.remedies and found.remedies[-1].peak <= found.available):
         what = "All of these together are not enough" if found.remedies else "No change of the recipe lowers it"
         console.print(f"{what}. Use a larger device or a smaller model.", soft_wrap=True)
@@ -351,7 +380,8 @@ def _sections(found: Plan) -> dict[str, dict[str, str]]:
         },
         f"Memory, {setup.batch_size} rows of {setup.length} tokens": {
             **{name.replace("_", " "): value for name, value in parts.items()},
-            "peak (not all at once)": _size(memory.peak),
+            **({"libraries, tokenizer, rows": _size(found.libraries)} if found.libraries else {}),
+            "peak (not all at once)": _size(found.needed),
         },
         "Operations per token": {
             "forward": f"{_number(flops.forward)}FLOP",

@@ -8,7 +8,7 @@ gradient checkpointing need no formula. The working set of the logits follows fr
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ _STATES_IN_BYTES = {"adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2,
 _FEWEST_IN_8_BITS = 4096
 # TRL's loss (1.16): rows and columns of its buffer; float32 tiles next to the buffer where there is no Triton.
 _TILE_ROWS, _TILE_COLUMNS, _TILES_PLAIN = 4096, 32768, 7.25
+_TILES_SCORED = 2.6  # tiles in an evaluation
 _PAGE = 4096
 # Code of libraries and objects of Python in the first steps: 38 to 80 MiB in steps of small models on Linux.
 _PROCESS = 60 * 2**20
@@ -114,6 +115,7 @@ def step_memory(backbone: Backbone, heads: AuxiliaryHeads | None, setup: Setup) 
         # The backward pass ends: all gradients, and the activations of one layer.
         "end": new + kept.layer + of_unembedding * is_tied,
         "optimizer": new + _optimizer_workspace(setup, [*trained, *trained_heads]),
+        "evaluation": _evaluation_bytes(setup, kept, len(unembedding)) + new - gradients,
     }
     fixed = weights + of_heads + state + gradients - new + process
     return Memory(
@@ -129,6 +131,19 @@ def step_memory(backbone: Backbone, heads: AuxiliaryHeads | None, setup: Setup) 
         peak=fixed + round(max(moments.values())),
         optimizer_is_known=is_known,
     )
+
+
+def _evaluation_bytes(setup: Setup, kept: _Kept, vocabulary: int) -> int:
+    """Working set of an evaluation, whose batches have another size: no gradients, and logits of all positions on a CPU."""
+    if setup.eval_batch_size == 0:
+        return 0
+    batch = replace(setup, batch_size=setup.eval_batch_size, target_share=1.0)
+    main, _ = _logits_bytes(replace(batch, heads=0), vocabulary, 0, tiles=_TILES_SCORED)
+    _, head = _logits_bytes(batch, vocabulary, 0)
+    states = (
+        kept.closing * setup.eval_batch_size // setup.batch_size
+    )  # input and output of the last layer, and its norm
+    return states + max(main, head)
 
 
 def _bytes(weights: list[nn.Parameter]) -> int:
@@ -256,7 +271,7 @@ def _weight_bytes(model: Any, *, four_bits: bool) -> int:
     return round(sum(sizes)) + sum(buffer.nbytes for buffer in model.buffers())
 
 
-def _logits_bytes(setup: Setup, vocabulary: int, width: int) -> tuple[int, int]:
+def _logits_bytes(setup: Setup, vocabulary: int, width: int, tiles: float = _TILES_PLAIN) -> tuple[int, int]:
     """Working sets of TRL's loss of the model itself, and of a head's loss; 0 for one that the run does not have."""
     itemsize = 2 if setup.half else setup.dtype.itemsize
     main = head = 0.0
@@ -269,7 +284,7 @@ def _logits_bytes(setup: Setup, vocabulary: int, width: int) -> tuple[int, int]:
         # The buffer has all its columns however small the vocabulary is. On a CPU the pages of the others are never touched.
         touched = -(-vocabulary * itemsize // _PAGE) * _PAGE
         buffer = rows * (_TILE_COLUMNS * itemsize if setup.on_gpu else min(_TILE_COLUMNS * itemsize, touched))
-        others = 0 if setup.on_gpu else rows * min(vocabulary, _TILE_COLUMNS) * 4 * _TILES_PLAIN
+        others = 0 if setup.on_gpu else rows * min(vocabulary, _TILE_COLUMNS) * 4 * tiles
         main = buffer + others + 4 * positions * width
     if setup.heads > 0:
         scored = round(setup.batch_size * setup.length * setup.scored_positions)

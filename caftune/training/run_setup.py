@@ -22,6 +22,7 @@ class Setup:
         False  # some steps may run no head (`loss.min_weight`), and cost what plain fine-tuning costs
     )
     batch_size: int = 8
+    eval_batch_size: int = 0  # 0: the run evaluates nothing
     accumulation: int = 1
     length: int = 1024  # tokens of the longest example, to which a batch is padded, or of a packed row
     mean_length: float = 1024.0  # tokens of the mean example, packed or not

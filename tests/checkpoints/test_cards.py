@@ -125,6 +125,7 @@ def test_the_card_of_a_model_names_its_base_its_settings_and_its_heads(models, h
     text = models["caft"].text
     assert f"- **base**: {BASE.name}" in text
     assert "steps 2, learning_rate 0.001" in text
+    assert "- **weights**: float32, as the base was published" in text
     assert "aux_weight 0.02, aux_decay 0.8, aux_schedule reflected_sine, train_heads True" in text
     assert "- **auxiliary heads**: 3 (decoder), not part of this checkpoint" in text
     assert file_sha256(Path(heads, "heads.safetensors")) in text

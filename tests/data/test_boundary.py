@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from caftune.data.boundary import encode_all, plain_text, split_prompt, tokenize_pairs
-from caftune.data.prompts import Conversation, decoded
+from caftune.data.forms import load_rows
+from caftune.data.prompts import Conversation, conversations, decoded
 from caftune.errors import CaftuneError
 from caftune.evals import code
 from caftune.evals.tasks import TASKS
@@ -439,3 +440,31 @@ def test_a_turn_marker_that_stops_generation_is_no_part_of_a_score(kind_of, tmp_
     monkeypatch.setattr("caftune.pipeline.base_model.model_fingerprint", lambda *_: "any")
     (result,) = evaluation.evaluate_model(recipe)
     assert result.measures["exact_match"] == [1.0]
+
+
+OWN_SYSTEM = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}{{ '<s>system\nYou are Sol.</s>\n' }}{% endif %}"
+    "{{ '<s>' + m.role + '\n' + m.content + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_templates_own_system_prompt_stands_once_in_training_evaluation_and_labels(tmp_path, monkeypatch):
+    """As in SmolLM2's template, whose end of turn is its padding and its end of text, too."""
+    tokenizer = built("byte-level")
+    tokenizer.chat_template, tokenizer.pad_token = OWN_SYSTEM, "</s>"
+    save_base(tokenizer, tmp_path / "base")
+    rows = [{"prompt": f"Ask for the {word}", "completion": word[::-1]} for word in ("day", "city", "code")]
+    given = recipe_of(tmp_path, tmp_path / "base", rows).model_dump(exclude_unset=True)
+    given["data"] |= {"chat": True}
+    given["eval"] |= {"chat": True}
+    recipe = Recipe.model_validate(given)
+    assert wrong_after_learning(recipe, tmp_path, tokenizer, monkeypatch) == []
+    trained = task_rows(recipe, "train", tokenizer, stage_two_config(recipe, tmp_path / "train")).rows
+    talks = conversations(load_rows(str(tmp_path / "train.jsonl")), tokenizer, chat=True)
+    for ids, labels, talk in zip(trained["input_ids"], trained["labels"], talks, strict=True):
+        prompt = talk.prompt(0, [], tokenizer).ids
+        assert ids[: len(prompt)] == prompt
+        assert labels[: len(prompt)] == [-100] * len(prompt) != labels[len(prompt) : 2 * len(prompt)]
+        assert tokenizer.eos_token_id in labels  # the end of the answer, though it pads, too
+        assert tokenizer.decode(ids).count("You are Sol.") == 1

@@ -100,6 +100,26 @@ def test_every_command_that_loads_weights_names_a_file_that_is_cut_off(folder, h
     assert "base/model.safetensors is damaged or cut off" in said
 
 
+@pytest.mark.parametrize(
+    ("command", "left", "is_refused"),
+    [
+        ("train", {"quantization_config": {"quant_method": "gguf"}}, True),
+        ("label", {"quantization_config": {}}, True),
+        ("plan", {"quantization_config": None, "_pre_quantization_dtype": "bfloat16"}, False),
+    ],
+)
+def test_what_a_conversion_from_gguf_left_in_a_configuration_is_refused_where_it_matters(
+    folder, heads, command, left, is_refused
+):
+    """transformers loads such a base, and fails to save what was trained from it."""
+    shutil.copytree(BASE, folder / "base")
+    file = folder / "base/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | left))
+    ran, said = run(folder, command, str(folder / "base"), heads)
+    assert is_one_sentence(ran) == is_refused, said
+    assert ("base must have no quantization_config of GGUF" in said) == is_refused
+
+
 def broken(folder, **files):
     """A copy of the base with files removed (None) or with other contents."""
     shutil.copytree(BASE, folder / "base")

@@ -338,7 +338,7 @@ def test_remedies_come_in_order_until_it_fits(folder, monkeypatch):
     options = {"gradient_checkpointing": False, "per_device_train_batch_size": 16}
     recipe = recipe_of(folder, trainer=options, heads={"train": False})
     whole = plan(recipe).estimate.memory.peak
-    monkeypatch.setattr("caftune.pipeline.plan._device", lambda: ("a small device", whole // 2))
+    monkeypatch.setattr("caftune.pipeline.plan._device", lambda: ("a small device", whole // 2, 0))
     found = plan(recipe)
     assert not found.fits
     assert [remedy.change.split("=")[0] for remedy in found.remedies[:2]] == [

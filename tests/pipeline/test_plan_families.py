@@ -61,7 +61,7 @@ def test_the_command_says_in_one_line_what_cannot_be_planned(tmp_path):
 
 
 def test_what_a_model_cannot_take_is_no_remedy(tmp_path, monkeypatch):
-    monkeypatch.setattr("caftune.pipeline.plan._device", lambda: ("a small device", 1))
+    monkeypatch.setattr("caftune.pipeline.plan._device", lambda: ("a small device", 1, 0))
     found = plan(recipe_of("falcon_mamba", tmp_path))
     assert not found.fits
     assert not any("lora" in remedy.change for remedy in found.remedies)  # PEFT adapts no output projection of Mamba

@@ -1,9 +1,13 @@
 """The plan's peak against what torch's allocator hands out in a real step."""
 
+from dataclasses import replace
+
 import pytest
 from allocations import Allocations
 from test_plan import MODES, adapter, planned, small, trainer_of
 from transformers import TrainerCallback
+
+from caftune.training.estimate import estimate
 
 
 class Watched(TrainerCallback):
@@ -63,3 +67,19 @@ def test_peak_of_stage_one_is_what_a_real_step_allocates(vocabulary, labelled, b
     options["gradient_accumulation_steps"] = accumulation
     expected, found = planned_and_allocated(tmp_path, batch=batch, **options)
     assert expected == pytest.approx(found, rel=0.12)
+
+
+@pytest.mark.parametrize("mode", [{}, {"heads": 0}, {"pretrain_heads": True, "vocabulary": 32768}])
+def test_peak_of_an_evaluation_in_larger_batches_is_what_a_real_one_allocates(mode, tmp_path):
+    """16 rows of 64 tokens at once, planned for a training on single rows."""
+    options = {"heads": 4, "vocabulary": 8192, **mode}
+    config = small("llama", vocabulary=options.pop("vocabulary"), width=64)
+    shape = {"batch": 16, "length": 64, "attention": "sdpa", "heads": options.pop("heads")}
+    trainer = trainer_of(config, tmp_path, per_device_eval_batch_size=16, **shape, **options)
+    trainer.eval_dataset = trainer.train_dataset.select(range(16))
+    with Allocations() as found:
+        trainer.evaluate()
+    setup, _ = planned(config, trainer, **shape)
+    memory = estimate(config, replace(setup, batch_size=1, eval_batch_size=16)).memory
+    expected = memory.peak - memory.weights - memory.heads - memory.optimizer - memory.process
+    assert expected == pytest.approx(found.bytes, rel=0.1)

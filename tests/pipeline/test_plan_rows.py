@@ -47,7 +47,7 @@ def test_stage_one_on_a_sample_keeps_less_by_what_is_not_scored():
 
 @pytest.mark.parametrize(("stage", "says"), [("heads", False), ("train", True)])
 def test_fewer_heads_are_a_remedy_of_stage_two_where_stage_one_makes_them(stage, says, tmp_path, monkeypatch):
-    monkeypatch.setattr("caftune.pipeline.plan._device", lambda: ("nothing", 0))
+    monkeypatch.setattr("caftune.pipeline.plan._device", lambda: ("nothing", 0, 0))
     found = plan(Recipe(output=str(tmp_path / "run"), model={"name": str(BASE)}), stage)
     changes = [remedy.change for remedy in found.remedies if remedy.change.startswith("heads.count=2")]
     assert changes == ["heads.count=2" + " (with heads that `caftune pretrain-heads` made with it)" * says]
@@ -79,7 +79,7 @@ def test_what_raises_the_peak_is_no_remedy(tmp_path, monkeypatch):
     recipe = of(4, 1)
     whole, half, adapted = (plan(r).estimate.memory.peak for r in (recipe, of(2, 2), of(4, 1, tuning="lora")))
     assert adapted < whole < half
-    monkeypatch.setattr("caftune.pipeline.plan._device", lambda: ("a small device", adapted - 1))
+    monkeypatch.setattr("caftune.pipeline.plan._device", lambda: ("a small device", adapted - 1, 0))
     changes = [remedy.change.partition("=")[0] for remedy in plan(recipe).remedies]
     # Without checkpointing, which would not help either. Beside an adapter gradients are next to nothing.
     assert changes == ["model.tuning", "trainer.per_device_train_batch_size"]
@@ -114,7 +114,7 @@ def test_labels_are_as_long_in_the_plan_as_in_stage_one(tmp_path):
 
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_shorter_rows_are_a_remedy_where_rows_are_cut(is_packed, tmp_path, monkeypatch):
-    monkeypatch.setattr("caftune.pipeline.plan._device", lambda: ("a small device", 1))
+    monkeypatch.setattr("caftune.pipeline.plan._device", lambda: ("a small device", 1, 0))
     monkeypatch.setattr("caftune.pipeline.plan._SHORTEST", 32)
     recipe = labelled_by_the_base(tmp_path, pretrain={"packing": is_packed})
     changes = [remedy.change for remedy in plan(recipe, stage="heads").remedies]
