@@ -8,7 +8,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,report,qlora,test,check]"
 	touch $@
 
-.PHONY: demo test check versions
+.PHONY: demo test check versions real
 VERSIONED := tests/training/test_trainer.py tests/training/test_stage_one.py tests/pipeline/test_recipe.py
 demo: .venv/ready
 	$(BIN)/caftune demo
@@ -21,6 +21,14 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The whole path on a real language model of 135 million parameters. REAL: overrides of recipes/real.yaml.
+real: .venv/ready
+	$(BIN)/python scripts/real.py runs/real
+	$(BIN)/caftune label recipes/real.yaml $(REAL)
+	$(BIN)/caftune pretrain-heads recipes/real.yaml $(REAL)
+	$(BIN)/caftune compare recipes/real.yaml $(REAL)
+	$(BIN)/caftune report $(or $(patsubst output=%,%,$(filter output=%,$(REAL))),runs/real)
 
 # The trainer's tests once more, with the oldest and with the newest versions of the libraries around it. Each set has an
 # environment that finds in .venv what it does not name, torch above all.
