@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def measured(model: str | None, recipe: str | None) -> Any:
         if done.returncode != 0:
             return f"failed: {' '.join((done.stderr or done.stdout).split())[-300:]}"
         found = Comparison.read(output / "compare" / "comparison.json")
-    differences = [f"{x.task}, {x.measure}, {x.arm}: {x.mean:+.4f}" for x in found.differences]
+    differences = [" ".join(f"{name}={value}" for name, value in asdict(x).items()) for x in found.differences]
     return {"verdict": found.verdict, "arms": found.arms, "seeds": found.seeds, "differences": differences}
 
 
