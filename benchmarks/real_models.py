@@ -13,6 +13,7 @@ fails is listed with its last line.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -35,29 +36,39 @@ class Command:
     words: str
     overrides: str = ""
     plan: str | None = None  # the stage that `plan` is asked for, with the same overrides
-    needs: str | None = None  # a folder in the run folder
+    makes: str = ""  # folders that are removed before: a finished run would be resumed, and take no step
 
 
 LORA, QLORA, FULL = "model.tuning=lora", "model.tuning=qlora", "model.tuning=full"
 COMMANDS = {
-    "label": Command("label RECIPE"),
-    "pretrain-heads": Command("pretrain-heads RECIPE", plan="heads"),
+    "label": Command("label RECIPE", makes="RUN/labels"),
+    "pretrain-heads": Command("pretrain-heads RECIPE", plan="heads", makes="RUN/pretrain RUN/heads"),
     "heads measure": Command("heads measure RECIPE"),
-    "heads info --measure": Command("heads info RUN/heads --measure PROMPTS --limit 4 --max-new-tokens 32"),
-    "train, LoRA": Command("train RECIPE", f"{LORA} output=RUN-lora heads.path=RUN/heads", plan="train"),
-    "train, QLoRA": Command("train RECIPE", f"{QLORA} output=RUN-qlora heads.path=RUN/heads", plan="train"),
-    "train, full": Command("train RECIPE", FULL, plan="train"),
+    "heads info --measure": Command(
+        "heads info RUN/heads --model MODEL --measure PROMPTS --limit 4 --max-new-tokens 32"
+    ),
+    "train, LoRA": Command(
+        "train RECIPE", f"{LORA} output=RUN-lora heads.path=RUN/heads", plan="train", makes="RUN-lora"
+    ),
+    "train, QLoRA": Command(
+        "train RECIPE", f"{QLORA} output=RUN-qlora heads.path=RUN/heads", plan="train", makes="RUN-qlora"
+    ),
+    "train, full": Command("train RECIPE", FULL, plan="train", makes="RUN/train RUN/model"),
     "train, full, heads frozen": Command(
-        "train RECIPE", f"{FULL} output=RUN-full-frozen heads.path=RUN/heads heads.train=false", plan="train"
+        "train RECIPE",
+        f"{FULL} output=RUN-full-frozen heads.path=RUN/heads heads.train=false",
+        plan="train",
+        makes="RUN-full-frozen",
     ),
     "export, full": Command("export RECIPE", FULL),
     "export, QLoRA": Command("export RECIPE", f"{QLORA} output=RUN-qlora heads.path=RUN/heads"),
-    "eval": Command("eval RECIPE"),
+    "eval": Command("eval RECIPE", makes="RUN/eval"),
     "generate": Command("generate RUN/model RUN/heads --prompts PROMPTS --limit 4 --max-new-tokens 32 --alone"),
     "compare, LoRA": Command(
         "compare RECIPE",
         f"{LORA} output=RUN-compare heads.path=RUN/heads compare.arms=[ntp,caft] compare.seeds=1 compare.concepts.limit=4",
         plan="train",
+        makes="RUN-compare",
     ),
     "report": Command("report RUN-compare"),
 }
@@ -91,9 +102,14 @@ def recipe(model: Path, data: Path, run: Path) -> dict[str, Any]:
     }
 
 
-def filled(text: str, run: Path, path: Path, data: Path) -> list[str]:
+def filled(text: str, run: Path, path: Path, data: Path, model: Path) -> list[str]:
     """The words of a command with its names of files."""
-    names = {"RECIPE": str(path), "PROMPTS": str(data / "instructions/alpaca_en_demo.json"), "RUN": str(run)}
+    names = {
+        "RECIPE": str(path),
+        "PROMPTS": str(data / "instructions/alpaca_en_demo.json"),
+        "RUN": str(run),
+        "MODEL": str(model),
+    }
     words = text.split()
     for name, value in names.items():
         words = [word.replace(name, value) for word in words]
@@ -144,16 +160,21 @@ def run_all(options: argparse.Namespace) -> None:
         if "seconds" in found.get(name, {}) and "failed" not in found[name] and not options.again:
             continue
         command = COMMANDS[name]
-        overrides = filled(command.overrides, run, path, data)
+        overrides = filled(command.overrides, run, path, data, model)
         log = run.parent / "logs" / f"{model.name}-{name.replace(' ', '-').replace(',', '')}.txt"
         found[name] = {"command": f"caftune {command.words} {command.overrides}".strip()}
         if command.plan:
             found[name] |= planned([str(path), *overrides], command.plan)
-        found[name] |= measure([*filled(command.words, run, path, data), *overrides], log, environment)
+        for folder in filled(command.makes, run, path, data, model):
+            shutil.rmtree(folder, ignore_errors=True)
+        found[name] |= measure([*filled(command.words, run, path, data, model), *overrides], log, environment)
         print(f"{model.name}, {name}: {found[name]}", file=sys.stderr, flush=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-        target.write_text(page(results))
+        said = (
+            target.read_text().partition("## ")[0] if target.is_file() else ""
+        )  # what a person wrote above the tables
+        target.write_text(said + page(results))
 
 
 def page(results: dict[str, dict[str, dict[str, Any]]]) -> str:

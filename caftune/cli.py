@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -258,6 +259,10 @@ def info(
     base, neighbour = description["base"], folder.parent / "model"
     if model is None:  # kept heads are next to their model
         model = str(neighbour) if folder.name == "model-heads" and neighbour.is_dir() else base["name"]
+        if "/" not in model and base["revision"] is None and not Path(model).is_dir():
+            raise CaftuneError(
+                f"--model must be given, because the base of these heads, {model}, was a folder. Name the folder."
+            )
     revision = base["revision"] if model == base["name"] else None
     writer = Writer(model, heads, revision=revision, length=len(description["horizons"]))
     given = writer.prompts([], measure, limit, chat=chat)

@@ -62,6 +62,9 @@ def export_saved(
         model = load_trained(
             checkpoint, base_name, base_revision, vocab_size=vocab_size, tokenizer=tokenizer, trust_remote_code=trust
         )
+    if hasattr(model, "peft_config"):  # it is no one else's: no copy, which would take its memory again
+        refuse_tied_adapters(model)
+        model = model.merge_and_unload()
     return export_model(model, folder, tokenizer, base_name=base_name, base_revision=base_revision)
 
 

@@ -16,6 +16,7 @@ from caftune.errors import CaftuneError
 from caftune.generation.backends import Backend, Sampling, end_tokens, transformers_backend, vllm_backend
 from caftune.generation.server import Server, server_backend
 from caftune.pipeline.schema import AnswersSection, ModelSection
+from caftune.training.freed_memory import return_freed_memory
 
 _METHODS = {"quant_method", "load_in_8bit", "load_in_4bit"}  # keys by which transformers knows a quantisation
 
@@ -160,9 +161,10 @@ def who_answers(section: AnswersSection) -> str:
 
 
 def free_memory() -> None:
-    """Free models and trainers that nothing refers to any more, and the GPU memory that torch keeps for later use.
+    """Free models and trainers that nothing refers to any more, and memory that torch and the C library keep for later use.
 
     vLLM starts only where nearly the whole GPU is free.
     """
     gc.collect()
+    return_freed_memory()
     torch.cuda.empty_cache()

@@ -1,6 +1,5 @@
 """The cost of a training: seconds, tokens, FLOPs, peak memory. A resumed run continues to count."""
 
-import ctypes
 import re
 import time
 from contextlib import suppress
@@ -11,6 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import Trainer, TrainerCallback
+
+from caftune.training.freed_memory import return_freed_memory
 
 _KEY = "caftune_costs"  # in the state that a checkpoint keeps
 _aten = torch.ops.aten
@@ -122,8 +123,7 @@ def memory_bytes() -> int | None:
     """The current value of what `peak_memory_bytes` is the maximum of, after freed memory is returned to the system."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
-    with suppress(AttributeError, TypeError):  # only glibc has it, and only it keeps freed memory
-        ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
     return _of_process("VmRSS")
 
 

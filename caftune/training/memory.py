@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from caftune.core.backbone import Backbone
 from caftune.core.cross_entropy import CHUNK_VALUES
@@ -34,6 +35,9 @@ _TILES_SCORED = 2.6  # tiles in an evaluation
 _PAGE = 4096
 # Code of libraries and objects of Python in the first steps: 38 to 80 MiB in steps of small models on Linux.
 _PROCESS = 60 * 2**20
+# glibc (2.36) does not use a freed block again for an aligned tensor of the same size, so temporary tensors of a forward pass
+# leave holes between those kept, of about half of their bytes. It maps blocks of 32 MiB separately, and gives these back.
+_HOLES, _MAPPED = 0.5, 32 * 2**20
 # The mixers of the common layers (see core/replay.py), whose heads keep less. Finding a mixer needs values.
 _MIXERS = (Mixer("self_attn", "input_layernorm", "self_attn.o_proj"), Mixer("attn", "ln_1", "attn.c_proj"))
 # NormalFloat4 with double quantisation: 4 bits, and 0.127 of constants (QLoRA, 2305.14314, section 3).
@@ -67,6 +71,7 @@ class _Kept:
     layer: int  # of the last layer, if it is not checkpointed
     head: int  # of one head's layer
     closing: int  # of what follows the last layer
+    freed: int = 0  # of temporary tensors of the trunk that are too small to be mapped
 
 
 def step_memory(backbone: Backbone, heads: AuxiliaryHeads | None, setup: Setup) -> Memory:
@@ -83,7 +88,7 @@ def step_memory(backbone: Backbone, heads: AuxiliaryHeads | None, setup: Setup) 
     main_loss, head_loss = _logits_bytes(setup, *unembedding.shape)
     one_head = kept.head + round(kept.closing * setup.scored_positions) if heads is not None else 0
     last_layer = round(kept.layer * (1.25 if setup.checkpointing else 0.25))
-    process = 0 if setup.on_gpu else _PROCESS
+    process = 0 if setup.on_gpu else _PROCESS + round(_HOLES * kept.freed)
 
     # Gradients. Where micro-batches accumulate, those of earlier ones are allocated all the time, and so not counted below.
     gradients, of_trained_heads = _bytes([*trained, *trained_heads]), _bytes(trained_heads)
@@ -163,7 +168,8 @@ def _kept_activations(backbone: Backbone, heads: AuxiliaryHeads | None, setup: S
         ledger = _Ledger(backbone.model, setup)
         after_layer: list[int] = []
         handle = backbone.layer.register_forward_hook(lambda *_: after_layer.append(ledger.total))
-        with backbone.capture() as call, ledger, torch.set_grad_enabled(has_graph):
+        made = _Made()
+        with backbone.capture() as call, ledger, made, torch.set_grad_enabled(has_graph):
             ids = torch.zeros(setup.batch_size, setup.length, dtype=torch.long)
             backbone.trunk(input_ids=ids, use_cache=False)
         handle.remove()
@@ -175,7 +181,8 @@ def _kept_activations(backbone: Backbone, heads: AuxiliaryHeads | None, setup: S
         if not has_graph:
             return _Kept(call.input.nbytes + call.hidden.nbytes, 0, head, closing=3 * call.hidden.nbytes)
         layer = _kept_by(backbone.layer, call, setup)
-        return _Kept(ledger.total, layer, head, closing=ledger.total - after_layer[-1])
+        freed = sum(size for number, size in made.sizes.items() if number not in ledger.known)
+        return _Kept(ledger.total, layer, head, closing=ledger.total - after_layer[-1], freed=freed)
 
 
 def _kept_by(layer: nn.Module, call: LayerCall, setup: Setup, share: float = 1.0) -> int:
@@ -219,21 +226,40 @@ class _FakeExperts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Made(TorchDispatchMode):
+    """Within the block, keeps the sizes of storages that operations make, by number, of those that the heap holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self._references: list[Any] = []  # so that no number is given to another storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for tensor in (x for x in tree_leaves(out) if isinstance(x, Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage.nbytes() < _MAPPED:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self._references.append(storage)
+        return out
+
+
 class _Ledger(torch.autograd.graph.saved_tensors_hooks):
     """Within the block, adds up the storages that autograd saves, without weights and without masks of unpadded batches."""
 
     def __init__(self, module: nn.Module, setup: Setup) -> None:
         super().__init__(self._enter, lambda tensor: tensor)
         storages = [weight.untyped_storage() for weight in module.parameters()]
-        self._known = {storage._cdata: storage for storage in storages}
+        self.known = {storage._cdata: storage for storage in storages}
         # A real batch without padding has no mask; transformers makes one for fake tensors, which it cannot look into.
         self._mask = None if setup.is_padded else (setup.batch_size, 1, setup.length, setup.length)
         self.total = 0
 
     def _enter(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._known and tuple(tensor.shape) != self._mask:
-            self._known[storage._cdata] = storage  # a reference, so that its number is not given to another storage
+        if storage._cdata not in self.known and tuple(tensor.shape) != self._mask:
+            self.known[storage._cdata] = storage  # a reference, so that its number is not given to another storage
             self.total += storage.nbytes()
         return tensor
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForConditionalGeneration
 
-from caftune.checkpoints.export import clear_export, copy_adapter, export_model
+from caftune.checkpoints.export import clear_export, copy_adapter, export_model, export_saved
 from caftune.checkpoints.fingerprint import base_fingerprint
 from caftune.core.attach import ATTRIBUTE, attach_heads
 from caftune.core.backbone import Backbone
@@ -218,6 +218,17 @@ def test_a_lora_export_leaves_the_training_model_as_it_was(tmp_path):
     assert [name for name, parameter in adapted.named_parameters() if parameter.requires_grad] == trainable
     assert torch.equal(logits_of(adapted), logits)
     assert dict(vars(adapted.get_base_model())) == before
+
+
+def test_a_saved_adapter_is_merged_without_a_second_copy_of_the_base(tmp_path, monkeypatch):
+    adapted = published(tmp_path, lora={})
+    adapted.save_pretrained(tmp_path / "saved")
+    export_model(adapted, tmp_path / "copied")
+    monkeypatch.setattr("caftune.checkpoints.export._merged_copy", lambda _: pytest.fail("copied"))
+    export_saved(tmp_path / "saved", tmp_path / "out", None, base_name=str(tmp_path / "base"))
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("copied", "out"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_an_exported_lora_model_is_free_of_peft(tmp_path):

@@ -313,6 +313,17 @@ def test_other_slips_are_one_sentence(folder, heads, words, message):
     assert re.search(message, said), said
 
 
+def test_the_base_of_heads_that_was_a_folder_elsewhere_must_be_named(folder, heads):
+    """heads.json keeps the folder's last name only."""
+    COMMANDS["unnamed"] = ["heads", "info", "HEADS", "--measure", "rows.jsonl"]
+    try:
+        ran, said = run(folder, "unnamed", str(BASE), heads)
+    finally:
+        del COMMANDS["unnamed"]
+    assert is_one_sentence(ran), said
+    assert "--model must be given, because the base of these heads, base, was a folder" in said
+
+
 @pytest.mark.parametrize("value", ["foo", "a=1,b", "a=b=c", 3])
 def test_arguments_of_the_optimizer_that_are_no_pairs_are_refused(value):
     recipe = Recipe.model_validate({"output": "x", "model": {"name": "y"}, "trainer": {"optim_args": value}})

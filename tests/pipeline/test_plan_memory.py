@@ -8,6 +8,7 @@ from test_plan import MODES, adapter, planned, small, trainer_of
 from transformers import TrainerCallback
 
 from caftune.training.estimate import estimate
+from caftune.training.run_setup import Setup
 
 
 class Watched(TrainerCallback):
@@ -83,3 +84,19 @@ def test_peak_of_an_evaluation_in_larger_batches_is_what_a_real_one_allocates(mo
     memory = estimate(config, replace(setup, batch_size=1, eval_batch_size=16)).memory
     expected = memory.peak - memory.weights - memory.heads - memory.optimizer - memory.process
     assert expected == pytest.approx(found.bytes, rel=0.1)
+
+
+def test_holes_that_temporary_tensors_leave_are_of_blocks_that_the_heap_holds(monkeypatch):
+    """A LoRA makes more of them than full fine-tuning; blocks of 32 MiB are mapped, and leave none."""
+    monkeypatch.setattr("caftune.training.memory._PROCESS", 0)
+    few = Setup(batch_size=4, length=256, mean_length=256, checkpointing=False)
+    many = replace(few, batch_size=2048)
+    config = small("llama")
+    full, lora = (
+        estimate(config, each, adapter("llama") if each.tuning == "lora" else None).memory
+        for each in (few, replace(few, tuning="lora"))
+    )
+    assert 2 * full.process < lora.process
+    assert estimate(config, replace(few, on_gpu=True)).memory.process == 0
+    per_row = [estimate(config, each).memory.process / each.batch_size for each in (few, many)]
+    assert per_row[1] < per_row[0] / 20
