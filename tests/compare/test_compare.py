@@ -151,7 +151,7 @@ def test_the_plan_of_every_run_is_written_down_beside_its_costs(copied, heads, f
             assert kept["flops_per_token"][number] == said.flops.total
             assert kept["overhead"][number] == said.overhead_here
             assert kept["peak_memory_bytes"][number] == said.memory.peak
-    assert found["plans"]["no_pretraining"]["overhead"] > found["plans"]["caft"]["overhead"] > [1.0, 1.0]
+    assert found["plans"]["no_pretraining"]["overhead"] == found["plans"]["caft"]["overhead"] > [1.0, 1.0]
     for cost in found["costs"].values():
         for before, peak in zip(cost["memory_before_bytes"], cost["peak_memory_bytes"], strict=True):
             assert 0 < before < peak
@@ -242,7 +242,7 @@ def test_what_each_arm_cost_is_there(found):
         assert cost["tokens"] == found["costs"]["ntp"]["tokens"]
         assert all(value > 0 for value in cost["seconds"])
     ntp, caft, beta0, trained = (found["costs"][arm]["flops"][0] for arm in ("ntp", "caft", "beta0", "no_pretraining"))
-    assert ntp == beta0 < caft < trained
+    assert ntp == beta0 < caft == trained  # both train their heads along
 
 
 def test_models_and_checkpoints_are_removed_once_they_are_evaluated(finished):
