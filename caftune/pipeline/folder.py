@@ -45,7 +45,7 @@ _DEPENDS_ON: dict[str, Sequence[str]] = {
     "labels": ("seed", "model.name", "model.revision", "labels"),
     "pretrain": (
         *("seed", "model.name", "model.revision", "loss.decay", "pretrain"),
-        *(f"heads.{key}" for key in ("count", "kind", "targets", "top_k", "text", "held_out")),
+        *(f"heads.{key}" for key in ("count", "kind", "targets", "top_k", "text", "target_share", "held_out")),
         *("labels.keep_truncated", "labels.columns", "labels.limit"),
     ),
     "adapt": ("seed", "model.name", "model.revision", "heads.path", "heads.force", "loss.decay", "data", "adapt"),

@@ -313,13 +313,15 @@ def _section(setup: Setup) -> str:
 
 def _with_frozen_heads(setup: Setup) -> Iterator[tuple[str, Setup]]:
     if setup.stage == "train" and setup.heads > 0 and setup.trains_heads:
-        yield "heads.train=false", replace(setup, trains_heads=False)
+        own = " heads.lora_rank=null" if setup.heads_lora_rank is not None else ""
+        yield f"heads.train=false{own}", replace(setup, trains_heads=False, heads_lora_rank=None)
 
 
 def _with_adapters(setup: Setup) -> Iterator[tuple[str, Setup]]:
     if setup.stage == "train" and setup.tuning == "full":
-        setup = replace(setup, tuning="lora")
-        yield "model.tuning=lora", setup
+        thaw = " model.freeze_unembedding=false" if setup.freezes_unembedding else ""
+        setup = replace(setup, tuning="lora", freezes_unembedding=False)
+        yield f"model.tuning=lora{thaw}", setup
     if setup.stage == "train" and setup.tuning == "lora" and setup.on_gpu:
         yield "model.tuning=qlora", replace(setup, tuning="qlora", dtype=torch.bfloat16)
 

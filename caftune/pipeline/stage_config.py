@@ -29,15 +29,23 @@ def stage_one_config(recipe: Recipe, base: BaseModel, folder: Path) -> CAFTConfi
             "learning_rate": _stage_one_rate(base),
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0.05,  # a share of all steps
-            "train_sampling_strategy": "group_by_length",  # batches of examples of similar length need little padding
         },
         output_dir=str(folder),
         pretrain_heads=True,
         aux_target_share=recipe.heads.target_share,
         max_length=_training_length(recipe.data.max_length, base) if recipe.cuts_stage_one else None,
-        # The model is not trained, so it is loaded in its own dtype, in which it has written the labels.
-        **_model_options(base, recipe.pretrain, dtype="auto"),
+        **_model_options(base, recipe.pretrain, dtype=_frozen_dtype(base)),
     )
+
+
+def _frozen_dtype(base: BaseModel) -> str:
+    """The dtype of a model that is not trained: its own, in which it has written the labels.
+
+    float16 has too little range for the heads' gradients, so such models are loaded in float32.
+    """
+    text = base.config.get_text_config()
+    published = str(getattr(text, "dtype", None) or getattr(base.config, "dtype", None))
+    return "float32" if published.endswith("float16") and "bfloat16" not in published else "auto"
 
 
 def _stage_one_rate(base: BaseModel) -> float:

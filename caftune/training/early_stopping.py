@@ -22,3 +22,9 @@ class StopEarly(EarlyStoppingCallback):
         state.stateful_callbacks[name] = self.state()
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
+        self._begins_at = state.global_step
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Count an evaluation, but not that of `eval_on_start`, which a resumed run makes at the checkpoint once more."""
+        if state.global_step > self._begins_at or state.global_step == 0:
+            super().on_evaluate(args, state, control, **kwargs)

@@ -64,7 +64,7 @@ class ResumeCallback(TrainerCallback):
             state.best_model_checkpoint = str(best)
         if state.global_step > state.max_steps:
             raise too_short_error(self._checkpoint, state.global_step, state.max_steps)
-        if state.global_step < state.max_steps:
+        if state.global_step < state.max_steps and not control.should_training_stop:  # early stopping has ended it
             refuse_missing_optimizer_state(self._checkpoint)
         ended = self._before["max_steps"]
         if state.max_steps != ended and state.is_world_process_zero:

@@ -77,7 +77,8 @@ def give_own_learning_rate(optimizer: torch.optim.Optimizer, heads: AuxiliaryHea
 
 def training_record(args: CAFTConfig, steps: int) -> dict[str, Any]:
     """How heads were trained, for their heads.json: in stage 1, or in stage 2, trained with the model or frozen."""
-    names = ["learning_rate", "num_train_epochs", "seed", "aux_decay", "soft_targets", "soft_top_k"]
+    names = ["learning_rate", "num_train_epochs", "seed", "aux_decay", "aux_target_share"]
+    names += ["soft_targets", "soft_top_k"]
     if not args.pretrain_heads:
         names += ["aux_weight", "aux_schedule", "train_heads", "heads_lora_rank", "heads_learning_rate"]
     stage = 1 if args.pretrain_heads else 2

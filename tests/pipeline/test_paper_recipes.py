@@ -58,7 +58,7 @@ ADAPT = {**TRAINING, "num_train_epochs": 1, "learning_rate": 1e-4, "early_stoppi
 ADAPT |= {"load_best_model_at_end": False, "metric_for_best_model": None, "greater_is_better": None}
 HEADS = {**TRAINING, "learning_rate": 1e-4, "warmup_steps": 300, "early_stopping_patience": 3, "num_heads": 4}
 HEADS |= {"aux_weight": 1.0, "aux_schedule": "constant", "aux_decay": 0.8, "head_kind": "decoder"}
-HEADS |= {"aux_target_share": 1.0, "train_sampling_strategy": "random"}
+HEADS |= {"aux_target_share": 1.0}
 HEADS |= {"gradient_accumulation_steps": 4 * 2}  # of one process; the reference has 4 processes of 2
 STAGE_TWO = {"aux_weight": 0.01, "aux_schedule": "reflected_sine", "aux_decay": 0.8}
 

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from caftune.checkpoints.heads_folder import describe_heads
 from caftune.demo.run import BASE
+from caftune.errors import CaftuneError
 from caftune.pipeline import stage_config
 from caftune.pipeline.pretrain import pretrain_heads
 from caftune.pipeline.recipe import parse_recipe
@@ -53,18 +54,29 @@ def test_what_the_recipe_says_goes_before_the_defaults(base, tmp_path):
     base(torch.float32)
     found = stage_one_config(recipe_in(tmp_path), tmp_path)
     assert (found.learning_rate, found.lr_scheduler_type, found.warmup_steps) == (3e-3, "cosine", 0.05)
-    assert (found.train_sampling_strategy, found.aux_target_share) == ("group_by_length", 0.25)
+    assert (found.model_init_kwargs, found.aux_target_share) == ({"dtype": "auto"}, 0.25)
     given = {
         "learning_rate": 1e-4,
         "lr_scheduler_type": "linear",
         "warmup_steps": 3,
-        "train_sampling_strategy": "random",
         "model_init_kwargs": {"dtype": "float32"},
     }
     own = recipe_in(tmp_path, pretrain=given, heads={"target_share": 1.0})
     found = stage_one_config(own, tmp_path)
     assert {name: getattr(found, name) for name in given} == given
     assert found.aux_target_share == 1.0
+
+
+def test_a_base_in_float16_is_loaded_in_float32(base, tmp_path):
+    base(torch.float16)
+    assert stage_one_config(recipe_in(tmp_path), tmp_path).model_init_kwargs == {"dtype": "float32"}
+
+
+def test_another_share_of_the_targets_is_another_stage_one(base, tmp_path):
+    base(torch.float32)
+    pretrain_heads(recipe_in(tmp_path))
+    with pytest.raises(CaftuneError, match=r"heads\.target_share"):
+        pretrain_heads(recipe_in(tmp_path, heads={"target_share": 1.0}))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

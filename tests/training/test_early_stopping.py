@@ -86,6 +86,31 @@ def test_a_resumed_run_stops_where_the_uninterrupted_one_does(folder, left, caps
     assert f"Stopped early after step {LAST} of 15: the best evaluation is that of step {BEST}," in said
 
 
+def test_an_evaluation_at_the_start_is_not_counted_again_on_resume(tmp_path, monkeypatch):
+    """At the best checkpoint it repeats the best value, which is no improvement."""
+    write(tmp_path / "data.jsonl", seed=5)
+    monkeypatch.chdir(tmp_path)
+    # The first evaluation, before training, is worse than that of step 3, where `greater_is_better` wants falling losses.
+    options = {"eval_on_start": True, "greater_is_better": False, "early_stopping_patience": 1, "num_train_epochs": 2}
+    recipe = run_of(tmp_path, **options)
+    finetune_model(recipe)
+    steps = [step for step, _ in losses(recipe)]
+    shutil.rmtree(tmp_path / "run" / "train" / "checkpoint-6")
+    finetune_model(recipe)
+    assert [step for step, _ in losses(recipe)] == steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_stopped_run_without_optimizer_states_gives_its_model_again(tmp_path, monkeypatch):
+    write(tmp_path / "data.jsonl", seed=5)
+    monkeypatch.chdir(tmp_path)
+    recipe = run_of(tmp_path, save_only_model=True)
+    finetune_model(recipe)
+    before = weights(recipe)
+    shutil.rmtree(tmp_path / "run" / "model")
+    finetune_model(recipe)
+    assert equal(weights(recipe), before)
+
+
 def test_a_checkpoint_without_early_stopping_can_be_resumed_with_it(tmp_path, rows):
     from trainers import config
 
