@@ -63,10 +63,8 @@ def rotated(states, config):
     rope, size = config["rope_parameters"], config["head_dim"]
     frequencies = 1 / rope["rope_theta"] ** (torch.arange(0, size, 2).float() / size)
     if rope["rope_type"] == "llama3":
-        length, low, high = (
-            rope[f"{k}"] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-        )
-        turns = length * frequencies / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] / (2 * math.pi / frequencies)
         share = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = (1 - share) * frequencies / rope["factor"] + share * frequencies
     angles = (torch.arange(states.shape[-2])[:, None].float() * frequencies).repeat(1, 2)
