@@ -221,7 +221,9 @@ def plan(
         print_plan(console, found)
 
 
-heads_app = typer.Typer(help="Heads: measure, show, share, import.", no_args_is_help=True, rich_markup_mode=None)
+heads_app = typer.Typer(
+    help="Heads: measure, show, share, import, export.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(heads_app, name="heads")
 HeadsName = Annotated[str, typer.Argument(metavar="HEADS", help="A heads folder, or a hub id owner/name[@revision].")]
 
@@ -256,17 +258,22 @@ def info(
 
     logging.disable_progress_bar()
     description = describe_heads(folder)
-    base, neighbour = description["base"], folder.parent / "model"
-    if model is None:  # kept heads are next to their model
+    model, revision = _drafted_model(folder, description["base"], model)
+    writer = Writer(model, heads, revision=revision, length=len(description["horizons"]))
+    given = writer.prompts([], measure, limit, chat=chat)
+    print_drafting(console, list(writer.write(given, Sampling(writer.room(given, max_new_tokens), 0), alone=True)))
+
+
+def _drafted_model(folder: Path, base: dict[str, Any], model: str | None) -> tuple[str, str | None]:
+    """The model that heads draft for, and its revision: the one given, their neighbour (kept heads), or their base."""
+    neighbour = folder.parent / "model"
+    if model is None:
         model = str(neighbour) if folder.name == "model-heads" and neighbour.is_dir() else base["name"]
         if "/" not in model and base["revision"] is None and not Path(model).is_dir():
             raise CaftuneError(
                 f"--model must be given, because the base of these heads, {model}, was a folder. Name the folder."
             )
-    revision = base["revision"] if model == base["name"] else None
-    writer = Writer(model, heads, revision=revision, length=len(description["horizons"]))
-    given = writer.prompts([], measure, limit, chat=chat)
-    print_drafting(console, list(writer.write(given, Sampling(writer.room(given, max_new_tokens), 0), alone=True)))
+    return model, base["revision"] if model == base["name"] else None
 
 
 @heads_app.command()
@@ -321,6 +328,31 @@ def import_heads(
     from caftune.checkpoints.reference_heads import import_heads as convert
 
     console.print(f"Heads: {convert(source, base, folder, revision=revision)}", soft_wrap=True)
+
+
+@heads_app.command()
+def export_eagle3(
+    heads: HeadsName,
+    folder: Annotated[str, typer.Argument(help="A new folder.")],
+    model: Annotated[str | None, typer.Option(help="The model they draft for; their base by default.")] = None,
+) -> None:
+    """Write the head of horizon 2 as an EAGLE-3 draft model, for vLLM and SGLang (Llama- and Qwen3-shaped layers)."""
+    from transformers.utils import logging
+
+    from caftune.checkpoints.eagle3 import export_eagle3 as export
+    from caftune.checkpoints.heads_folder import describe_heads, find_heads
+
+    logging.disable_progress_bar()
+    found = find_heads(heads)
+    description = describe_heads(found)
+    model, revision = _drafted_model(found, description["base"], model)
+    servers = export(heads, model, folder, revision=revision)
+    others = ", ".join(map(str, description["horizons"][1:]))
+    left = f" The heads of horizons {others} are not in it: EAGLE-3 has no place for them." if others else ""
+    console.print(
+        f"EAGLE-3 draft of horizon 2: {folder} (for {' and '.join(servers)}; the commands are in its README.md).{left}",
+        soft_wrap=True,
+    )
 
 
 @app.command()

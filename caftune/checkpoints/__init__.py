@@ -6,6 +6,7 @@ heads_folder     save, load and find heads
 fingerprint      which base heads belong to
 provenance       how a run was made
 export           a trained model or adapter as an ordinary checkpoint
+eagle3           a head as a draft model for servers
 hub              push and pull heads
 cards            model cards
 opening          errors of models that cannot be opened

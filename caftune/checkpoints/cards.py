@@ -1,13 +1,14 @@
 """Model cards of heads and of fine-tuned models: what a reader needs to use or repeat them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
 
 from caftune.checkpoints.heads_folder import QUALITY_FILE, config_of, describe_heads, file_name
+from caftune.checkpoints.provenance import package_version
 from caftune.checkpoints.quality_card import quality_table
 from caftune.files import read_json, write_text
 
@@ -32,6 +33,29 @@ from caftune import CAFTConfig, CAFTTrainer
 
 trainer = CAFTTrainer("{base}", CAFTConfig("run", heads="{name}"), train_dataset=task)
 ```"""
+
+_EAGLE3 = """\
+EAGLE-3 draft model of one layer for {model}: the auxiliary head of horizon 2, written with caftune. It drafts one token a pass,
+and the texts stay those of the model. No server has run it yet: compare the acceptance that the server reports with that of
+`caftune heads info HEADS --measure PROMPTS`.
+
+{commands}
+
+One token is right: the layer was trained to predict the token after the next from the model's hidden states, not from its
+own."""
+_SERVER_COMMANDS = {
+    "vLLM": """\
+```
+vllm serve {model} \\
+    --speculative-config '{{"method": "eagle3", "model": "FOLDER", "num_speculative_tokens": 1}}'
+```""",
+    "SGLang": """\
+```
+python -m sglang.launch_server --model-path {model} \\
+    --speculative-algorithm EAGLE3 --speculative-draft-model-path FOLDER \\
+    --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2
+```""",
+}
 
 
 def heads_card(folder: Path, name: str, *, licence: str) -> str:
@@ -58,6 +82,29 @@ def heads_card(folder: Path, name: str, *, licence: str) -> str:
     if quality is not None:
         lines += ["", "## Quality", "", *quality_table(quality)]
     return _card(base["name"], licence, "caftune-heads", lines)
+
+
+def eagle3_card(description: Mapping[str, Any], model: str, servers: Sequence[str]) -> str:
+    """The card of an EAGLE-3 draft model.
+
+    Args:
+        description: the heads.json of its heads.
+        model: the model that it drafts for.
+        servers: those that can load it, of _SERVER_COMMANDS.
+    """
+    commands = "\n\n".join(_SERVER_COMMANDS[name].format(model=model) for name in servers)
+    facts = {
+        "model": model,
+        "servers": ", ".join(servers),
+        "horizon": 2,
+        "horizons left out": ", ".join(map(str, description["horizons"][1:])) or "none",
+        "SHA-256 of the heads": description["weights_sha256"],
+        "training of the heads": _in_words(description["training"]) or "not recorded",
+        "made with": f"caftune {package_version('caftune')}",
+        "licence": "see the model",
+    }
+    lines = [f"# EAGLE-3 draft for {model}", "", _EAGLE3.format(model=model, commands=commands), "", *_listed(facts)]
+    return _card(model, None, "eagle3", lines)
 
 
 def write_model_card(folder: Path, base: str, options: Any, steps: int, *, heads: Mapping[str, Any] | None) -> None:
