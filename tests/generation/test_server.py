@@ -486,7 +486,7 @@ def test_a_reply_without_an_answer_is_a_failure(replies, tokenizer, prompts):
 
 def test_nobody_waits_for_requests_under_way_when_the_command_is_stopped(replies, tmp_path):
     first = replies.answer
-    replies.answer = lambda asked: (time.sleep(60 if len(replies.requests) > 1 else 0), first(asked))[1]
+    replies.answer = lambda asked: (time.sleep(200 if len(replies.requests) > 1 else 0), first(asked))[1]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": "C" * n}) + "\n" for n in range(1, 20)))
     with serve(replies):
         recipe = f"{{output: {tmp_path}/run, model: {{name: {BASE}}}, labels: {{prompts: {tmp_path}/data.jsonl, "
@@ -498,7 +498,7 @@ def test_nobody_waits_for_requests_under_way_when_the_command_is_stopped(replies
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=30)
+        said, _ = process.communicate(timeout=100)
     assert process.returncode == 130
     assert "Stopped. Labels" in said
 

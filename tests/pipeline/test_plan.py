@@ -253,7 +253,7 @@ def test_operations_of_padding_are_those_of_a_real_step(tmp_path, monkeypatch):
     shape = {"length": 64, "mean_length": 40, "labelled": rows.labelled, "padding": rows.padded_length / 40}
     config = small("llama")
     config._attn_implementation = "eager"
-    found = estimate(config, Setup(batch_size=2, checkpointing=False, is_padded=True, **shape))
+    found = estimate(config, Setup(batch_size=2, trains_heads=True, checkpointing=False, is_padded=True, **shape))
     assert abs(found.flops.total * 80 / counter.total - 1) < 0.05
 
 
@@ -362,7 +362,7 @@ def test_remedies_come_in_order_until_it_fits(folder, monkeypatch):
 def test_a_plan_names_whether_heads_are_trained_and_frozen_ones_as_the_cheaper_change(
     folder, monkeypatch, sections, ways
 ):
-    monkeypatch.setattr("caftune.pipeline.plan._device", lambda: ("a small device", 1))
+    monkeypatch.setattr("caftune.pipeline.plan._device", lambda: ("a small device", 1, 0))
     found = plan(recipe_of(folder, trainer={"per_device_train_batch_size": 1}, **sections))
     console = Console(file=io.StringIO(), record=True, width=200)
     print_plan(console, found)

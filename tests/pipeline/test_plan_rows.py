@@ -66,7 +66,8 @@ def recipe_of(folder, *, completion=24, **sections):
 
 def test_what_raises_the_peak_is_no_remedy(tmp_path, monkeypatch):
     """Passes of smaller batches keep the gradients meanwhile, which are more than the activations of such short rows."""
-    monkeypatch.setattr("caftune.training.memory._PROCESS", 0)  # of which a model of this size is a small part
+    for part in ("_PROCESS", "_HOLES"):  # of which a model of this size is a small part
+        monkeypatch.setattr(f"caftune.training.memory.{part}", 0)
 
     def of(size, steps, **model):
         options = {
@@ -74,7 +75,8 @@ def test_what_raises_the_peak_is_no_remedy(tmp_path, monkeypatch):
             "gradient_accumulation_steps": steps,
             "gradient_checkpointing": False,
         }
-        return recipe_of(tmp_path, completion=2, trainer=options, model={"name": str(BASE), **model})
+        sections = {"heads": {"train": False}, "model": {"name": str(BASE), **model}}
+        return recipe_of(tmp_path, completion=2, trainer=options, **sections)
 
     recipe = of(4, 1)
     whole, half, adapted = (plan(r).estimate.memory.peak for r in (recipe, of(2, 2), of(4, 1, tuning="lora")))

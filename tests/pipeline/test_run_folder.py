@@ -212,7 +212,8 @@ def test_the_revision_reaches_both_stages(copied):
     recipe = recipe_in(copied, model={"name": str(BASE), "revision": "v1"})
     one = stage_one_config(recipe, copied)
     two = stage_two_config(recipe, copied)
-    assert one.model_init_kwargs == two.model_init_kwargs == {"revision": "v1"}
+    assert two.model_init_kwargs == {"revision": "v1"}
+    assert one.model_init_kwargs == {"revision": "v1", "dtype": "auto"}
 
 
 def test_the_pipeline_prepares_rows_as_the_trainer_does(copied):
