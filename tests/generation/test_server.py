@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -486,19 +487,23 @@ def test_a_reply_without_an_answer_is_a_failure(replies, tokenizer, prompts):
 
 def test_nobody_waits_for_requests_under_way_when_the_command_is_stopped(replies, tmp_path):
     first = replies.answer
-    replies.answer = lambda asked: (time.sleep(200 if len(replies.requests) > 1 else 0), first(asked))[1]
+    replies.answer = lambda asked: (time.sleep(60 if len(replies.requests) > 1 else 0), first(asked))[1]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": "C" * n}) + "\n" for n in range(1, 20)))
     with serve(replies):
         recipe = f"{{output: {tmp_path}/run, model: {{name: {BASE}}}, labels: {{prompts: {tmp_path}/data.jsonl, "
         recipe += f"backend: server, max_new_tokens: 16, server: {{url: '{replies.url}', concurrency: 4}}}}}}"
         (tmp_path / "recipe.yaml").write_text(recipe)
         command = [sys.executable, "-m", "caftune.cli", "label", str(tmp_path / "recipe.yaml")]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        # A shell that started the tests in the background has them, and all that they start, ignore SIGINT.
+        heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=heard
+        )
         while len(replies.requests) < 5:
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=100)
+        said, _ = process.communicate(timeout=50)
     assert process.returncode == 130
     assert "Stopped. Labels" in said
 
