@@ -42,7 +42,7 @@ from study_data import (
     star_rows,
     tokenizer_of,
     tokens_of_smiles,
-    write_prompts,
+    write_demo_data,
 )
 from study_table import Line, tables
 from study_variants import ARMS, CONTROL, SCREENED, Arm, Concepts
@@ -478,7 +478,7 @@ def make_heads(study: Study, model: str) -> Path:
         return _heads_on_smiles(study, folder)
     if model == "demo":
         recipe = demo_recipe(folder)
-        write_prompts(folder / "data" / "prompts.jsonl", 600)
+        write_demo_data(folder / "data", 600)
     else:
         recipe = Recipe.model_validate(general_recipe(model, folder, study.folders))
     label_prompts(recipe)

@@ -156,12 +156,16 @@ def _held_out_molecules() -> list[Molecule]:
     return molecules(TESTED + VALIDATED, seed=TEST_SEED, substituents=SUBSTITUENTS)
 
 
-def write_prompts(path: Path, count: int) -> None:
-    """Names for stage 1 of the demo's base, none of which is in the validation or test split."""
+def write_demo_data(folder: Path, count: int) -> None:
+    """The files of the demo's recipe: `count` names for stage 1, none of validation or test; one row of each other file."""
     exclude = {molecule.smiles for molecule in _held_out_molecules()}
-    found = molecules(count, seed=PROMPT_SEED, substituents=SUBSTITUENTS, exclude=exclude)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"prompt": prompt(molecule)}) + "\n" for molecule in found))
+    files = {"prompts": (PROMPT_SEED, count), "train": (TRAIN_SEED, 1), "test": (TRAIN_SEED, 1)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (seed, rows) in files.items():
+        found = molecules(rows, seed=seed, substituents=SUBSTITUENTS, exclude=exclude)
+        answers = [{} if name == "prompts" else {"completion": completion(molecule)} for molecule in found]
+        made = [{"prompt": prompt(molecule), **answer} for molecule, answer in zip(found, answers, strict=True)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
 
 
 def _names(_shared: Path, _task: str, _bare: bool) -> list[Part]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from caftune import CAFTTrainer
-from caftune.core.objective import AuxiliaryWeights, HorizonTargets, horizon_targets
+from caftune.core.objective import IGNORED, AuxiliaryWeights, HorizonTargets, horizon_targets
 from caftune.evals.concepts import find_concepts, offsets_of, token_positions
 from caftune.training.trainer import with_targets
 
@@ -116,8 +116,8 @@ class Concepts(CAFTTrainer):
     def get_train_dataloader(self) -> Any:
         """As the trainer's, with fewer targets."""
         plain, masks = self.data_collator, {}
-        for ids in self.train_dataset["input_ids"]:
-            masks[tuple(ids)] = concept_mask(ids, self.processing_class, self.kind)
+        for ids, labels in zip(self.train_dataset["input_ids"], self.train_dataset["labels"], strict=True):
+            masks[tuple(ids)] = concept_mask(ids, labels, self.processing_class, self.kind)
         self.data_collator = partial(_collate_concepts, plain, masks, self.heads.config.horizons)
         try:
             return super().get_train_dataloader()
@@ -125,15 +125,12 @@ class Concepts(CAFTTrainer):
             self.data_collator = plain
 
 
-def concept_mask(ids: list[int], tokenizer: Any, kind: str) -> list[bool]:
-    """Which tokens belong to a concept of at least two. Of a molecule: those after the prompt's last colon."""
-    text, offsets = offsets_of(ids, tokenizer)
-    start = text.rfind(":") + 1 if kind == "smiles" else 0
-    start += len(text[start:]) - len(text[start:].lstrip())
-    found = find_concepts(text[start:], kind)
-    inside = {
-        place for _, places in token_positions(found, [(a - start, b - start) for a, b in offsets]) for place in places
-    }
+def concept_mask(ids: list[int], labels: list[int], tokenizer: Any, kind: str) -> list[bool]:
+    """Which tokens of the answer belong to a concept of at least two tokens."""
+    start = next(place for place, label in enumerate(labels) if label != IGNORED)
+    text, offsets = offsets_of(ids[start:], tokenizer)
+    found = token_positions(find_concepts(text, kind), offsets)
+    inside = {start + place for _, places in found for place in places}
     return [place in inside for place in range(len(ids))]
 
 
@@ -175,7 +172,7 @@ class Headless(CAFTTrainer):
         weights = AuxiliaryWeights(self.beta).at(self.state.global_step, max(self.state.max_steps, 1), HORIZONS)
         for weight, horizon in zip(weights, HORIZONS, strict=True):
             targets = horizon_targets(inputs["labels"], horizon, attention_mask=inputs.get("attention_mask"))
-            if (targets != -100).any():
+            if (targets != IGNORED).any():
                 result = result + weight * functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return result
 

@@ -130,10 +130,9 @@ def test_a_warm_up_reaches_the_whole_weight_after_a_tenth_of_the_steps():
 
 def test_concepts_are_marked_in_the_answer_alone():
     tokenizer = AutoTokenizer.from_pretrained(study_data.BASE)
-    text = "Name: ethanoic acid\nSMILES: CC(=O)O"
-    ids = tokenizer(text)["input_ids"]
-    inside = concept_mask(ids, tokenizer, "smiles")
-    start = len(tokenizer("Name: ethanoic acid\nSMILES:")["input_ids"])
+    asked, answer = "Name: ethanoic acid\nSMILES:", " CC(=O)O"
+    start, ids = len(tokenizer(asked)["input_ids"]), tokenizer(asked + answer)["input_ids"]
+    inside = concept_mask(ids, [-100] * start + ids[start:], tokenizer, "smiles")
     assert not any(inside[:start])
     assert any(inside[start:])
     assert not all(inside[start:])  # the methyl group is in none
