@@ -1,7 +1,7 @@
 """Does concept-aware fine-tuning help? The runs and tables of docs/study/protocol.md.
 
     python benchmarks/study.py heads                         pretrain the heads of the models, once
-    python benchmarks/study.py run control|screen|small|confirm [--cells demo smollm2/gsm8k ...] [--scores] [--dry-run]
+    python benchmarks/study.py run calibration|control|screen|small|confirm [--cells demo smollm2/gsm8k ...] [--scores] [--dry-run]
     python benchmarks/study.py plan                          what is still to run, with processor hours
     python benchmarks/study.py table [--output help.md]      differences, intervals, corrected p
 
@@ -34,6 +34,7 @@ from peft import LoraConfig
 from study_data import (
     CONCEPTS,
     MODELS,
+    PATH_NODES,
     SCORED_BY,
     Splits,
     smiles_for_heads,
@@ -46,7 +47,7 @@ from study_data import (
 )
 from study_table import Line, tables
 from study_variants import ARMS, CONTROL, SCREENED, Arm, Concepts
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from caftune import CAFTConfig, CAFTTrainer
@@ -67,6 +68,7 @@ from caftune.training.run_setup import Setup
 ROOT = Path(__file__).parents[1]
 TUNING_SEED = 300
 SEEDS = {
+    "calibration": range(591, 594),
     "control": range(501, 511),
     "screen": range(301, 306),
     "small": range(401, 411),
@@ -78,13 +80,14 @@ STAR_ROWS, STAR_RATE = 30_000, 3e-3
 HEADS = 4
 ADAPT_RATE = 1e-4
 SCORED_EXAMPLES = 200
-# Measured processor seconds of a run: (per run, per training row of the baseline, factor of heads trained along).
+# Processor seconds: (a run's evaluation, a training row of the baseline, factor of heads trained along). Measured on one thread;
+# smollm2: from its operations.
 SECONDS = {
-    "demo": (6.0, 0.018, 1.6),
-    "smiles-gpt2": (4.0, 0.008, 1.6),
-    "stories260k": (8.0, 0.030, 1.6),
+    "demo": (1.4, 0.0125, 1.4),
+    "smiles-gpt2": (0.8, 0.008, 1.4),
+    "stories260k": (3.0, 0.020, 1.4),
     "smollm2": (60.0, 4.0, 1.4),
-    "star": (4.0, 0.003, 1.8),
+    "star": (0.5, 0.0012, 1.2),
 }
 
 
@@ -143,8 +146,8 @@ def stages(name: str, results: Results) -> Stage:
     """The stage of that name. Which arms are confirmed depends on the screening's results."""
     small = [Cell(model, MODELS[model].tasks[0], "full", rows) for model in SMALL for rows in (400, 100, 1500)]
     seeds = list(SEEDS[name])
-    if name == "control":
-        return Stage([Cell("star", "path_star", "full", STAR_ROWS)], list(CONTROL), seeds, is_tuned=False)
+    if name in ("calibration", "control"):
+        return Stage([Cell("star", MODELS["star"].tasks[0], "full", STAR_ROWS)], list(CONTROL), seeds, is_tuned=False)
     if name == "screen":
         return Stage(small, list(SCREENED), seeds)
     chosen = choice(results, small)
@@ -405,6 +408,7 @@ class Study:
             processing_class=self.tokenizer(cell.model),
             peft_config=lora() if cell.tuning == "lora" else None,
         )
+        trainer.remove_callback(PrinterCallback)
         if isinstance(trainer, Concepts):
             trainer.kind = CONCEPTS[cell.task]
         return trainer
@@ -415,7 +419,7 @@ class Study:
         if arm.heads == "none":
             return None
         if arm.heads == "untrained":
-            count = 3 if run.cell.model == "star" else HEADS
+            count = PATH_NODES - 1 if run.cell.model == "star" else HEADS
             write_untrained_heads(model, tokenizer, HeadsConfig(count), folder / "heads", revision=None)
             return folder / "heads"
         if arm.heads == "random":
@@ -594,13 +598,13 @@ def _seeds_at_most(stage: Stage, cell: Cell) -> list[Run]:
 
 def lines_of(results: Results) -> list[Line]:
     """The test runs, for the tables."""
-    stage_of = {seed: name for name in ("control", "screen", "small") for seed in SEEDS[name]}
+    stage_of = {seed: name for name in ("calibration", "control", "screen", "small") for seed in SEEDS[name]}
     return [
         Line(
             stage="confirm" if line["cell"]["model"] == "smollm2" else stage_of[line["seed"]],
             cell=Cell(**line["cell"]).name,
             **{name: line[name] for name in ("arm", "rate", "epochs", "seed", "loss", "flops", "protocol")},
-            seconds=line["cpu_s"]["train"],
+            seconds=line["cpu_s"]["set_up"] + line["cpu_s"]["train"],  # with the adaptation
             score=line.get("score"),
         )
         for line in results.values()

@@ -27,6 +27,7 @@ from caftune.training.prepare import prepare
 
 SPLIT_SEED = 2026
 TRAINED_ON, VALIDATED, TESTED = 6000, 300, 400  # the most rows of each split
+GRAPHS_TESTED = 1000
 Row = dict[str, Any]
 PATH_NODES, PATHS, NODE_NAMES = 4, 2, 12  # of the control's graphs; a path's nodes include the start
 
@@ -69,7 +70,7 @@ MODELS = {
     "smiles-gpt2": Model("{shared}/models/smiles-gpt2-0.5m", ("chebi20",), 72),
     "stories260k": Model("{shared}/models/stories260k", ("gsm8k",), 256),
     "smollm2": Model("{models}/smollm2-135m-instruct", ("names", "gsm8k", "mts_dialog"), 384, 8, ("lora", "full")),
-    "star": Model("", ("path_star",), 64, 128),
+    "star": Model("", (f"path_star_{PATH_NODES}",), 64, 128),
 }
 CONCEPTS = {"names": "smiles", "chebi20": "smiles", "gsm8k": "words", "mts_dialog": "words"}
 SCORED_BY = {"names": "molecules", "gsm8k": "gsm8k", "mts_dialog": "mts_dialog"}
@@ -129,9 +130,9 @@ def tokenizer_of(model: str, folders: Mapping[str, Path]) -> Any:
 
 def splits_of(model: str, task: str, folders: Mapping[str, Path], tokenizer: Any) -> Splits:
     """The task's rows that are short enough for the model."""
-    if task == "path_star":
-        test = star_rows(1000, SPLIT_SEED, tokenizer)
-        return Splits(test.select([]), star_rows(300, SPLIT_SEED + 1, tokenizer), test, [])
+    if model == "star":
+        test = star_rows(GRAPHS_TESTED, SPLIT_SEED, tokenizer)
+        return Splits(test.select([]), star_rows(VALIDATED, SPLIT_SEED + 1, tokenizer), test, [])
     length, shared = MODELS[model].length, folders["shared"]
     if task == "chebi20":
         train, held = (

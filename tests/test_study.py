@@ -23,7 +23,7 @@ from caftune.compare.control_heads import write_untrained_heads
 from caftune.core.heads import HeadsConfig
 from caftune.core.objective import AuxiliaryWeights, HorizonTargets
 
-STAR = Cell("star", "path_star", "full", 48)
+STAR = Cell("star", "path_star_4", "full", 48)
 NAMES = Cell("demo", "names", "full", 400)
 
 
@@ -31,7 +31,7 @@ NAMES = Cell("demo", "names", "full", 400)
 def small():
     """Small splits, a step of few rows, and heads of the demo's base that are copies of its last layer."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"TRAINED_ON": 24, "VALIDATED": 4, "TESTED": 6}.items():
+        for name, value in {"TRAINED_ON": 24, "VALIDATED": 4, "TESTED": 6, "GRAPHS_TESTED": 40}.items():
             patch.setattr(study_data, name, value)
         yield
 
@@ -92,11 +92,15 @@ def test_the_baseline_is_sft_trainer(made, tmp_path):
     assert found["loss"] == stock.evaluate()["eval_loss"]
 
 
+@pytest.fixture(scope="module")
+def plain(made):
+    return made.execute(Run(NAMES, "ntp", 1e-3, 1, 6))
+
+
 @pytest.mark.parametrize(
     "arm", [name for name in SCREENED if name not in ("ntp", "paper", "w0.03", "w0.3", "paper_adapt")]
 )
-def test_every_arm_trains_on_the_same_rows_and_ends_elsewhere(made, arm):
-    plain = made.execute(Run(NAMES, "ntp", 1e-3, 1, 6))
+def test_every_arm_trains_on_the_same_rows_and_ends_elsewhere(made, plain, arm):
     found = made.execute(Run(NAMES, arm, 1e-3, 1, 6))
     assert (found["steps"], found["rows_used"]) == (plain["steps"], plain["rows_used"])
     assert math.isfinite(found["loss"])
