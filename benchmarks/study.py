@@ -1,7 +1,7 @@
 """Does concept-aware fine-tuning help? The runs and tables of docs/study/protocol.md.
 
     python benchmarks/study.py heads                         pretrain the heads of the models, once
-    python benchmarks/study.py run calibration|control|screen|small|confirm [--cells demo smollm2/gsm8k ...] [--scores] [--dry-run]
+    python benchmarks/study.py run calibration|control|screen|small|confirm [--cells demo ...] [--scores] [--dry-run]
     python benchmarks/study.py plan                          what is still to run, with processor hours
     python benchmarks/study.py table [--output help.md]      differences, intervals, corrected p
 
@@ -80,12 +80,12 @@ STAR_ROWS, STAR_RATE = 30_000, 3e-3
 HEADS = 4
 ADAPT_RATE = 1e-4
 SCORED_EXAMPLES = 200
-# Processor seconds: (a run's evaluation, a training row of the baseline, factor of heads trained along). Measured on one thread;
-# smollm2: from its operations.
+# Processor seconds of one thread: (a run's evaluation, a training row of the baseline, factor of heads trained along);
+# measured, smollm2's estimated from its operations.
 SECONDS = {
     "demo": (1.4, 0.0125, 1.4),
     "smiles-gpt2": (0.8, 0.008, 1.4),
-    "stories260k": (3.0, 0.020, 1.4),
+    "stories260k": (2.8, 0.030, 1.4),
     "smollm2": (60.0, 4.0, 1.4),
     "star": (0.5, 0.0012, 1.2),
 }
@@ -363,6 +363,7 @@ class Study:
         """Train, evaluate, and say what came out."""
         arm = ARMS[run.arm.partition("=")[0]]
         with tempfile.TemporaryDirectory() as temporary:
+            self.splits(run.cell.model, run.cell.task)  # once a process, and no part of a run's cost
             started = time.process_time()
             trainer = self.trainer(run, arm, Path(temporary))
             began = time.process_time()
