@@ -1,0 +1,254 @@
+"""The study's script: runs resume, the baseline is SFTTrainer, the variants do what the protocol says, the table is right."""
+
+import math
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from scipy import stats
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import study
+import study_data
+from study import Cell, Run, Stage, Study
+from study_table import Line, differences, tables
+from study_variants import SCREENED, Reverse, WarmUp, concept_mask, only_inside
+
+from caftune.compare.control_heads import write_untrained_heads
+from caftune.core.heads import HeadsConfig
+from caftune.core.objective import AuxiliaryWeights, HorizonTargets
+
+STAR = Cell("star", "path_star_4", "full", 48)
+NAMES = Cell("demo", "names", "full", 400)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Small splits, a step of few rows, and heads of the demo's base that are copies of its last layer."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"TRAINED_ON": 24, "VALIDATED": 4, "TESTED": 6, "GRAPHS_TESTED": 40}.items():
+            patch.setattr(study_data, name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(small, tmp_path_factory):
+    made = Study(tmp_path_factory.mktemp("study"), Path("no-data"), Path("no-models"))
+    tokenizer = AutoTokenizer.from_pretrained(study_data.BASE)
+    model = AutoModelForCausalLM.from_pretrained(study_data.BASE)
+    write_untrained_heads(model, tokenizer, HeadsConfig(), made.heads_folder("demo"), revision=None)
+    return made
+
+
+def test_runs_resume_without_repeating_and_a_cut_line_is_run_again(made, capsys):
+    stage = Stage([STAR], ["ntp", "mtp"], [1, 2], is_tuned=False)
+    options = {"scores": False, "most": None}
+    assert study.run_stage(made, stage, lambda _: True, scores=False, most=3) == 3
+    assert study.run_stage(made, stage, lambda _: True, **options) == 1
+    before = made.file.read_text()
+    assert study.run_stage(made, stage, lambda _: True, **options) == 0
+    made.file.write_text(before[:-40])  # as a crash in the middle of a write leaves it
+    assert study.run_stage(made, stage, lambda _: True, **options) == 1
+    again = made.results()
+    assert len(again) == 4
+    assert {(line["arm"], line["seed"]) for line in again.values()} == {(a, s) for a in ("ntp", "mtp") for s in (1, 2)}
+    losses = [line["loss"] for line in again.values()]
+    assert len(set(losses)) == 4
+    assert all(map(math.isfinite, losses))
+    assert (
+        again[Run(STAR, "mtp", study.STAR_RATE, 1, 1).key]["flops"]
+        > again[Run(STAR, "ntp", study.STAR_RATE, 1, 1).key]["flops"]
+    )
+    repeated = made.execute(Run(STAR, "mtp", study.STAR_RATE, 1, 2))
+    assert repeated["loss"] == again[repeated["key"]]["loss"]
+    assert "loss" in capsys.readouterr().out
+
+
+def test_a_cell_of_another_process_is_left_to_it(made, tmp_path):
+    with study.locked(tmp_path / "cell") as first, study.locked(tmp_path / "cell") as second:
+        assert (first, second) == (True, False)
+    with study.locked(tmp_path / "cell") as third:
+        assert third
+
+
+def test_the_baseline_is_sft_trainer(made, tmp_path):
+    run = Run(NAMES, "ntp", 1e-3, 1, 5)
+    splits = made.splits("demo", "names")
+    stock = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(study_data.BASE, dtype=torch.float32),
+        SFTConfig(str(tmp_path), **study.run_options(run)),
+        train_dataset=made.train_rows(NAMES, 5),
+        eval_dataset=splits.test,
+        processing_class=AutoTokenizer.from_pretrained(study_data.BASE),
+    )
+    done = stock.train()
+    found = made.execute(run)
+    assert (found["train_loss"], found["steps"]) == (done.training_loss, 2)
+    assert found["loss"] == stock.evaluate()["eval_loss"]
+
+
+@pytest.fixture(scope="module")
+def plain(made):
+    return made.execute(Run(NAMES, "ntp", 1e-3, 1, 6))
+
+
+@pytest.mark.parametrize(
+    "arm", [name for name in SCREENED if name not in ("ntp", "paper", "w0.03", "w0.3", "paper_adapt")]
+)
+def test_every_arm_trains_on_the_same_rows_and_ends_elsewhere(made, plain, arm):
+    found = made.execute(Run(NAMES, arm, 1e-3, 1, 6))
+    assert (found["steps"], found["rows_used"]) == (plain["steps"], plain["rows_used"])
+    assert math.isfinite(found["loss"])
+    assert found["loss"] != plain["loss"]
+    assert ("agreement" in found) == (arm == "agree")
+
+
+def weights(trainer, step, steps, schedule):
+    made = AuxiliaryWeights(0.1, 0.8, schedule)
+    fields = {"state": SimpleNamespace(max_steps=steps, global_step=step)}
+    fields |= {"args": SimpleNamespace(auxiliary_weights=made), "heads": SimpleNamespace(config=HeadsConfig())}
+    own = trainer.__new__(trainer)
+    vars(own).update(fields)
+    return own, own._weights_at(step)
+
+
+def test_in_the_reverse_curriculum_horizons_end_one_after_another():
+    a, b, c, d = 0.08, 0.064, 0.0512, 0.04096
+    by_part = [[a, b, c, d], [a, b, c, 0], [a, b, 0, 0], [a, 0, 0, 0], [0, 0, 0, 0]]
+    expected = [row for row in by_part for _ in range(2)]
+    for step, row in enumerate(expected):
+        trainer, found = weights(Reverse, step, 10, "constant")
+        assert found == pytest.approx(row)
+        assert trainer._scored_horizons == sum(value > 0 for value in row)
+
+
+def test_a_warm_up_reaches_the_whole_weight_after_a_tenth_of_the_steps():
+    shares = [weights(WarmUp, step, 40, "constant")[1][0] / 0.08 for step in range(6)]
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+
+
+def test_concepts_are_marked_in_the_answer_alone():
+    tokenizer = AutoTokenizer.from_pretrained(study_data.BASE)
+    asked, answer = "Name: ethanoic acid\nSMILES:", " CC(=O)O"
+    start, ids = len(tokenizer(asked)["input_ids"]), tokenizer(asked + answer)["input_ids"]
+    inside = concept_mask(ids, [-100] * start + ids[start:], tokenizer, "smiles")
+    assert not any(inside[:start])
+    assert any(inside[start:])
+    assert not all(inside[start:])  # the methyl group is in none
+
+
+def test_targets_outside_the_mask_are_left_out():
+    labels = torch.tensor([[-100, 5, 6, 7, 8]])
+    every = HorizonTargets.of({"labels": labels}, [1, 2])
+    mask = torch.tensor([False, False, True, True, False])
+    kept = only_inside(every, mask, [1, 2])
+    assert [kept.at(horizon)[1].tolist() for horizon in (1, 2)] == [[6, 7], [6, 7]]
+    assert [kept.at(horizon)[0].tolist() for horizon in (1, 2)] == [[1, 2], [0, 1]]
+    assert kept.counts == {1: 2, 2: 2}
+
+
+def test_a_path_star_graph_has_one_path_from_start_to_goal():
+    for number in range(20):
+        asked, answer = study_data.path_star(random.Random(number))
+        edges, _, question = asked.partition(" / ")
+        nodes = edges.split()
+        following = {}
+        for a, b in zip(nodes[::2], nodes[1::2], strict=True):
+            following.setdefault(a, []).append(b)
+        start, goal, _ = question.split()
+        path = answer.split()
+        assert len(path) == study_data.PATH_NODES - 1
+        assert path[-1] == goal
+        assert all(after in following[before] for before, after in zip([start, *path], path, strict=False))
+        assert len(following[start]) == study_data.PATHS
+
+
+def finished(cell, arm, pairs, split="validation", seed=study.TUNING_SEED):
+    runs = {Run(cell, arm, rate, epochs, seed, split): loss for (rate, epochs), loss in pairs.items()}
+    return {run.key: {"loss": loss, **study.asdict(run)} for run, loss in runs.items()}
+
+
+def test_the_grid_is_extended_for_all_arms_where_one_has_its_best_at_an_end():
+    grid = [(rate, epochs) for rate in (3e-4, 1e-3, 3e-3) for epochs in (3, 8)]
+    middle = {pair: abs(pair[0] - 1e-3) for pair in grid}
+    high = {pair: -pair[0] for pair in grid}
+    found = finished(NAMES, "ntp", middle) | finished(NAMES, "paper", middle)
+    assert study.rates_of(NAMES, ["ntp", "paper"], found) == (3e-4, 1e-3, 3e-3)
+    found |= finished(NAMES, "paper", high)
+    assert study.rates_of(NAMES, ["ntp", "paper"], found) == (3e-4, 1e-3, 3e-3, 9e-3)
+    stage = Stage([NAMES], ["ntp", "paper"], [1], matched=["paper"])
+    screened = {"ntp": SCREENED["ntp"], "paper": SCREENED["paper"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "SCREENED", screened)
+        todo = [run for run in study.runs_of(stage, NAMES, found, lambda _: 1.5) if run.key not in found]
+        assert {(run.arm, run.rate) for run in todo} == {("ntp", 9e-3), ("paper", 9e-3)}
+        for arm in screened:
+            found |= finished(NAMES, arm, {(9e-3, 3): 9.0, (9e-3, 8): 9.0})
+        todo = [run for run in study.runs_of(stage, NAMES, found, lambda _: 1.5) if run.key not in found]
+    assert {(run.arm, run.epochs, run.seed) for run in todo} == {
+        ("ntp=paper", 4.5, study.TUNING_SEED),  # paper's three epochs, at one and a half times the operations
+        ("ntp", 3, 1),
+        ("paper", 3, 1),
+    }
+
+
+def test_the_two_best_arms_of_finished_cells_are_confirmed():
+    other = Cell("demo", "names", "full", 100)
+    loss = dict.fromkeys(SCREENED, 1.01) | {"ntp": 1.0, "top": 0.98, "soft": 0.97, "random": 0.5}
+    found = {}
+    for seed in study.SEEDS["screen"]:
+        for arm, value in loss.items():
+            found |= finished(NAMES, arm, {(1e-3, 3): value}, "test", seed)
+    found |= finished(other, "w0.3", {(1e-3, 3): 0.1}, "test", 301)  # an unfinished cell
+    assert study.choice(found, [NAMES, other]) == ["paper", "soft", "top"]
+    assert study.choice({}, [NAMES]) == ["paper", "w0.1"]
+
+
+LOSSES = {
+    "ntp": [1.0, 1.2, 0.9, 1.1],
+    "a": [0.9, 1.15, 0.86, 0.97],
+    "b": [1.0, 1.3, 0.8, 1.2],
+    "ntp=a": [0.95, 1.1, 0.9, 1.0],
+}
+
+
+def lines(losses):
+    return [
+        Line("screen", "cell", arm, 1e-3, 2, seed, loss, 1e9, 1.0, "abc1234")
+        for arm, row in losses.items()
+        for seed, loss in enumerate(row)
+    ]
+
+
+def test_intervals_are_those_of_a_paired_t_test_and_p_is_holms():
+    arms = {arm: {line.seed: line for line in lines({arm: row})} for arm, row in LOSSES.items()}
+    found = {item.arm: item for item in differences(arms, [("a", "ntp"), ("b", "ntp")])}
+    tests = {arm: stats.ttest_rel(LOSSES[arm], LOSSES["ntp"]) for arm in ("a", "b")}
+    for arm, test in tests.items():
+        interval = test.confidence_interval(0.95)
+        assert (found[arm].result.low, found[arm].result.high) == pytest.approx(tuple(interval))
+        assert found[arm].result.p_value == pytest.approx(test.pvalue)
+    assert tests["a"].pvalue < tests["b"].pvalue
+    assert found["a"].corrected == pytest.approx(2 * tests["a"].pvalue)
+    assert found["b"].corrected == pytest.approx(max(2 * tests["a"].pvalue, tests["b"].pvalue))
+
+
+def test_a_table_names_its_protocol_and_compares_at_equal_operations():
+    roles = {"ntp": "baseline", "a": "arm", "b": "control"}
+    text = tables(lines(LOSSES), roles)
+    assert "## screen: cell" in text
+    assert "Protocol: abc1234." in text
+    row = next(line for line in text.splitlines() if line.startswith("| a |"))
+    assert "| -0.0800 [" in row
+    assert "| -0.0175 [" in row
+
+
+def test_an_arm_with_a_diverged_run_has_no_difference():
+    text = tables(lines(LOSSES | {"a": [0.9, math.nan, 0.8, 0.9]}), {"ntp": "baseline", "a": "arm", "b": "arm"})
+    row = next(line for line in text.splitlines() if line.startswith("| a |"))
+    assert "1 diverged" in row
