@@ -78,7 +78,7 @@ def run_part(part: str, options: argparse.Namespace) -> None:
 
 
 def stopped(part: str, options: argparse.Namespace, limit_s: float) -> str | None:
-    """Run a part in a process of its own; why it ended early, where it did."""
+    """Run a part in its own process. Returns why it ended early, if it did."""
     command = [sys.executable, __file__, "--run", part, "--device", options.device, "--output", str(options.output)]
     command += ["--small"] if options.small else []
     for name in ("model", "recipe"):

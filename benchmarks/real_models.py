@@ -3,7 +3,7 @@
     python benchmarks/real_models.py MODEL_FOLDER --data FOLDER [--output docs/results/real_models.md] [--only label eval ...]
         [--runs runs/real_models] [--threads 1] [--again]
 
-FOLDER holds gsm8k/{train,test}.jsonl and instructions/alpaca_en_demo.json. Each command is a process of its own, through the
+FOLDER holds gsm8k/{train,test}.jsonl and instructions/alpaca_en_demo.json. Each command is its own process, through the
 command line, with one recipe and few rows. Seconds are those of the whole command, with Python and its imports; memory is the
 largest resident set of its process as the system counts it. Results are written after every command (a JSON next to the
 Markdown, both with the models measured before), commands measured before are left out unless `--again` is given, and one that

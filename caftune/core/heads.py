@@ -196,7 +196,8 @@ class AuxiliaryHeads(nn.Module):
         has_gradients = torch.is_grad_enabled() and any((given, *own))
         if weights is None or not has_gradients or not call.all_tensors_visible or self._is_sharded(backbone):
             # One graph for all heads.
-            parts = [score(index, call, _loss_in_graph) for index in range(len(horizons))]
+            with _own_random_numbers(device):
+                parts = [score(index, call, _loss_in_graph) for index in range(len(horizons))]
             nll, correct = (torch.stack(part) for part in zip(*parts, strict=True))
             loss = {} if weights is None else {"loss": (weights.to(nll.dtype) * nll).sum()}
             return {"nll": nll, "correct": correct, "count": counts, **loss}
@@ -204,7 +205,7 @@ class AuxiliaryHeads(nn.Module):
         def score_alone(index: int, instead: list[Tensor]) -> tuple[Tensor, Tensor]:
             return score(index, call.with_tensors(given, instead), summed_loss)
 
-        with _keeping_activations(self.heads):
+        with _keeping_activations(self.heads), _own_random_numbers(device):
             total, nll, correct = weighted_sum(score_alone, weights, given, own)
         return {"nll": nll, "correct": correct, "count": counts, "loss": total}
 
@@ -233,6 +234,14 @@ def _is_checkpointed(head: nn.Module) -> bool:
     """Whether it is computed again in the backward pass, where the hooks of `run_at` are gone."""
     is_own = head.training and getattr(head, "gradient_checkpointing", False)
     return torch.is_grad_enabled() and bool(is_own or isinstance(head, ActivationWrapper))
+
+
+def _own_random_numbers(device: torch.device) -> AbstractContextManager[None]:
+    """What heads draw (dropout) leaves the model's random numbers as they are, so that arms of a comparison share them."""
+    is_accelerator = device.type in ("cuda", "xpu")
+    return torch.random.fork_rng(
+        [device] if is_accelerator else [], device_type=device.type if is_accelerator else "cuda"
+    )
 
 
 @contextmanager

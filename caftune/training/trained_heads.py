@@ -94,9 +94,9 @@ def merged_state(heads: AuxiliaryHeads) -> dict[str, Tensor]:
         up, down = (state.pop(f"{name}.lora_{part}.{adapter}.weight") for part in "BA")
         weight = state[f"{name}.base_layer.weight"]
         change = scaling * up @ down
-        state[f"{name}.base_layer.weight"] = weight + (
-            change.T if getattr(module, "fan_in_fan_out", False) else change
-        ).to(weight.dtype)
+        change = change.T if getattr(module, "fan_in_fan_out", False) else change
+        # To the CPU, so that the device does not hold all heads twice.
+        state[f"{name}.base_layer.weight"] = (weight + change.to(weight.dtype)).cpu()
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -48,6 +49,7 @@ from caftune.training.checks import (
 from caftune.training.config import CAFTConfig, as_caft_config
 from caftune.training.divergence import LossWatch
 from caftune.training.early_stopping import StopEarly
+from caftune.training.epoch_order import EpochOrder
 from caftune.training.loading import (
     Start,
     freeze_unembedding,
@@ -328,6 +330,11 @@ class CAFTTrainer(SFTTrainer):
         if self.args.logging_nan_inf_filter:
             loss = torch.where(loss.isfinite(), loss, self._main_sum / max(self._steps, 1))
         self._main_sum = self._main_sum + loss
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        """As SFTTrainer; a resumed run finds the order of its epoch again."""
+        sampler = super()._get_train_sampler(*args)
+        return EpochOrder(sampler, self) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As SFTTrainer; the collator also computes the horizons' targets, while the batch is on the CPU."""
