@@ -39,13 +39,13 @@ def stage_one_config(recipe: Recipe, base: BaseModel, folder: Path) -> CAFTConfi
 
 
 def _frozen_dtype(base: BaseModel) -> str:
-    """The dtype of a model that is not trained: its own, in which it has written the labels.
+    """The dtype of a model that is not trained: its own where that is bfloat16, in which it has written the labels.
 
-    float16 has too little range for the heads' gradients, so such models are loaded in float32.
+    Others run in float32: float16 has too little range for the heads' gradients, and weights without a dtype in the
+    configuration may be float16.
     """
-    text = base.config.get_text_config()
-    published = str(getattr(text, "dtype", None) or getattr(base.config, "dtype", None))
-    return "float32" if published.endswith("float16") and "bfloat16" not in published else "auto"
+    published = getattr(base.config.get_text_config(), "dtype", None) or getattr(base.config, "dtype", None)
+    return "auto" if str(published).endswith("bfloat16") else "float32"
 
 
 def _stage_one_rate(base: BaseModel) -> float:

@@ -22,6 +22,15 @@ class EpochOrder(Sampler[int]):
     def __init__(self, sampler: Any, trainer: Trainer) -> None:
         self._sampler, self._trainer = sampler, trainer
 
+    @property
+    def generator(self) -> Any:
+        """The sampler's own random numbers, which accelerate sets where processes share them; None: torch's global ones."""
+        return self._sampler.generator
+
+    @generator.setter
+    def generator(self, generator: Any) -> None:
+        self._sampler.generator = generator
+
     def __len__(self) -> int:
         return len(self._sampler)
 

@@ -213,7 +213,7 @@ def test_the_revision_reaches_both_stages(copied):
     one = stage_one_config(recipe, copied)
     two = stage_two_config(recipe, copied)
     assert two.model_init_kwargs == {"revision": "v1"}
-    assert one.model_init_kwargs == {"revision": "v1", "dtype": "auto"}
+    assert one.model_init_kwargs == {"revision": "v1", "dtype": "float32"}
 
 
 def test_the_pipeline_prepares_rows_as_the_trainer_does(copied):

@@ -1,5 +1,6 @@
 """What stage 1 does where a recipe leaves it open: the base's own dtype, a quarter of the targets, a rate for its width."""
 
+import json
 import types
 
 import pytest
@@ -54,7 +55,7 @@ def test_what_the_recipe_says_goes_before_the_defaults(base, tmp_path):
     base(torch.float32)
     found = stage_one_config(recipe_in(tmp_path), tmp_path)
     assert (found.learning_rate, found.lr_scheduler_type, found.warmup_steps) == (3e-3, "cosine", 0.05)
-    assert (found.model_init_kwargs, found.aux_target_share) == ({"dtype": "auto"}, 0.25)
+    assert (found.model_init_kwargs, found.aux_target_share) == ({"dtype": "float32"}, 0.25)
     given = {
         "learning_rate": 1e-4,
         "lr_scheduler_type": "linear",
@@ -67,8 +68,12 @@ def test_what_the_recipe_says_goes_before_the_defaults(base, tmp_path):
     assert found.aux_target_share == 1.0
 
 
-def test_a_base_in_float16_is_loaded_in_float32(base, tmp_path):
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_base_in_float16_is_loaded_in_float32(is_named, base, tmp_path):
     base(torch.float16)
+    file = tmp_path / "base" / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in values.items() if is_named or key != "dtype"}))
     assert stage_one_config(recipe_in(tmp_path), tmp_path).model_init_kwargs == {"dtype": "float32"}
 
 

@@ -50,6 +50,16 @@ def test_it_resumes_twice_within_the_same_epoch(whole, rows, tmp_path):
     assert [loss for loss, _ in numbers(again)][17:19] == [loss for loss, _ in numbers(alone)][17:19]
 
 
+def test_accelerate_can_give_the_sampler_random_numbers_that_processes_share(rows, tmp_path):
+    trainer = CAFTTrainer(str(BASE), config(tmp_path, aux_weight=0.0, **BY_LENGTH), train_dataset=rows)
+    sampler = trainer._get_train_sampler()
+    orders = []
+    for _ in range(2):
+        sampler.generator = torch.Generator().manual_seed(4)
+        orders.append(list(sampler))
+    assert orders[0] == orders[1] != list(sampler)
+
+
 def test_a_run_that_does_not_resume_has_the_order_of_sft_trainer(rows, tmp_path):
     ours = trained(CAFTTrainer(str(BASE), config(tmp_path / "ours", aux_weight=0.0, **BY_LENGTH), train_dataset=rows))
     theirs = stock(tmp_path / "theirs", rows, **BY_LENGTH)
