@@ -55,9 +55,14 @@ def test_labels_of_a_server_killed_in_the_middle_are_those_of_this_process(serve
     assert ours == theirs
 
 
+@pytest.fixture(scope="module")
+def exports(export, base, tmp_path_factory):
+    return export(base, tmp_path_factory.mktemp("exports"))
+
+
 @pytest.mark.parametrize("name", ["full", "merged"])
-def test_an_export_is_served_as_transformers_runs_it(serve, export, base, questions, tmp_path, name):
-    tuned = export(base, tmp_path)[name]
+def test_an_export_is_served_as_transformers_runs_it(serve, exports, base, questions, name):
+    tuned = exports[name]
     prompts = text_prompts(load_rows(questions, limit=40)["prompt"], base)
     with serve(tuned) as server:
         found = answers_there(server, tuned, base, prompts, TOKENS)

@@ -69,18 +69,14 @@ def exports(export, tmp_path_factory):
     return export(BASE, tmp_path_factory.mktemp("exports"))
 
 
-def write_prompts(path):
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
-    return str(path)
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    file = tmp_path_factory.mktemp("labels") / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    return {"prompts": str(file), "max_new_tokens": TOKENS, "temperature": 0}
 
 
-def test_labels_of_a_server_killed_in_the_middle_are_those_of_this_process(server, tmp_path):
-    labels = {
-        "prompts": write_prompts(tmp_path / "prompts.jsonl"),
-        "max_new_tokens": TOKENS,
-        "temperature": 0,
-        "chat": False,
-    }
+def test_labels_of_a_server_killed_in_the_middle_are_those_of_this_process(server, labels, tmp_path):
     ours, theirs = labels_with_a_kill(server, BASE, labels, tmp_path, kill_after=20)
     assert len(ours) == len(TEXTS)
     assert all(label.exact for label in theirs)
@@ -94,13 +90,7 @@ def test_an_adapter_alone_is_served_as_transformers_runs_it(server, exports, pro
 
 
 @pytest.mark.parametrize("name", ["full", "merged"])
-def test_offline_labels_of_an_export_are_those_of_this_process(vllm, exports, prompts, tmp_path, name):
-    labels = {
-        "prompts": write_prompts(tmp_path / "prompts.jsonl"),
-        "max_new_tokens": TOKENS,
-        "temperature": 0,
-        "chat": False,
-    }
+def test_offline_labels_of_an_export_are_those_of_this_process(vllm, exports, labels, prompts, tmp_path, name):
     engine = {"enforce_eager": True, "max_model_len": 256}
     common = {"model": {"name": str(exports[name])}, "labels": {**labels, "vllm": engine}}
     label_prompts(Recipe.model_validate({"output": str(tmp_path / "transformers"), **common}))
@@ -115,9 +105,8 @@ def test_offline_labels_of_an_export_are_those_of_this_process(vllm, exports, pr
     assert done.returncode == 0, done.stderr[-4000:]
     ours, theirs = (read_labels(tmp_path / who / "labels" / "labels.jsonl") for who in ("transformers", "vllm"))
     assert ours == theirs
-    assert [label.completion_ids for label in ours] != [
-        answer.ids for answer in answers_here(BASE, BASE, prompts, TOKENS)
-    ]
+    untuned = [answer.ids for answer in answers_here(BASE, BASE, prompts, TOKENS)]
+    assert [label.completion_ids for label in ours] != untuned
 
 
 def test_an_exported_head_drafts_as_often_right_as_in_caftune(serve, good_heads, prompts, tmp_path):
