@@ -82,6 +82,7 @@ PEERS = {
         finish=build_llama_cpp,
         note="needs a C++ compiler, CMake and Ninja; the build takes half an hour of processor time.",
     ),
+    "lm-eval": Peer("3.11", ("torch==2.13.0", "-e", f"{ROOT}[eval,lm-eval,report,test]"), note="1 GB."),
 }
 
 

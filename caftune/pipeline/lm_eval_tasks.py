@@ -19,8 +19,8 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -41,10 +41,17 @@ PREFIX = "lm_eval:"
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """A task of the harness with its rows."""
+    """A task of the harness with its rows.
 
-    name: str  # with the prefix
-    task: Any  # lm_eval.api.task.Task
+    Args:
+        name: with the prefix.
+        task: lm_eval.api.task.Task.
+        random_state: of Python and NumPy after loading, which may shuffle choices; the evaluation continues from there.
+    """
+
+    name: str
+    task: Any
+    random_state: tuple[Any, Any] | None = None
 
 
 def read_harness_tasks(section: EvalSection) -> dict[str, HarnessTask]:
@@ -56,12 +63,12 @@ def read_harness_tasks(section: EvalSection) -> dict[str, HarnessTask]:
     names = [name for name in section.tasks if name.startswith(PREFIX)]
     if names and section.backend != "transformers":
         raise CaftuneError(f"eval.backend must be transformers for {names[0]}, got {section.backend}. Change it.")
-    return {name: HarnessTask(name, _read(name, section.data.get(name))) for name in names}
+    return {name: _read(name, section.data.get(name)) for name in names}
 
 
-def _read(name: str, source: str | None) -> Any:
+def _read(name: str, source: str | None) -> HarnessTask:
     try:
-        import lm_eval.tasks as harness
+        import lm_eval.tasks  # noqa: F401
     except ImportError as absent:
         raise CaftuneError(
             f"lm_eval must be installed for {name}, got an import error ({absent}). Run pip install 'caftune[lm-eval]'."
@@ -72,16 +79,9 @@ def _read(name: str, source: str | None) -> Any:
             "Check the path."
         )
     try:
-        if source is not None and Path(source).is_file():
-            task = _only_task(name, source, harness.TaskManager(include_defaults=False).load([source])["tasks"])
-        else:
-            known = (
-                _published()
-                if source is None
-                else harness.TaskManager(include_path=str(source), include_defaults=False)
-            )
-            _refuse_unknown(name, known, source)
-            task = known.load([name.removeprefix(PREFIX)])["tasks"][name.removeprefix(PREFIX)]
+        with _random_numbers():
+            task = _loaded(name, source)
+            state = random.getstate(), np.random.get_state()
     except CaftuneError:
         raise
     except Exception as error:  # a task is anybody's YAML and Python, its rows are a file's or the hub's
@@ -90,7 +90,41 @@ def _read(name: str, source: str | None) -> Any:
             "connection, or the files of the task."
         ) from error
     _refuse_unfit(name, task)
-    return task
+    return HarnessTask(name, task, state)
+
+
+@contextmanager
+def _random_numbers(state: tuple[Any, Any] | None = None) -> Iterator[None]:
+    """Within the block random numbers are those of the harness's command, from its seeds or from `state` on."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        torch.manual_seed(DEFAULT_OTHER_SEED)
+        if state is not None:
+            _set_random_state(state)
+        try:
+            yield
+        finally:
+            _set_random_state(before)
+
+
+def _set_random_state(state: tuple[Any, Any]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+
+
+def _loaded(name: str, source: str | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    if source is not None and Path(source).is_file():
+        return _only_task(name, source, TaskManager(include_defaults=False).load([source])["tasks"])
+    known = _published() if source is None else TaskManager(include_path=source, include_defaults=False)
+    _refuse_unknown(name, known, source)
+    short = name.removeprefix(PREFIX)
+    return known.load([short])["tasks"][short]
 
 
 @cache
@@ -274,7 +308,8 @@ def evaluate_harness(
     found = []
     for seed in seeds:
         model.seed = seed
-        results = _evaluated(task.task, model, section, chat=chat)
+        with _random_numbers(task.random_state):
+            results = _evaluated(task.task, model, section, chat=chat)
         short = task.name.removeprefix(PREFIX)
         found.append((measures_of(results["results"][short]), results["samples"][short]))
     lines = [
@@ -289,12 +324,9 @@ def evaluate_harness(
 
 def _evaluated(task: Any, model: KeptResponses, section: EvalSection, *, chat: bool) -> dict[str, Any]:
     """The results of the harness's `evaluate`, after what its command does before."""
-    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
 
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    torch.manual_seed(DEFAULT_OTHER_SEED)
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(DEFAULT_OTHER_SEED)
