@@ -41,7 +41,7 @@ def share(doc, results):
 
 def with_choices(dataset):
     def choose(doc):
-        choices = [doc["answer"].split("#### ")[-1], "Tom", doc["question"][:9], "12"]
+        choices = [doc["answer"].split("#### ")[-1], str(len(doc["question"])), "12", "250"]
         random.shuffle(choices)
         return {"choices": choices, "right": choices.index(doc["answer"].split("#### ")[-1])}
 
