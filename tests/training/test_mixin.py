@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file
 from trainers import OPTIONS, config, lora, numbers, same, trained, weights
@@ -166,7 +167,8 @@ def test_packed_rows_have_the_losses_of_padded_ones(tokens, tokenizer, heads, tm
 
 def test_a_run_with_an_adapter_resumes_by_length_and_saves_no_heads_in_it(tokens, tokenizer, heads, tmp_path):
     options = {"heads": heads, "save_strategy": "steps", "save_steps": 1, "train_sampling_strategy": "group_by_length"}
-    runs = [own(tmp_path, tokens, tokenizer, adapted=True, **options) for _ in range(2)]
+    given = {"processing_class": None}
+    runs = [own(tmp_path, tokens, tokenizer, adapted=True, given=given, **options) for _ in range(2)]
     runs[0].train()
     runs[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert numbers(runs[0]) == numbers(runs[1])
@@ -258,6 +260,9 @@ def test_arguments_without_the_options_or_unchecked_are_refused(tokens, tmp_path
         type("Wrong", (Trainer, CAFTMixin), {})
     with pytest.raises(CaftuneError, match="heads must name a folder"):
         Arguments(str(tmp_path), **SHORT)
+    beyond = Dataset.from_dict({"input_ids": [[1, 2], [1, 9999]]})
+    with pytest.raises(CaftuneError, match="Row 1 of the train data .* got a token with id 9999"):
+        Own(model(), Arguments(str(tmp_path), heads=heads, **SHORT), train_dataset=beyond)
     with pytest.raises(CaftuneError, match="model_init must be None"):
         Own(model_init=model, args=Arguments(str(tmp_path), heads=heads, **SHORT), train_dataset=tokens)
 
