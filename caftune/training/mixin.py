@@ -246,7 +246,7 @@ class CAFTMixin(_Trainer):
             heads = {"auxiliary": "add", "auxiliary_labels": self._labels(inputs), **scoring}
             with heads_in_first_pass(model, heads) as scores:
                 result = super().compute_loss(model, inputs, **given)
-            if not scores:
+            if "nll" not in scores:
                 raise CaftuneError(
                     f"The loss of {type(self).__name__} must be computed with the model that compute_loss is given, called "
                     "as model(...), or heads have no part in it. Call that model, not self.model or its parts."
@@ -536,22 +536,21 @@ def heads_in_first_pass(model: nn.Module, arguments: Mapping[str, Any]) -> Itera
     graph counts: those without are a teacher's or for metrics.
 
     Yields:
-        What the heads returned, empty before the pass. `main`, where TRL's fused head ran: the same sums for horizon 1.
+        What the heads returned, empty before the pass; and under `main`, where TRL's fused head ran, the same for horizon 1.
     """
     scores: dict[str, Any] = {}
     has_graph = torch.is_grad_enabled()
 
     def before(_model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        if not scores and torch.is_grad_enabled() == has_graph:
+        if "nll" not in scores and torch.is_grad_enabled() == has_graph:
             return args, {**given, **arguments}
         return None
 
     def after(_model: nn.Module, _args: tuple[Any, ...], given: dict[str, Any], outputs: Any) -> Any:
-        if "auxiliary" not in given:
-            return None
-        outputs, found = without_auxiliary(outputs)
-        scores.update(found)
-        if given.get("fused_lm_head"):
+        if "auxiliary" in given:
+            outputs, found = without_auxiliary(outputs)
+            scores.update(found)
+        if given.get("fused_lm_head"):  # with a user's loss, or label smoothing, in a later pass
             scores["main"] = (-outputs.log_probs.detach().sum(), outputs.label_mask.sum(), outputs.is_top1.sum())
         return outputs
 
