@@ -12,7 +12,7 @@ from torch.nn import functional
 from caftune import CAFTTrainer
 from caftune.core.objective import IGNORED, AuxiliaryWeights, HorizonTargets, horizon_targets
 from caftune.evals.concepts import find_concepts, offsets_of, token_positions
-from caftune.training.trainer import with_targets
+from caftune.training.mixin import with_targets
 
 HORIZONS = (2, 3, 4, 5)
 

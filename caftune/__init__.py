@@ -1,6 +1,7 @@
 """caftune: concept-aware fine-tuning of language models (CAFT, arXiv 2506.07833).
 
 CAFTTrainer, CAFTConfig        a drop-in for TRL's SFTTrainer and SFTConfig
+CAFTMixin, CAFTOptions         the same for your own Trainer and TrainingArguments, without TRL
 attach_heads, detach_heads     put heads into a model and take them out: for your own training loop
 Backbone, AuxiliaryHeads, HeadsConfig, AuxiliaryWeights, auxiliary_loss      the method, without TRL
 load_heads, save_heads, export_model                                         heads and models on disk
@@ -26,6 +27,8 @@ if TYPE_CHECKING:  # for type checkers, which do not follow `lazy`
     from caftune.core.speculative import SpeculativeDecoding as SpeculativeDecoding
     from caftune.errors import CaftuneError as CaftuneError
     from caftune.training.config import CAFTConfig as CAFTConfig
+    from caftune.training.mixin import CAFTMixin as CAFTMixin
+    from caftune.training.options import CAFTOptions as CAFTOptions
     from caftune.training.trainer import CAFTTrainer as CAFTTrainer
 
 __all__, __getattr__ = lazy(
@@ -43,6 +46,8 @@ __all__, __getattr__ = lazy(
         "export_model": "checkpoints.export",
         "SpeculativeDecoding": "core.speculative",
         "CAFTConfig": "training.config",
+        "CAFTMixin": "training.mixin",
+        "CAFTOptions": "training.options",
         "CaftuneError": "errors",
         "CAFTTrainer": "training.trainer",
     },

@@ -133,6 +133,12 @@ def _with_auxiliary(outputs: Any, scores: dict[str, Tensor]) -> Any:
     return _output_class(kind)(**outputs, auxiliary=scores)
 
 
+def without_auxiliary(outputs: Any) -> tuple[Any, dict[str, Tensor]]:
+    """The model's own outputs, and the heads' result, of a forward pass with `auxiliary="add"`."""
+    kind = type(outputs).__bases__[0]
+    return kind(**{name: value for name, value in outputs.items() if name != "auxiliary"}), outputs["auxiliary"]
+
+
 @functools.cache
 def _output_class(kind: Any) -> Any:
     """The output class with a field `auxiliary`: DDP takes outputs apart and rebuilds them by their fields."""

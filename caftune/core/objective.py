@@ -109,8 +109,8 @@ class HorizonTargets:
         counts = torch.bincount(head, minlength=len(horizons)).tolist()
         return cls(positions, every[head, positions], dict(zip(horizons, counts, strict=True)))
 
-    def to(self, device: torch.device | str) -> "HorizonTargets":
-        """The same on a device, without waiting for it. Accelerate's data loaders call this, too."""
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "HorizonTargets":  # noqa: ARG002
+        """The same on a device, without waiting for it. Accelerate's data loaders and BatchEncoding call this, too."""
         return HorizonTargets(
             _without_waiting(self.positions, device), _without_waiting(self.tokens, device), self.counts
         )

@@ -1,10 +1,11 @@
-"""CAFTConfig, CAFTTrainer, and the cost of a step.
+"""CAFTMixin for any Trainer, CAFTTrainer, and the cost of a step.
 
-Names: CAFTConfig, CAFTTrainer, DivergedError.
+Names: CAFTConfig, CAFTMixin, CAFTOptions, CAFTTrainer, DivergedError.
 
-options.py, config.py  the options, each declared once; CAFTConfig
-prepare.py             data sets tokenized and cut, once, as the trainer reads them
-trainer.py             CAFTTrainer: both stages, logs, saving and exporting
+options.py, config.py  CAFTOptions, in which each option is declared; CAFTConfig
+mixin.py               CAFTMixin: both stages, logs, saving and exporting, for any Trainer
+trainer.py             CAFTTrainer: the mixin with SFTTrainer's ways to load a base and to read rows
+prepare.py             data sets tokenized and cut, once, as CAFTTrainer reads them
 loading.py             the base, the tokenizer and the heads that a run starts from
 trained_heads.py       training heads: in full or with a LoRA, and saving them
 checks.py              what is refused before the first step
@@ -12,7 +13,7 @@ progress.py            running a stage: output, resuming, SIGTERM; resumption.py
 divergence.py          stopping a training whose weights are NaN or infinite
 measured_cost.py       seconds, tokens, FLOPs and memory of a training; run_setup.py, estimate.py, flops.py,
                        memory.py: before it
-_compat.py             work-arounds for other libraries
+_compat.py, _trl.py    work-arounds for other libraries; TRL, which the mixin does without
 """
 
 from caftune._lazy import lazy
@@ -21,6 +22,8 @@ __all__, __getattr__ = lazy(
     __name__,
     {
         "CAFTConfig": "config",
+        "CAFTMixin": "mixin",
+        "CAFTOptions": "options",
         "CAFTTrainer": "trainer",
         "DivergedError": "divergence",
     },

@@ -2,17 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer
 
 from caftune.data.template_errors import remove_byte_order_mark, template_in
-from caftune.training.config import CAFTConfig
+
+if TYPE_CHECKING:
+    from caftune.training.config import CAFTConfig
 
 
 @contextmanager
-def as_sft_trainer_needs(args: CAFTConfig, processing_class: Any, *, has_model: bool) -> Iterator[None]:
+def as_sft_trainer_needs(args: "CAFTConfig", processing_class: Any, *, has_model: bool) -> Iterator[None]:
     """Within the block, SFTTrainer can be built from `args`, whose values are then put back.
 
     TRL 1.16 keeps the byte order mark of a chat template's file, so it becomes a token of every prompt. Ends when TRL removes
@@ -41,6 +43,18 @@ def keep_trainable_on_cpu(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def is_divided_by_trainer(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Whether Trainer divides what compute_loss returns by the number of micro-batches.
+
+    transformers 5.23 decides so in `training_step` (5.16 without `loss_is_scaled_for_ga`). Ends when a trainer can be queried.
+    """
+    is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if is_scaled is None:
+        by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        is_scaled = by_model or trainer.compute_loss_func is not None
+    return not is_scaled
 
 
 def use_current_cadence(args: Any, state: Any) -> None:

@@ -1,4 +1,4 @@
-"""What CAFTTrainer refuses before it starts, each in one sentence with a remedy."""
+"""What a trainer with heads refuses before it starts, each in one sentence with a remedy."""
 
 import logging
 import math
@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -19,7 +19,10 @@ from caftune.core.backbone import evaluating, has_flash_attention
 from caftune.core.objective import IGNORED
 from caftune.errors import CaftuneError
 from caftune.generation.backends import unknown_token
-from caftune.training.config import CAFTConfig
+from caftune.training.options import CAFTOptions
+
+if TYPE_CHECKING:
+    from caftune.training.config import CAFTConfig
 
 _logger = logging.getLogger(__name__)
 _HALF = (torch.bfloat16, torch.float16)
@@ -49,12 +52,38 @@ def _refuse(*problems: tuple[object, str]) -> None:
             raise CaftuneError(text)
 
 
+def refuse_options(args: Any) -> None:
+    """Refuse arguments of a class that does not have, or does not check, the options of heads."""
+    kind = type(args).__name__
+    is_known = isinstance(args, CAFTOptions)
+    _refuse(
+        (
+            not is_known,
+            f"args must be of a class with CAFTOptions, got {kind}. Define `@dataclass class Arguments(CAFTOptions, {kind})` "
+            "and use it; aux_weight=0 without heads changes nothing.",
+        ),
+        (
+            is_known and args.aux_weight is None,
+            f"CAFTOptions must come first among the bases of {kind}, before TrainingArguments. Change their order.",
+        ),
+    )
+
+
 def refuse_arguments(
-    args: CAFTConfig, peft_config: Any, compute_loss_func: Any, compute_metrics: Any, optimizers: tuple[Any, Any]
+    args: Any,
+    peft_config: Any,
+    compute_loss_func: Any,
+    compute_metrics: Any,
+    optimizers: tuple[Any, Any],
+    model_init: Any = None,
 ) -> None:
     """Refuse arguments of the trainer that do not work with heads."""
     stage_one = args.pretrain_heads
     _refuse(
+        (
+            args.has_heads and model_init is not None,
+            "model_init must be None with heads, which are put into one model. Give the trainer the model itself.",
+        ),
         (
             optimizers[0] is not None and args.trains_heads,
             "optimizers must not hold an optimizer where heads are trained, because it was created before them. Use "
@@ -89,7 +118,7 @@ def refuse_quantised(quantization_config: Any, *, has_adapter: bool) -> None:
     _refuse((is_quantised and not has_adapter, _QUANTISED))
 
 
-def refuse_processes(args: CAFTConfig) -> None:
+def refuse_processes(args: Any) -> None:
     """Refuse launches whose processes would not work together."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     plugin, has_heads = args.deepspeed_plugin, args.has_heads
@@ -135,7 +164,7 @@ def refuse_unfit_heads(trainer: Any) -> None:
     args, config, backbone, accelerator = trainer.args, trainer.heads.config, trainer.backbone, trainer.accelerator
     parallelism = accelerator.parallelism_config
     positions = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
-    context = min(args.max_length or math.inf, positions or math.inf)
+    context = min(getattr(args, "max_length", None) or math.inf, positions or math.inf)
     has_copies = args.aux_weight != 0 and not args.pretrain_heads and config.kind == "decoder"
     last_layer = {id(parameter) for parameter in backbone.layer.parameters()}
     trained = {id(parameter) for parameter in backbone.model.parameters() if parameter.requires_grad}
@@ -162,13 +191,12 @@ def refuse_unfit_heads(trainer: Any) -> None:
     )
 
 
-def refuse_unfit(model: PreTrainedModel | PeftModel, peft_config: Any, args: CAFTConfig) -> None:
+def refuse_unfit(model: PreTrainedModel | PeftModel, peft_config: Any, args: Any) -> None:
     """Refuse models that cannot be trained with heads."""
     adapters = [*(model.peft_config.values() if isinstance(model, PeftModel) else ())]
     adapters += [] if peft_config is None else [peft_config]
     learning = [type(kind).__name__ for kind in adapters if getattr(kind, "is_prompt_learning", False)]
-    trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-    half = [dtype for dtype in _HALF if dtype in trained]
+    trained = any(parameter.requires_grad for parameter in model.parameters())
     _refuse(
         (
             args.pretrain_heads and adapters,
@@ -191,11 +219,20 @@ def refuse_unfit(model: PreTrainedModel | PeftModel, peft_config: Any, args: CAF
             "call model.requires_grad_(True); load an adapter with is_trainable=True.",
         ),
         *((tied := _tied_copies(model, kind), _TIED.format(", ".join(tied))) for kind in adapters),
-        (
-            half and not adapters and not args.pretrain_heads,
-            f"model must hold float32 weights for full fine-tuning, got {next(iter(half), None)}: updates below about 1/256 of "
-            "a weight would be lost. Load it with dtype='float32' (bf16=True still computes in bfloat16) or give a LoraConfig.",
-        ),
+    )
+
+
+def half_precision_problem(model: PreTrainedModel | PeftModel, peft_config: Any, args: Any) -> str | None:
+    """What is wrong with training weights in half precision; None where that is not done."""
+    if args.pretrain_heads or peft_config is not None or isinstance(model, PeftModel):
+        return None
+    trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    half = next((dtype for dtype in _HALF if dtype in trained), None)
+    if half is None:
+        return None
+    return (
+        f"model must hold float32 weights for full fine-tuning, got {half}: updates below about 1/256 of a weight would be "
+        "lost. Load it with dtype='float32' (bf16=True still computes in bfloat16) or give a LoraConfig."
     )
 
 
@@ -209,7 +246,7 @@ def _tied_copies(model: PreTrainedModel | PeftModel, peft_config: Any) -> list[s
     return sorted(tied & set(getattr(peft_config, "modules_to_save", None) or ()))
 
 
-def refuse_missing_parts(dataset: Dataset, args: CAFTConfig, *, name: str, as_stock: bool = False) -> None:
+def refuse_missing_parts(dataset: Dataset, args: "CAFTConfig", *, name: str, as_stock: bool = False) -> None:
     """Refuse examples without the part that is trained on.
 
     Args:
@@ -245,7 +282,7 @@ def _named(rows: list[int]) -> str:
     return ", ".join(map(str, rows[:_NAMED_ROWS])) + (", ..." if len(rows) > _NAMED_ROWS else "")
 
 
-def cut_length(args: CAFTConfig, *, packing: bool) -> int | None:
+def cut_length(args: "CAFTConfig", *, packing: bool) -> int | None:
     """The tokens that rows are cut to; None where packing splits long documents instead."""
     return None if packing and args.packing_strategy in ("bfd_split", "wrapped") else args.max_length
 
@@ -331,10 +368,10 @@ def refuse_unknown_tokens_of(trainer: Any) -> None:
     evaluation = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
     for name, rows in {"train": trainer.train_dataset, **evaluation}.items():
         if isinstance(rows, Dataset) and "input_ids" in rows.column_names and embedded:
-            refuse_unknown_tokens(rows, trainer._tokenizer, embedded, name=name)
+            refuse_unknown_tokens(rows, trainer._start.tokenizer, embedded, name=name)
 
 
-def refuse_unknown_padding(args: CAFTConfig, tokenizer: Any, embedded: int) -> None:
+def refuse_unknown_padding(args: "CAFTConfig", tokenizer: Any, embedded: int) -> None:
     """`refuse_unknown_tokens` for the padding token, if rows are padded: its embedding is looked up, too."""
     pad = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
     number = tokenizer.convert_tokens_to_ids(pad) if pad is not None else None

@@ -5,12 +5,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import SFTConfig
-from trl.trainer.utils import get_config_model_id
 
-from caftune.core.heads import HeadsConfig
-from caftune.core.objective import AuxiliaryWeights
 from caftune.errors import CaftuneError
+from caftune.training._trl import SFTConfig, get_config_model_id
 from caftune.training.options import CAFTOptions
 
 
@@ -29,74 +26,8 @@ class CAFTConfig(CAFTOptions, SFTConfig):
         if self.bf16 is None and not is_torch_bf16_gpu_available():
             self.bf16 = False  # SFTConfig's own default, True, stops on a CPU
         super().__post_init__()
-        if self.aux_weight is None:
-            self.aux_weight = 1.0 if self.pretrain_heads else 0.01
-        if self.aux_schedule is None:
-            self.aux_schedule = "constant" if self.pretrain_heads else "reflected_sine"
-        self.auxiliary_weights  # noqa: B018  (checks the three values)
-        HeadsConfig(self.num_heads, self.head_kind)
-        if self.pretrain_heads:
-            self._check_stage_one()
-        else:
-            self._check_stage_two()
-        if self.soft_top_k is not None and not (self.soft_targets and self.soft_top_k >= 1):
-            raise CaftuneError(f"soft_top_k must be at least 1, and needs soft_targets=True, got {self.soft_top_k}.")
-        self._check_trained_heads()
-        self._check_early_stopping()
-        self.refuse_out_of_bounds()
         if self.has_heads:
             self._check_packing()
-
-    def _check_stage_one(self) -> None:
-        if self.aux_weight == 0:
-            raise CaftuneError("aux_weight must be above 0 in stage 1 (pretrain_heads=True), got 0.")
-        if self.freeze_unembedding:
-            raise CaftuneError("freeze_unembedding must be False in stage 1, which trains heads only. Leave it out.")
-        if self.label_smoothing_factor > 0:
-            raise CaftuneError(
-                f"label_smoothing_factor must be 0 in stage 1 (pretrain_heads=True), got {self.label_smoothing_factor}: it "
-                "smooths the model's own loss, which stage 1 does not compute. Set it in stage 2."
-            )
-
-    def _check_stage_two(self) -> None:
-        if self.soft_targets:
-            raise CaftuneError("soft_targets must be False in stage 2: there the tokens of the task are the targets.")
-        if self.heads is None and self.auxiliary_weights.weight > 0:
-            raise CaftuneError(
-                "heads must name a folder of pretrained heads, got None. Pretrain some with pretrain_heads=True (or "
-                "`caftune pretrain-heads`), or set aux_weight=0 for plain fine-tuning."
-            )
-
-    def _check_trained_heads(self) -> None:
-        """Options that only trained heads have, or only frozen ones."""
-        if self.heads_max_grad_norm is not None and self.max_grad_norm == 0:
-            raise CaftuneError(
-                "heads_max_grad_norm must be None with max_grad_norm=0, which switches all clipping off. Use a large "
-                "max_grad_norm to clip the heads alone."
-            )
-        for name in ("heads_lora_rank", "heads_learning_rate", "heads_max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and (self.pretrain_heads or not self.train_heads):
-                raise CaftuneError(
-                    f"{name} must be None unless stage 2 trains the heads (train_heads=True), got {value}. Leave it out."
-                )
-        if self.aux_min_weight > 0 and (self.pretrain_heads or self.train_heads):
-            raise CaftuneError(
-                f"aux_min_weight must be 0 where heads are trained (pretrain_heads, train_heads), got {self.aux_min_weight}: "
-                "heads that are left out would not learn. Freeze them in stage 2 (train_heads=False), or leave it out."
-            )
-
-    def _check_early_stopping(self) -> None:
-        patience = self.early_stopping_patience
-        if patience is None:
-            return
-        if type(patience) is not int or patience < 1:
-            raise CaftuneError(f"early_stopping_patience must be a whole number above 0, got {patience!r}.")
-        if not self.load_best_model_at_end:
-            raise CaftuneError(
-                "early_stopping_patience needs load_best_model_at_end=True, or the result would be the last of the evaluations "
-                "that did not improve. Set it, with eval_strategy and save_strategy."
-            )
 
     def _check_packing(self) -> None:
         if self.packing and self.packing_strategy == "wrapped":
@@ -109,21 +40,6 @@ class CAFTConfig(CAFTOptions, SFTConfig):
                 "eval_packing must not be True without packing in a run with heads: TRL (1.16) would then not mark where "
                 "documents begin, and heads would be evaluated across them. Set packing=True too, or leave eval_packing out."
             )
-
-    @property
-    def has_heads(self) -> bool:
-        """Whether the run has heads. Without them CAFTTrainer is SFTTrainer."""
-        return self.pretrain_heads or self.heads is not None
-
-    @property
-    def trains_heads(self) -> bool:
-        """Whether the heads' weights are trained: in stage 1, and in stage 2 with `train_heads` and an `aux_weight` above 0."""
-        return self.has_heads and bool(self.aux_weight) and (self.pretrain_heads or self.train_heads)
-
-    @property
-    def auxiliary_weights(self) -> AuxiliaryWeights:
-        """alpha, beta and gamma."""
-        return AuxiliaryWeights(float(self.aux_weight or 0), self.aux_decay, str(self.aux_schedule))
 
 
 def as_caft_config(args: TrainingArguments | None, model: Any) -> CAFTConfig:

@@ -3,19 +3,20 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel
 from transformers import AutoProcessor, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from trl.trainer.utils import create_model_from_path
 
 from caftune.checkpoints.fingerprint import base_fingerprint
 from caftune.checkpoints.heads_folder import describe_heads, find_heads, load_heads
 from caftune.core.backbone import Backbone
 from caftune.core.heads import AuxiliaryHeads, HeadsConfig
 from caftune.errors import CaftuneError
-from caftune.training.config import CAFTConfig
+
+if TYPE_CHECKING:
+    from caftune.training.config import CAFTConfig
 
 _logger = logging.getLogger(__name__)
 
@@ -28,9 +29,15 @@ class Start:
     backbone: Backbone | None = None
     description: dict[str, Any] | None = None  # heads.json of the heads that were loaded
     fingerprint: dict[str, Any] | None = None  # stage 1: the base's, before SFTTrainer adds tokens
+    tokenizer: Any = None  # the base's, where it is known
 
 
-def load_processing_class(name: str, args: CAFTConfig) -> Any:
+def name_of(model: Any) -> str:
+    """The folder or hub id that a model was loaded from; empty where there is none."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+
+
+def load_processing_class(name: str, args: "CAFTConfig") -> Any:
     """The tokenizer or processor of a model, as SFTTrainer would load it."""
     options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     trust = options.get("trust_remote_code", args.trust_remote_code)
@@ -42,7 +49,7 @@ def text_tokenizer(processing_class: Any) -> Any:
     return processing_class if hasattr(processing_class, "get_vocab") else processing_class.tokenizer
 
 
-def load_or_build_heads(model: PreTrainedModel | PeftModel, args: CAFTConfig, tokenizer: Any) -> Start:
+def load_or_build_heads(model: PreTrainedModel | PeftModel, args: Any, tokenizer: Any) -> Start:
     """The heads in the folder `args.heads`; in stage 1 without a folder, new heads."""
     if not args.has_heads:
         return Start()
@@ -50,14 +57,16 @@ def load_or_build_heads(model: PreTrainedModel | PeftModel, args: CAFTConfig, to
     fingerprint = base_fingerprint(backbone) if args.pretrain_heads else None
     if args.heads is None:
         built = AuxiliaryHeads.build(backbone, HeadsConfig(args.num_heads, args.head_kind))
-        return Start(built, backbone, fingerprint=fingerprint)
+        return Start(built, backbone, None, fingerprint, tokenizer)
     folder = find_heads(args.heads)
     heads = load_heads(folder, backbone, tokenizer, force=args.force_heads)
-    return Start(heads, backbone, describe_heads(folder), fingerprint)
+    return Start(heads, backbone, describe_heads(folder), fingerprint, tokenizer)
 
 
-def load_base(name: str, args: CAFTConfig, quantization_config: Any) -> PreTrainedModel | PeftModel:
+def load_base(name: str, args: "CAFTConfig", quantization_config: Any) -> PreTrainedModel | PeftModel:
     """The base as SFTTrainer would load it. For a folder with an adapter: its base with the adapter, to be trained further."""
+    from caftune.training._trl import create_model_from_path  # here, because CAFTMixin does without TRL
+
     options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     if quantization_config is not None:
         if "quantization_config" in options:

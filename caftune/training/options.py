@@ -1,16 +1,18 @@
-"""The options that CAFTConfig adds to TRL's SFTConfig, each declared here.
+"""`CAFTOptions`: the options of concept-aware fine-tuning, each declared here, for any TrainingArguments.
 
-config.py fills the defaults that depend on the stage. The keys of the recipe's sections `heads`, `loss` and `model` follow from
-this list, with their messages and descriptions (pipeline/schema.py). Importing it loads neither torch nor TRL, so that a recipe
-is checked before they are.
+The keys of the recipe's sections `heads`, `loss` and `model` follow from this list, with their messages and descriptions
+(pipeline/schema.py). Importing it loads neither torch nor TRL, so that a recipe is checked before they are.
 """
 
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from caftune.errors import CaftuneError
+
+if TYPE_CHECKING:
+    from caftune.core.objective import AuxiliaryWeights
 
 Training = Literal["pretrain", "adapt", "trainer"]  # by its section of a recipe, which holds the other options
 HeadKind = Literal["decoder", "mlp"]
@@ -24,7 +26,7 @@ class InRecipe(NamedTuple):
         place: the key of the recipe, with its section. Empty: the option's name, in the section of each training.
         trainings: the trainings that get the option from there. Empty: a command sets it.
         bounds: gt, ge, le, as pydantic and `operator` name them.
-        default: the recipe's, where CAFTConfig's is None and depends on the stage.
+        default: the recipe's, where CAFTOptions' is None and depends on the stage.
         words: how the recipe writes the option's values, where it has words for them.
     """
 
@@ -57,7 +59,17 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class CAFTOptions:
-    """The fields of CAFTConfig that are not SFTConfig's."""
+    """The options of a CAFTMixin's `args`, a subclass of both this class, which comes first, and TrainingArguments:
+
+        @dataclass
+        class Arguments(CAFTOptions, TrainingArguments): ...
+
+    Stage 2 needs `heads` unless `aux_weight` is 0; in stage 1 (`pretrain_heads`), `heads` are trained further. Without `heads`
+    and with `aux_weight=0` the trainer is the one it was. docs/papers.md has the paper's values.
+
+    Raises:
+        CaftuneError: a value outside its range, or options that exclude each other.
+    """
 
     heads: Annotated[str | None, InRecipe("heads.path", _LATER)] = _option(
         None, "Pretrained heads to use instead of new ones: a folder or a hub id."
@@ -129,6 +141,82 @@ class CAFTOptions:
         False, "Full fine-tuning: leave the output layer as it is, and the embeddings where both are one matrix."
     )
 
+    def __post_init__(self) -> None:
+        getattr(super(), "__post_init__", lambda: None)()  # TrainingArguments' own
+        if self.aux_weight is None:
+            self.aux_weight = 1.0 if self.pretrain_heads else 0.01
+        if self.aux_schedule is None:
+            self.aux_schedule = "constant" if self.pretrain_heads else "reflected_sine"
+        from caftune.core.heads import HeadsConfig  # here, because it loads torch
+
+        self.auxiliary_weights  # noqa: B018  (checks the three values)
+        HeadsConfig(self.num_heads, self.head_kind)
+        if self.pretrain_heads:
+            self._check_stage_one()
+        else:
+            self._check_stage_two()
+        if self.soft_top_k is not None and not (self.soft_targets and self.soft_top_k >= 1):
+            raise CaftuneError(f"soft_top_k must be at least 1, and needs soft_targets=True, got {self.soft_top_k}.")
+        self._check_trained_heads()
+        self._check_early_stopping()
+        self.refuse_out_of_bounds()
+
+    def _check_stage_one(self) -> None:
+        if self.aux_weight == 0:
+            raise CaftuneError("aux_weight must be above 0 in stage 1 (pretrain_heads=True), got 0.")
+        if self.freeze_unembedding:
+            raise CaftuneError("freeze_unembedding must be False in stage 1, which trains heads only. Leave it out.")
+        smoothing = self._trainers("label_smoothing_factor")
+        if smoothing:
+            raise CaftuneError(
+                f"label_smoothing_factor must be 0 in stage 1 (pretrain_heads=True), got {smoothing}: it smooths "
+                "the model's own loss, which stage 1 does not compute. Set it in stage 2."
+            )
+
+    def _check_stage_two(self) -> None:
+        if self.soft_targets:
+            raise CaftuneError("soft_targets must be False in stage 2: there the tokens of the task are the targets.")
+        if self.heads is None and self.auxiliary_weights.weight > 0:
+            raise CaftuneError(
+                "heads must name a folder of pretrained heads, got None. Pretrain some with pretrain_heads=True (or "
+                "`caftune pretrain-heads`), or set aux_weight=0 for plain fine-tuning."
+            )
+
+    def _check_trained_heads(self) -> None:
+        """Options that only trained heads have, or only frozen ones."""
+        if self.heads_max_grad_norm is not None and self._trainers("max_grad_norm") == 0:
+            raise CaftuneError(
+                "heads_max_grad_norm must be None with max_grad_norm=0, which switches all clipping off. Use a large "
+                "max_grad_norm to clip the heads alone."
+            )
+        for name in ("heads_lora_rank", "heads_learning_rate", "heads_max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and (self.pretrain_heads or not self.train_heads):
+                raise CaftuneError(
+                    f"{name} must be None unless stage 2 trains the heads (train_heads=True), got {value}. Leave it out."
+                )
+        if self.aux_min_weight > 0 and (self.pretrain_heads or self.train_heads):
+            raise CaftuneError(
+                f"aux_min_weight must be 0 where heads are trained (pretrain_heads, train_heads), got {self.aux_min_weight}: "
+                "heads that are left out would not learn. Freeze them in stage 2 (train_heads=False), or leave it out."
+            )
+
+    def _check_early_stopping(self) -> None:
+        patience = self.early_stopping_patience
+        if patience is None:
+            return
+        if type(patience) is not int or patience < 1:
+            raise CaftuneError(f"early_stopping_patience must be a whole number above 0, got {patience!r}.")
+        if not self._trainers("load_best_model_at_end"):
+            raise CaftuneError(
+                "early_stopping_patience needs load_best_model_at_end=True, or the result would be the last of the evaluations "
+                "that did not improve. Set it, with eval_strategy and save_strategy."
+            )
+
+    def _trainers(self, name: str) -> Any:
+        """The value of an option of TrainingArguments, which the object is, too."""
+        return getattr(self, name, None)
+
     def refuse_out_of_bounds(self) -> None:
         """Raise CaftuneError for a number outside the bounds of its option."""
         for name, option in OPTIONS.items():
@@ -137,9 +225,26 @@ class CAFTOptions:
                 wanted = _BOUNDS_IN_WORDS[tuple(bounds)].format(*bounds.values())
                 raise CaftuneError(f"{name} must be {wanted}, got {value}.")
 
+    @property
+    def has_heads(self) -> bool:
+        """Whether the run has heads. Without them the trainer is the one it was."""
+        return self.pretrain_heads or self.heads is not None
+
+    @property
+    def trains_heads(self) -> bool:
+        """Whether the heads' weights are trained: in stage 1, and in stage 2 with `train_heads` and an `aux_weight` above 0."""
+        return self.has_heads and bool(self.aux_weight) and (self.pretrain_heads or self.train_heads)
+
+    @property
+    def auxiliary_weights(self) -> "AuxiliaryWeights":
+        """alpha, beta and gamma."""
+        from caftune.core.objective import AuxiliaryWeights  # here, because it loads torch
+
+        return AuxiliaryWeights(float(self.aux_weight or 0), self.aux_decay, str(self.aux_schedule))
+
 
 class Option(NamedTuple):
-    """An option of CAFTConfig: its field there, and its place in a recipe."""
+    """An option: its field in CAFTOptions, and its place in a recipe."""
 
     type: Any
     default: Any

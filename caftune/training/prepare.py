@@ -17,8 +17,6 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import generate_random_fingerprint
 from transformers import AddedToken, AutoTokenizer
-from trl import SFTTrainer
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from caftune.checkpoints.opening import opening_tokenizer
 from caftune.core.objective import IGNORED
@@ -31,6 +29,7 @@ from caftune.data.template_errors import (
     warn_of_prompt_mismatch,
 )
 from caftune.errors import CaftuneError
+from caftune.training._trl import SFTTrainer, get_training_chat_template, has_generation_markers
 from caftune.training.checks import cut_length, find_truncated_rows, refuse_missing_parts
 from caftune.training.config import CAFTConfig
 

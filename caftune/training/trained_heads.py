@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from caftune.core.backbone import whole
 from caftune.core.heads import AuxiliaryHeads
 from caftune.errors import CaftuneError
-from caftune.training.config import CAFTConfig
 
 _ADAPTER_FILE = "adapter.safetensors"
 
@@ -75,7 +74,20 @@ def give_own_learning_rate(optimizer: torch.optim.Optimizer, heads: AuxiliaryHea
             optimizer.add_param_group({**rest, "params": heads_part, "lr": learning_rate})
 
 
-def training_record(args: CAFTConfig, steps: int) -> dict[str, Any]:
+def refuse_optimizer_without(heads: AuxiliaryHeads, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse an optimizer that holds weights of the model and not all trained ones of the heads."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [
+        name for name, parameter in heads.named_parameters() if parameter.requires_grad and id(parameter) not in held
+    ]
+    if missing and any(id(parameter) in held for parameter in model.parameters()):
+        raise CaftuneError(
+            f"The optimizer must hold the heads' weights, got one without {missing[0]} and {len(missing) - 1} more. Let "
+            "create_optimizer take all of model.parameters() that require gradients, or freeze the heads (train_heads=False)."
+        )
+
+
+def training_record(args: Any, steps: int) -> dict[str, Any]:
     """How heads were trained, for their heads.json: in stage 1, or in stage 2, trained with the model or frozen."""
     names = ["learning_rate", "num_train_epochs", "seed", "aux_decay", "aux_target_share"]
     names += ["soft_targets", "soft_top_k"]
