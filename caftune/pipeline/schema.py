@@ -95,7 +95,7 @@ class AnswersSection(_Section):
     top_k: int = Field(0, ge=0, description="0: all tokens.")
     backend: Literal["transformers", "vllm", "server"] = Field("transformers", description="What runs the model.")
     batching: Literal["auto", "continuous", "static"] = Field("auto", description="Of the transformers backend.")
-    batch_size: int = Field(64, gt=0, description="Answers at a time, of the transformers backend.")
+    batch_size: int = Field(128, gt=0, description="Answers at a time, of the transformers backend.")
     vllm: dict[str, Any] = Field({}, description="Arguments of vllm.LLM, such as tensor_parallel_size.")
     server: ServerSection = ServerSection()
 
