@@ -30,6 +30,7 @@ from caftune.checkpoints.cards import write_model_card
 from caftune.checkpoints.export import export_model, export_saved
 from caftune.checkpoints.heads_folder import read_heads, save_heads
 from caftune.core.attach import ATTRIBUTE, attach_heads
+from caftune.core.backbone import whole_shape
 from caftune.core.finite import refuse_not_finite
 from caftune.core.objective import HorizonTargets, Sample, weights_of_sums
 from caftune.training._compat import as_sft_trainer_needs, keep_trainable_on_cpu
@@ -226,7 +227,7 @@ class CAFTTrainer(SFTTrainer):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(dir=folder.parent, prefix=".export-") as saved:  # /tmp may be too small
                 self._save(saved, state)
-                rows = model.get_input_embeddings().weight.shape[0]
+                rows = whole_shape(model.get_input_embeddings().weight)[0]
                 trust = self.args.trust_remote_code
                 options: dict[str, Any] = {"merged": merged, "vocab_size": rows, "trust_remote_code": trust}
                 native = export_saved(saved, folder, self.processing_class, **base, **options)
@@ -524,9 +525,10 @@ class CAFTTrainer(SFTTrainer):
         self._load_trained_heads(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        if not self.args.pretrain_heads:
+        if self.is_deepspeed_enabled or not self.args.pretrain_heads:
             super()._load_best_model()
-        self._load_trained_heads(Path(str(self.state.best_model_checkpoint)))
+        if not self.is_deepspeed_enabled:  # its checkpoints hold the heads, too
+            self._load_trained_heads(Path(str(self.state.best_model_checkpoint)))
 
     def _load_trained_heads(self, checkpoint: Path) -> None:
         if self.args.trains_heads:
