@@ -82,6 +82,12 @@ PEERS = {
         finish=build_llama_cpp,
         note="needs a C++ compiler, CMake and Ninja; the build takes half an hour of processor time.",
     ),
+    "deepspeed": Peer(
+        "3.11",
+        ("torch==2.13.0", "deepspeed==0.19.8", "-e", f"{ROOT}"),
+        note="needs a C++ compiler, with which DeepSpeed builds its exchange between processes at its first start. Its "
+        "environment also serves the tests on two hosts, which need root and `ip` (iproute2) for network namespaces.",
+    ),
 }
 
 
