@@ -1,6 +1,7 @@
 """DeepSpeed on two gloo ranks, by the configurations that are shipped, equals one process."""
 
 import json
+from functools import cache
 from itertools import product
 
 import pytest
@@ -34,15 +35,19 @@ def whole_configuration(folder, stage):
 
 @pytest.fixture(scope="module")
 def runs(peer, tmp_path_factory):
-    """Every case of a stage on two ranks: the folder of their recipes."""
+    """The folder of a stage's recipes, all of whose cases have been run on two ranks."""
     python, folder = peer("deepspeed") / "bin" / "python", tmp_path_factory.mktemp("deepspeed")
     for base in ("tied", "untied"):
         write_llama(folder / base, is_tied=base == "tied")
-    for stage, cases in CASES.items():
-        recipes = [recipe_of(folder, stage, *case, batch=2, **RANKS) for case in cases]
+
+    @cache
+    def of(stage):
+        recipes = [recipe_of(folder, stage, *case, batch=2, **RANKS) for case in CASES[stage]]
         environment = {"DS_ACCELERATOR": "cpu"}
         finish(launch(python, whole_configuration(folder, stage), recipes, environment=environment))
-    return folder
+        return folder
+
+    return of
 
 
 def recipe_of(folder, stage, tuning, heads, base, *, batch, **trainer):
@@ -53,8 +58,9 @@ def recipe_of(folder, stage, tuning, heads, base, *, batch, **trainer):
 
 @pytest.mark.parametrize(("stage", "case"), [(stage, case) for stage, cases in CASES.items() for case in cases])
 def test_a_run_under_deepspeed_its_resumption_and_its_export_equal_one_process(runs, stage, case):
-    one = recipe_of(runs, "one", *case, batch=4, max_grad_norm=0)
+    folder = runs(stage)
+    one = recipe_of(folder, "one", *case, batch=4, max_grad_norm=0)
     output = one.with_name(f"{one.stem}-whole")
     if not output.is_dir():
         run_in_one_process(one)
-    assert_equals_one_process(runs / f"{'-'.join((stage, *case))}.yaml", output)
+    assert_equals_one_process(folder / f"{'-'.join((stage, *case))}.yaml", output)
