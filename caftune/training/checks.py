@@ -186,8 +186,8 @@ def refuse_unfit(model: PreTrainedModel | PeftModel, peft_config: Any, args: CAF
         ),
         (
             any(map(is_partitioned, model.parameters())),
-            "model must hold whole weights with heads, which are copies of them, got a part (DeepSpeed ZeRO-3). Give the "
-            "trainer its name or folder, and every process loads the whole.",
+            "model must hold whole weights with heads, which are copies of them, got a part (DeepSpeed ZeRO-3). Give "
+            "CAFTTrainer its name or folder, or load it before the training arguments are made.",
         ),
         (getattr(model, "is_quantized", False) and not adapters, _QUANTISED),
         (
