@@ -75,6 +75,12 @@ PEERS = {
         note="its server is the one compiled into the wheel of xllamacpp.",
     ),
     "lm-eval": Peer("3.11", ("torch==2.13.0", "-e", f"{ROOT}[eval,lm-eval,report,test]"), note="1 GB."),
+    "deepspeed": Peer(
+        "3.11",
+        ("torch==2.13.0", "deepspeed==0.19.8", "-e", f"{ROOT}"),
+        note="needs a C++ compiler, with which DeepSpeed builds its exchange between processes at its first start. Its "
+        "environment also serves the tests on two hosts, which need root and `ip` (iproute2) for network namespaces.",
+    ),
 }
 
 

@@ -1,7 +1,15 @@
 """Bases with the demo's tokenizer, with rotary positions, without, and with biases; and heads that differ from each other."""
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from caftune import AuxiliaryHeads, Backbone, HeadsConfig, save_heads
 from caftune.demo.run import BASE
@@ -33,6 +41,19 @@ def write_heads(name, folder):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     save_heads(folder, heads, backbone, AutoTokenizer.from_pretrained(BASE))
     return str(folder)
+
+
+def write_llama(folder, *, is_tied):
+    """Write the embedded Llama, with tied embeddings or with two matrices of the same values, and `folder`-heads for it."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(BASE), AutoTokenizer.from_pretrained(BASE)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.config.tie_word_embeddings = is_tied
+    base = LlamaForCausalLM(model.config)
+    base.load_state_dict(state)
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    backbone = Backbone.of(AutoModelForCausalLM.from_pretrained(folder))
+    save_heads(f"{folder}-heads", AuxiliaryHeads.build(backbone, HeadsConfig(2)), backbone, tokenizer)
 
 
 def write_biased(folder):

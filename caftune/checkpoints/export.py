@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
+from caftune.core._compat import loading_whole_weights
 from caftune.core.attach import ATTRIBUTE
 from caftune.core.finite import refuse_not_finite
 from caftune.errors import CaftuneError
@@ -172,6 +173,7 @@ def copy_adapter(checkpoint: str | os.PathLike[str], folder: Path, tokenizer: An
         tokenizer.save_pretrained(folder)
 
 
+@loading_whole_weights()
 def load_trained(
     folder: str | os.PathLike[str],
     base_name: str,

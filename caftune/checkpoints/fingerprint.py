@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from caftune.core.adapters import original_state
-from caftune.core.backbone import Backbone, whole
+from caftune.core.backbone import Backbone, gathered, whole
 from caftune.files import file_sha256
 
 _SAMPLED_ROWS = 64
@@ -33,15 +33,16 @@ def base_fingerprint(backbone: Backbone) -> dict[str, Any]:
     Weights are sampled after rounding to bfloat16, so a base loaded in float32 and in bfloat16 gives one fingerprint. The
     last layer of a quantised base has none (None).
     """
-    config = backbone.model.config
-    layer, unembedding = original_state(backbone.layer), original_state(backbone.model.get_output_embeddings())
+    config, head = backbone.model.config, backbone.model.get_output_embeddings()
     is_plain = all(parameter.dtype in _PLAIN for parameter in backbone.layer.parameters())
-    return {
-        "model_type": config.model_type,
-        "architecture": json.loads(json.dumps(_without_volatile(config.to_dict()), default=str)),
-        "unembedding": _sampled_sha256({"weight": unembedding["weight"]}),
-        "last_layer": _sampled_sha256(layer) if is_plain else None,
-    }
+    with gathered([*head.parameters(), *backbone.layer.parameters()]):
+        layer, unembedding = original_state(backbone.layer), original_state(head)
+        return {
+            "model_type": config.model_type,
+            "architecture": json.loads(json.dumps(_without_volatile(config.to_dict()), default=str)),
+            "unembedding": _sampled_sha256({"weight": unembedding["weight"]}),
+            "last_layer": _sampled_sha256(layer) if is_plain else None,
+        }
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], place: str = "") -> list[str]:

@@ -8,12 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
+from transformers.integrations import deepspeed
 from transformers.utils import is_triton_available
 
 from caftune.core.objective import IGNORED, horizon_targets
 from caftune.core.replay import at_positions
 
 _HAS_TRITON = is_triton_available()
+
+
+@contextmanager
+def loading_whole_weights() -> Iterator[None]:
+    """Within the block, transformers loads whole weights under DeepSpeed ZeRO-3, too.
+
+    transformers 5: a process-wide setting, made by TrainingArguments, partitions whatever is loaded. Heads are copies of whole
+    weights, and one rank alone, which exports, would wait for the others. Ends with an argument of `from_pretrained`.
+    """
+    setting = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if setting is not None:
+            deepspeed.set_hf_deepspeed_config(setting)
 
 
 @contextmanager

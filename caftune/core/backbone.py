@@ -7,7 +7,7 @@ eight tokens: (1) the last layer called again, then the final norm and the unemb
 part from which its logits can be rebuilt; a model that fails (2) is refused.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -102,7 +102,10 @@ class Backbone:
         return hidden
 
     def unembedding(self) -> Unembedding:
-        """The current output projection; within a forward pass gathered, if FSDP2 shards it."""
+        """The current output projection; within a forward pass gathered, if FSDP2 shards it.
+
+        DeepSpeed ZeRO-3 gathers by itself what a forward pass reads of another module, until that pass ends.
+        """
         head = self.model.get_output_embeddings()
         if isinstance(head.weight, DTensor) and isinstance(head, FSDPModule):
             head.unshard()  # its own forward, which would gather the weight, is not called
@@ -112,6 +115,29 @@ class Backbone:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, gathered if FSDP2 shards it (then every rank must call)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 partitions it: it is empty outside `gathered` and the forward passes that read it."""
+    return hasattr(parameter, "ds_status")
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape, of a parameter that ZeRO-3 partitions when it is whole."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Within the block, parameters that ZeRO-3 partitions are whole (every rank must enter it)."""
+    absent = [p for p in parameters if is_partitioned(p) and p.ds_status.name == "NOT_AVAILABLE"]  # type: ignore[attr-defined]
+    if not absent:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(absent):
+        yield
 
 
 def _trunk(model: Any) -> nn.Module:

@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 from torch.distributed.fsdp import FSDPModule
 
 from caftune.core.adapters import strip_adapters
-from caftune.core.backbone import Backbone, UnsupportedModelError
+from caftune.core.backbone import Backbone, UnsupportedModelError, is_partitioned
 from caftune.core.cross_entropy import Unembedding, log_likelihood, summed_loss
 from caftune.core.objective import HorizonTargets, Sample
 from caftune.core.replay import LayerCall, at_positions, run_at
@@ -217,14 +217,15 @@ class AuxiliaryHeads(nn.Module):
         return [p for p in (*parameters, unembedding.weight, unembedding.bias) if p is not None and p.requires_grad]
 
     def _is_sharded(self, backbone: Backbone) -> bool:
-        """Whether FSDP2 shards parts: its hooks would take a gradient in the forward pass for the step's backward pass."""
-        parts = (backbone.model, backbone.layer, backbone.model.get_output_embeddings(), *self.heads)
-        return any(isinstance(part, FSDPModule) for part in parts)
+        """Whether FSDP2 or ZeRO-3 shards parts: a gradient in the forward pass would count for the step's backward pass."""
+        head = backbone.model.get_output_embeddings()
+        parts = (backbone.model, backbone.layer, head, *self.heads)
+        return is_partitioned(head.weight) or any(isinstance(part, FSDPModule) for part in parts)
 
 
 def _loss_in_graph(hidden: Tensor, unembedding: Unembedding, targets: Tensor) -> tuple[Tensor, Tensor]:
     """`summed_loss`, but without holding a gradient of the weight for each head."""
-    if not unembedding.weight.requires_grad:
+    if not unembedding.weight.requires_grad or is_partitioned(unembedding.weight):  # empty in the backward pass
         return summed_loss(hidden, unembedding, targets)
     likelihood, hits = log_likelihood(hidden, unembedding, targets)
     return -likelihood.sum(), hits.sum()

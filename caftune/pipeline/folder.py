@@ -19,6 +19,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from caftune.training.resumption import Changes, refuse_checkpoint, remove_allow
 _RESULTS = {"pretrain": "pretrain-heads"}  # names of results, where they are not those of the folders
 # How a kept recipe writes `data.max_length: null`; null in a kept recipe of an older version means today's `auto`.
 _NOT_CUT = "not cut"
+_PAUSES_S = (1, 4, 15, 40)  # between looks at files of other hosts: NFS may hide a new one for 30 s
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # The sections of the recipe that each stage's result depends on.
 _DEPENDS_ON: dict[str, Sequence[str]] = {
@@ -139,32 +141,76 @@ class Stage:
 
         Options that do not affect the steps so far may differ (see resumption.py): they are reported and recorded.
         A folder without results (its stage was refused, for example) takes the given recipe. So does that of the labels,
-        whose answers are cached by prompt. With several processes the main one prepares it.
+        whose answers are cached by prompt. With several processes the main one prepares it, and all raise the same error.
 
         Raises:
             CaftuneError: the folder holds a stage of another recipe, or other files; or the training is to be longer and has
-                no checkpoint.
+                no checkpoint; or the processes do not see the same folder and files.
         """
         from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
 
-        self._refuse_unfinished_heads()
-        with PartialState().main_process_first():
-            if self.name != "labels" and self.run.is_begun(self.name):
-                self._adopt(self.refuse_other(may_resume=True))
-            elif not (self.folder / "recipe.yaml").is_file() and _holds_files(self.folder):
-                raise CaftuneError(
-                    f"{self.folder} must be empty or a folder of caftune, got other files. Use another output."
-                )
-            elif is_main_process():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.run.forget(self.name)  # of a folder that was removed
-                _keep_identity(self.folder, self._identity())  # first: it makes the folder ours
-                (self.folder / "provenance.json").unlink(missing_ok=True)  # of the recipe before, if there was one
-            if is_main_process() and not (self.folder / "provenance.json").is_file():
-                made = provenance(self._present()) | self._heads_used()
-                made["data"] |= {name: str(path) for name, path in self.files.items() if path and hub_source(str(path))}
-                write_json(self.folder / "provenance.json", made)
+        refusal: CaftuneError | None = None
+        has_others = PartialState().num_processes > 1
+        if is_main_process():
+            try:
+                self._prepare()
+            except CaftuneError as error:
+                if not has_others:
+                    raise
+                refusal = error
+        if has_others:
+            (refusal,) = broadcast_object_list([refusal])
+            if refusal is not None:
+                raise refusal
+            self._refuse_other_hosts()
         return self.folder
+
+    def _prepare(self) -> None:
+        self._refuse_unfinished_heads()
+        if self.name != "labels" and self.run.is_begun(self.name):
+            self._adopt(self.refuse_other(may_resume=True))
+        elif not (self.folder / "recipe.yaml").is_file() and _holds_files(self.folder):
+            raise CaftuneError(
+                f"{self.folder} must be empty or a folder of caftune, got other files. Use another output."
+            )
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.run.forget(self.name)  # of a folder that was removed
+            _keep_identity(self.folder, self._identity())  # first: it makes the folder ours
+            (self.folder / "provenance.json").unlink(missing_ok=True)  # of the recipe before, if there was one
+        if not (self.folder / "provenance.json").is_file():
+            made = provenance(self._present()) | self._heads_used()
+            made["data"] |= {name: str(path) for name, path in self.files.items() if path and hub_source(str(path))}
+            write_json(self.folder / "provenance.json", made)
+
+    def _refuse_other_hosts(self) -> None:
+        """Raise CaftuneError on every process if they do not have the same recipe, files and folder.
+
+        One would resume where another begins, or they would train on different rows.
+        """
+        from accelerate.utils import gather_object
+
+        given: dict[str, Any] = {str(path): _digest(Path(path)) for path in self._present().values()}
+        given["The recipe"] = self.sections
+        for pause in (*_PAUSES_S, None):
+            views = gather_object([{**given, str(self.folder): self._state()}])
+            names = {name for view in views for name in view}
+            different = sorted(name for name in names if any(view.get(name) != views[0].get(name) for view in views))
+            if not different:
+                return
+            if pause is not None:  # a network file system shows new files late
+                time.sleep(pause)
+        raise CaftuneError(
+            f"{', '.join(different)} must have the same contents for all processes, got different ones, or none for some. Put "
+            "the output on a file system that all hosts share; recipe, base, data and heads may be copies at the same paths."
+        )
+
+    def _state(self) -> list[Any]:
+        """What decides whether and where this process resumes."""
+        file = self.folder / "recipe.yaml"
+        kept = file.read_text(encoding="utf-8") if file.is_file() else None
+        return [kept, self.run.is_done(self.name), last_checkpoint(self.folder)]
 
     def refuse_other(self, *, may_resume: bool = False) -> Changes:
         """Raise CaftuneError where the folder was made from another recipe or other files.
@@ -224,7 +270,7 @@ class Stage:
             )
         if checkpoint is not None:
             refuse_checkpoint(Path(checkpoint), self._options())
-        if not list(changes) or not is_main_process():
+        if not list(changes):
             return
         tqdm.write(f"Changed since {self.folder} was begun: {', '.join(changes)}.", file=sys.stderr)
         if changes.length:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations.fsdp import is_fsdp_enabled
 
-from caftune.core.backbone import evaluating, has_flash_attention
+from caftune.core.backbone import evaluating, has_flash_attention, is_partitioned, whole_shape
 from caftune.core.objective import IGNORED
 from caftune.errors import CaftuneError
 from caftune.generation.backends import unknown_token
@@ -134,9 +134,9 @@ def refuse_processes(args: Any) -> None:
             "a process for each (accelerate launch, recipes/accelerate), or set CUDA_VISIBLE_DEVICES=0.",
         ),
         (
-            has_heads and plugin is not None and plugin.zero_stage == 3,
-            "zero_stage must be at most 2 with auxiliary heads, got 3: the unembedding, which the heads share, is empty there "
-            "outside its own call. FSDP2 shards the weights, too (recipes/accelerate/fsdp2.yaml).",
+            plugin is not None and plugin.zero_stage == 3 and args.soft_targets,
+            "soft_targets must be False under DeepSpeed ZeRO-3, got True: their losses need the whole unembedding in the "
+            "backward pass, too. Pretrain the heads under ZeRO-2, FSDP2 or DDP (recipes/accelerate).",
         ),
         (
             has_heads and is_fsdp_enabled(),  # true only with efficient loading
@@ -211,6 +211,11 @@ def refuse_unfit(model: PreTrainedModel | PeftModel, peft_config: Any, args: Any
             learning,
             f"peft_config must adapt weights (LoRA or similar) with heads, got {''.join(learning[:1])}: its virtual tokens "
             "come before the sequence, and heads would count them among the tokens they predict. Use LoRA, or no `heads`.",
+        ),
+        (
+            any(map(is_partitioned, model.parameters())),
+            "model must hold whole weights with heads, which are copies of them, got a part (DeepSpeed ZeRO-3). Give "
+            "CAFTTrainer its name or folder, or load it before the training arguments are made.",
         ),
         (getattr(model, "is_quantized", False) and not adapters, _QUANTISED),
         (
@@ -412,7 +417,7 @@ class RefuseLeaks(TrainerCallback):
 
 def _movement(trainer: Any) -> tuple[float, float]:
     """The largest change of a logit of the second document, as a share of the largest logit; and the tolerance."""
-    vocabulary = trainer.model.get_input_embeddings().weight.shape[0]
+    vocabulary = whole_shape(trainer.model.get_input_embeddings().weight)[0]
     numbers = torch.arange(1, _TOKENS + 1)
     one, other, second = ((numbers * factor % vocabulary).tolist() for factor in (1, 3, 2))
     # FSDP2 casts the weights themselves.

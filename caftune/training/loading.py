@@ -1,6 +1,7 @@
 """Loading what a run starts from: the base, its tokenizer and its heads."""
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from caftune.checkpoints.fingerprint import base_fingerprint
 from caftune.checkpoints.heads_folder import describe_heads, find_heads, load_heads
+from caftune.core._compat import loading_whole_weights
 from caftune.core.backbone import Backbone
 from caftune.core.heads import AuxiliaryHeads, HeadsConfig
 from caftune.errors import CaftuneError
@@ -75,12 +77,13 @@ def load_base(name: str, args: "CAFTConfig", quantization_config: Any) -> PreTra
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
     options.setdefault("trust_remote_code", args.trust_remote_code)
-    if not holds_adapter(name):
-        return create_model_from_path(name, **options)
-    base = PeftConfig.from_pretrained(name)
-    options.setdefault("revision", base.revision)
-    model = create_model_from_path(str(base.base_model_name_or_path), **options)
-    return PeftModel.from_pretrained(model, name, is_trainable=True)
+    with loading_whole_weights() if args.has_heads else nullcontext():
+        if not holds_adapter(name):
+            return create_model_from_path(name, **options)
+        base = PeftConfig.from_pretrained(name)
+        options.setdefault("revision", base.revision)
+        model = create_model_from_path(str(base.base_model_name_or_path), **options)
+        return PeftModel.from_pretrained(model, name, is_trainable=True)
 
 
 def holds_adapter(name: str) -> bool:

@@ -29,6 +29,7 @@ from caftune.checkpoints.cards import write_model_card
 from caftune.checkpoints.export import export_model, export_saved
 from caftune.checkpoints.heads_folder import read_heads, save_heads
 from caftune.core.attach import ATTRIBUTE, attach_heads, without_auxiliary
+from caftune.core.backbone import whole_shape
 from caftune.core.finite import refuse_not_finite
 from caftune.core.objective import HorizonTargets, Sample, weights_of_sums
 from caftune.errors import CaftuneError
@@ -190,7 +191,7 @@ class CAFTMixin(_Trainer):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(dir=folder.parent, prefix=".export-") as saved:  # /tmp may be too small
                 self._save(saved, state)
-                rows = model.get_input_embeddings().weight.shape[0]
+                rows = whole_shape(model.get_input_embeddings().weight)[0]
                 trust = getattr(self.args, "trust_remote_code", False)
                 options: dict[str, Any] = {"merged": merged, "vocab_size": rows, "trust_remote_code": trust}
                 native = export_saved(saved, folder, self.processing_class, **base, **options)
@@ -488,9 +489,10 @@ class CAFTMixin(_Trainer):
         self._load_trained_heads(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        if not self.args.pretrain_heads:
+        if self.is_deepspeed_enabled or not self.args.pretrain_heads:
             super()._load_best_model()
-        self._load_trained_heads(Path(str(self.state.best_model_checkpoint)))
+        if not self.is_deepspeed_enabled:  # its checkpoints hold the heads, too
+            self._load_trained_heads(Path(str(self.state.best_model_checkpoint)))
 
     def _load_trained_heads(self, checkpoint: Path) -> None:
         if self.args.trains_heads:

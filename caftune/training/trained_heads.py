@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from caftune.core.backbone import whole
+from caftune.core.backbone import gathered, whole
 from caftune.core.heads import AuxiliaryHeads
 from caftune.errors import CaftuneError
 
@@ -98,8 +98,8 @@ def training_record(args: Any, steps: int) -> dict[str, Any]:
 
 
 def merged_state(heads: AuxiliaryHeads) -> dict[str, Tensor]:
-    """The heads' weights with their LoRA merged, gathered if FSDP2 shards them (then every rank must call)."""
-    state = {name: whole(tensor.detach()) for name, tensor in heads.state_dict().items()}
+    """The heads' weights with their LoRA merged, gathered if FSDP2 or ZeRO-3 shards them (then every rank must call)."""
+    state = _whole_state(heads)
     for name in [key.removesuffix(".base_layer.weight") for key in state if key.endswith(".base_layer.weight")]:
         module: Any = heads.get_submodule(name)  # the state's names are without the wrappers around layers
         ((adapter, scaling),) = module.scaling.items()
@@ -112,9 +112,14 @@ def merged_state(heads: AuxiliaryHeads) -> dict[str, Tensor]:
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
 
 
+def _whole_state(heads: AuxiliaryHeads) -> dict[str, Tensor]:
+    with gathered(heads.parameters()):
+        return {name: whole(tensor.detach()) for name, tensor in heads.state_dict().items()}
+
+
 def save_adapter(folder: Path, heads: AuxiliaryHeads, *, write: bool) -> None:
     """Save the LoRA's factors next to the merged heads: a resumed run needs them."""
-    factors = {name: whole(value.detach()).cpu() for name, value in heads.state_dict().items() if "lora_" in name}
+    factors = {name: value.cpu() for name, value in _whole_state(heads).items() if "lora_" in name}
     if factors and write:
         save_file(factors, folder / _ADAPTER_FILE)
 

@@ -1,6 +1,7 @@
 """export_model writes the base's own kind of checkpoint, whatever the training model carried."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from models import VOCABULARY, build
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForConditionalGeneration
+from transformers.integrations import deepspeed
 
-from caftune.checkpoints.export import clear_export, copy_adapter, export_model, export_saved
+from caftune.checkpoints.export import clear_export, copy_adapter, export_model, export_saved, load_trained
 from caftune.checkpoints.fingerprint import base_fingerprint
 from caftune.core.attach import ATTRIBUTE, attach_heads
 from caftune.core.backbone import Backbone
@@ -334,3 +336,14 @@ def test_a_chat_template_of_an_earlier_export_is_gone_and_a_new_one_stays(tmp_pa
     assert (out / "chat_template.jinja").is_file()
     export_model(model, out, tokenizer)
     assert AutoTokenizer.from_pretrained(out).chat_template is None
+
+
+def test_an_export_loads_whole_weights_where_deepspeed_partitions_what_is_loaded():
+    setting = Namespace(is_zero3=lambda: True, config={})  # what TrainingArguments sets under ZeRO-3
+    deepspeed.set_hf_deepspeed_config(setting)
+    try:
+        model = load_trained(BASE, str(BASE))
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+    assert model.get_input_embeddings().weight.shape == (158, 128)

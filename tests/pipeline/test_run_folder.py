@@ -1,13 +1,17 @@
 """A run folder keeps two runs apart: by recipe, by the files it was made from, by what is finished."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from opened import head_rows, stage_one_config, stage_two_config
 from safetensors.torch import load_file
 
@@ -15,6 +19,7 @@ from caftune.compare import runner as comparing
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
+from caftune.pipeline import folder
 from caftune.pipeline.adapt import adapt_heads
 from caftune.pipeline.evaluate import evaluate_model
 from caftune.pipeline.finetune import export_checkpoint, finetune_model
@@ -337,3 +342,79 @@ def test_an_evaluation_in_half_precision_rounds_nothing_that_is_written(copied):
     for written, kept in ((heads, "pretrain/checkpoint-2/heads"), (model, "train/checkpoint-4/model")):
         exact = load_file(copied / "out" / f"{kept}.safetensors")
         assert all(torch.equal(tensor, exact[name]) for name, tensor in written.items())
+
+
+def open_as(rank, port, host, recipe, queue):
+    """Open a stage as one of two processes, each in the folder of its host; its error, or its folder, goes to the queue."""
+    os.chdir(host)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    PartialState._reset_state()
+    PartialState(cpu=True, backend="gloo")
+    folder._PAUSES_S = (0.01,)
+    try:
+        found = str(Stage(recipe, "train", {"train": recipe.data.train}).open())
+    except CaftuneError as error:
+        found = str(error)
+    queue.put((rank, found))
+    queue.close()
+    queue.join_thread()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # nothing of pytest's
+
+
+def opened_by_two(hosts, recipes):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    forking = multiprocessing.get_context("fork")
+    queue = forking.Queue()
+    arguments = [(rank, port, hosts[rank], recipes[rank], queue) for rank in (0, 1)]
+    ranks = [forking.Process(target=open_as, args=each) for each in arguments]
+    for process in ranks:
+        process.start()
+    found = dict(queue.get(timeout=60) for _ in ranks)
+    for process in ranks:
+        process.join(60)
+    return [found[rank] for rank in (0, 1)]
+
+
+# What of the second host differs -> what the error of both names.
+OTHER_HOST = {
+    "nothing": None,
+    "output": "out/train",
+    "rows": "data.jsonl",
+    "no rows": "data.jsonl",
+    "seed": "The recipe",
+}
+
+
+@pytest.mark.parametrize("case", OTHER_HOST)
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_processes_on_two_hosts_begin_with_one_folder_one_recipe_and_the_same_rows_or_not_at_all(tmp_path, case):
+    hosts = [tmp_path / name for name in ("a", "b")]
+    for number, host in enumerate(hosts):
+        (host / "out").mkdir(parents=True)
+        write(host / "data.jsonl", seed=number if case == "rows" else 0)
+    if case != "output":
+        (hosts[1] / "out").rmdir()
+        (hosts[1] / "out").symlink_to(hosts[0] / "out")
+    if case == "no rows":
+        (hosts[1] / "data.jsonl").unlink()
+    recipes = [recipe_in(Path(), **({"seed": 7} if case == "seed" and rank else {})) for rank in (0, 1)]
+    found = opened_by_two(hosts, recipes)
+    if case == "nothing":
+        assert found == ["out/train"] * 2
+    else:
+        assert found[0] == found[1]
+        assert found[0].startswith(f"{OTHER_HOST[case]} must have the same contents for all processes")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_folder_that_the_main_process_refuses_is_refused_by_all(tmp_path):
+    write(tmp_path / "data.jsonl", seed=0)
+    (tmp_path / "out" / "train").mkdir(parents=True)
+    (tmp_path / "out" / "train" / "notes.txt").touch()
+    found = opened_by_two([tmp_path] * 2, [recipe_in(tmp_path)] * 2)
+    assert found[0] == found[1]
+    assert "must be empty or a folder of caftune" in found[0]

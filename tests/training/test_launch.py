@@ -10,12 +10,12 @@ import kills
 import pytest
 import torch
 import yaml
+from bases import write_llama
 from safetensors.torch import load_file
 from sharded import CASES
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from caftune import AuxiliaryHeads, Backbone, HeadsConfig, save_heads
-from caftune.demo.run import BASE
+from caftune.pipeline.finetune import finetune_model
+from caftune.pipeline.recipe import load_recipe
 
 SCRIPT = Path(__file__).parents[1].joinpath("sharded.py")
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
@@ -42,7 +42,7 @@ def test_accelerate_launch_on_two_ranks_equals_one_process(tmp_path):
     del sections["trainer"]["use_cpu"]
     (tmp_path / "lora.yaml").write_text(yaml.safe_dump(sections))
     recipe = [tmp_path / "lora.yaml", *options]
-    finished([sys.executable, "-m", "caftune.cli", "train", *recipe, f"output={tmp_path / 'one'}"])
+    finetune_model(load_recipe(str(recipe[0]), [*options, f"output={tmp_path / 'one'}"]))
     config = tmp_path / "ddp.yaml"
     config.write_text((CONFIGS / "ddp.yaml").read_text() + "use_cpu: true\n")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
@@ -63,16 +63,8 @@ def test_accelerate_launch_on_two_ranks_equals_one_process(tmp_path):
 def sharded(tmp_path_factory):
     """Every case on one rank, and on two with either kind of checkpoint."""
     folder = tmp_path_factory.mktemp("sharded")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(BASE), AutoTokenizer.from_pretrained(BASE)
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    for name, is_tied in (("tied", True), ("untied", False)):
-        model.config.tie_word_embeddings = is_tied
-        base = LlamaForCausalLM(model.config)
-        base.load_state_dict(state)
-        base.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-        backbone = Backbone.of(AutoModelForCausalLM.from_pretrained(folder / name))
-        save_heads(folder / f"{name}-heads", AuxiliaryHeads.build(backbone, HeadsConfig(2)), backbone, tokenizer)
+    for name in ("tied", "untied"):
+        write_llama(folder / name, is_tied=name == "tied")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, SCRIPT]
     finished([sys.executable, SCRIPT, folder, "FULL_STATE_DICT", *CASES])
     finished([*launcher, folder, "FULL_STATE_DICT", *CASES])

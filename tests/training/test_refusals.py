@@ -220,14 +220,21 @@ def test_metrics_of_logits_are_refused_in_stage_one(tmp_path):
         CAFTTrainer(str(BASE), args, train_dataset=ROWS, compute_metrics=print)
 
 
-def test_a_model_whose_weights_deepspeed_shards_is_refused(tmp_path):
+def test_soft_targets_are_refused_where_deepspeed_partitions_the_weights(tmp_path):
     from accelerate.utils import DeepSpeedPlugin
 
-    args = config(tmp_path, pretrain_heads=True)
+    args = config(tmp_path, pretrain_heads=True, soft_targets=True)
     args.deepspeed_plugin = DeepSpeedPlugin.__new__(DeepSpeedPlugin)  # without DeepSpeed itself
     args.deepspeed_plugin.zero_stage = 3
-    with pytest.raises(ValueError, match=r"zero_stage must be at most 2 with auxiliary heads, got 3.*fsdp2\.yaml"):
+    with pytest.raises(ValueError, match=r"soft_targets must be False under DeepSpeed ZeRO-3, got True"):
         CAFTTrainer(str(BASE), args, train_dataset=ROWS)
+
+
+def test_a_model_loaded_in_parts_is_refused(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    model.lm_head.weight.ds_status = "NOT_AVAILABLE"  # as DeepSpeed ZeRO-3 marks it
+    with pytest.raises(ValueError, match=r"model must hold whole weights with heads.*got a part"):
+        CAFTTrainer(model, config(tmp_path, pretrain_heads=True), train_dataset=ROWS)
 
 
 @pytest.mark.parametrize("option", ["heads_lora_rank", "heads_learning_rate", "heads_max_grad_norm"])
