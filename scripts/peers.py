@@ -74,6 +74,7 @@ PEERS = {
         finish=unpack_converter,
         note="its server is the one compiled into the wheel of xllamacpp.",
     ),
+    "lm-eval": Peer("3.11", ("torch==2.13.0", "-e", f"{ROOT}[eval,lm-eval,report,test]"), note="1 GB."),
 }
 
 

@@ -187,8 +187,10 @@ class DataSection(_Section):
 class EvalSection(AnswersSection):
     """Tasks, their data, and how the model answers."""
 
-    tasks: list[str] = Field([], description="Names of tasks.")
-    data: dict[str, str] = Field({}, description="A task's name: the file or hub id with its rows.")
+    tasks: list[str] = Field([], description="Names of tasks; lm_eval:NAME is one of lm-evaluation-harness.")
+    data: dict[str, str] = Field(
+        {}, description="A task's name: the file or hub id with its rows; of lm_eval:NAME its YAML file or folder."
+    )
     columns: dict[str, str] = Field(
         {}, description="The data set's name of a column: the file's name. prompt: replaces the task's own prompt."
     )
