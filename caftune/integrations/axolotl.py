@@ -100,8 +100,8 @@ class CAFTPlugin(BasePlugin):
             return
         if not isinstance(trainer, CAFTMixin):
             raise CaftuneError(
-                f"The trainer must be the one of CAFTPlugin, got {type(trainer).__name__}, which another plugin gives. Remove "
-                "that plugin, or the caft section."
+                f"The trainer must be the one of CAFTPlugin, got {type(trainer).__name__}, which another plugin gives. Name "
+                "CAFTPlugin first in plugins: its trainer is then that one with heads."
             )
         self._trainer = trainer
         trainer.add_callback(_FirstLosses())
@@ -116,8 +116,10 @@ class CAFTPlugin(BasePlugin):
             detach_heads(trainer.backbone.model)
 
     def post_train_unload(self, cfg: Any) -> None:
-        """Let go of the model."""
-        self._start = self._trainer = None
+        """Forget the run: Axolotl keeps its plugins for the next one of the process, which may be without a section."""
+        self._options = self._start = self._trainer = None
+
+    on_config_validation_error = post_train_unload
 
 
 def with_heads(kind: type, start: Start | None, revision: str | None) -> type:

@@ -41,7 +41,7 @@ def read_section(section: Any) -> dict[str, Any]:
     if not isinstance(section, Mapping):
         keys = ", ".join(_FIELDS)
         raise CaftuneError(f"caft must be a section (with {keys}), got {section!r}. Remove it, or give it keys.")
-    values = {_SPELLINGS.get(key, key): value for key, value in section.items()}
+    values = {_SPELLINGS.get(key, str(key)): value for key, value in section.items()}
     if len(values) < len(section):
         raise CaftuneError("caft.train and caft.train_heads are the same option, got both. Remove one.")
     try:
@@ -80,6 +80,10 @@ _REFUSED = {
     "rl": "heads are trained on the tokens of answers, not on preferences or rewards",
     "reward_model": "a reward model predicts no tokens",
     "process_reward_model": "a reward model predicts no tokens",
+    **dict.fromkeys(
+        ("liger_fused_linear_cross_entropy", "cut_cross_entropy", "chunked_cross_entropy"),
+        "the model's own loss must be that of transformers (heads never hold whole logits)",
+    ),
     "activation_offloading": "the heads' gradients are computed within the forward pass, which it takes for the end of a step",
     "tiled_mlp": "it adds gradients to weights by itself, past those of the heads",
     "relora": "it would merge and reset the heads' adapters as the model's",

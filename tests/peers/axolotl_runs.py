@@ -16,7 +16,7 @@ from axolotl.cli.train import do_cli  # noqa: E402
 
 for name in names:
     try:
-        do_cli(folder / f"{name}.yaml")
+        do_cli(str(folder / f"{name}.yaml"))
     except Exception as error:
         (folder / f"{name}.error").write_text(f"{type(error).__name__}: {error}")
         traceback.print_exc()
