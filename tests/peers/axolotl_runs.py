@@ -9,14 +9,18 @@ import sys
 import traceback
 from pathlib import Path
 
-folder, names = Path(sys.argv[1]), sys.argv[2:]
-sys.argv = sys.argv[:1]  # Axolotl reads the command line
 
-from axolotl.cli.train import do_cli  # noqa: E402
+def main(folder, names):
+    from axolotl.cli.train import do_cli
 
-for name in names:
-    try:
-        do_cli(str(folder / f"{name}.yaml"))
-    except Exception as error:
-        (folder / f"{name}.error").write_text(f"{type(error).__name__}: {error}")
-        traceback.print_exc()
+    for name in names:
+        try:
+            do_cli(str(folder / f"{name}.yaml"))
+        except Exception as error:
+            (folder / f"{name}.error").write_text(f"{type(error).__name__}: {error}")
+            traceback.print_exc()
+
+
+if __name__ == "__main__":  # Axolotl's own processes import this file, too
+    given, sys.argv = sys.argv[1:], sys.argv[:1]  # Axolotl reads the command line
+    main(Path(given[0]), given[1:])

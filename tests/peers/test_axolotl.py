@@ -40,6 +40,7 @@ COMMON = {
     "save_steps": STEPS,
     "val_set_size": 0,
     "seed": 42,
+    "dataset_num_proc": 1,
 }
 PACKED = {"sample_packing": True, "micro_batch_size": 2}
 LORA = {
@@ -73,7 +74,7 @@ def tokenized(rows):
 
 @pytest.fixture(scope="module")
 def runs(peer, tokenized, tmp_path_factory):
-    """The folder of all runs: the first by Axolotl's command, the others by the function that it calls."""
+    """The folder of all runs: two by Axolotl's command, the others by the function that it calls, in one process."""
     python, folder = peer("axolotl") / "bin" / "python", tmp_path_factory.mktemp("axolotl")
     lines = [json.dumps({**row, "attention_mask": [1] * len(row["input_ids"])}) for row in tokenized]
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
@@ -102,10 +103,11 @@ def runs(peer, tokenized, tmp_path_factory):
         **{"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         "PYTHONPATH": str(ROOT),
     }
-    script = Path(__file__).with_name("axolotl_runs.py")
-    for command in (["-m", "axolotl.cli.train", folder / "one.yaml"], [script, folder, "bare", *names]):
+    command = ["-m", "axolotl.cli.train"]  # "bare" in a process of its own, which the plugin never enters
+    together = [Path(__file__).with_name("axolotl_runs.py"), folder, *names]
+    for arguments in ([*command, folder / "one.yaml"], [*command, folder / "bare.yaml"], together):
         with (folder / "log").open("a") as log:
-            subprocess.run([python, *command], env=environment, cwd=folder, stdout=log, stderr=log, check=True)
+            subprocess.run([python, *arguments], env=environment, cwd=folder, stdout=log, stderr=log, check=True)
     return folder
 
 
