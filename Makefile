@@ -8,7 +8,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,report,qlora,test,check]"
 	touch $@
 
-.PHONY: demo test check versions real
+.PHONY: demo test check versions real peers
 VERSIONED := tests/training/test_trainer.py tests/training/test_stage_one.py tests/pipeline/test_recipe.py
 demo: .venv/ready
 	$(BIN)/caftune demo
@@ -40,3 +40,7 @@ versions: .venv/ready
 	  build/$$set/bin/pip install --quiet --disable-pip-version-check -r constraints/$$set.txt && \
 	  build/$$set/bin/python -m pytest $(VERSIONED) || exit 1; \
 	done
+
+# caftune with other tools: docs/peers.md. PEERS: only these environments. A missing one skips its tests.
+peers: .venv/ready
+	$(BIN)/python scripts/peers.py $(PEERS); created=$$?; $(BIN)/python -m pytest -n 0 -rs tests/peers && exit $$created

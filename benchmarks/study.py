@@ -133,6 +133,7 @@ class Stage:
     Args:
         matched: arms for which the baseline is also run with as many operations.
         is_tuned: False: with the control's fixed settings.
+        chosen_from: cells of the screening that must be finished, since the arms are chosen by them.
     """
 
     cells: Sequence[Cell]
@@ -140,23 +141,43 @@ class Stage:
     seeds: Sequence[int]
     matched: Sequence[str] = ()
     is_tuned: bool = True
-
-
-def stages(name: str, results: Results) -> Stage:
-    """The stage of that name. Which arms are confirmed depends on the screening's results."""
-    small = [Cell(model, MODELS[model].tasks[0], "full", rows) for model in SMALL for rows in (400, 100, 1500)]
-    seeds = list(SEEDS[name])
-    if name in ("calibration", "control"):
-        return Stage([Cell("star", MODELS["star"].tasks[0], "full", STAR_ROWS)], list(CONTROL), seeds, is_tuned=False)
-    if name == "screen":
-        return Stage(small, list(SCREENED), seeds)
-    chosen = choice(results, small)
-    order = [("lora", 400), ("lora", 1500), ("full", 400), ("lora", 100), ("full", 1500)]
-    large = [Cell("smollm2", task, tuning, rows) for tuning, rows in order for task in MODELS["smollm2"].tasks]
-    return Stage(small if name == "small" else large, ["ntp", *chosen], seeds, matched=chosen)
+    chosen_from: Sequence[Cell] = ()
 
 
 SMALL = ("demo", "smiles-gpt2", "stories260k")
+ROWS = (100, 400, 1500)
+
+
+def stages(name: str, results: Results) -> list[Stage]:
+    """The stages of that name, in their order. Which arms are confirmed depends on the screening's results."""
+    seeds = list(SEEDS[name])
+    if name in ("calibration", "control"):
+        star = Cell("star", MODELS["star"].tasks[0], "full", STAR_ROWS)
+        return [Stage([star], list(CONTROL), seeds, is_tuned=False)]
+    if name == "screen":
+        return [Stage([*_small(SMALL[:2], rows), *_small(SMALL[2:], rows)], list(SCREENED), seeds) for rows in ROWS]
+    if name == "small":
+        return [_confirmation(_small(SMALL, rows), (rows,), seeds, results) for rows in ROWS]
+    order = [("lora", 100), ("lora", 400), ("full", 100), ("full", 400), ("lora", 1500), ("full", 1500)]
+    large = [Cell("smollm2", task, tuning, rows) for tuning, rows in order for task in MODELS["smollm2"].tasks]
+    return [_confirmation(large, ROWS[:2], seeds, results)]
+
+
+def _small(models: Sequence[str], rows: int) -> list[Cell]:
+    return [Cell(model, MODELS[model].tasks[0], "full", rows) for model in models]
+
+
+def _confirmation(cells: Sequence[Cell], rows: Sequence[int], seeds: Sequence[int], results: Results) -> Stage:
+    """The arms that were best in the first two models' cells with these numbers of rows."""
+    screened = [cell for count in rows for cell in _small(SMALL[:2], count)]
+    chosen = choice(results, screened)
+    return Stage(cells, ["ntp", *chosen], seeds, matched=chosen, chosen_from=screened)
+
+
+def is_screened(results: Results, cell: Cell) -> bool:
+    """Whether all runs of the cell's screening are finished."""
+    seeds = set(SEEDS["screen"])
+    return all(len(_losses(results, cell, arm, seeds)) == len(seeds) for arm in SCREENED)
 
 
 def choice(results: Results, cells: Sequence[Cell]) -> list[str]:
@@ -171,9 +192,9 @@ def ranking(results: Results, cells: Sequence[Cell]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     seeds = set(SEEDS["screen"])
     for cell in cells:
-        losses = {arm: _losses(results, cell, arm, seeds) for arm in SCREENED}
-        if any(len(own) < len(seeds) for own in losses.values()):
+        if not is_screened(results, cell):
             continue
+        losses = {arm: _losses(results, cell, arm, seeds) for arm in SCREENED}
         mean = {arm: math.fsum(own.values()) / len(own) for arm, own in losses.items()}
         for arm, value in mean.items():
             if SCREENED[arm].role == "arm" and math.isfinite(value):
@@ -556,6 +577,10 @@ def pending(study: Study, stage: Stage, cell: Cell) -> list[Run]:
 def run_stage(study: Study, stage: Stage, chosen: Callable[[Cell], bool], *, scores: bool, most: int | None) -> int:
     """Run what is to run, cell by cell; cells of another process are left to it. Returns the number of runs."""
     count = 0
+    missing = [cell.name for cell in stage.chosen_from if not is_screened(study.results(), cell)]
+    if missing:
+        print(f"The arms are chosen when the screening of {', '.join(missing)} is finished.")
+        return 0
     for cell in filter(chosen, stage.cells):
         name = hashlib.sha256(cell.name.encode()).hexdigest()[:12]
         with locked(study.folder / "locks" / name) as is_mine:
@@ -579,8 +604,7 @@ def plan(study: Study, names: Sequence[str], chosen: Callable[[Cell], bool]) -> 
     ]
     total = 0.0
     for name in names:
-        stage = stages(name, results)
-        for cell in filter(chosen, stage.cells):
+        for stage, cell in ((own, cell) for own in stages(name, results) for cell in filter(chosen, own.cells)):
             known = runs_of(replace(stage, matched=()), cell, results, lambda _: 1.0)
             todo = [run for run in known if run.key not in results]
             later = [] if any(run.split == "test" for run in known) else _seeds_at_most(stage, cell)
@@ -646,12 +670,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for model in (name for name in MODELS if name != "star" and name.startswith(tuple(options.cells))):
             print(model, make_heads(study, model), flush=True)
         return
-    for name in options.stages:
-        stage = stages(name, study.results())
+    left = options.most
+    for name, number in ((given, at) for given in options.stages for at in range(len(stages(given, {})))):
+        stage = stages(name, study.results())[number]  # an earlier stage may have decided the arms
         if options.dry_run:
             print("\n".join(run.key for cell in filter(chosen, stage.cells) for run in pending(study, stage, cell)))
         else:
-            run_stage(study, stage, chosen, scores=options.scores, most=options.most)
+            done = run_stage(study, stage, chosen, scores=options.scores, most=left)
+            left = None if left is None else left - done
 
 
 def _prepare_process() -> None:

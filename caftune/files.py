@@ -47,6 +47,29 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def appended_lines(path: Path) -> list[str]:
+    """The lines of a file that is only appended to. A last line that a kill cut off is removed from the file.
+
+    A whole JSON value without its line break stays: the kill cut off the line break alone, which is written.
+    """
+    if not path.is_file():
+        return []
+    *lines, tail = path.read_text(encoding="utf-8").split("\n")
+    if _is_json(tail):
+        lines.append(tail)
+    if tail:
+        write_text(path, "".join(f"{line}\n" for line in lines))
+    return lines
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is no file.
 

@@ -3,6 +3,7 @@
 import math
 import random
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -223,6 +224,25 @@ def lines(losses):
         for arm, row in losses.items()
         for seed, loss in enumerate(row)
     ]
+
+
+def test_arms_are_confirmed_only_when_the_screening_of_two_models_is_finished(made, capsys):
+    hundred = [Cell("demo", "names", "full", 100), Cell("smiles-gpt2", "chebi20", "full", 100)]
+    stage = study.stages("small", {})[0]
+    assert stage.chosen_from == hundred
+    assert study.run_stage(made, stage, lambda _: True, scores=False, most=None) == 0
+    assert "demo/names/full/100, smiles-gpt2/chebi20/full/100 is finished" in capsys.readouterr().out
+    found = {}
+    for cell, best in zip(hundred, ("soft", "top"), strict=True):
+        for arm in SCREENED:
+            for seed in study.SEEDS["screen"]:
+                run = Run(cell, arm, 1e-3, 4, seed)
+                found[run.key] = {**asdict(run), "loss": 0.9 if arm == best else 1.0 if arm == "ntp" else 1.05}
+    assert study.stages("small", found)[0].matched == ["paper", "soft", "top"]
+    assert study.stages("small", found)[1].matched == ["paper", "w0.1"]  # 400 rows: nothing is finished
+    assert all(study.is_screened(found, cell) for cell in hundred)
+    del found[run.key]
+    assert not study.is_screened(found, hundred[1])
 
 
 def test_intervals_are_those_of_a_paired_t_test_and_p_is_holms():

@@ -7,8 +7,8 @@ states of the model at t and the embedding of token t + 1, which the model has j
     head       x + attention(norm_h(x)) and the MLP, x = the input of the last layer at t
 
 With fc = 1 and zeros for the columns that read the embedding both are the same function. Written for the loaders of vLLM 0.32.0
-(model_executor/models/llama_eagle3.py, qwen3_eagle3.py) and SGLang 0.5.23 (srt/models/llama_eagle3.py), which were read, not
-run. SGLang does not call fc where one hidden state of the model's width comes in, so that fc must be the identity there.
+(model_executor/models/llama_eagle3.py, run; qwen3_eagle3.py, read) and SGLang 0.5.23 (srt/models/llama_eagle3.py, read). SGLang
+does not call fc where one hidden state of the model's width comes in, so that fc must be the identity there.
 """
 
 from collections.abc import Mapping

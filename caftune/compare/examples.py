@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from caftune.compare.runs import ComparedRun, ids_of
-from caftune.compare.summary import BASELINE, TREATMENT, ComparedExample, MarkedText, ScoredText
+from caftune.compare.summary import BASELINE, TREATMENT, ComparedExample, EvaluatedTask, MarkedText, ScoredText
 from caftune.evals.concepts import density, find_concepts, offsets_of, token_positions
-from caftune.evals.tasks import TASKS
 
 _SHOWN = 8
 
@@ -34,18 +33,19 @@ class ConceptMarker:
 
 
 def compared_examples(
-    name: str, runs: Mapping[str, Sequence[ComparedRun]], marker: ConceptMarker
+    task: EvaluatedTask, runs: Mapping[str, Sequence[ComparedRun]], marker: ConceptMarker
 ) -> list[ComparedExample]:
     """Some examples of a task: where CAFT is better than the baseline, where it is worse, and where they are equal.
 
-    The answers are those of the first seed that diverged in no arm; an empty list where there is none.
+    The answers are those of the first seed that diverged in no arm; an empty list where there is none, and for a task whose
+    primary measure is not one of single answers.
     """
+    name = task.name
     seeds = [dict(zip(runs, of_seed, strict=True)) for of_seed in zip(*runs.values(), strict=True)]
     whole = next((of_seed for of_seed in seeds if all(name in run.answers for run in of_seed.values())), None)
-    if whole is None:
+    if whole is None or not any(task.primary in line["scores"] for run in whole.values() for line in run.answers[name]):
         return []
     lines = {arm: {line["id"]: line for line in reversed(run.answers[name])} for arm, run in whole.items()}
-    task = TASKS[name]
     scores = {
         arm: {example: line["scores"].get(task.primary, 0.0) for example, line in of_arm.items()}
         for arm, of_arm in lines.items()

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from caftune.checkpoints.heads_folder import QUALITY_FILE
 from caftune.checkpoints.provenance import provenance
 from caftune.compare.concept_study import summarise_concepts
 from caftune.compare.examples import ConceptMarker, compared_examples
-from caftune.compare.runs import ComparedRun, ids_of, run_is_done
+from caftune.compare.runs import ComparedRun, evaluated_task, ids_of, run_is_done
 from caftune.compare.summary import (
     BASE,
     BASELINE,
@@ -37,6 +37,7 @@ from caftune.compare.summary import (
     main_loss,
 )
 from caftune.compare.verdict import remarks, verdict
+from caftune.errors import CaftuneError
 from caftune.evals.concepts import read_terms
 from caftune.evals.statistics import compare as compare_scores
 from caftune.evals.statistics import compare_runs, holm
@@ -102,18 +103,19 @@ def summarise_comparison(recipe: Recipe) -> Comparison:
     if complete:
         tokenizer = BaseModel.of(recipe.model).tokenizer() if recipe.eval.tasks else None
         marker = ConceptMarker(tokenizer, section.concepts.kind, terms)
-        table = _measure(recipe.eval.tasks, {**base, **runs}, marker, has_held_out=recipe.data.eval is not None)
+        tasks = [_task(name, {**base, **runs}) for name in recipe.eval.tasks]
+        table = _measure(tasks, {**base, **runs}, marker, has_held_out=recipe.data.eval is not None)
         # Arms with a diverged run are left out.
         whole = {arm: [run.concepts for run in of_arm] for arm, of_arm in {**base, **runs}.items()}
         studied = {arm: summarise_concepts(concepts) for arm, concepts in whole.items() if all(concepts)}
         found = replace(
             found,
-            tasks=[_task(name, runs) for name in recipe.eval.tasks],
+            tasks=tasks,
             measures=[Measured.of(*key, found.values) for key, found in table.items() if found.is_finite],
             left_out=_left_out(table, complete),
             differences=compare_arms(table, section.arms) if len(complete) > 1 else [],
             concepts=StudiedConcepts(section.concepts.kind, studied) if studied else None,
-            examples=compared_examples(recipe.eval.tasks[0], runs, marker) if recipe.eval.tasks else [],
+            examples=compared_examples(tasks[0], runs, marker) if tasks else [],
             checks=_checks(runs),
         )
     found = replace(found, verdict=verdict(found), remarks=remarks(found))
@@ -123,8 +125,16 @@ def summarise_comparison(recipe: Recipe) -> Comparison:
 
 
 def _task(name: str, runs: Runs) -> EvaluatedTask:
-    task = TASKS[name]
-    return EvaluatedTask(name, task.primary, len(ids_of(_any_answers(name, runs))), sorted(task.lower_is_better))
+    recorded = [
+        run.evaluated[name].get("harness") for of_arm in runs.values() for run in of_arm if name in run.evaluated
+    ]
+    known = [about for about in recorded if about]
+    if len({about["examples_sha256"] for about in known}) > 1:
+        raise CaftuneError(
+            f"All runs must be evaluated on the same examples of {name}, got others in some: its files changed. Undo that, or "
+            "use another output."
+        )
+    return evaluated_task(name, len(ids_of(_any_answers(name, runs))), next(iter(known), None))
 
 
 def _any_answers(name: str, runs: Runs) -> Lines:
@@ -132,17 +142,14 @@ def _any_answers(name: str, runs: Runs) -> Lines:
     return next((lines for of_arm in runs.values() for run in of_arm if (lines := run.answers.get(name))), [])
 
 
-def _measure(tasks: Sequence[str], runs: Runs, marker: ConceptMarker, *, has_held_out: bool) -> Table:
+def _measure(tasks: Sequence[EvaluatedTask], runs: Runs, marker: ConceptMarker, *, has_held_out: bool) -> Table:
     """Every measure of every arm, the primary one of each task first."""
     table: Table = {}
-    for name in tasks:
-        lines = _any_answers(name, runs)
+    for task in tasks:
+        lines = _any_answers(task.name, runs)
         ids, dense = ids_of(lines), _dense_examples(lines, marker)
-        answers = {
-            arm: [_of_answers(name, run.answers.get(name, []), ids, dense) for run in found]
-            for arm, found in runs.items()
-        }
-        table |= _table(name, TASKS[name].primary, answers)
+        answers = {arm: [_of_answers(task, run, ids, dense) for run in found] for arm, found in runs.items()}
+        table |= _table(task.name, task.primary, answers)
     if has_held_out:
         losses = {arm: [_of_training(run.trained) for run in found] for arm, found in runs.items()}
         table |= _table(HELD_OUT, "loss", losses)
@@ -167,11 +174,15 @@ def _table(task: str, primary: str, found: Mapping[str, Sequence[OneRun]]) -> Ta
     return table
 
 
-def _of_answers(name: str, lines: Lines, ids: Sequence[str], dense: Mapping[str, bool]) -> OneRun:
+def _of_answers(task: EvaluatedTask, run: ComparedRun, ids: Sequence[str], dense: Mapping[str, bool]) -> OneRun:
     """The measures of one run; those that are means over examples with their scores, averaged over an evaluation's runs."""
+    lines, primary = run.answers.get(task.name, []), task.primary
     if not lines:
         return {}
-    primary, whole = TASKS[name].primary, TASKS[name].combine([line["scores"] for line in lines])
+    if task.name in TASKS:
+        whole = TASKS[task.name].combine([line["scores"] for line in lines])
+    else:
+        whole = {name: fmean(values) for name, values in run.evaluated[task.name]["measures"].items()}
     found: OneRun = {primary: (whole[primary], None)}  # first
     for measure, value in whole.items():
         scores = _scores(lines, ids, measure)

@@ -6,6 +6,7 @@ them; where a data set names its columns otherwise, `columns` says so.
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,15 @@ class Task:
         """A few rows of our own in the data set's format, for trying the task without its data."""
         lines = (Path(__file__).with_name("rows") / f"{self.name}.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
+
+
+def answers_file(task: str) -> str:
+    """The name of the file with a task's scored answers: the task's own, without what a name of a file should not hold.
+
+    >>> answers_file("gsm8k"), answers_file("lm_eval:arc/easy")
+    ('gsm8k.jsonl', 'lm_eval-arc-easy.jsonl')
+    """
+    return re.sub(r"[^\w.-]", "-", task) + ".jsonl"
 
 
 def unix_lines(text: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from caftune.data.boundary import plain_text
 from caftune.data.prompts import Conversation, Prompt, answer_tokens, decoded
 from caftune.errors import CaftuneError
-from caftune.files import write_text
+from caftune.files import appended_lines
 from caftune.generation.backends import Answer, Backend, Failure, Sampling
 from caftune.generation.labels import Label
 from caftune.generation.progress import AnswersProgress, answers_progress
@@ -88,10 +88,7 @@ class AnswerCache:
             file.write(json.dumps({"key": key, "max_new_tokens": budget, **asdict(answer)}) + "\n")
 
     def _read(self) -> None:
-        *lines, tail = self.path.read_text(encoding="utf-8").split("\n")
-        if _is_json(tail):  # a kill cut off its line break alone
-            lines.append(tail)
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(appended_lines(self.path), start=1):
             try:
                 row = json.loads(line)
                 key, budget = row.pop("key"), int(row.pop("max_new_tokens"))
@@ -100,8 +97,6 @@ class AnswerCache:
                 raise CaftuneError(
                     f"{self.path}, line {number}: not an answer ({error}). Remove the line and run again."
                 ) from error
-        if tail:
-            write_text(self.path, "".join(f"{line}\n" for line in lines))
 
 
 def generate_labels(
@@ -173,11 +168,3 @@ def _label(row: int, turn: int, prompt: Prompt, answer: Answer, tokenizer: Any, 
     if prompt.messages is not None:  # the answer is a message, decoded without the text before it
         completion = plain_text(answer_tokens(answer.ids, tokenizer, ends), tokenizer)
     return Label(row, turn, text, completion, answer.finish, answer.exact, prompt.ids, answer.ids)
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True

@@ -89,7 +89,7 @@ def transformers_backend(
     sampling: Sampling,
     *,
     batching: Literal["auto", "continuous", "static"] = "auto",
-    batch_size: int = 64,
+    batch_size: int = 128,
 ) -> Backend:
     """transformers' continuous batching, or padded batches of `batch_size`: see docs/decisions/0003.
 

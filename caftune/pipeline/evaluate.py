@@ -6,7 +6,7 @@
     output/eval/cache.jsonl           the answers by prompt and sampling: a stopped evaluation resumes, a second one queries
                                       nothing
 
-Every number can be computed again from TASK.jsonl, without the model.
+Every number can be computed again from TASK.jsonl, without the model. Tasks of lm-evaluation-harness: see lm_eval_tasks.py.
 """
 
 import functools
@@ -27,7 +27,7 @@ from caftune.data.prompts import Conversation, is_chat, report_second_bos
 from caftune.errors import CaftuneError
 from caftune.evals.proteins import PROTEINS, sequence_of
 from caftune.evals.statistics import interval, load_scipy
-from caftune.evals.task import Example, Task, text, until_stop
+from caftune.evals.task import Example, Task, answers_file, text, until_stop
 from caftune.evals.tasks import TASKS
 from caftune.evals.thought import split_thought
 from caftune.files import write_lines
@@ -36,6 +36,14 @@ from caftune.generation.backends import Sampling
 from caftune.generation.labels import Label
 from caftune.pipeline.base_model import BaseModel, answer_backend, free_memory, who_answers
 from caftune.pipeline.folder import RunFolder
+from caftune.pipeline.lm_eval_tasks import (
+    PREFIX,
+    HarnessTask,
+    KeptResponses,
+    evaluate_harness,
+    harness_model,
+    read_harness_tasks,
+)
 from caftune.pipeline.run import Run
 from caftune.pipeline.schema import DataSection, EvalSection, Recipe
 from caftune.pipeline.stage_rows import read_task_rows
@@ -54,6 +62,7 @@ class Result:
     unfinished: int  # answers, of all runs, that max_new_tokens cut off
     chat: bool  # prompts were given in a conversation
     in_thought: int = 0  # answers of all runs that end within a thought; only the text before the thought is scored
+    harness: dict[str, Any] | None = None  # of a task of lm-evaluation-harness: what a comparison needs to know of it
 
 
 def evaluate_model(recipe: Recipe) -> list[Result]:
@@ -72,13 +81,18 @@ def evaluate_model(recipe: Recipe) -> list[Result]:
     results = []
     try:
         for task, examples in tasks:
-            lines = evaluated.answer_all(task, examples, range(seed, seed + section.runs))
-            if task is PROTEINS and section.structures is not None:
-                evaluated.free()  # the folding model needs its memory
-                lines = with_structures(lines, section.structures)
-            write_lines(run.folder.path / "eval" / label / f"{task.name}.jsonl", lines)
-            results.append(summarise(task, label, lines))
-            run.folder.record({"stage": f"eval {label} {task.name}", **asdict(results[-1])})
+            seeds = range(seed, seed + section.runs)
+            if isinstance(task, HarnessTask):
+                lines, result = evaluated.answer_harness(task, label, seeds)
+            else:
+                lines = evaluated.answer_all(task, examples, seeds)
+                if task is PROTEINS and section.structures is not None:
+                    evaluated.free()  # the folding model needs its memory
+                    lines = with_structures(lines, section.structures)
+                result = summarise(task, label, lines)
+            write_lines(run.folder.path / "eval" / label / answers_file(task.name), lines)
+            run.folder.record({"stage": f"eval {label} {task.name}", **asdict(result)})
+            results.append(result)
     finally:
         evaluated.free()
     return results
@@ -103,6 +117,28 @@ class _EvaluatedModel:
         """Free the memory that the model takes."""
         self._loaded.clear()
         free_memory()
+
+    @functools.cached_property
+    def _responses(self) -> KeptResponses:
+        """Its responses to the harness, read once for all tasks and runs."""
+        file, tokenizer = self._file.with_name("lm_eval.jsonl"), self._model.tokenizer()
+
+        def opened() -> Any:
+            if "model" not in self._loaded:
+                free_memory()
+                self._loaded["model"] = self._model.load()
+            return harness_model(self._loaded["model"], tokenizer, self._section.batch_size)
+
+        return KeptResponses(file, self._model.fingerprint, tokenizer, opened)
+
+    def answer_harness(
+        self, task: HarnessTask, label: str, seeds: Sequence[int]
+    ) -> tuple[list[dict[str, Any]], Result]:
+        """The lines of TASK.jsonl, and the result, of a task of the harness."""
+        found = evaluate_harness(task, self._responses, self._section, chat=self._chat, seeds=seeds)
+        count = len(found.lines) // len(seeds)
+        result = Result(task.name, label, count, len(seeds), found.measures, 0, self._chat, harness=found.about)
+        return found.lines, result
 
     def answer_all(self, task: Task, examples: Sequence[Example], seeds: Sequence[int]) -> list[dict[str, Any]]:
         """The lines of TASK.jsonl: the scored answer to every example in every run, of which each has a seed."""
@@ -178,13 +214,17 @@ def _is_trained_on_text(data: DataSection) -> bool:
         ) from error
 
 
-def read_tasks(section: EvalSection) -> list[tuple[Task, list[Example]]]:
-    """The tasks of `eval` and their examples, after all checks that need no model. Raises what `evaluate_model` does."""
+def read_tasks(section: EvalSection) -> list[tuple[Task | HarnessTask, list[Example]]]:
+    """The tasks of `eval` and their examples, after all checks that need no model. Raises what `evaluate_model` does.
+
+    Examples of the harness are in its tasks.
+    """
+    known = f"Known: {', '.join(TASKS)}, and {PREFIX}NAME for those of lm-evaluation-harness."
     if not section.tasks:
-        raise CaftuneError(f"eval.tasks must name tasks, got none. Known: {', '.join(TASKS)}.")
-    unknown = next((task for task in section.tasks if task not in TASKS), None)
+        raise CaftuneError(f"eval.tasks must name tasks, got none. {known}")
+    unknown = next((task for task in section.tasks if task not in TASKS and not task.startswith(PREFIX)), None)
     if unknown is not None:
-        raise CaftuneError(f"eval.tasks must hold names of tasks, got {unknown!r}. Known: {', '.join(TASKS)}.")
+        raise CaftuneError(f"eval.tasks must hold names of tasks, got {unknown!r}. {known}")
     if section.runs > 1 and section.temperature == 0:
         raise CaftuneError("eval.runs must be 1 with eval.temperature 0: greedy answers are all the same.")
     if section.structures is not None:
@@ -194,7 +234,10 @@ def read_tasks(section: EvalSection) -> list[tuple[Task, list[Example]]]:
             )
         check_structures(section.structures)
     load_scipy()
-    return [(TASKS[task], _examples(section, TASKS[task])) for task in dict.fromkeys(section.tasks)]
+    found: dict[str, tuple[Task | HarnessTask, list[Example]]] = {}
+    found |= {task: (TASKS[task], _examples(section, TASKS[task])) for task in section.tasks if task in TASKS}
+    found |= {name: (task, []) for name, task in read_harness_tasks(section).items()}
+    return [found[name] for name in dict.fromkeys(section.tasks)]
 
 
 def _model_of(section: EvalSection, base: BaseModel, folder: RunFolder) -> str:

@@ -21,6 +21,7 @@ from caftune.pipeline.adapt import adapt_heads_of
 from caftune.pipeline.base_model import BaseModel
 from caftune.pipeline.folder import RunFolder, is_main_process, last_checkpoint, whole_checkpoint
 from caftune.pipeline.heads_choice import HeadsRef
+from caftune.pipeline.lm_eval_tasks import read_harness_tasks
 from caftune.pipeline.plan import plan_of_run
 from caftune.pipeline.run import Run
 from caftune.pipeline.schema import ModelSection, Recipe
@@ -49,6 +50,7 @@ def finetune_model(recipe: Recipe) -> Path:
     if recipe.data.train is None:
         raise CaftuneError("data.train must name a file or hub id, got nothing. Add it to the recipe.")
     refuse_evaluation_without_rows(recipe)
+    read_harness_tasks(recipe.eval)  # what cannot be evaluated is refused before it is trained
     stage = run.train_stage()
     args = stage_two_config(recipe, base, stage.folder, run.stage_two_heads)
     adapter, rounding = lora_config(recipe.model), quantization(recipe.model, base)

@@ -13,6 +13,7 @@ from caftune.files import read_json, write_json
 from caftune.pipeline.base_model import BaseModel
 from caftune.pipeline.folder import RunFolder, Stage, is_main_process
 from caftune.pipeline.heads_choice import HeadsRef, pretrained_heads
+from caftune.pipeline.lm_eval_tasks import PREFIX
 from caftune.pipeline.schema import DataSection, HeadsSection, LabelsSection, ModelSection, Recipe
 from caftune.training.prepare import Prepared
 
@@ -45,7 +46,10 @@ class Run:
         commits = _DataCommits(folder)
         data = commits.pin(recipe.data, "train", "eval")
         labels, heads = commits.pin(recipe.labels, "prompts"), commits.pin(recipe.heads, "text")
-        tasks = {task: commits.pinned(source) for task, source in recipe.eval.data.items()}
+        tasks = {
+            task: source if task.startswith(PREFIX) else commits.pinned(source)
+            for task, source in recipe.eval.data.items()
+        }
         commits.keep()
         evaluation = recipe.eval.model_copy(update={"data": tasks})
         sections = {"model": model, "data": data, "labels": labels, "heads": heads, "eval": evaluation}

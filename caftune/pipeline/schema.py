@@ -95,7 +95,7 @@ class AnswersSection(_Section):
     top_k: int = Field(0, ge=0, description="0: all tokens.")
     backend: Literal["transformers", "vllm", "server"] = Field("transformers", description="What runs the model.")
     batching: Literal["auto", "continuous", "static"] = Field("auto", description="Of the transformers backend.")
-    batch_size: int = Field(64, gt=0, description="Answers at a time, of the transformers backend.")
+    batch_size: int = Field(128, gt=0, description="Answers at a time, of the transformers backend.")
     vllm: dict[str, Any] = Field({}, description="Arguments of vllm.LLM, such as tensor_parallel_size.")
     server: ServerSection = ServerSection()
 
@@ -187,8 +187,10 @@ class DataSection(_Section):
 class EvalSection(AnswersSection):
     """Tasks, their data, and how the model answers."""
 
-    tasks: list[str] = Field([], description="Names of tasks.")
-    data: dict[str, str] = Field({}, description="A task's name: the file or hub id with its rows.")
+    tasks: list[str] = Field([], description="Names of tasks; lm_eval:NAME is one of lm-evaluation-harness.")
+    data: dict[str, str] = Field(
+        {}, description="A task's name: the file or hub id with its rows; of lm_eval:NAME its YAML file or folder."
+    )
     columns: dict[str, str] = Field(
         {}, description="The data set's name of a column: the file's name. prompt: replaces the task's own prompt."
     )

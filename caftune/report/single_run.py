@@ -3,13 +3,12 @@
 import json
 from collections.abc import Mapping
 from dataclasses import fields
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from caftune.compare.runs import lines_of
+from caftune.compare.runs import evaluated_task, lines_of
 from caftune.compare.summary import (
     BASE,
     BASELINE,
@@ -23,6 +22,7 @@ from caftune.compare.summary import (
     Measured,
     ScoredText,
 )
+from caftune.evals.task import answers_file
 from caftune.evals.tasks import TASKS
 from caftune.files import read_json
 
@@ -38,8 +38,13 @@ def read_single_run(folder: Path) -> Comparison:
     provenance = read_json(stage / "provenance.json")
     trained = stages.get("train", {})
     arm = stages.get("compare", {}).get("arm") or (TREATMENT if recipe.get("loss", {}).get("weight") else BASELINE)
-    evaluated = [row for name, row in stages.items() if name.startswith("eval ") and row["task"] in TASKS]
-    tasks = {row["task"]: row["examples"] for row in evaluated}
+    evaluated = [
+        row for name, row in stages.items() if name.startswith("eval ") and (row["task"] in TASKS or row.get("harness"))
+    ]
+    tasks = [
+        evaluated_task(row["task"], row["examples"], row.get("harness"))
+        for row in {row["task"]: row for row in evaluated}.values()
+    ]
     measures = [
         Measured.of(row["task"], name, _model_name(row["model"], arm), values)
         for row in evaluated
@@ -56,10 +61,7 @@ def read_single_run(folder: Path) -> Comparison:
         seeds=[],
         verdict="One arm, so nothing is compared. `caftune compare` makes several.",
         recipe=recipe,
-        tasks=[
-            EvaluatedTask(name, TASKS[name].primary, examples, sorted(TASKS[name].lower_is_better))
-            for name, examples in tasks.items()
-        ],
+        tasks=tasks,
         measures=measures,
         costs={arm: Costs(**{name: [costs[name]] for name in known if name in costs})} if costs else {},
         plans={arm: {name: [value] for name, value in plan.items()}} if plan else {},
@@ -76,15 +78,20 @@ def _model_name(model: str, arm: str) -> str:
     return arm if model == "model" else model
 
 
-def _examples(folder: Path, task: str, arm: str) -> list[ComparedExample]:
+def _examples(folder: Path, task: EvaluatedTask, arm: str) -> list[ComparedExample]:
     """The first examples of a task, with the answers of all models that were evaluated on them."""
-    files = sorted(folder.glob(f"eval/*/{task}.jsonl"), key=lambda file: (file.parent.name != BASE, file.parent.name))
+    files = sorted(
+        folder.glob(f"eval/*/{answers_file(task.name)}"), key=lambda file: (file.parent.name != BASE, file.parent.name)
+    )
     shown: dict[str, ComparedExample] = {}
     for file in files:
-        for line in islice((line for line in lines_of(file) if line["run"] == 0), EXAMPLES):
+        lines = [line for line in lines_of(file) if line["run"] == 0]
+        if not any(task.primary in line["scores"] for line in lines):
+            continue  # a measure of whole runs
+        for line in lines[:EXAMPLES]:
             reference = line["reference"] if isinstance(line["reference"], str) else json.dumps(line["reference"])
-            new = ComparedExample(task, line["id"], line["prompt"], MarkedText(reference, []), {})
-            score = line["scores"].get(TASKS[task].primary, 0.0)
+            new = ComparedExample(task.name, line["id"], line["prompt"], MarkedText(reference, []), {})
+            score = line["scores"].get(task.primary, 0.0)
             answers = shown.setdefault(line["id"], new).answers
             answers[_model_name(file.parent.name, arm)] = ScoredText(line["completion"], [], score)
     return list(shown.values())
