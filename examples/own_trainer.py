@@ -22,7 +22,7 @@ from transformers import (
 import caftune
 
 TEXTS = ["Name: 2-chloropropan-1-ol\nSMILES: OCC(C)Cl", "Name: 3-methylbutanoic acid\nSMILES: OC(=O)CC(C)C"] * 8
-OPTIONS = {"max_steps": 20, "logging_steps": 10, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+OPTIONS = {"max_steps": 6, "logging_steps": 2, "save_strategy": "no", "report_to": "none", "use_cpu": True}
 
 
 @dataclass

@@ -8,9 +8,9 @@ from bases import HEADS, load_base
 from datasets import Dataset
 from safetensors.torch import save_file
 from trainers import lora
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer
 
-from caftune import CAFTConfig, CAFTTrainer
+from caftune import CAFTConfig, CAFTMixin, CAFTTrainer
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 
@@ -25,7 +25,16 @@ RUNS = {
     "llama lora": ("llama", {"gradient_accumulation_steps": 2}),
     "gpt2 full": ("gpt2", {"gradient_accumulation_steps": 2, "train_heads": False}),
     "gpt2 lora": ("gpt2", {"heads_lora_rank": 0}),
+    "llama own": ("llama", {"gradient_accumulation_steps": 2}),
 }
+
+
+class Own(CAFTMixin, Trainer):
+    """A plain Trainer with heads, on CAFTTrainer's rows."""
+
+
+def h1_is_logged(name: str) -> bool:
+    return "full" in name or "lora" in name
 
 
 def main(output: str, heads: str) -> None:
@@ -52,11 +61,14 @@ def main(output: str, heads: str) -> None:
             processing_class=AutoTokenizer.from_pretrained(BASE),
             peft_config=lora() if "lora" in name else None,
         )
+        if "own" in name:
+            given = {"train_dataset": trainer.train_dataset, "processing_class": trainer.processing_class}
+            trainer = Own(load_base(base), args, trainer.data_collator, **given)
         model = trainer.model
         tensors |= {f"{name}/start/{key}": value.clone() for key, value in model.state_dict().items()}
         trainer.train()
         tensors |= {f"{name}/end/{key}": value.clone() for key, value in model.state_dict().items()}
-        horizons = range(2, 4) if name == "heads" else range(1, HEADS + 2)
+        horizons = range(1 if h1_is_logged(name) else 2, 4 if name == "heads" else HEADS + 2)
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         losses = [[entry[f"h{h}_loss"] for h in horizons] for entry in logs]
         tensors[f"{name}/losses"] = torch.tensor(losses, dtype=torch.float64)

@@ -168,7 +168,8 @@ def copy_adapter(checkpoint: str | os.PathLike[str], folder: Path, tokenizer: An
         target = folder / path.relative_to(checkpoint)
         target.parent.mkdir(exist_ok=True)
         shutil.copy(path, target)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def load_trained(

@@ -70,10 +70,11 @@ def end_tokens(generation_config: GenerationConfig, tokenizer: Any) -> list[int]
 
 
 def unknown_token(number: int, tokenizer: Any, embedded: int, *, place: str) -> CaftuneError:
-    """The error for a token id beyond the rows of a model's embeddings."""
+    """The error for a token id beyond the rows of a model's embeddings; `tokenizer` may be None."""
+    named = "a token" if tokenizer is None else repr(tokenizer.convert_ids_to_tokens(number))
     return CaftuneError(
         f"{place} must hold tokens with ids below {embedded}, the rows of the model's embeddings, got "
-        f"{tokenizer.convert_ids_to_tokens(number)!r} with id {number}. Use the tokenizer of the base, or save a base with "
+        f"{named} with id {number}. Use the tokenizer of the base, or save a base with "
         "more rows (model.resize_token_embeddings(len(tokenizer)))."
     )
 

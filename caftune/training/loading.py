@@ -34,7 +34,7 @@ class Start:
 
 def name_of(model: Any) -> str:
     """The folder or hub id that a model was loaded from; empty where there is none."""
-    return str(getattr(model.config, "_name_or_path", ""))
+    return str(getattr(getattr(model, "config", None), "_name_or_path", ""))
 
 
 def load_processing_class(name: str, args: "CAFTConfig") -> Any:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -237,7 +237,7 @@ class CAFTMixin(_Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """L_1 as the trainer computes it, plus the auxiliary losses. In evaluation L_1 only; in stage 1 no L_1."""
-        targets = self._take_targets(inputs)
+        targets = None if self.heads is None else self._take_targets(inputs)
         given: dict[str, Any] = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         if self.args.pretrain_heads:
             return self._loss_of_heads(model, inputs, targets, **given)
@@ -248,19 +248,19 @@ class CAFTMixin(_Trainer):
         else:
             scoring = self._scoring(inputs, targets, num_items_in_batch) if training else {"auxiliary_targets": targets}
             heads = {"auxiliary": "add", "auxiliary_labels": self._labels(inputs), **scoring}
-            with heads_in_first_pass(model, heads) as first:
+            with heads_in_first_pass(model, heads) as scores:
                 result = super().compute_loss(model, inputs, **given)
-            if not first.scores:
+            if "nll" not in scores:
                 raise CaftuneError(
                     f"The loss of {type(self).__name__} must be computed with the model that compute_loss is given, called "
                     "as model(...), or heads have no part in it. Call that model, not self.model or its parts."
                 )
-            self._record(first.scores, first.main)
+            self._record(scores)
         if not training:
             return result
         main = result[0] if return_outputs else result
         self._add_main(main.detach() / self._batches)
-        loss = main if is_plain else main + first.scores["loss"]
+        loss = main if is_plain else main + scores["loss"]
         return (loss, result[1]) if return_outputs else loss
 
     def _loss_of_heads(
@@ -361,11 +361,12 @@ class CAFTMixin(_Trainer):
 
     def _targets(self, batch: Mapping[str, Any]) -> HorizonTargets:
         """The targets of a batch, from its labels."""
-        horizons = [1, *self.heads.config.horizons]  # 1: for soft targets
-        return HorizonTargets.of({**batch, "labels": self._labels(batch)}, horizons)
+        self._labels(batch)
+        return HorizonTargets.of(batch, [1, *self.heads.config.horizons])  # 1: for soft targets
 
     @staticmethod
     def _labels(batch: Mapping[str, Any]) -> Tensor:
+        """The labels of a batch, which must have some."""
         if "labels" not in batch:
             raise CaftuneError(
                 f"Batches must hold labels for the heads, got {', '.join(batch)}. Give rows labels (-100 where a token is not "
@@ -450,11 +451,11 @@ class CAFTMixin(_Trainer):
         sample = Sample(self.args.aux_target_share, seed) if self.args.aux_target_share < 1 else None
         return {"auxiliary_targets": targets, "auxiliary_weights": weights * factor, "auxiliary_sample": sample}
 
-    def _record(self, scores: dict[str, Any], main: tuple[Tensor, ...] | None = None) -> None:
+    def _record(self, scores: dict[str, Any]) -> None:
         """Add a batch's sums to those since the last log; horizon 1 comes first if it was computed."""
         self._scored_batches += 1
         kept = self._horizon_sums.setdefault("train" if self.model.training else "eval", {})
-        for name, first in zip(("nll", "count", "correct"), main or (None,) * 3, strict=True):
+        for name, first in zip(("nll", "count", "correct"), scores.get("main", (None,) * 3), strict=True):
             value = scores[name]
             exact = torch.float32 if value.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
             row = value.new_zeros(self.heads.config.count, dtype=exact)
@@ -531,34 +532,30 @@ class _WatchHeads(TrainerCallback):
             )
 
 
-@dataclass
-class FirstPass:
-    """What the heads gave in a forward pass, empty before it; and where TRL's fused head ran, horizon 1's same sums."""
-
-    scores: dict[str, Tensor] = field(default_factory=dict)
-    main: tuple[Tensor, ...] | None = None
-
-
 @contextmanager
-def heads_in_first_pass(model: nn.Module, arguments: Mapping[str, Any]) -> Iterator[FirstPass]:
+def heads_in_first_pass(model: nn.Module, arguments: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Within the block, the first forward pass of a model with heads gets these arguments and runs them.
 
     By hooks, so that any loss may use the model itself and sees the model's own outputs. In training the first pass with a
     graph counts: those without are a teacher's or for metrics.
+
+    Yields:
+        What the heads returned, empty before the pass; and under `main`, where TRL's fused head ran, the same for horizon 1.
     """
-    first, has_graph = FirstPass(), torch.is_grad_enabled()
+    scores: dict[str, Any] = {}
+    has_graph = torch.is_grad_enabled()
 
     def before(_model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        if not first.scores and torch.is_grad_enabled() == has_graph:
+        if "nll" not in scores and torch.is_grad_enabled() == has_graph:
             return args, {**given, **arguments}
         return None
 
     def after(_model: nn.Module, _args: tuple[Any, ...], given: dict[str, Any], outputs: Any) -> Any:
-        if "auxiliary" not in given:
-            return None
-        outputs, first.scores = without_auxiliary(outputs)
-        if given.get("fused_lm_head"):
-            first.main = -outputs.log_probs.detach().sum(), outputs.label_mask.sum(), outputs.is_top1.sum()
+        if "auxiliary" in given:
+            outputs, found = without_auxiliary(outputs)
+            scores.update(found)
+        if given.get("fused_lm_head"):  # with a user's loss, or label smoothing, in a later pass
+            scores["main"] = (-outputs.log_probs.detach().sum(), outputs.label_mask.sum(), outputs.is_top1.sum())
         return outputs
 
     handles = [
@@ -566,7 +563,7 @@ def heads_in_first_pass(model: nn.Module, arguments: Mapping[str, Any]) -> Itera
         model.register_forward_hook(after, with_kwargs=True),
     ]
     try:
-        yield first
+        yield scores
     finally:
         for handle in handles:
             handle.remove()

@@ -28,7 +28,7 @@ def results(tmp_path_factory):
     return load_file(folder / "one"), load_file(folder / "two")
 
 
-@pytest.mark.parametrize("run", ["heads", "llama full", "llama lora", "gpt2 full", "gpt2 lora"])
+@pytest.mark.parametrize("run", ["heads", "llama full", "llama lora", "gpt2 full", "gpt2 lora", "llama own"])
 def test_two_ranks_of_four_equal_one_batch_of_eight(results, run):
     one, two = ({key: value for key, value in result.items() if key.startswith(f"{run}/")} for result in results)
     assert one.keys() == two.keys()
