@@ -97,7 +97,8 @@ _PARALLEL = ("context_parallel_size", "tensor_parallel_size", "expert_parallel_s
 def _problems(cfg: Mapping[str, Any], stage_one: bool) -> Iterator[str]:
     for name, reason in _REFUSED.items():
         if cfg.get(name):
-            yield f"{name} must not be set with a caft section, got {cfg[name]!r}: {reason}. Remove one of them."
+            found = getattr(cfg[name], "value", cfg[name])  # of an enumeration
+            yield f"{name} must not be set with a caft section, got {found!r}: {reason}. Remove one of them."
     for name in _PARALLEL:
         if (cfg.get(name) or 1) > 1:
             yield f"{name} must be 1 with a caft section, got {cfg[name]}: heads need whole sequences and whole weights."

@@ -94,7 +94,8 @@ def runs(peer, tokenized, tmp_path_factory):
     write(
         folder, "lora", plugins=[PLUGIN], caft={**given, "train": False}, lora_model_dir=str(folder / "adapter"), **LORA
     )
-    write(folder, "lora_packed", plugins=[PLUGIN], caft=given, **LORA, **PACKED)
+    kernels = {"lora_qkv_kernel": True, "lora_o_kernel": True}  # those that also run on a CPU
+    write(folder, "lora_packed", plugins=[PLUGIN], caft=given, **{**LORA, **PACKED, **kernels})
     write(folder, "other", plugins=[PLUGIN], caft=given, base_model=other_base(folder))
     write(folder, "preferences", plugins=[PLUGIN], caft=given, rl="dpo")
     names = [path.stem for path in sorted(folder.glob("*.yaml")) if path.stem not in ("one", "bare")]
