@@ -59,6 +59,30 @@ def unpack_converter(folder: Path) -> None:
     call("tar", "xzf", archive, "--strip-components=1", "-C", sources)
 
 
+def install_axolotl(folder: Path) -> None:
+    """Install Axolotl without the packages that it names and that training on a CPU does not need."""
+    call(folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps", "axolotl==0.21.0")
+
+
+# What Axolotl 0.21.0 requires, in its versions, as far as its trainer imports it.
+AXOLOTL = (
+    *("torch==2.13.0", "transformers==5.20.1", "trl==1.14.1", "peft==0.21.2", "accelerate==1.15.0", "datasets==5.0.1"),
+    *("tokenizers==0.23.3", "pydantic==2.13.5", "typer==0.25.1", "packaging==26.0", "typing-extensions==4.15.0"),
+    *("kernels<0.18,>=0.17.2", "bitsandbytes==0.50.2", "torchao==0.18.0", "liger-kernel==0.8.4", "optimum==1.16.2"),
+    *("axolotl-contribs-lgpl==0.0.7", "axolotl-contribs-mit==0.0.6", "mistral-common==1.12.0", "schedulefree==1.4.1"),
+    *("numba<1.0,>=0.63.1", "numpy<3.0,>=2.1", "scipy", "einops", "sentencepiece", "evaluate==0.4.1", "wandb"),
+    *(
+        "posthog==6.7.11",
+        "nvidia-ml-py==12.560.30",
+        "zstandard==0.22.0",
+        "python-dotenv==1.0.1",
+        "art",
+        "addict",
+        "fire",
+    ),
+    *("colorama", "fastcore", "requests"),
+)
+
 PEERS = {
     "vllm": Peer(
         "3.11",
@@ -73,6 +97,9 @@ PEERS = {
         ("torch==2.13.0", "transformers>=5.17,<5.25", "sentencepiece", "xllamacpp==2026.10.11549"),
         finish=unpack_converter,
         note="its server is the one compiled into the wheel of xllamacpp.",
+    ),
+    "axolotl": Peer(
+        "3.12", (*AXOLOTL, "-e", f"{ROOT}"), finish=install_axolotl, note="5 GB with a CUDA build of torch."
     ),
     "lm-eval": Peer("3.11", ("torch==2.13.0", "-e", f"{ROOT}[eval,lm-eval,report,test]"), note="1 GB."),
     "deepspeed": Peer(

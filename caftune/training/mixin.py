@@ -136,6 +136,10 @@ class CAFTMixin(_Trainer):
         problem = half_precision_problem(self.model, None, self.args)
         if problem is not None:
             _logger.warning(problem)
+        return self._find_heads()
+
+    def _find_heads(self) -> Start:
+        """The heads of the trainer's model. A class whose model was changed before returns those of the model as it was."""
         tokenizer = None if self.processing_class is None else text_tokenizer(self.processing_class)
         return load_or_build_heads(self.model, self.args, tokenizer)
 
