@@ -35,7 +35,8 @@ def base_fingerprint(backbone: Backbone) -> dict[str, Any]:
     """
     config = backbone.model.config
     layer, unembedding = original_state(backbone.layer), original_state(backbone.model.get_output_embeddings())
-    is_plain = all(parameter.dtype in _PLAIN for parameter in backbone.layer.parameters())
+    packed = ("Params4bit", "Int8Params")  # of bitsandbytes, whatever dtype they are stored as
+    is_plain = all(p.dtype in _PLAIN and type(p).__name__ not in packed for p in backbone.layer.parameters())
     return {
         "model_type": config.model_type,
         "architecture": json.loads(json.dumps(_without_volatile(config.to_dict()), default=str)),

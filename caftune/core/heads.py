@@ -301,7 +301,9 @@ def _dequantise(layer: nn.Module) -> None:
 
 def _is_quantised(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.dtype not in _NOT_QUANTISED
+    # The weights of bitsandbytes are also stored as another dtype (bnb_4bit_quant_storage), such as float32.
+    is_packed = type(weight).__name__ in ("Params4bit", "Int8Params")
+    return isinstance(weight, nn.Parameter) and (is_packed or weight.dtype not in _NOT_QUANTISED)
 
 
 def autocast_like(hidden: Tensor) -> AbstractContextManager[Any]:
