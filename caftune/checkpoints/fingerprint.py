@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from caftune.core.adapters import original_state
 from caftune.core.backbone import Backbone, gathered, whole
+from caftune.core.finite import is_packed
 from caftune.files import file_sha256
 
 _SAMPLED_ROWS = 64
@@ -34,7 +35,7 @@ def base_fingerprint(backbone: Backbone) -> dict[str, Any]:
     last layer of a quantised base has none (None).
     """
     config, head = backbone.model.config, backbone.model.get_output_embeddings()
-    is_plain = all(parameter.dtype in _PLAIN for parameter in backbone.layer.parameters())
+    is_plain = all(p.dtype in _PLAIN and not is_packed(p) for p in backbone.layer.parameters())
     with gathered([*head.parameters(), *backbone.layer.parameters()]):
         layer, unembedding = original_state(backbone.layer), original_state(head)
         return {

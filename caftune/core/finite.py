@@ -9,6 +9,11 @@ from torch import Tensor
 from caftune.errors import CaftuneError
 
 
+def is_packed(weight: Any) -> bool:
+    """Whether bitsandbytes packs the weight's values into bits. Its dtype may be any (`bnb_4bit_quant_storage`)."""
+    return type(weight).__name__ in ("Params4bit", "Int8Params")
+
+
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of the floating-point tensors with NaN or infinity: one synchronisation per device, no copies.
 
@@ -16,6 +21,8 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """
     read: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
+        if is_packed(tensor):
+            continue
         local = getattr(tensor, "ds_tensor", tensor)  # DeepSpeed's shard
         local = (local.to_local() if hasattr(local, "to_local") else local).detach()
         if local.is_floating_point() and local.element_size() > 1 and local.numel() > 0 and not local.is_meta:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from caftune.core.adapters import strip_adapters
 from caftune.core.backbone import Backbone, UnsupportedModelError, is_partitioned
 from caftune.core.cross_entropy import Unembedding, log_likelihood, summed_loss
+from caftune.core.finite import is_packed
 from caftune.core.objective import HorizonTargets, Sample
 from caftune.core.replay import LayerCall, at_positions, run_at
 from caftune.core.sequential_heads import weighted_sum
@@ -282,7 +283,7 @@ def _dequantise(layer: nn.Module) -> None:
     plain = next(dtypes, torch.get_default_dtype())
     for name, module in quantised.items():
         weight: Any = module.weight
-        if not isinstance(module, nn.Linear) or type(weight).__name__ not in ("Params4bit", "Int8Params"):
+        if not isinstance(module, nn.Linear) or not is_packed(weight):
             raise UnsupportedModelError(
                 f"A decoder head is a copy of the last layer, whose weights are {weight.dtype} here, a quantisation that "
                 "caftune cannot undo. Use head kind mlp, or load the base in 4 bits with bitsandbytes, or unquantised."
@@ -302,7 +303,7 @@ def _dequantise(layer: nn.Module) -> None:
 
 def _is_quantised(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.dtype not in _NOT_QUANTISED
+    return isinstance(weight, nn.Parameter) and (is_packed(weight) or weight.dtype not in _NOT_QUANTISED)
 
 
 def autocast_like(hidden: Tensor) -> AbstractContextManager[Any]:

@@ -130,6 +130,11 @@ def with_heads(kind: type, start: Start | None, revision: str | None) -> type:
 
         _revision = revision
 
+        @property
+        def reports_token_perplexity(self) -> bool:
+            """Whether Axolotl logs exp(loss) as perplexity: not where the loss holds the heads' too."""
+            return not (self.args.has_heads and self.args.aux_weight)
+
         def _find_heads(self) -> Start:
             return start or super()._find_heads()
 

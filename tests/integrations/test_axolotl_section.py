@@ -1,9 +1,12 @@
 """The plugin without Axolotl: its section, and the options that it refuses."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
 from caftune.errors import CaftuneError
 from caftune.integrations.axolotl_section import AxolotlOptions, read_section, refuse_options
@@ -59,6 +62,18 @@ def test_a_section_sets_the_options_of_the_trainer(section, options):
 def test_a_wrong_section_is_one_error_with_its_place(section, message):
     with pytest.raises(CaftuneError, match=f"^{message}"):
         read_section(section)
+
+
+def test_the_documents_show_what_the_configurations_of_both_stages_hold():
+    root = Path(__file__).parents[2]
+    shown = re.findall(
+        r"^```yaml\n(.*?)^```$", (root / "docs" / "axolotl.md").read_text(), flags=re.DOTALL | re.MULTILINE
+    )
+    for stage, text in zip(("stage1", "stage2"), shown, strict=True):
+        whole, part = yaml.safe_load((root / "recipes" / "axolotl" / f"{stage}.yaml").read_text()), yaml.safe_load(text)
+        assert read_section(whole["caft"])
+        assert part["caft"].items() <= whole["caft"].items()
+        assert all(whole[key] == value for key, value in part.items() if key != "caft")
 
 
 def test_without_a_section_there_are_no_heads():

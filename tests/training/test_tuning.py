@@ -307,10 +307,11 @@ def test_heads_reach_a_fine_tuned_child_only_when_asked(rows, heads, tmp_path):
     assert numbers(trained(CAFTTrainer(str(tmp_path / "child"), args, **again)))
 
 
-@pytest.fixture(scope="module")
-def four_bits():
+@pytest.fixture(scope="module", params=["uint8", "float32"])
+def four_bits(request):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install caftune[qlora])")
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=request.param, **options)
 
 
 def test_qlora_computes_what_lora_does_on_the_rounded_weights(rows, heads, tmp_path, four_bits):
