@@ -199,7 +199,8 @@ def ranking(results: Results, cells: Sequence[Cell]) -> dict[str, float]:
         for arm, value in mean.items():
             if SCREENED[arm].role == "arm" and math.isfinite(value):
                 found.setdefault(arm, []).append(value / mean["ntp"] - 1)
-    return {arm: math.fsum(values) / len(values) for arm, values in found.items()}
+    most = max(map(len, found.values()), default=0)  # an arm that diverged in a cell is not ranked by the others
+    return {arm: math.fsum(values) / len(values) for arm, values in found.items() if len(values) == most}
 
 
 def _losses(results: Results, cell: Cell, arm: str, seeds: set[int]) -> dict[int, float]:
@@ -577,9 +578,7 @@ def pending(study: Study, stage: Stage, cell: Cell) -> list[Run]:
 def run_stage(study: Study, stage: Stage, chosen: Callable[[Cell], bool], *, scores: bool, most: int | None) -> int:
     """Run what is to run, cell by cell; cells of another process are left to it. Returns the number of runs."""
     count = 0
-    missing = [cell.name for cell in stage.chosen_from if not is_screened(study.results(), cell)]
-    if missing:
-        print(f"The arms are chosen when the screening of {', '.join(missing)} is finished.")
+    if is_waiting(study, stage):
         return 0
     for cell in filter(chosen, stage.cells):
         name = hashlib.sha256(cell.name.encode()).hexdigest()[:12]
@@ -593,6 +592,14 @@ def run_stage(study: Study, stage: Stage, chosen: Callable[[Cell], bool], *, sco
                     count += 1
                     print(f"{run.key}  loss {entry['loss']:.5f}  {sum(entry['cpu_s'].values()):.1f} s", flush=True)
     return count
+
+
+def is_waiting(study: Study, stage: Stage) -> bool:
+    """Whether the stage's arms cannot be chosen yet; says why."""
+    missing = [cell.name for cell in stage.chosen_from if not is_screened(study.results(), cell)]
+    if missing:
+        print(f"The arms are chosen when the screening of {', '.join(missing)} is finished.")
+    return bool(missing)
 
 
 def plan(study: Study, names: Sequence[str], chosen: Callable[[Cell], bool]) -> str:
@@ -670,12 +677,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for model in (name for name in MODELS if name != "star" and name.startswith(tuple(options.cells))):
             print(model, make_heads(study, model), flush=True)
         return
+    run_stages(study, options, chosen)
+
+
+def run_stages(study: Study, options: argparse.Namespace, chosen: Callable[[Cell], bool]) -> None:
+    """Run the stages in their order, or print what they would run."""
     left = options.most
     for name, number in ((given, at) for given in options.stages for at in range(len(stages(given, {})))):
         stage = stages(name, study.results())[number]  # an earlier stage may have decided the arms
-        if options.dry_run:
+        if options.dry_run and not is_waiting(study, stage):
             print("\n".join(run.key for cell in filter(chosen, stage.cells) for run in pending(study, stage, cell)))
-        else:
+        elif not options.dry_run:
             done = run_stage(study, stage, chosen, scores=options.scores, most=left)
             left = None if left is None else left - done
 

@@ -129,10 +129,11 @@ def _task(name: str, runs: Runs) -> EvaluatedTask:
         run.evaluated[name].get("harness") for of_arm in runs.values() for run in of_arm if name in run.evaluated
     ]
     known = [about for about in recorded if about]
-    if len({about["examples_sha256"] for about in known}) > 1:
+    different = [key for key in (known[0] if known else ()) if any(about.get(key) != known[0][key] for about in known)]
+    if different:
         raise CaftuneError(
-            f"All runs must be evaluated on the same examples of {name}, got others in some: its files changed. Undo that, or "
-            "use another output."
+            f"All runs must be evaluated by the same {name}, got others in some ({', '.join(different)}): its rows, its "
+            "files or the package changed in between. Undo that, or use another output."
         )
     return evaluated_task(name, len(ids_of(_any_answers(name, runs))), next(iter(known), None))
 

@@ -86,6 +86,15 @@ def with_fixed_date(template: str) -> str:
     return _DATE_CALL.sub(lambda call: json.dumps(_FIXED_DATE.strftime(call[2])), template)
 
 
+def fix_dates(tokenizer: Any) -> None:
+    """Fix the date in the tokenizer's own chat templates that write today's (Llama 3's)."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        tokenizer.chat_template = {name: with_fixed_date(each) for name, each in own.items()}
+    elif own is not None:
+        tokenizer.chat_template = with_fixed_date(own)
+
+
 def conversations(
     rows: Dataset, tokenizer: Any, *, chat: bool | None = None, system: str | None = None, source: str = "The prompts"
 ) -> list[Conversation]:

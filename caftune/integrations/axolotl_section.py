@@ -86,6 +86,7 @@ _REFUSED = {
     ),
     "activation_offloading": "the heads' gradients are computed within the forward pass, which it takes for the end of a step",
     "tiled_mlp": "it adds gradients to weights by itself, past those of the heads",
+    "balance_labels": "its sampler reads the data collator, which also computes the heads' targets",
     "relora": "it would merge and reset the heads' adapters as the model's",
     "pretraining_dataset": "its batches do not say where documents begin, so heads would predict into the next one; use "
     "`datasets` with `type: completion`",

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from caftune.data.forms import NoFinishedRowError, read_rows, refuse_unnamed_split
-from caftune.data.prompts import Conversation, is_chat, report_second_bos
+from caftune.data.prompts import Conversation, fix_dates, is_chat, report_second_bos
 from caftune.errors import CaftuneError
 from caftune.evals.proteins import PROTEINS, sequence_of
 from caftune.evals.statistics import interval, load_scipy
@@ -83,6 +83,7 @@ def evaluate_model(recipe: Recipe) -> list[Result]:
         for task, examples in tasks:
             seeds = range(seed, seed + section.runs)
             if isinstance(task, HarnessTask):
+                seeds = seeds if task.is_generated else seeds[:1]  # likelihoods are the same in all runs
                 lines, result = evaluated.answer_harness(task, label, seeds)
             else:
                 lines = evaluated.answer_all(task, examples, seeds)
@@ -122,6 +123,7 @@ class _EvaluatedModel:
     def _responses(self) -> KeptResponses:
         """Its responses to the harness, read once for all tasks and runs."""
         file, tokenizer = self._file.with_name("lm_eval.jsonl"), self._model.tokenizer()
+        fix_dates(tokenizer)
 
         def opened() -> Any:
             if "model" not in self._loaded:

@@ -191,10 +191,9 @@ class Stage:
         """
         from accelerate.utils import gather_object
 
-        given: dict[str, Any] = {str(path): _digest(Path(path)) for path in self._present().values()}
-        given["The recipe"] = self.sections
         for pause in (*_PAUSES_S, None):
-            views = gather_object([{**given, str(self.folder): self._state()}])
+            given = {str(path): _digest(Path(path)) for path in self._present().values()}
+            views = gather_object([{**given, "The recipe": self.sections, str(self.folder): self._state()}])
             names = {name for view in views for name in view}
             different = sorted(name for name in names if any(view.get(name) != views[0].get(name) for view in views))
             if not different:

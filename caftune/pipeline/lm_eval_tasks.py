@@ -37,6 +37,7 @@ from caftune.files import appended_lines
 from caftune.pipeline.schema import EvalSection
 
 PREFIX = "lm_eval:"
+_AT_A_TIME = 8  # requests at most: the harness holds logits of every position of each, twice
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,18 @@ class HarnessTask:
         name: with the prefix.
         task: lm_eval.api.task.Task.
         random_state: of Python and NumPy after loading, which may shuffle choices; the evaluation continues from there.
+        files_sha256: of the files of a task of one's own: its YAML and Python, also beside a single file.
     """
 
     name: str
     task: Any
     random_state: tuple[Any, Any] | None = None
+    files_sha256: str | None = None
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether the model writes text, which may be sampled; otherwise likelihoods are asked for."""
+        return self.task.get_config("output_type") == "generate_until"
 
 
 def read_harness_tasks(section: EvalSection) -> dict[str, HarnessTask]:
@@ -90,7 +98,14 @@ def _read(name: str, source: str | None) -> HarnessTask:
             "connection, or the files of the task."
         ) from error
     _refuse_unfit(name, task)
-    return HarnessTask(name, task, state)
+    return HarnessTask(name, task, state, None if source is None else _sha256_of_files(Path(source)))
+
+
+def _sha256_of_files(source: Path) -> str:
+    """Of the YAML and Python files of a folder, or of the folder of a file."""
+    files = source.rglob("*") if source.is_dir() else source.parent.glob("*")
+    found = sorted(file for file in files if file.suffix in (".yaml", ".yml", ".py"))
+    return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in found)).hexdigest()
 
 
 @contextmanager
@@ -284,7 +299,8 @@ def harness_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
     level = log.level
     log.setLevel(logging.ERROR)  # two warnings that a model which is given loaded cannot be loaded in another way
     try:
-        return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        size = min(batch_size, _AT_A_TIME)
+        return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)
     finally:
         log.setLevel(level)
 
@@ -319,7 +335,7 @@ def evaluate_harness(
     ]
     by_run = [measures for measures, _ in found]
     measures = {name: [each[name] for each in by_run] for name in by_run[0]}
-    return HarnessResult(lines, measures, _about(task, measures, lines))
+    return HarnessResult(lines, measures, _about(task, measures, found[0][1]))
 
 
 def _evaluated(task: Any, model: KeptResponses, section: EvalSection, *, chat: bool) -> dict[str, Any]:
@@ -432,8 +448,11 @@ def _named(target: Any, choices: Sequence[str]) -> Any:
     return target if isinstance(target, str) else json.loads(json.dumps(target, default=str))
 
 
-def _about(task: HarnessTask, measures: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a comparison and a report need to know of a task, so that they do without the harness."""
+def _about(task: HarnessTask, measures: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a comparison and a report need to know of a task, so that they do without the harness.
+
+    Examples are named by their rows, since a model with another chat template is asked in other words.
+    """
     metrics = {name.partition(",")[0]: name for name in reversed([*measures])}  # by metric: that of its first filter
     primary = _primary(task.task, metrics)
     if primary is None:
@@ -442,13 +461,14 @@ def _about(task: HarnessTask, measures: Mapping[str, Any], lines: Sequence[Mappi
             "its metric_list."
         )
     better = task.task.higher_is_better()
-    examples = [[line["prompt"], line["reference"]] for line in lines if line["run"] == 0]
+    examples = sorted({(sample["doc_id"], sample["doc_hash"], sample["target_hash"]) for sample in samples})
     return {
         "primary": metrics[primary],
         "lower_is_better": [name for name in measures if better.get(name.partition(",")[0]) is False],
         "version": task.task.VERSION,
         "num_fewshot": task.task.get_config("num_fewshot"),
         "lm_eval": package_version("lm_eval"),
+        "files_sha256": task.files_sha256,
         "examples_sha256": hashlib.sha256(json.dumps(examples).encode()).hexdigest(),
     }
 

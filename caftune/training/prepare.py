@@ -21,7 +21,7 @@ from transformers import AddedToken, AutoTokenizer
 from caftune.checkpoints.opening import opening_tokenizer
 from caftune.core.objective import IGNORED
 from caftune.data.boundary import PairTokens, has_second_bos, tokenize_pairs, without_second_bos
-from caftune.data.prompts import is_chat, with_fixed_date
+from caftune.data.prompts import fix_dates, is_chat, with_fixed_date
 from caftune.data.template_errors import (
     raise_for_refused_row,
     remove_byte_order_mark,
@@ -134,12 +134,8 @@ def _mapped(rows: Dataset, function: Callable[..., dict[str, list[Any]]], **opti
 
 
 def _fix_dates(tokenizer: Any, template: str | None) -> str | None:
-    """Fix the date in templates that write today's (Llama 3's), as for prompts in generation."""
-    own = tokenizer.chat_template
-    if isinstance(own, dict):
-        tokenizer.chat_template = {name: with_fixed_date(each) for name, each in own.items()}
-    elif own is not None:
-        tokenizer.chat_template = with_fixed_date(own)
+    """Fix the date in templates that write today's, as for prompts in generation."""
+    fix_dates(tokenizer)
     return template if template is None else with_fixed_date(template)
 
 

@@ -17,7 +17,7 @@ from caftune.compare.runs import ComparedRun
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
 from caftune.pipeline import lm_eval_tasks as harness
-from caftune.pipeline.evaluate import Result, read_tasks
+from caftune.pipeline.evaluate import Result, _EvaluatedModel, read_tasks
 from caftune.pipeline.finetune import finetune_model
 from caftune.pipeline.lm_eval_tasks import KeptResponses, lines_of, measures_of
 from caftune.pipeline.run import Run
@@ -306,10 +306,17 @@ def test_a_folder_of_tasks_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     assert Run.open(recipe(tmp_path, tasks=["lm_eval:x"], data=data)).recipe.eval.data == data
 
 
-ABOUT = {"primary": "ppl", "lower_is_better": ["ppl"], "version": 1, "num_fewshot": 0, "lm_eval": "0.4.13"}
+ABOUT = {
+    "primary": "ppl",
+    "lower_is_better": ["ppl"],
+    "version": 1,
+    "num_fewshot": 0,
+    "lm_eval": "0.4.13",
+    "files_sha256": None,
+}
 
 
-def compared(value, scores, examples="a"):
+def compared(value, scores):
     """A run with a perplexity, which belongs to no example, and an accuracy."""
     lines = [
         {
@@ -324,7 +331,7 @@ def compared(value, scores, examples="a"):
         for n, s in enumerate(scores)
     ]
     mean = sum(scores) / len(scores)
-    harness = {**ABOUT, "examples_sha256": examples}
+    harness = {**ABOUT, "examples_sha256": "a"}
     row = {"measures": {"ppl": [value], "acc": [mean]}, "harness": harness}
     return ComparedRun({}, {"lm_eval:x": lines}, [], {"lm_eval:x": row})
 
@@ -358,10 +365,53 @@ def test_a_diverged_run_leaves_the_task_known_from_the_others():
     assert measures._task("lm_eval:x", {"ntp": [DIVERGED]}).examples == 0
 
 
-def test_runs_on_other_examples_are_not_compared():
-    runs = {"ntp": [compared(9.0, [1, 0])], "caft": [compared(7.0, [0, 0], examples="b")]}
-    with pytest.raises(CaftuneError, match="All runs must be evaluated on the same examples of lm_eval:x"):
-        measures._task("lm_eval:x", runs)
+@pytest.mark.parametrize(
+    ("key", "value"), [("examples_sha256", "b"), ("files_sha256", "c"), ("version", 2), ("lm_eval", "0.4.14")]
+)
+def test_runs_on_other_examples_or_with_other_rules_are_not_compared(key, value):
+    one, other = compared(9.0, [1, 0]), compared(7.0, [0, 0])
+    measures._task("lm_eval:x", {"ntp": [one], "caft": [other]})
+    other.evaluated["lm_eval:x"]["harness"][key] = value
+    with pytest.raises(CaftuneError, match=rf"All runs must be evaluated by the same lm_eval:x.* \({key}\)"):
+        measures._task("lm_eval:x", {"ntp": [one], "caft": [other]})
+
+
+def test_examples_are_the_same_whatever_form_a_model_is_asked_in():
+    task = harness.HarnessTask("lm_eval:x", Task({"acc": True}))
+    sample = {"doc_id": 0, "doc_hash": "d", "target_hash": "t"}
+    asked = [harness._about(task, {"acc": [1.0]}, [{**sample, "prompt_hash": form}]) for form in ("plain", "chat")]
+    assert asked[0] == asked[1]
+    assert harness._about(task, {"acc": [1.0]}, [{**sample, "doc_hash": "e"}]) != asked[0]
+
+
+@pytest.mark.parametrize("given", ["", "task.yaml"])
+def test_a_tasks_own_rules_are_known_by_all_its_files(tmp_path, given):
+    for name in ("task.yaml", "utils.py", "rows.jsonl"):
+        (tmp_path / name).write_text("a")
+    found = []
+    for name in ("rows.jsonl", "utils.py", "task.yaml"):
+        (tmp_path / name).write_text("b")
+        found.append(harness._sha256_of_files(tmp_path / given))
+    assert len(set(found)) == 3
+    (tmp_path / "rows.jsonl").write_text("c")  # rows are compared by themselves
+    assert harness._sha256_of_files(tmp_path / given) == found[-1]
+
+
+@pytest.mark.parametrize(
+    "form", [lambda text: text, lambda text: {"default": text, "tool_use": text}], ids=["one", "several"]
+)
+def test_the_harness_asks_with_the_fixed_date_of_training(tmp_path, form):
+    template = "{{ strftime_now('%d %b %Y') }}"
+    model = SimpleNamespace(fingerprint="f", tokenizer=lambda: SimpleNamespace(chat_template=form(template)))
+    evaluated = object.__new__(_EvaluatedModel)
+    evaluated._model, evaluated._file = model, tmp_path / "cache.jsonl"
+    assert evaluated._responses.tokenizer.chat_template == form('{{ "26 Jul 2024" }}')
+
+
+@pytest.mark.parametrize(("kind", "is_generated"), [("generate_until", True), ("multiple_choice", False)])
+def test_likelihoods_are_asked_for_once_whatever_the_number_of_runs(kind, is_generated):
+    task = Task({"acc": True}, get_config={"output_type": kind}.get)
+    assert harness.HarnessTask("lm_eval:x", task).is_generated == is_generated
 
 
 @pytest.mark.parametrize("primary", ["acc", "ppl"])
