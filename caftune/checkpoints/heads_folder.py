@@ -194,9 +194,10 @@ def _no_heads(folder: Path) -> CaftuneError:
             f"{folder} must hold {WEIGHTS_FILE} and {DESCRIPTION_FILE}, got {pickles[0]}, a pickle, which can run code when "
             "opened. Convert heads of CAFT's reference implementation with `caftune heads import`, or train heads."
         )
+    found = f"no {DESCRIPTION_FILE} there" if Path(folder).is_dir() else "no such folder"
     return CaftuneError(
-        f"{folder} must be a folder with {DESCRIPTION_FILE} and {WEIGHTS_FILE}, got no {DESCRIPTION_FILE} there. "
-        "Train heads with `caftune pretrain-heads`, or name heads on the hub (owner/name)."
+        f"{folder} must be a folder with {DESCRIPTION_FILE} and {WEIGHTS_FILE}, got {found}. "
+        "Train heads with `caftune pretrain-heads` (pretrain_heads=True), or name heads on the hub (owner/name)."
     )
 
 
@@ -259,7 +260,8 @@ def _refuse_other_base(
     remedy = (
         "Train heads for this model; only heads of the same architecture and tokenizer can be carried over."
         if kind
-        else "Use heads of this model, or force=True (recipe: heads.force) if one is a fine-tuned version of the other."
+        else "Use heads of this model, or force_heads=True (recipe: heads.force; load_heads: force=True) if one is a "
+        "fine-tuned version of the other."
     )
     raise CaftuneError(
         f"The heads in {folder} were trained for {expected['name'] or expected['model_type']}, and {this} differs in its "

@@ -130,7 +130,7 @@ def _write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
 
 def _write_report(console: Console, folder: Path) -> None:
     if find_spec("jinja2") is None or find_spec("matplotlib") is None:
-        how = f"For a report with pictures: pip install caftune[report], then caftune report {folder}"
+        how = f"For a report with pictures: pip install 'caftune[report]', then caftune report {folder}"
         console.print(how, markup=False, highlight=False)
         return
     from caftune.report.render import write_report

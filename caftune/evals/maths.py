@@ -108,7 +108,7 @@ class _Judge:
             self._end()
             raise CaftuneError(
                 f"Maths is judged by math-verify, which cannot be imported ({greeting.strip() or 'its process ended'}). "
-                "Install it: pip install caftune[eval]"
+                "Install it: pip install 'caftune[eval]'"
             )
         return process
 

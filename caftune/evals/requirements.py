@@ -13,5 +13,5 @@ def required(package: str, purpose: str) -> Iterator[None]:
         yield
     except ImportError as absent:
         raise CaftuneError(
-            f"{package} must be installed for {purpose}, got an import error ({absent}). Run pip install caftune[eval]."
+            f"{package} must be installed for {purpose}, got an import error ({absent}). Run pip install 'caftune[eval]'."
         ) from absent

@@ -141,7 +141,7 @@ def vllm_backend(
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
-        raise CaftuneError("labels.backend=vllm needs vLLM. Install it with `pip install caftune[vllm]`.") from error
+        raise CaftuneError("labels.backend=vllm needs vLLM. Install it with `pip install 'caftune[vllm]'`.") from error
     loaded = {} if loaded is None else loaded
     if "engine" not in loaded:
         # generation_config="vllm": none of the model's own defaults, as in the other backends

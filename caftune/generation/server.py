@@ -135,7 +135,7 @@ def _client(server: Server) -> "OpenAI":
         from openai import DefaultHttpxClient, OpenAI
     except ImportError as error:
         raise CaftuneError(
-            "labels.backend=server needs the openai package. Install it with `pip install caftune[server]`."
+            "labels.backend=server needs the openai package. Install it with `pip install 'caftune[server]'`."
         ) from error
     pace = _pace(server.requests_per_minute)
     return OpenAI(

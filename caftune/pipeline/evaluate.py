@@ -9,6 +9,7 @@
 Every number can be computed again from TASK.jsonl, without the model. Tasks of lm-evaluation-harness: see lm_eval_tasks.py.
 """
 
+import difflib
 import functools
 import hashlib
 import json
@@ -226,7 +227,9 @@ def read_tasks(section: EvalSection) -> list[tuple[Task | HarnessTask, list[Exam
         raise CaftuneError(f"eval.tasks must name tasks, got none. {known}")
     unknown = next((task for task in section.tasks if task not in TASKS and not task.startswith(PREFIX)), None)
     if unknown is not None:
-        raise CaftuneError(f"eval.tasks must hold names of tasks, got {unknown!r}. {known}")
+        near = difflib.get_close_matches(unknown, [*TASKS, PREFIX + unknown.rpartition(":")[2]], n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise CaftuneError(f"eval.tasks must hold names of tasks, got {unknown!r}. {hint}{known}")
     if section.runs > 1 and section.temperature == 0:
         raise CaftuneError("eval.runs must be 1 with eval.temperature 0: greedy answers are all the same.")
     if section.structures is not None:

@@ -202,7 +202,7 @@ def quantization(section: ModelSection, base: BaseModel) -> Any:
     if section.tuning != "qlora":
         return None
     if not is_bitsandbytes_available():
-        raise CaftuneError("model.tuning=qlora needs bitsandbytes. Install it with `pip install caftune[qlora]`.")
+        raise CaftuneError("model.tuning=qlora needs bitsandbytes. Install it with `pip install 'caftune[qlora]'`.")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

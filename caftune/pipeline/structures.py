@@ -1,7 +1,7 @@
 """Structures of proteins: answers and references folded by ESMFold, its confidence in them, and how similar they are.
 
 Everything here is a prediction, of the references too: a TM-score of 1 says that the model folds both alike.
-TM-align comes from tmtools, which is under the GPL 3 and therefore in a separate extra: `pip install caftune[structures]`.
+TM-align comes from tmtools, which is under the GPL 3 and therefore in a separate extra: `pip install 'caftune[structures]'`.
 
 Source: ESMFold, Lin et al., Science 379 (2023), in transformers' port; TM-score, Zhang and Skolnick, Proteins 57 (2004);
 TM-align, Zhang and Skolnick, Nucleic Acids Research 33 (2005).
@@ -136,7 +136,7 @@ def _tm_align() -> Callable[..., Any]:
         from tmtools import tm_align
     except ImportError as absent:
         raise CaftuneError(
-            "tmtools must be installed for the TM-score of structures. Run pip install caftune[structures]."
+            "tmtools must be installed for the TM-score of structures. Run pip install 'caftune[structures]'."
         ) from absent
     return tm_align
 

@@ -36,7 +36,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
         from caftune.report.sections import sections
     except ImportError as error:
         raise CaftuneError(
-            f"{error.name} must be installed for a report, got none. Run pip install caftune[report]."
+            f"{error.name} must be installed for a report, got none. Run pip install 'caftune[report]'."
         ) from error
     runs = [read_run(folder) for folder in folders]
     parts = [(run.title, run.verdict, list(sections(run))) for run in runs]

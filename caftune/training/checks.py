@@ -64,7 +64,7 @@ def refuse_options(args: Any) -> None:
         ),
         (
             is_known and args.aux_weight is None,
-            f"CAFTOptions must come first among the bases of {kind}, before TrainingArguments. Change their order.",
+            f"__post_init__ of {kind} must call super().__post_init__(), which checks the options of heads. Add the call.",
         ),
     )
 

@@ -530,7 +530,7 @@ class _WatchHeads(TrainerCallback):
             name = type(self._trainer).__name__
             raise CaftuneError(
                 f"compute_loss of {name} must call super().compute_loss, got a loss without heads. Call it, or write the loss "
-                f"in a class behind the mixin: class OwnLoss(Trainer), class {name}(CAFTMixin, OwnLoss)."
+                f"in a class after the mixin: class OwnLoss(Trainer), class {name}(CAFTMixin, OwnLoss)."
             )
 
 

@@ -141,6 +141,14 @@ class CAFTOptions:
         False, "Full fine-tuning: leave the output layer as it is, and the embeddings where both are one matrix."
     )
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        names = [base.__name__ for base in cls.__mro__]
+        if "TrainingArguments" in names and names.index("TrainingArguments") < names.index("CAFTOptions"):
+            raise TypeError(
+                f"CAFTOptions must come before TrainingArguments among the bases of {cls.__name__}. Put it first."
+            )
+
     def __post_init__(self) -> None:
         getattr(super(), "__post_init__", lambda: None)()  # TrainingArguments' own
         if self.aux_weight is None:

@@ -33,7 +33,7 @@ def test_without_the_extras_the_demo_asks_for_the_letter_and_says_how_to_get_a_r
     recipe = demo_recipe(tmp_path)
     assert (recipe.eval.tasks, recipe.eval.columns, recipe.compare.concepts.kind) == (["exact_match"], {}, "words")
     run._write_report(Console(), tmp_path)
-    assert "pip install caftune[report]" in capsys.readouterr().out
+    assert "pip install 'caftune[report]'" in capsys.readouterr().out
 
 
 def test_the_base_scores_as_its_provenance_says(tmp_path):

@@ -1,5 +1,6 @@
 """The plugin without Axolotl: its section, and the options that it refuses."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from caftune.errors import CaftuneError
+from caftune.generation.labels import Label, write_labels
 from caftune.integrations.axolotl_section import AxolotlOptions, read_section, refuse_options
 
 PLUGIN = "caftune.integrations.axolotl"
@@ -74,6 +76,19 @@ def test_the_documents_show_what_the_configurations_of_both_stages_hold():
         assert read_section(whole["caft"])
         assert part["caft"].items() <= whole["caft"].items()
         assert all(whole[key] == value for key, value in part.items() if key != "caft")
+
+
+def test_the_documents_turn_labels_into_rows_of_tokens(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "axolotl.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    labels = [Label(n, 0, "a", "b", finish, True, [1, 2], [3, 4, 5]) for n, finish in enumerate(("stop", "length"))]
+    Path("runs/heads/labels").mkdir(parents=True)
+    write_labels(labels, Path("runs/heads/labels/labels.jsonl"))
+    exec(code, {})
+    (line,) = Path("labels.jsonl").read_text().splitlines()
+    expected = {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, -100, 3, 4, 5], "attention_mask": [1] * 5}
+    assert json.loads(line) == expected
 
 
 def test_without_a_section_there_are_no_heads():

@@ -243,7 +243,7 @@ def test_runs_are_sampled_with_their_seeds_and_kept(folder, tmp_path, monkeypatc
     assert [line["seed"] for line in lines_of(tmp_path / "run", "letters")] == [42] * 3 + [43] * 3
     assert texts[:3] != texts[3:]
     choices = [line["completion"] for line in lines_of(tmp_path / "run", "choice")]
-    assert choices[:3] == choices[3:]
+    assert len(choices) == 3  # likelihoods are the same in all runs
     evaluation.evaluate_model(recipe(folder, tmp_path / "again", **sampled))
     assert [line["completion"] for line in lines_of(tmp_path / "again", "letters")] == texts
     monkeypatch.setattr(BaseModel, "load", lambda _: pytest.fail("loaded"))

@@ -357,7 +357,9 @@ def test_a_missing_package_is_named_with_the_remedy(tmp_path, package):
         "except CaftuneError as error: print(error)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert ran.stdout.strip() == f"{package} must be installed for a report, got none. Run pip install caftune[report]."
+    assert (
+        ran.stdout.strip() == f"{package} must be installed for a report, got none. Run pip install 'caftune[report]'."
+    )
 
 
 def test_the_command_prints_where_the_report_is(tmp_path):
