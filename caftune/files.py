@@ -47,19 +47,20 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def appended_lines(path: Path) -> list[str]:
+def appended_lines(path: Path) -> Iterator[str]:
     """The lines of a file that is only appended to. A last line that a kill cut off is removed from the file.
 
-    A whole JSON value without its line break stays: the kill cut off the line break alone, which is written.
+    A whole JSON value without its line break stays: the kill cut off the line break alone, which is written. The file is
+    changed after its last line was taken, so a reader that refuses a line leaves it as it is.
     """
     if not path.is_file():
-        return []
+        return
     *lines, tail = path.read_text(encoding="utf-8").split("\n")
     if _is_json(tail):
         lines.append(tail)
+    yield from lines
     if tail:
         write_text(path, "".join(f"{line}\n" for line in lines))
-    return lines
 
 
 def _is_json(text: str) -> bool:

@@ -331,21 +331,22 @@ class CAFTMixin(_Trainer):
             counts = torch.stack([batch["auxiliary_targets"].counts_of(horizons) for batch in batches]).sum(0)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 counts = self.accelerator.reduce(counts.to(device), reduction="sum")
-            self._refuse_no_targets(counts)
+            self._refuse_no_labels(batches)
             self._horizon_counts = counts
             tensors = [batch.get(name) for batch in batches for name in _TARGETS_DEPEND_ON]
             self._collated = [(found, found._version) for found in tensors if isinstance(found, Tensor)]
         return batches, num_items
 
-    def _refuse_no_targets(self, counts: Tensor) -> None:
-        """Refuse a first step in which the heads have nothing to predict; later ones wait for no device."""
+    def _refuse_no_labels(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse a first step that trains on no token. Documents may be too short for a later one."""
         if self._had_targets or not self._needs_heads:
             return
-        self._had_targets = bool(counts.any())
+        counts = [batch["auxiliary_targets"].counts_of([1]) for batch in batches]
+        self._had_targets = bool(torch.stack(counts).any())
         if not self._had_targets:
             raise CaftuneError(
-                "The first step must have tokens for the heads to predict, got none: its labels are -100 wherever a token has "
-                "an earlier one of its document to be predicted from. Check the data collator and the labels of the first rows."
+                "The first step must have tokens to train on, got none: labels are -100 wherever a token has an earlier one "
+                "of its document to be predicted from. Check the data collator and the labels of the first rows."
             )
 
     @property

@@ -345,41 +345,26 @@ def test_an_evaluation_in_half_precision_rounds_nothing_that_is_written(copied):
         assert all(torch.equal(tensor, exact[name]) for name, tensor in written.items())
 
 
-def open_as(rank, port, host, recipe, queue):
-    """Open a stage as one of two processes, each in the folder of its host; its error, or its folder, goes to the queue."""
-    os.chdir(host)
+def open_all(rank, port, cases, queue):
+    """Open stages as one of two processes, each in the folder of its host; errors, or folders, go to the queue."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    PartialState._reset_state()
     PartialState(cpu=True, backend="gloo")
     folder._PAUSES_S = (0.01,)
     late = Path("late.jsonl")  # a file that a network file system shows after a while
     folder.time = SimpleNamespace(sleep=lambda _: late.is_file() and late.rename("data.jsonl"))
-    try:
-        found = str(Stage(recipe, "train", {"train": recipe.data.train}).open())
-    except CaftuneError as error:
-        found = str(error)
+    found = {}
+    for case, hosts, recipes in cases:
+        os.chdir(hosts[rank])
+        recipe = Recipe.model_validate(recipes[rank])
+        try:
+            found[case] = str(Stage(recipe, "train", {"train": recipe.data.train}).open())
+        except CaftuneError as error:
+            found[case] = str(error)
     queue.put((rank, found))
     queue.close()
     queue.join_thread()
     torch.distributed.destroy_process_group()
-    os._exit(0)  # nothing of pytest's
-
-
-def opened_by_two(hosts, recipes):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    forking = multiprocessing.get_context("fork")
-    queue = forking.Queue()
-    arguments = [(rank, port, hosts[rank], recipes[rank], queue) for rank in (0, 1)]
-    ranks = [forking.Process(target=open_as, args=each) for each in arguments]
-    for process in ranks:
-        process.start()
-    found = dict(queue.get(timeout=60) for _ in ranks)
-    for process in ranks:
-        process.join(60)
-    return [found[rank] for rank in (0, 1)]
 
 
 # What of the second host differs -> what the error of both names.
@@ -393,10 +378,31 @@ OTHER_HOST = {
 }
 
 
-@pytest.mark.parametrize("case", OTHER_HOST)
-@pytest.mark.filterwarnings("ignore:.*fork.*")
-def test_processes_on_two_hosts_begin_with_one_folder_one_recipe_and_the_same_rows_or_not_at_all(tmp_path, case):
-    hosts = [tmp_path / name for name in ("a", "b")]
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """What both processes found, by case."""
+    made = [hosts_of(tmp_path_factory.mktemp("hosts"), case) for case in OTHER_HOST]
+    refused = tmp_path_factory.mktemp("refused")
+    write(refused / "data.jsonl", seed=0)
+    (refused / "out" / "train").mkdir(parents=True)
+    (refused / "out" / "train" / "notes.txt").touch()
+    made.append(("refused", [refused] * 2, [recipe_in(refused).model_dump(mode="json")] * 2))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawning = multiprocessing.get_context("spawn")
+    queue = spawning.Queue()
+    ranks = [spawning.Process(target=open_all, args=(rank, port, made, queue)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    found = dict(queue.get(timeout=300) for _ in ranks)
+    for process in ranks:
+        process.join(60)
+    return {case: [found[rank][case] for rank in (0, 1)] for case, _, _ in made}
+
+
+def hosts_of(parent, case):
+    hosts = [parent / name for name in ("a", "b")]
     for number, host in enumerate(hosts):
         (host / "out").mkdir(parents=True)
         write(host / "data.jsonl", seed=number if case == "rows" else 0)
@@ -406,7 +412,12 @@ def test_processes_on_two_hosts_begin_with_one_folder_one_recipe_and_the_same_ro
     if case in ("no rows", "late rows"):
         (hosts[1] / "data.jsonl").rename(hosts[1] / case.replace(" rows", ".jsonl"))
     recipes = [recipe_in(Path(), **({"seed": 7} if case == "seed" and rank else {})) for rank in (0, 1)]
-    found = opened_by_two(hosts, recipes)
+    return case, hosts, [recipe.model_dump(mode="json") for recipe in recipes]
+
+
+@pytest.mark.parametrize("case", OTHER_HOST)
+def test_processes_on_two_hosts_begin_with_one_folder_one_recipe_and_the_same_rows_or_not_at_all(opened, case):
+    found = opened[case]
     if OTHER_HOST[case] is None:
         assert found == ["out/train"] * 2
     else:
@@ -414,11 +425,7 @@ def test_processes_on_two_hosts_begin_with_one_folder_one_recipe_and_the_same_ro
         assert found[0].startswith(f"{OTHER_HOST[case]} must have the same contents for all processes")
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*")
-def test_a_folder_that_the_main_process_refuses_is_refused_by_all(tmp_path):
-    write(tmp_path / "data.jsonl", seed=0)
-    (tmp_path / "out" / "train").mkdir(parents=True)
-    (tmp_path / "out" / "train" / "notes.txt").touch()
-    found = opened_by_two([tmp_path] * 2, [recipe_in(tmp_path)] * 2)
+def test_a_folder_that_the_main_process_refuses_is_refused_by_all(opened):
+    found = opened["refused"]
     assert found[0] == found[1]
     assert "must be empty or a folder of caftune" in found[0]
