@@ -80,7 +80,7 @@ def test_the_documents_show_what_the_configurations_of_both_stages_hold():
 
 def test_the_documents_turn_labels_into_rows_of_tokens(tmp_path, monkeypatch):
     text = (Path(__file__).parents[2] / "docs" / "axolotl.md").read_text()
-    (code,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    (code,) = re.findall(r"^```py\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     labels = [Label(n, 0, "a", "b", finish, True, [1, 2], [3, 4, 5]) for n, finish in enumerate(("stop", "length"))]
     Path("runs/heads/labels").mkdir(parents=True)

@@ -294,9 +294,17 @@ def test_other_backends_are_refused():
         read_tasks(EvalSection(tasks=["lm_eval:gsm8k"], backend="server"))
 
 
-@pytest.mark.parametrize("name", ["gsm9k", "lm_evals:gsm8k", "LM_EVAL:gsm8k"])
-def test_the_error_for_an_unknown_task_says_how_to_name_the_harnesss(name):
-    with pytest.raises(CaftuneError, match=f"got '{name}'. Known: humaneval, .*and lm_eval:NAME for those of"):
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("gsm9k", r"Did you mean gsm8k\? "),
+        ("lm_evals:gsm8k", r"Did you mean lm_eval:gsm8k\? "),
+        ("arc_easy", r"Did you mean lm_eval:arc_easy\? "),
+        ("x", ""),
+    ],
+)
+def test_the_error_for_an_unknown_task_says_how_to_name_the_harnesss(name, hint):
+    with pytest.raises(CaftuneError, match=rf"got '{name}'\. {hint}Known: humaneval, .*and lm_eval:NAME for those of"):
         read_tasks(EvalSection(tasks=[name]))
 
 
