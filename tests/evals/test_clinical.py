@@ -203,7 +203,7 @@ def test_without_rouge_score_the_remedy_is_told_when_a_row_is_read(monkeypatch):
     clinical._scorer.cache_clear()
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     for task in TASKS:
-        with pytest.raises(CaftuneError, match=r"rouge-score must be installed .* pip install caftune\[eval\]"):
+        with pytest.raises(CaftuneError, match=r"rouge-score must be installed .* pip install 'caftune\[eval\]'"):
             task.read(task.rows[0], 0)
 
 

@@ -400,7 +400,7 @@ def test_long_answers_are_read_in_seconds_at_most():
 def test_without_markdown_it_the_remedy_is_named(monkeypatch):
     reading._parser.cache_clear()
     monkeypatch.setitem(sys.modules, "markdown_it", None)
-    with pytest.raises(CaftuneError, match=r"markdown-it-py must be installed .* pip install caftune\[eval\]"):
+    with pytest.raises(CaftuneError, match=r"markdown-it-py must be installed .* pip install 'caftune\[eval\]'"):
         reading.sections(fenced("text\n"))
 
 

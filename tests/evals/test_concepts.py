@@ -166,7 +166,7 @@ def test_what_is_no_molecule_has_no_groups(text):
 
 def test_without_rdkit_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rdkit", None)
-    with pytest.raises(CaftuneError, match=r"rdkit must be installed .* pip install caftune\[eval\]"):
+    with pytest.raises(CaftuneError, match=r"rdkit must be installed .* pip install 'caftune\[eval\]'"):
         find_concepts("CCO", "smiles")
 
 

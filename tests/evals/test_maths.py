@@ -398,5 +398,5 @@ def test_without_math_verify_the_remedy_is_told_when_a_row_is_read(tmp_path, mon
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr(maths, "_JUDGE", maths._Judge())
     for task in TASKS:
-        with pytest.raises(CaftuneError, match=r"antlr4 is not here\). Install it: pip install caftune\[eval\]"):
+        with pytest.raises(CaftuneError, match=r"antlr4 is not here\). Install it: pip install 'caftune\[eval\]'"):
             task.read(task.rows[0], 0)

@@ -353,5 +353,5 @@ def test_a_row_without_its_columns_or_with_a_bad_smiles_is_refused_with_a_senten
 
 def test_without_rdkit_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rdkit", None)
-    with pytest.raises(CaftuneError, match=r"rdkit must be installed .* pip install caftune\[eval\]"):
+    with pytest.raises(CaftuneError, match=r"rdkit must be installed .* pip install 'caftune\[eval\]'"):
         MOLECULES.read(MOLECULES.rows[0], 0)

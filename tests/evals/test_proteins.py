@@ -205,7 +205,7 @@ def test_a_row_without_its_columns_or_without_a_sequence_is_refused_with_a_sente
 def test_without_biopython_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "Bio.Align", None)
     proteins._aligner.cache_clear()
-    with pytest.raises(CaftuneError, match=r"biopython must be installed .* pip install caftune\[eval\]"):
+    with pytest.raises(CaftuneError, match=r"biopython must be installed .* pip install 'caftune\[eval\]'"):
         PROTEINS.read(PROTEINS.rows[0], 0)
 
 

@@ -287,5 +287,5 @@ def test_arms_that_cannot_be_compared_are_refused_with_a_sentence(treatment, bas
 
 def test_without_scipy_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(CaftuneError, match=r"pip install caftune\[eval\]"):
+    with pytest.raises(CaftuneError, match=r"pip install 'caftune\[eval\]'"):
         interval([1.0, 2.0])

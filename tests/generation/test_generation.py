@@ -78,7 +78,7 @@ def test_many_prompts_reach_vllm_in_parts_and_keep_their_numbers(engine):
 
 def test_a_missing_vllm_is_told_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ValueError, match=r"needs vLLM. Install it with `pip install caftune\[vllm\]`"):
+    with pytest.raises(ValueError, match=r"needs vLLM. Install it with `pip install 'caftune\[vllm\]'`"):
         vllm_backend("base", None, Sampling(), [1], {})
 
 

@@ -317,7 +317,7 @@ ASKED = {"tasks": ["exact_match"], "data": {"exact_match": "data.jsonl"}}
 )
 def test_without_scipy_the_remedy_is_told_before_anything_is_trained_or_asked(start, asked, copied, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(CaftuneError, match=r"scipy must be installed .* caftune\[eval\]"):
+    with pytest.raises(CaftuneError, match=r"scipy must be installed .* 'caftune\[eval\]'"):
         start(recipe_in(copied, eval=asked, data={"eval": "data.jsonl"}))
     assert not (copied / "out" / "compare").exists()
 

@@ -136,7 +136,7 @@ def test_what_is_no_folding_model_is_refused_at_once(folder, tmp_path):
 
 def test_without_tmtools_the_remedy_is_named(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "tmtools", None)
-    with pytest.raises(CaftuneError, match=r"tmtools must be installed .* pip install caftune\[structures\]"):
+    with pytest.raises(CaftuneError, match=r"tmtools must be installed .* pip install 'caftune\[structures\]'"):
         check_structures(folder)
 
 
