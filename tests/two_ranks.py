@@ -25,8 +25,12 @@ RUNS = {
     "llama lora": ("llama", {"gradient_accumulation_steps": 2}),
     "gpt2 full": ("gpt2", {"gradient_accumulation_steps": 2, "train_heads": False}),
     "gpt2 lora": ("gpt2", {"heads_lora_rank": 0}),
-    "llama own": ("llama", {"gradient_accumulation_steps": 2}),
+    "llama own": ("llama", {"gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential"}),
 }
+
+
+# Of the first step, in the order of the rows: those that the second of two ranks gets have no labels.
+UNLABELLED = (2, 3, 6, 7)
 
 
 class Own(CAFTMixin, Trainer):
@@ -62,7 +66,11 @@ def main(output: str, heads: str) -> None:
             peft_config=lora() if "lora" in name else None,
         )
         if "own" in name:
-            given = {"train_dataset": trainer.train_dataset, "processing_class": trainer.processing_class}
+            rows = trainer.train_dataset.map(
+                lambda row, number: {"labels": [-100] * len(row["labels"])} if number in UNLABELLED else {},
+                with_indices=True,
+            )
+            given = {"train_dataset": rows, "processing_class": trainer.processing_class}
             trainer = Own(load_base(base), args, trainer.data_collator, **given)
         model = trainer.model
         tensors |= {f"{name}/start/{key}": value.clone() for key, value in model.state_dict().items()}

@@ -338,11 +338,13 @@ class CAFTMixin(_Trainer):
         return batches, num_items
 
     def _refuse_no_labels(self, batches: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse a first step that trains on no token. Documents may be too short for a later one."""
+        """Refuse a first step in which no process trains on a token. Documents may be too short for a later one."""
         if self._had_targets or not self._needs_heads:
             return
-        counts = [batch["auxiliary_targets"].counts_of([1]) for batch in batches]
-        self._had_targets = bool(torch.stack(counts).any())
+        count = torch.stack([batch["auxiliary_targets"].counts_of([1]) for batch in batches]).sum()
+        if self.args.world_size > 1:
+            count = self.accelerator.reduce(count.to(self.args.device), reduction="sum")
+        self._had_targets = bool(count)
         if not self._had_targets:
             raise CaftuneError(
                 "The first step must have tokens to train on, got none: labels are -100 wherever a token has an earlier one "
