@@ -90,7 +90,7 @@ def transformers_backend(
     sampling: Sampling,
     *,
     batching: Literal["auto", "continuous", "static"] = "auto",
-    batch_size: int = 128,
+    batch_size: int = 64,
 ) -> Backend:
     """transformers' continuous batching, or padded batches of `batch_size`: see docs/decisions/0003.
 

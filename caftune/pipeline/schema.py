@@ -95,7 +95,7 @@ class AnswersSection(_Section):
     top_k: int = Field(0, ge=0, description="0: all tokens.")
     backend: Literal["transformers", "vllm", "server"] = Field("transformers", description="What runs the model.")
     batching: Literal["auto", "continuous", "static"] = Field("auto", description="Of the transformers backend.")
-    batch_size: int = Field(128, gt=0, description="Answers at a time, of the transformers backend.")
+    batch_size: int = Field(64, gt=0, description="Answers at a time, of the transformers backend.")
     vllm: dict[str, Any] = Field({}, description="Arguments of vllm.LLM, such as tensor_parallel_size.")
     server: ServerSection = ServerSection()
 
@@ -112,6 +112,7 @@ class LabelsSection(AnswersSection):
     skip_long_prompts: bool = Field(False, description="Skip prompts that leave no room for max_new_tokens.")
     max_new_tokens: int = Field(256, gt=0, description="Longest answer, in tokens.")
     temperature: float = Field(0.7, ge=0, description="0 is greedy.")
+    batch_size: int = Field(128, gt=0, description="Answers at a time, of the transformers backend.")
     system: str | None = Field(None, description="A system message for conversations that have none.")
     keep_truncated: bool = Field(False, description="Also train on answers that max_new_tokens cut off.")
     skip_failed: bool = Field(False, description="Skip prompts that the server gave no answer to.")
