@@ -1,4 +1,4 @@
-"""Real servers on loopback, in processes of their own, and labels from one that is killed in the middle."""
+"""Real servers on loopback, in separate processes, and labels from one that is killed in the middle."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def quiet_environment():
 
 
 class Served:
-    """A server on a port of its own, for a `with` block. `log` gets what it prints."""
+    """A server on a free port, for a `with` block. `log` gets what it prints."""
 
     def __init__(self, command, log, **environment):
         port = free_port()

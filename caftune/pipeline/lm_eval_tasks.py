@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness (the package lm_eval), named `lm_eval:NAME` in eval.tasks.
 
-Rows, prompts, few-shot examples, settings and metrics are the harness's own, so scores are those of its own command. The
+Rows, prompts, few-shot examples, settings and metrics are the harness's own, so scores are those of the command `lm_eval`. The
 examples and their scores are kept as those of every other task:
 
     output/eval/lm_eval.jsonl     the model's responses by request, appended as they come: a stopped evaluation resumes
@@ -48,7 +48,7 @@ class HarnessTask:
         name: with the prefix.
         task: lm_eval.api.task.Task.
         random_state: of Python and NumPy after loading, which may shuffle choices; the evaluation continues from there.
-        files_sha256: of the files of a task of one's own: its YAML and Python, also beside a single file.
+        files_sha256: of the YAML and Python files of a task that is given by file or folder: those of the folder.
     """
 
     name: str

@@ -104,7 +104,7 @@ def runs(peer, tokenized, tmp_path_factory):
         **{"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         "PYTHONPATH": str(ROOT),
     }
-    command = ["-m", "axolotl.cli.train"]  # "bare" in a process of its own, which the plugin never enters
+    command = ["-m", "axolotl.cli.train"]  # "bare" in a separate process, which the plugin never enters
     together = [Path(__file__).with_name("axolotl_runs.py"), folder, *names]
     for arguments in ([*command, folder / "one.yaml"], [*command, folder / "bare.yaml"], together):
         with (folder / "log").open("a") as log:

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness itself: examples and scores are those of its own command, on rows of GSM8K.
+"""lm-evaluation-harness itself: examples and scores are those of the command `lm_eval`, on rows of GSM8K.
 
 The harness is in its own environment, where pytest runs this file a second time.
 """

@@ -166,7 +166,7 @@ def test_an_interrupt_loses_no_response_even_if_it_cuts_off_a_line(tmp_path, cut
     assert kept(tmp_path, None).loglikelihood(CHOICES)[2] == (-2.0, True)
 
 
-def test_another_model_and_other_settings_are_asked_anew(tmp_path):
+def test_another_model_and_other_settings_are_queried_again(tmp_path):
     greedy = {"do_sample": False, "temperature": 0.0}
     for fingerprint, settings in (("f", greedy), ("g", greedy), ("f", {**greedy, "until": ["."]})):
         model = Model()
