@@ -34,13 +34,12 @@ from peft import LoraConfig
 from study_data import (
     CONCEPTS,
     MODELS,
-    PATH_NODES,
     SCORED_BY,
     Splits,
+    control_config,
+    control_rows,
     smiles_for_heads,
     splits_of,
-    star_config,
-    star_rows,
     tokenizer_of,
     tokens_of_smiles,
     write_demo_data,
@@ -74,9 +73,9 @@ SEEDS = {
     "small": range(401, 411),
     "confirm": range(401, 406),
 }
-RATES = {"small": (3e-4, 1e-3, 3e-3), "lora": (1e-4, 3e-4, 1e-3), "full": (1e-5, 3e-5, 1e-4)}
-EPOCHS = {"small": {100: (4, 12), 400: (3, 8), 1500: (2, 4)}, "smollm2": {100: (3, 6), 400: (2, 4), 1500: (1, 2)}}
-STAR_ROWS, STAR_RATE = 30_000, 3e-3
+RATES = {"small": (3e-4, 1e-3, 3e-3), "lora": (3e-4, 1e-3, 3e-3), "full": (1e-5, 3e-5, 1e-4)}
+EPOCHS = {"small": {100: (4, 12), 400: (3, 8), 1500: (2, 4)}, "smollm2": {100: (2,), 400: (2,), 1500: (2,)}}
+CONTROL_ROWS, CONTROL_RATE = 80_000, 2e-3
 HEADS = 4
 ADAPT_RATE = 1e-4
 SCORED_EXAMPLES = 200
@@ -86,8 +85,8 @@ SECONDS = {
     "demo": (1.4, 0.0125, 1.4),
     "smiles-gpt2": (0.8, 0.008, 1.4),
     "stories260k": (2.8, 0.030, 1.4),
-    "smollm2": (60.0, 4.0, 1.4),
-    "star": (0.5, 0.0012, 1.2),
+    "smollm2": (20.0, 0.9, 1.0),
+    "control": (1.0, 0.0006, 1.3),
 }
 
 
@@ -152,15 +151,19 @@ def stages(name: str, results: Results) -> list[Stage]:
     """The stages of that name, in their order. Which arms are confirmed depends on the screening's results."""
     seeds = list(SEEDS[name])
     if name in ("calibration", "control"):
-        star = Cell("star", MODELS["star"].tasks[0], "full", STAR_ROWS)
-        return [Stage([star], list(CONTROL), seeds, is_tuned=False)]
+        control = Cell("control", MODELS["control"].tasks[0], "full", CONTROL_ROWS)
+        return [Stage([control], list(CONTROL), seeds, is_tuned=False)]
     if name == "screen":
         return [Stage([*_small(SMALL[:2], rows), *_small(SMALL[2:], rows)], list(SCREENED), seeds) for rows in ROWS]
     if name == "small":
         return [_confirmation(_small(SMALL, rows), (rows,), seeds, results) for rows in ROWS]
-    order = [("lora", 100), ("lora", 400), ("full", 100), ("full", 400), ("lora", 1500), ("full", 1500)]
-    large = [Cell("smollm2", task, tuning, rows) for tuning, rows in order for task in MODELS["smollm2"].tasks]
-    return [_confirmation(large, ROWS[:2], seeds, results)]
+    order = [(tuning, rows) for rows in ROWS for tuning in MODELS["smollm2"].tunings]
+    found = [
+        _confirmation([Cell("smollm2", task, tuning, rows) for task in MODELS["smollm2"].tasks], (rows,), seeds, results)
+        for tuning, rows in order
+    ]
+    few = [replace(stage, arms=stage.arms[:3], matched=stage.matched[:2]) for stage in found]  # paper and the best other
+    return [replace(stage, matched=()) for stage in few] + few
 
 
 def _small(models: Sequence[str], rows: int) -> list[Cell]:
@@ -221,6 +224,8 @@ def base_rates(cell: Cell) -> tuple[float, ...]:
 def rates_of(cell: Cell, arms: Sequence[str], results: Results) -> tuple[float, ...]:
     """The grid's rates; once it is finished for all arms, with one more at an end where the best of any arm is."""
     base = base_rates(cell)
+    if cell.model not in SMALL:
+        return base
     best = [_best(cell, arm, base, epochs_of(cell), results) for arm in arms]
     if None in best:
         return base
@@ -252,7 +257,7 @@ def runs_of(stage: Stage, cell: Cell, results: Results, ratio: Callable[[str], f
         ratio: an arm's operations in an epoch over the baseline's; `adapt:ARM`: those of its adaptation.
     """
     if not stage.is_tuned:
-        return [Run(cell, arm, STAR_RATE, 1, seed) for seed in stage.seeds for arm in stage.arms]
+        return [Run(cell, arm, CONTROL_RATE, 1, seed) for seed in stage.seeds for arm in stage.arms]
     arms, rates, epochs = stage.arms, rates_of(cell, _tuned_in(stage, cell), results), epochs_of(cell)
     tuning = [Run(cell, a, r, e, TUNING_SEED, "validation") for a in arms for r in rates for e in epochs]
     found = {arm: _best(cell, arm, rates, epochs, results) for arm in arms}
@@ -270,7 +275,7 @@ def runs_of(stage: Stage, cell: Cell, results: Results, ratio: Callable[[str], f
 
 
 def _tuned_in(stage: Stage, cell: Cell) -> Sequence[str]:
-    """The arms whose best rates extend the grid: small models are tuned once, in the screening."""
+    """The arms whose best rates extend the grid of a small model, which is tuned once, in the screening."""
     return list(SCREENED) if cell.model in SMALL else stage.arms
 
 
@@ -311,10 +316,12 @@ class Study:
 
     def _base(self, model: str, seed: int | None) -> Any:
         """The base, in evaluation mode; `seed`: of a random one."""
-        if model == "star":
+        if model == "control":
             set_seed(seed or 0)
-            return AutoModelForCausalLM.from_config(star_config())
+            return AutoModelForCausalLM.from_config(control_config())
         quiet = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if model == "smiles-gpt2" else {}
+        if model == "smollm2":
+            quiet["attn_implementation"] = "eager"  # the fastest for short rows on a CPU in bfloat16
         return AutoModelForCausalLM.from_pretrained(MODELS[model].folder(self.folders), dtype=torch.float32, **quiet)
 
     def _splits(self, model: str, task: str) -> Splits:
@@ -322,8 +329,8 @@ class Study:
 
     def train_rows(self, cell: Cell, seed: int) -> Dataset:
         """The rows that the seed draws from the pool, in the seed's order; all of a smaller pool."""
-        if cell.model == "star":
-            return star_rows(cell.rows, seed, self.tokenizer("star"))
+        if cell.model == "control":
+            return control_rows(cell.rows, seed, self.tokenizer("control"))
         pool = self.splits(cell.model, cell.task).train
         return pool.select(random.Random(seed).sample(range(len(pool)), min(cell.rows, len(pool))))
 
@@ -338,6 +345,7 @@ class Study:
             stage=stage,  # type: ignore[arg-type]
             tuning=cell.tuning,  # type: ignore[arg-type]
             heads=heads,
+            head_kind="mlp" if cell.model == "control" else "decoder",
             trains_heads=trains_heads,
             batch_size=batch,
             length=max(lengths),
@@ -348,8 +356,8 @@ class Study:
             checkpointing=False,
         )
         config = (
-            star_config()
-            if cell.model == "star"
+            control_config()
+            if cell.model == "control"
             else AutoConfig.from_pretrained(MODELS[cell.model].folder(self.folders))
         )
         return estimate(config, setup, lora() if cell.tuning == "lora" else None), float(sum(lengths))
@@ -417,8 +425,10 @@ class Study:
     def trainer(self, run: Run, arm: Arm, folder: Path) -> CAFTTrainer:
         """The trainer of a run, with its model and rows."""
         cell = run.cell
-        star_seed = run.seed if cell.model == "star" else None
-        model = copy.deepcopy(self.base(cell.model, star_seed))
+        initial_seed = run.seed if cell.model == "control" else None
+        model = copy.deepcopy(self.base(cell.model, initial_seed))
+        if cell.tuning == "lora":
+            model = model.to(torch.bfloat16)  # the adapters are float32
         splits, rows = self.splits(cell.model, cell.task), self.train_rows(cell, run.seed)
         heads = self.heads(run, arm, model, rows, folder)
         options = {**arm.options, "heads": None if heads is None else str(heads)}
@@ -442,8 +452,7 @@ class Study:
         if arm.heads == "none":
             return None
         if arm.heads == "untrained":
-            count = PATH_NODES - 1 if run.cell.model == "star" else HEADS
-            write_untrained_heads(model, tokenizer, HeadsConfig(count), folder / "heads", revision=None)
+            write_untrained_heads(model, tokenizer, HeadsConfig(HEADS, "mlp"), folder / "heads", revision=None)
             return folder / "heads"
         if arm.heads == "random":
             write_control_heads("random_heads", source, folder / "heads", seed=run.seed)
@@ -484,7 +493,7 @@ def run_options(run: Run) -> dict[str, Any]:
     return {
         **{"learning_rate": run.rate, "num_train_epochs": run.epochs, "lr_scheduler_type": "cosine"},
         **{"per_device_train_batch_size": MODELS[run.cell.model].batch, "per_device_eval_batch_size": 32},
-        **{"seed": run.seed, "data_seed": run.seed, "max_length": None, "bf16": False},
+        **{"seed": run.seed, "data_seed": run.seed, "max_length": None, "bf16": run.cell.model == "smollm2"},
         **{"save_strategy": "no", "logging_strategy": "no", "report_to": [], "disable_tqdm": True},
         **{"gradient_checkpointing": False, "use_cpu": not torch.cuda.is_available(), "dataloader_pin_memory": False},
     }
@@ -503,6 +512,8 @@ def make_heads(study: Study, model: str) -> Path:
     folder = target.parent
     if model == "smiles-gpt2":
         return _heads_on_smiles(study, folder)
+    if model == "smollm2":
+        raise SystemExit(f"Put the heads of SmolLM2 (docs/heads.md) into {target}.")
     if model == "demo":
         recipe = demo_recipe(folder)
         write_demo_data(folder / "data", 600)
@@ -674,7 +685,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     _prepare_process()
     if options.action == "heads":
-        for model in (name for name in MODELS if name != "star" and name.startswith(tuple(options.cells))):
+        for model in (name for name in MODELS if name != "control" and name.startswith(tuple(options.cells))):
             print(model, make_heads(study, model), flush=True)
         return
     run_stages(study, options, chosen)

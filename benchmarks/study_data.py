@@ -1,4 +1,4 @@
-"""The study's tasks: their splits, tokenized once, and the graphs of the positive control (docs/study/protocol.md)."""
+"""The study's tasks: their splits, tokenized once, and the sums of the positive control (docs/study/protocol.md)."""
 
 import csv
 import gzip
@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from caftune.training.prepare import prepare
 
 SPLIT_SEED = 2026
 TRAINED_ON, VALIDATED, TESTED = 6000, 300, 400  # the most rows of each split
-GRAPHS_TESTED = 1000
+SUMS_TESTED = 1000
 Row = dict[str, Any]
-PATH_NODES, PATHS, NODE_NAMES = 4, 2, 12  # of the control's graphs; a path's nodes include the start
+NUMBERS, MODULUS = 5, 5  # of the control's sums
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,12 @@ class Model:
     """A base of the study.
 
     Args:
-        place: folder, with {shared} and {models} for the options of those names; empty: built from `star_config`.
+        place: folder, with {shared} and {models} for the options of those names; empty: built from `control_config`.
         tasks: of this model.
         length: the longest row, in tokens; longer ones are left out.
         batch: rows of a step.
         tunings: full, lora.
+        validated, tested: the most rows of these splits.
     """
 
     place: str
@@ -59,6 +60,8 @@ class Model:
     length: int
     batch: int = 16
     tunings: tuple[str, ...] = ("full",)
+    validated: int = 300
+    tested: int = 400
 
     def folder(self, folders: Mapping[str, Path]) -> str:
         """The folder, with the places of data and models filled in."""
@@ -69,52 +72,44 @@ MODELS = {
     "demo": Model(str(BASE), ("names",), 192),
     "smiles-gpt2": Model("{shared}/models/smiles-gpt2-0.5m", ("chebi20",), 72),
     "stories260k": Model("{shared}/models/stories260k", ("gsm8k",), 256),
-    "smollm2": Model("{models}/smollm2-135m-instruct", ("names", "gsm8k", "mts_dialog"), 384, 8, ("lora", "full")),
-    "star": Model("", (f"path_star_{PATH_NODES}",), 64, 128),
+    "smollm2": Model("{models}/smollm2-135m-instruct", ("names", "gsm8k", "mts_dialog"), 192, 8, ("lora", "full"), 60, 100),
+    "control": Model("", ("prefix_sums",), 64, 64),
 }
 CONCEPTS = {"names": "smiles", "chebi20": "smiles", "gsm8k": "words", "mts_dialog": "words"}
 SCORED_BY = {"names": "molecules", "gsm8k": "gsm8k", "mts_dialog": "mts_dialog"}
 
 
-def star_config() -> LlamaConfig:
+def control_config() -> LlamaConfig:
     """The control's model, which begins at random."""
     return LlamaConfig(
-        vocab_size=len(star_tokenizer()),
+        vocab_size=len(control_tokenizer()),
         **{"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4},
         **{"max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0},
     )
 
 
-def star_tokenizer() -> PreTrainedTokenizerFast:
-    """A word is a token: a node's name, `/` before the question, `=` before the answer."""
-    words = ["<pad>", "<end>", "/", "=", *map(str, range(NODE_NAMES))]
+def control_tokenizer() -> PreTrainedTokenizerFast:
+    """A word is a token: a number, or `=` before the answer."""
+    words = ["<pad>", "<end>", "=", *map(str, range(MODULUS))]
     model = WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>")
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
 
 
-def path_star(rng: random.Random, nodes: int = PATH_NODES) -> tuple[str, str]:
-    """A graph of two paths from one start as (prompt, answer): the edges in random order, / start goal =, the path's nodes.
-
-    Source: Bachmann and Nagarajan, arXiv 2403.06963.
-    """
-    names = rng.sample(range(NODE_NAMES), 1 + PATHS * (nodes - 1))
-    start, size = names[0], nodes - 1
-    paths = [[start, *names[1 + i * size : 1 + (i + 1) * size]] for i in range(PATHS)]
-    edges = [edge for path in paths for edge in pairwise(path)]
-    rng.shuffle(edges)
-    chosen = paths[0]  # names are in random order, and so are the edges: no path is the first in the text
-    asked = " ".join(f"{a} {b}" for a, b in edges)
-    return f"{asked} / {start} {chosen[-1]} =", " ".join(map(str, chosen[1:]))
+def prefix_sums(rng: random.Random) -> tuple[str, str]:
+    """(prompt, answer): random numbers, =; the sums of the first 5, 4, ... 1 of them, modulo 5."""
+    numbers = [rng.randrange(MODULUS) for _ in range(NUMBERS)]
+    sums = [total % MODULUS for total in accumulate(numbers)]
+    return f"{' '.join(map(str, numbers))} =", " ".join(map(str, reversed(sums)))
 
 
-def star_rows(count: int, seed: int, tokenizer: Any) -> Dataset:
-    """Graphs as rows of tokens, of which the answer and the end are labelled."""
+def control_rows(count: int, seed: int, tokenizer: Any) -> Dataset:
+    """Sums as rows of tokens, of which the answer and the end are labelled."""
     rng, known = random.Random(seed), tokenizer.get_vocab()
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for _ in range(count):
-        asked, answer = (text.split() for text in path_star(rng))
+        asked, answer = (text.split() for text in prefix_sums(rng))
         ids = [known[word] for word in (*asked, *answer, "<end>")]
         rows["input_ids"].append(ids)
         rows["labels"].append([IGNORED] * len(asked) + ids[len(asked) :])
@@ -123,16 +118,16 @@ def star_rows(count: int, seed: int, tokenizer: Any) -> Dataset:
 
 def tokenizer_of(model: str, folders: Mapping[str, Path]) -> Any:
     """The tokenizer of a base."""
-    if model == "star":
-        return star_tokenizer()
+    if model == "control":
+        return control_tokenizer()
     return AutoTokenizer.from_pretrained(MODELS[model].folder(folders))
 
 
 def splits_of(model: str, task: str, folders: Mapping[str, Path], tokenizer: Any) -> Splits:
     """The task's rows that are short enough for the model."""
-    if model == "star":
-        test = star_rows(GRAPHS_TESTED, SPLIT_SEED, tokenizer)
-        return Splits(test.select([]), star_rows(VALIDATED, SPLIT_SEED + 1, tokenizer), test, [])
+    if model == "control":
+        test = control_rows(SUMS_TESTED, SPLIT_SEED, tokenizer)
+        return Splits(test.select([]), control_rows(VALIDATED, SPLIT_SEED + 1, tokenizer), test, [])
     length, shared = MODELS[model].length, folders["shared"]
     if task == "chebi20":
         train, held = (
@@ -143,7 +138,7 @@ def splits_of(model: str, task: str, folders: Mapping[str, Path], tokenizer: Any
         return Splits(train, held.select(drawn[:VALIDATED]), held.select(drawn[VALIDATED:]), [])
     parts = ROWS[task](shared, SCORED_BY[task], model == "stories260k")
     made = [_tokens(rows, tokenizer, length, is_chat=model == "smollm2") for rows, _ in parts]
-    limits = (TRAINED_ON, VALIDATED, TESTED)
+    limits = (TRAINED_ON, min(VALIDATED, MODELS[model].validated), min(TESTED, MODELS[model].tested))
     kept = [(rows.select(range(min(limit, len(rows)))), fits) for (rows, fits), limit in zip(made, limits, strict=True)]
     examples = parts[2][1]
     tested = [examples[number] for number in kept[2][1][: len(kept[2][0])]]

@@ -228,6 +228,6 @@ SCREENED = {
 }
 CONTROL = {
     "ntp": SCREENED["ntp"],
-    "mtp": Arm(_weighted(1.0, aux_decay=1.0, aux_schedule="constant"), heads="untrained", used=(3,)),
+    "mtp": Arm(_weighted(1.0, aux_decay=1.0, aux_schedule="constant"), heads="untrained"),
 }
 ARMS = {**CONTROL, **SCREENED}

@@ -24,7 +24,7 @@ from caftune.compare.control_heads import write_untrained_heads
 from caftune.core.heads import HeadsConfig
 from caftune.core.objective import AuxiliaryWeights, HorizonTargets
 
-STAR = Cell("star", "path_star_4", "full", 48)
+CONTROL = Cell("control", "prefix_sums", "full", 48)
 NAMES = Cell("demo", "names", "full", 400)
 
 
@@ -32,7 +32,7 @@ NAMES = Cell("demo", "names", "full", 400)
 def small():
     """Small splits, a step of few rows, and heads of the demo's base that are copies of its last layer."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"TRAINED_ON": 24, "VALIDATED": 4, "TESTED": 6, "GRAPHS_TESTED": 40}.items():
+        for name, value in {"TRAINED_ON": 24, "VALIDATED": 4, "TESTED": 6, "SUMS_TESTED": 40}.items():
             patch.setattr(study_data, name, value)
         yield
 
@@ -47,7 +47,7 @@ def made(small, tmp_path_factory):
 
 
 def test_runs_resume_without_repeating_and_a_cut_line_is_run_again(made, capsys):
-    stage = Stage([STAR], ["ntp", "mtp"], [1, 2], is_tuned=False)
+    stage = Stage([CONTROL], ["ntp", "mtp"], [1, 2], is_tuned=False)
     options = {"scores": False, "most": None}
     assert study.run_stage(made, stage, lambda _: True, scores=False, most=3) == 3
     assert study.run_stage(made, stage, lambda _: True, **options) == 1
@@ -62,10 +62,10 @@ def test_runs_resume_without_repeating_and_a_cut_line_is_run_again(made, capsys)
     assert len(set(losses)) == 4
     assert all(map(math.isfinite, losses))
     assert (
-        again[Run(STAR, "mtp", study.STAR_RATE, 1, 1).key]["flops"]
-        > again[Run(STAR, "ntp", study.STAR_RATE, 1, 1).key]["flops"]
+        again[Run(CONTROL, "mtp", study.CONTROL_RATE, 1, 1).key]["flops"]
+        > again[Run(CONTROL, "ntp", study.CONTROL_RATE, 1, 1).key]["flops"]
     )
-    repeated = made.execute(Run(STAR, "mtp", study.STAR_RATE, 1, 2))
+    repeated = made.execute(Run(CONTROL, "mtp", study.CONTROL_RATE, 1, 2))
     assert repeated["loss"] == again[repeated["key"]]["loss"]
     assert "loss" in capsys.readouterr().out
 
@@ -153,20 +153,14 @@ def test_targets_outside_the_mask_are_left_out():
     assert kept.counts == {1: 2, 2: 2}
 
 
-def test_a_path_star_graph_has_one_path_from_start_to_goal():
+def test_the_controls_answers_are_sums_of_ever_fewer_numbers():
     for number in range(20):
-        asked, answer = study_data.path_star(random.Random(number))
-        edges, _, question = asked.partition(" / ")
-        nodes = edges.split()
-        following = {}
-        for a, b in zip(nodes[::2], nodes[1::2], strict=True):
-            following.setdefault(a, []).append(b)
-        start, goal, _ = question.split()
-        path = answer.split()
-        assert len(path) == study_data.PATH_NODES - 1
-        assert path[-1] == goal
-        assert all(after in following[before] for before, after in zip([start, *path], path, strict=False))
-        assert len(following[start]) == study_data.PATHS
+        asked, answer = study_data.prefix_sums(random.Random(number))
+        numbers = [int(word) for word in asked.removesuffix(" =").split()]
+        assert len(numbers) == study_data.NUMBERS
+        assert [int(word) for word in answer.split()] == [sum(numbers[:end]) % 5 for end in (5, 4, 3, 2, 1)]
+    rows = study_data.control_rows(3, 1, study_data.control_tokenizer())
+    assert [sum(label != -100 for label in labels) for labels in rows["labels"]] == [6, 6, 6]
 
 
 def finished(cell, arm, pairs, split="validation", seed=study.TUNING_SEED):
