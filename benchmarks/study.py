@@ -159,10 +159,14 @@ def stages(name: str, results: Results) -> list[Stage]:
         return [_confirmation(_small(SMALL, rows), (rows,), seeds, results) for rows in ROWS]
     order = [(tuning, rows) for rows in ROWS for tuning in MODELS["smollm2"].tunings]
     found = [
-        _confirmation([Cell("smollm2", task, tuning, rows) for task in MODELS["smollm2"].tasks], (rows,), seeds, results)
+        _confirmation(
+            [Cell("smollm2", task, tuning, rows) for task in MODELS["smollm2"].tasks], (rows,), seeds, results
+        )
         for tuning, rows in order
     ]
-    few = [replace(stage, arms=stage.arms[:3], matched=stage.matched[:2]) for stage in found]  # paper and the best other
+    few = [
+        replace(stage, arms=stage.arms[:3], matched=stage.matched[:2]) for stage in found
+    ]  # paper and the best other
     return [replace(stage, matched=()) for stage in few] + few
 
 

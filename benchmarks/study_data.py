@@ -72,7 +72,9 @@ MODELS = {
     "demo": Model(str(BASE), ("names",), 192),
     "smiles-gpt2": Model("{shared}/models/smiles-gpt2-0.5m", ("chebi20",), 72),
     "stories260k": Model("{shared}/models/stories260k", ("gsm8k",), 256),
-    "smollm2": Model("{models}/smollm2-135m-instruct", ("names", "gsm8k", "mts_dialog"), 192, 8, ("lora", "full"), 60, 100),
+    "smollm2": Model(
+        "{models}/smollm2-135m-instruct", ("names", "gsm8k", "mts_dialog"), 192, 8, ("lora", "full"), 60, 100
+    ),
     "control": Model("", ("prefix_sums",), 64, 64),
 }
 CONCEPTS = {"names": "smiles", "chebi20": "smiles", "gsm8k": "words", "mts_dialog": "words"}
