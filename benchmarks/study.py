@@ -6,8 +6,8 @@
     python benchmarks/study.py table [--output help.md]      differences, intervals, corrected p
 
 Common options: --shared (data and small models), --models (larger ones), --folder (runs/study). Every finished run is a line of
-FOLDER/results.jsonl, and is never run again; stop and start at will. Runs of a *cell* (model, task, tuning, rows) depend on one
-another, so a process locks its cell, and the same command started twice uses two cores. One thread a process, niced.
+FOLDER/results.jsonl, and is never run again; stop and start at will. A process locks its run, so the same command started twice
+uses two cores. One thread a process, niced.
 """
 
 import argparse
@@ -79,6 +79,7 @@ CONTROL_ROWS, CONTROL_RATE = 80_000, 2e-3
 HEADS = 4
 ADAPT_RATE = 1e-4
 SCORED_EXAMPLES = 200
+PAUSE = 5.0  # seconds between looks at the runs of other processes
 # Processor seconds of one thread: (a run's evaluation, a training row of the baseline, factor of heads trained along);
 # measured, smollm2's estimated from its operations.
 SECONDS = {
@@ -591,22 +592,36 @@ def pending(study: Study, stage: Stage, cell: Cell) -> list[Run]:
 
 
 def run_stage(study: Study, stage: Stage, chosen: Callable[[Cell], bool], *, scores: bool, most: int | None) -> int:
-    """Run what is to run, cell by cell; cells of another process are left to it. Returns the number of runs."""
+    """Run what is to run, cell by cell; runs of another process are left to it. Returns the number of runs."""
     count = 0
     if is_waiting(study, stage):
         return 0
     for cell in filter(chosen, stage.cells):
-        name = hashlib.sha256(cell.name.encode()).hexdigest()[:12]
-        with locked(study.folder / "locks" / name) as is_mine:
-            while is_mine and (todo := pending(study, stage, cell)):
-                for run in todo:
-                    if most is not None and count >= most:
-                        return count
-                    entry = study.execute(run, scores=scores)
-                    study.record(entry)
-                    count += 1
-                    print(f"{run.key}  loss {entry['loss']:.5f}  {sum(entry['cpu_s'].values()):.1f} s", flush=True)
+        while todo := pending(study, stage, cell):
+            before = count
+            for run in todo:
+                if most is not None and count >= most:
+                    return count
+                count += run_once(study, run, scores=scores)
+            if count == before:
+                time.sleep(PAUSE)  # what is left of the cell is decided by runs of other processes
     return count
+
+
+def lock_name(run: Run) -> str:
+    """The name of the file that a process locks while it executes the run."""
+    return hashlib.sha256(run.key.encode()).hexdigest()[:24]
+
+
+def run_once(study: Study, run: Run, *, scores: bool) -> bool:
+    """Execute and record a run, unless another process does or did. Returns whether it was executed."""
+    with locked(study.folder / "locks" / lock_name(run)) as is_mine:
+        if not is_mine or run.key in study.results():
+            return False
+        entry = study.execute(run, scores=scores)
+        study.record(entry)
+    print(f"{run.key}  loss {entry['loss']:.5f}  {sum(entry['cpu_s'].values()):.1f} s", flush=True)
+    return True
 
 
 def is_waiting(study: Study, stage: Stage) -> bool:

@@ -70,11 +70,26 @@ def test_runs_resume_without_repeating_and_a_cut_line_is_run_again(made, capsys)
     assert "loss" in capsys.readouterr().out
 
 
-def test_a_cell_of_another_process_is_left_to_it(made, tmp_path):
-    with study.locked(tmp_path / "cell") as first, study.locked(tmp_path / "cell") as second:
-        assert (first, second) == (True, False)
-    with study.locked(tmp_path / "cell") as third:
-        assert third
+def test_a_run_of_another_process_is_left_to_it(made, monkeypatch):
+    stage = Stage([CONTROL], ["ntp", "mtp"], [7], is_tuned=False)
+    own, other = study.pending(made, stage, CONTROL)
+    executed = []
+
+    def execute(run, *, scores):
+        executed.append(run)
+        return {"key": run.key, **asdict(run), "loss": 1.0, "cpu_s": {"train": 1.0}}
+
+    def wait(_seconds):  # the other process finishes meanwhile
+        held.__exit__(None, None, None)
+        made.record({"key": other.key, **asdict(other), "loss": 2.0})
+
+    monkeypatch.setattr(made, "execute", execute)
+    monkeypatch.setattr(study.time, "sleep", wait)
+    held = study.locked(made.folder / "locks" / study.lock_name(other))
+    assert held.__enter__()
+    assert study.run_stage(made, stage, lambda _: True, scores=False, most=None) == 1
+    assert executed == [own]
+    assert study.pending(made, stage, CONTROL) == []
 
 
 def test_the_baseline_is_sft_trainer(made, tmp_path):
