@@ -73,7 +73,7 @@ SEEDS = {
     "small": range(401, 411),
     "confirm": range(401, 406),
 }
-RATES = {"small": (3e-4, 1e-3, 3e-3), "lora": (3e-4, 1e-3, 3e-3), "full": (1e-5, 3e-5, 1e-4)}
+RATES = {"small": (3e-4, 1e-3, 3e-3), "lora": (1e-3, 3e-3), "full": (1e-5, 3e-5, 1e-4)}
 EPOCHS = {"small": {100: (4, 12), 400: (3, 8), 1500: (2, 4)}, "smollm2": {100: (2,), 400: (2,), 1500: (2,)}}
 CONTROL_ROWS, CONTROL_RATE = 80_000, 2e-3
 HEADS = 4
