@@ -1,7 +1,7 @@
 """Does concept-aware fine-tuning help? The runs and tables of docs/study/protocol.md.
 
     python benchmarks/study.py heads                         pretrain the heads of the models, once
-    python benchmarks/study.py run calibration|control|screen|small|confirm [--cells demo ...] [--scores] [--dry-run]
+    python benchmarks/study.py run calibration|control|screen|small|fine|confirm [--cells demo ...] [--scores] [--dry-run]
     python benchmarks/study.py plan                          what is still to run, with processor hours
     python benchmarks/study.py table [--output help.md]      differences, intervals, corrected p
 
@@ -71,11 +71,13 @@ SEEDS = {
     "control": range(501, 511),
     "screen": range(301, 306),
     "small": range(401, 411),
+    "fine": range(421, 431),
     "confirm": range(401, 406),
 }
 RATES = {"small": (3e-4, 1e-3, 3e-3), "lora": (1e-3, 3e-3), "full": (1e-5, 3e-5, 1e-4)}
 EPOCHS = {"small": {100: (4, 12), 400: (3, 8), 1500: (2, 4)}, "smollm2": {100: (2,), 400: (2,), 1500: (2,)}}
 CONTROL_ROWS, CONTROL_RATE = 80_000, 2e-3
+FINE_EPOCHS, FINE_ARMS = (4, 5, 6, 8), ("ntp", "paper", "adapt", "top", "w0.1", "w0.3")
 HEADS = 4
 ADAPT_RATE = 1e-4
 SCORED_EXAMPLES = 200
@@ -133,6 +135,7 @@ class Stage:
     Args:
         matched: arms for which the baseline is also run with as many operations.
         is_tuned: False: with the control's fixed settings.
+        epochs: tuned over these; empty: over those of the cell's grid.
         chosen_from: cells of the screening that must be finished, since the arms are chosen by them.
     """
 
@@ -141,6 +144,7 @@ class Stage:
     seeds: Sequence[int]
     matched: Sequence[str] = ()
     is_tuned: bool = True
+    epochs: Sequence[float] = ()
     chosen_from: Sequence[Cell] = ()
 
 
@@ -158,6 +162,8 @@ def stages(name: str, results: Results) -> list[Stage]:
         return [Stage([*_small(SMALL[:2], rows), *_small(SMALL[2:], rows)], list(SCREENED), seeds) for rows in ROWS]
     if name == "small":
         return [_confirmation(_small(SMALL, rows), (rows,), seeds, results) for rows in ROWS]
+    if name == "fine":
+        return [Stage(_small(SMALL[:2], 100), FINE_ARMS, seeds, epochs=FINE_EPOCHS)]
     order = [(tuning, rows) for rows in ROWS for tuning in MODELS["smollm2"].tunings]
     found = [
         _confirmation(
@@ -263,7 +269,8 @@ def runs_of(stage: Stage, cell: Cell, results: Results, ratio: Callable[[str], f
     """
     if not stage.is_tuned:
         return [Run(cell, arm, CONTROL_RATE, 1, seed) for seed in stage.seeds for arm in stage.arms]
-    arms, rates, epochs = stage.arms, rates_of(cell, _tuned_in(stage, cell), results), epochs_of(cell)
+    arms, rates = stage.arms, rates_of(cell, _tuned_in(stage, cell), results)
+    epochs = stage.epochs or epochs_of(cell)
     tuning = [Run(cell, a, r, e, TUNING_SEED, "validation") for a in arms for r in rates for e in epochs]
     found = {arm: _best(cell, arm, rates, epochs, results) for arm in arms}
     if None in found.values():
@@ -660,7 +667,7 @@ def _seeds_at_most(stage: Stage, cell: Cell) -> list[Run]:
 
 def lines_of(results: Results) -> list[Line]:
     """The test runs, for the tables."""
-    stage_of = {seed: name for name in ("calibration", "control", "screen", "small") for seed in SEEDS[name]}
+    stage_of = {seed: name for name in SEEDS if name != "confirm" for seed in SEEDS[name]}
     return [
         Line(
             stage="confirm" if line["cell"]["model"] == "smollm2" else stage_of[line["seed"]],

@@ -107,7 +107,29 @@ def _table(stage: str, cell: str, arms: Arms, roles: Mapping[str, str]) -> str:
         ]
         cells += [text for part in (against, equal, scored) for text in shown(part.get(arm))]
         rows.append(f"| {' | '.join([*cells, cost, f'{_mean([r.seconds for r in runs]):.0f}'])} |")
+    stronger = [text for arm, _ in matched if (text := _strongest(arms, arm))]
+    if stronger:
+        rows += [
+            "",
+            "Less the best row of next-token fine-tuning with at most the arm's operations (picked by these losses): ",
+        ]
+        rows[-1] += "; ".join(stronger) + "."
     return "\n".join(rows)
+
+
+def _strongest(arms: Arms, arm: str) -> str:
+    """The arm against the best next-token row of those that cost no more; empty: the table has that difference."""
+    cost = next(iter(arms[arm].values())).flops
+    shorter = [name for name, runs in arms.items() if _is_baseline(name) and next(iter(runs.values())).flops <= cost]
+    best = min(shorter, key=lambda name: _mean([line.loss for line in arms[name].values()]), default="ntp")
+    if best in ("ntp", f"ntp={arm}"):
+        return ""
+    difference, _ = shown(differences(arms, [(arm, best)])[0])
+    return f"`{arm}` {difference} (`{best}`)"
+
+
+def _is_baseline(arm: str) -> bool:
+    return arm.partition("=")[0] == "ntp"
 
 
 def shown(item: Difference | None) -> tuple[str, str]:

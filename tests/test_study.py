@@ -3,7 +3,7 @@
 import math
 import random
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -252,6 +252,35 @@ def test_arms_are_confirmed_only_when_the_screening_of_two_models_is_finished(ma
     assert all(study.is_screened(found, cell) for cell in hundred)
     del found[run.key]
     assert not study.is_screened(found, hundred[1])
+
+
+def test_finer_epochs_are_tuned_over_their_own_grid_with_the_rates_of_the_screening():
+    (stage,) = study.stages("fine", {})
+    cell = stage.cells[0]
+    found = {}
+    for arm in SCREENED:
+        found |= finished(cell, arm, {(rate, epochs): rate for rate in (3e-4, 1e-3, 3e-3) for epochs in (4, 12)})
+    runs = study.runs_of(stage, cell, found, lambda _: 1.0)
+    assert {run.rate for run in runs} == {9e-5, 3e-4, 1e-3, 3e-3}  # the screening extended its grid
+    assert {run.epochs for run in runs} == {4, 5, 6, 8}
+    for arm in stage.arms:
+        found |= finished(
+            cell, arm, {(rate, n): abs(n - 5) + rate for rate in (9e-5, 3e-4, 1e-3, 3e-3) for n in (4, 5, 6, 8)}
+        )
+    tested = [run for run in study.runs_of(stage, cell, found, lambda _: 1.0) if run.split == "test"]
+    assert {(run.rate, run.epochs) for run in tested} == {(9e-5, 5)}
+    assert {run.seed for run in tested} == set(range(421, 431))
+    assert {run.arm for run in tested} == set(stage.arms)
+
+
+def test_an_arm_is_also_compared_with_a_cheaper_baseline_that_is_better():
+    made = lines(LOSSES | {"ntp=b": [0.9, 1.0, 0.8, 0.9]})
+    cheap = [replace(line, flops=5e8) if line.arm == "ntp=b" else line for line in made]
+    text = tables(cheap, {"ntp": "baseline", "a": "arm", "b": "arm"})
+    assert "picked by these losses): `a` +0.0700 [" in text
+    assert text.rstrip().endswith("(`ntp=b`).")
+    dear = [replace(line, flops=5e9) if line.arm == "ntp=b" else line for line in made]
+    assert "picked" not in tables([line for line in dear if line.arm != "b"], {"ntp": "baseline", "a": "arm"})
 
 
 def test_intervals_are_those_of_a_paired_t_test_and_p_is_holms():
