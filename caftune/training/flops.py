@@ -63,9 +63,7 @@ class Step:
     head_adapters: int = 0  # weights of one head's adapters
     checkpointing: bool = False  # the trunk is computed once more in the backward pass
     recomputes_logits: bool = False  # the model's own logits are
-    attention_share: float = (
-        0.5  # part of an example that a token attends to: 0.5 in a causal kernel, 1 in plain products
-    )
+    attention_share: float = 0.5  # part of an example that a token attends to; 1 in plain products
 
     def targets(self, horizon: int) -> float:
         """The share of positions at which a horizon's head is trained; the last `horizon` of an example have no target."""
