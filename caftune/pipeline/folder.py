@@ -31,7 +31,7 @@ from caftune.checkpoints.heads_folder import DESCRIPTION_FILE
 from caftune.checkpoints.provenance import package_version, provenance
 from caftune.data.readers import hub_source
 from caftune.errors import CaftuneError
-from caftune.files import file_sha256, read_json, write_json, write_text
+from caftune.files import file_sha256, is_json, read_json, write_json, write_text
 from caftune.pipeline.recipe import first_difference, parse_recipe, save_recipe
 from caftune.pipeline.recipe_text import read_yaml
 from caftune.pipeline.schema import Recipe
@@ -345,7 +345,7 @@ def _forget_unknown_data(kept: Any, wanted: Any) -> None:
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint: one whose `trainer_state.json`, which is written last, exists and can be read."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if is_json(path.read_bytes())]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
@@ -382,14 +382,6 @@ def _chosen_checkpoint(folder: Path, *, best: bool) -> str | None:
 def is_main_process() -> bool:
     """Whether this process is the one that writes, under torchrun and accelerate."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return True
 
 
 def _holds_files(folder: Path) -> bool:
