@@ -42,9 +42,8 @@ class Estimate:
     flops: Flops  # per token without padding, as the code computes them
     overhead: float  # where both next-token losses skip unlabelled positions and compute nothing twice
     least_overhead: float  # the same, if heads computed queries at labelled positions alone
-    overhead_here: (
-        float  # with TRL's loss: it computes logits twice, and plain fine-tuning skips positions on GPUs only
-    )
+    # With TRL's loss: it computes logits twice, and plain fine-tuning skips positions on GPUs only.
+    overhead_here: float
 
 
 def estimate(config: Any, setup: Setup, adapter: Any = None) -> Estimate:
