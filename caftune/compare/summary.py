@@ -19,6 +19,17 @@ from caftune.files import read_json
 FORMAT = 1
 BASE: Final = "base"
 BASELINE, TREATMENT = "ntp", "caft"
+# The arms, as a report explains them; `heads`: how those of the recipe are trained.
+ARMS = {
+    "base": "the model before fine-tuning",
+    "ntp": "plain next-token fine-tuning, the baseline",
+    "caft": "concept-aware fine-tuning with pretrained heads, {heads}",
+    "caft_frozen": "CAFT with frozen heads, which cost less",
+    "beta0": "CAFT's code with weight 0, which must equal ntp",
+    "random_heads": "CAFT with heads of shuffled weights, which have lost what they learnt",
+    "shuffled_horizons": "CAFT with each head in the place of the next one",
+    "no_pretraining": "CAFT with heads that were not pretrained, trained along",
+}
 HELD_OUT, CONCEPTS = "held-out text", "concepts"  # measures that belong to no task
 
 Known = list[float | None]  # one value a seed; None: not measured
