@@ -111,6 +111,11 @@ class Costs:
     peak_memory_bytes: Known = field(default_factory=list)
     memory_before_bytes: Known = field(default_factory=list)  # allocated before the model was loaded
 
+    def per_token(self, name: str) -> Known:
+        """One of them over the tokens of its training."""
+        pairs = zip(getattr(self, name), self.tokens, strict=False)
+        return [value / tokens if value is not None and tokens else None for value, tokens in pairs]
+
 
 @dataclass(frozen=True)
 class Checks:
