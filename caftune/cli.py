@@ -6,9 +6,8 @@ import os
 import re
 import sys
 import warnings
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -70,13 +69,6 @@ def _load(path: str, overrides: list[str] | None) -> "Recipe":
     from caftune.pipeline.recipe import load_recipe
 
     return load_recipe(path, overrides or [])
-
-
-class Stage(Enum):
-    """What `plan` plans."""
-
-    TRAIN = "train"
-    HEADS = "heads"
 
 
 @app.command()
@@ -203,7 +195,9 @@ def report(
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    stage: Annotated[Stage, typer.Option(help="The stage to plan: train, or heads (stage 1).")] = Stage.TRAIN,
+    stage: Annotated[
+        Literal["train", "heads"], typer.Option(help="The stage to plan: train, or heads (stage 1).")
+    ] = "train",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and operations.")] = False,
 ) -> None:
     """What a stage will cost, and whether it fits this machine, before any weight is loaded."""
@@ -214,7 +208,7 @@ def plan(
     from caftune.pipeline.plan import print_plan
 
     disable_progress_bars()
-    found = plan_of(loaded, stage.value)
+    found = plan_of(loaded, stage)
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
     else:

@@ -25,6 +25,11 @@ def not_utf8(path: str | Path, error: UnicodeDecodeError) -> CaftuneError:
     return CaftuneError(f"{path} must be text in UTF-8, got other bytes ({error}). Convert it, with iconv for example.")
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, else the name of its class, to be part of a sentence."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
+
+
 def system_error(error: Exception) -> str | None:
     """A full disk, a permission or a wrong path, in one sentence with its remedy; None for every other error."""
     number = error.errno if isinstance(error, OSError) else _number_in(error)

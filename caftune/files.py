@@ -56,14 +56,15 @@ def appended_lines(path: Path) -> Iterator[str]:
     if not path.is_file():
         return
     *lines, tail = path.read_text(encoding="utf-8").split("\n")
-    if _is_json(tail):
+    if is_json(tail):
         lines.append(tail)
     yield from lines
     if tail:
         write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def _is_json(text: str) -> bool:
+def is_json(text: str | bytes) -> bool:
+    """Whether a text is one whole JSON value."""
     try:
         json.loads(text)
     except ValueError:

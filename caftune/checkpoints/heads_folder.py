@@ -21,7 +21,7 @@ from caftune.checkpoints.fingerprint import base_fingerprint, commit_of, differe
 from caftune.checkpoints.provenance import package_version
 from caftune.core.backbone import Backbone
 from caftune.core.heads import FORK_POINTS, AuxiliaryHeads, HeadsConfig
-from caftune.errors import CaftuneError
+from caftune.errors import CaftuneError, first_line
 from caftune.files import file_sha256, replacing, write_json
 
 FORMAT = 1
@@ -154,7 +154,7 @@ def hub_reason(error: Exception) -> str:
         return "there is no such repository, or you have no access to it"
     if isinstance(error, RevisionNotFoundError):
         return "the repository has no such revision"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
+    return first_line(error)
 
 
 def describe_heads(folder: str | os.PathLike[str]) -> dict[str, Any]:

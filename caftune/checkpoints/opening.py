@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers import __version__ as _transformers_version
 
-from caftune.errors import CaftuneError
+from caftune.errors import CaftuneError, first_line
 
 _JSON = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -98,7 +98,7 @@ def _reason(error: Exception, name: str, place: str, revision: str | None, *, tr
     if found is None and isinstance(error, ValueError):
         found = _unknown_kind(error, name, place, revision, trust=trust)
     if found is None and isinstance(error, OSError):
-        reason = _first_line(error)
+        reason = first_line(error)
         return f"{place} must be a model that can be opened, got {name} ({reason}). Check its name and files."
     return found
 
@@ -196,7 +196,3 @@ def _unknown_kind(error: ValueError, name: str, place: str, revision: str | None
     if "Unrecognized configuration class" in str(error):
         return f"{place} must be a causal language model, got {name} of type {kind}. Name another."
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")

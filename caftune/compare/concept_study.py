@@ -42,8 +42,7 @@ def study_concepts(
     Args:
         model: a causal language model, or its `Backbone`.
         tokenizer: the one that made the rows.
-        kind: of `find_concepts`.
-        terms: of `find_concepts`.
+        kind, terms: of `find_concepts`.
         limit: number of rows, from the first; None: all.
 
     Returns:

@@ -7,17 +7,10 @@
         concepts.jsonl                            whole concepts of data.eval: see concept_study.py
     output/compare/comparison.json                everything a report needs: see summary.py
 
-    ntp                 next-token fine-tuning, the baseline
-    caft                the recipe as it is, by default with heads trained along
-    caft_frozen         CAFT with frozen heads, which cost less
-    beta0               heads attached and measured, but not part of the loss: must equal ntp
-    random_heads        CAFT with heads of shuffled weights
-    shuffled_horizons   CAFT with each head in the place of the next
-    no_pretraining      heads as stage 1 starts with them, trained along: multi-token prediction without head pretraining
-
-Runs of one seed start from the same weights, see the same rows in the same order, and choose their checkpoint by the same
-rule. A comparison resumes: the same command again makes the missing runs, also those of a new seed. With `only` one run is
-made, so that a scheduler can spread them; the last of them, or a call without `only`, writes the comparison.
+`ARMS` in summary.py says what the arms are. Runs of one seed start from the same weights, see the same rows in the same order,
+and choose their checkpoint by the same rule. A comparison resumes: the same command again makes the missing runs, also those of
+a new seed. With `only` one run is made, so that a scheduler can spread them; the last of them, or a call without `only`, writes
+the comparison.
 """
 
 import hashlib

@@ -5,11 +5,12 @@ Verdict, console, Markdown and page all write values and intervals by `Measure`.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import UnionType
-from typing import Any, Final, get_args, get_origin, get_type_hints
+from typing import Any, Final
+
+from pydantic import TypeAdapter
 
 from caftune.errors import CaftuneError
 from caftune.evals.statistics import LEVEL, interval
@@ -18,6 +19,17 @@ from caftune.files import read_json
 FORMAT = 1
 BASE: Final = "base"
 BASELINE, TREATMENT = "ntp", "caft"
+# The arms, as a report explains them; `heads`: how those of the recipe are trained.
+ARMS = {
+    "base": "the model before fine-tuning",
+    "ntp": "plain next-token fine-tuning, the baseline",
+    "caft": "concept-aware fine-tuning with pretrained heads, {heads}",
+    "caft_frozen": "CAFT with frozen heads, which cost less",
+    "beta0": "CAFT's code with weight 0, which must equal ntp",
+    "random_heads": "CAFT with heads of shuffled weights, which have lost what they learnt",
+    "shuffled_horizons": "CAFT with each head in the place of the next one",
+    "no_pretraining": "CAFT with heads that were not pretrained, trained along",
+}
 HELD_OUT, CONCEPTS = "held-out text", "concepts"  # measures that belong to no task
 
 Known = list[float | None]  # one value a seed; None: not measured
@@ -98,6 +110,11 @@ class Costs:
     seconds: Known = field(default_factory=list)
     peak_memory_bytes: Known = field(default_factory=list)
     memory_before_bytes: Known = field(default_factory=list)  # allocated before the model was loaded
+
+    def per_token(self, name: str) -> Known:
+        """One of them over the tokens of its training."""
+        pairs = zip(getattr(self, name), self.tokens, strict=False)
+        return [value / tokens if value is not None and tokens else None for value, tokens in pairs]
 
 
 @dataclass(frozen=True)
@@ -196,7 +213,7 @@ class Comparison:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Comparison":
         """From what `to_json` gives; keys that older versions did not write have their defaults."""
-        return _typed(cls, {**values, "differences": values["comparisons"]})
+        return TypeAdapter(cls).validate_python({**values, "differences": values["comparisons"]})
 
     def to_json(self) -> dict[str, Any]:
         """The contents of comparison.json."""
@@ -338,18 +355,3 @@ def main_loss(entry: Mapping[str, Any]) -> float | None:
     """L_1 of a line of a training's log, the same quantity in every arm; None where it has none."""
     # logs older than `main_loss` have h1_loss alone, a mean over other weights
     return entry.get("main_loss", entry.get("h1_loss", entry.get("loss")))
-
-
-def _typed(kind: Any, value: Any) -> Any:
-    """A value of JSON as its annotation says: dataclasses, also within lists, dictionaries and unions with None."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if is_dataclass(kind) and isinstance(kind, type):
-        hints = get_type_hints(kind)
-        return kind(**{name: _typed(hints[name], part) for name, part in value.items() if name in hints})
-    if origin is list:
-        return [_typed(inner[0], item) for item in value]
-    if origin is dict:
-        return {key: _typed(inner[1], item) for key, item in value.items()}
-    if origin is UnionType and value is not None:
-        return _typed(inner[0], value)
-    return value

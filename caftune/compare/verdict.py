@@ -2,7 +2,7 @@
 
 from statistics import median
 
-from caftune.compare.summary import BASELINE, TREATMENT, Comparison, Costs, Difference, LeftOut, Measure
+from caftune.compare.summary import BASELINE, TREATMENT, Comparison, Difference, Known, LeftOut, Measure
 from caftune.evals.statistics import LEVEL
 
 _NAMES = {"caft": "CAFT", "caft_frozen": "CAFT with frozen heads"}
@@ -130,15 +130,9 @@ def _ratio(found: Comparison, arm: str, name: str) -> float | None:
     """
     costs = [found.costs[each] for each in (arm, BASELINE) if each in found.costs]
     per_token = name != "peak_memory_bytes" and all(any(cost.tokens) for cost in costs)
-    known = [_values(cost, name, per_token=per_token) for cost in costs]
+    values: list[Known] = [cost.per_token(name) if per_token else getattr(cost, name) for cost in costs]
+    known = [[value for value in of_arm if value is not None] for of_arm in values]
     return median(known[0]) / median(known[1]) if len(known) == 2 and all(known) else None
-
-
-def _values(costs: Costs, name: str, *, per_token: bool) -> list[float]:
-    """The known values of a cost."""
-    values: list[float | None] = getattr(costs, name)
-    tokens = costs.tokens if per_token else [1.0] * len(values)
-    return [value / count for value, count in zip(values, tokens, strict=True) if value is not None and count]
 
 
 def _left_out(found: Comparison, measure: Measure) -> list[LeftOut]:

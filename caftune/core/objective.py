@@ -148,14 +148,12 @@ class Sample:
 
     Sums over the sample times the factor that `of` returns estimate, without bias, the sums over all targets: every target
     is drawn with probability 1 / factor.
-
-    Args:
-        share: in (0, 1]; the number of drawn targets is rounded up.
-        seed: numbers that differ for every batch. The horizon is added, so that heads draw different targets.
     """
 
-    share: float
-    seed: tuple[int, ...]
+    share: float  # in (0, 1]; the number of drawn targets is rounded up
+    seed: tuple[
+        int, ...
+    ]  # numbers that differ for every batch; the horizon is added, so that heads draw different targets
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:

@@ -236,9 +236,8 @@ class _Drafts(CandidateGenerator):
         self.limit = int(config.max_length or 0)
         self.size, self.draft = 0, torch.empty(0)  # the draft that is being checked
         self.price = relative_price(self.backbone, self.heads)
-        self.shares = [
-            1.0
-        ] * count  # estimated acceptance of each head's token, given that those before it are accepted
+        # Estimated acceptance of each head's token, given that those before it are accepted.
+        self.shares = [1.0] * count
         self.found = Drafting(drafted=[0] * count, accepted=[0] * count)
 
     def get_candidates(  # type: ignore[override]

@@ -53,23 +53,14 @@ class Molecule:
 
 @dataclass(frozen=True)
 class Substituent:
-    """A prefix of a name and its branch in the SMILES.
+    """A prefix of a name and its branch in the SMILES."""
 
-    Attributes:
-        name: the prefix, in parentheses where it is a compound one.
-        smiles: the branch, first atom attached.
-        groups: what the substituent adds to `Molecule.groups`.
-        element: "carbon", "halogen" or "hetero", the kind of atom that is attached.
-        senior: the class which the substituent stands for; the principal group must be senior to it.
-        reach: chain carbons that must follow on either side, so that the main chain stays the longest.
-    """
-
-    name: str
-    smiles: str
-    groups: tuple[str, ...] = ()
-    element: str = "carbon"
-    senior: str | None = None
-    reach: int = 0
+    name: str  # the prefix, in parentheses where it is a compound one
+    smiles: str  # the branch, first atom attached
+    groups: tuple[str, ...] = ()  # what it adds to `Molecule.groups`
+    element: str = "carbon"  # "carbon", "halogen" or "hetero", the kind of atom that is attached
+    senior: str | None = None  # the class which it stands for; the principal group must be senior to it
+    reach: int = 0  # chain carbons that must follow on either side, so that the main chain stays the longest
 
     @cached_property
     def order(self) -> tuple[str, str]:
@@ -245,9 +236,7 @@ def molecules(
     """Distinct random molecules; a larger count continues the same list.
 
     Args:
-        count: how many.
-        seed: the same seed gives the same molecules.
-        substituents: the fewest and the most substituents; (0, 1) is simple, (2, 4) is complex.
+        substituents: the fewest and the most; (0, 1) is simple, (2, 4) is complex.
         exclude: SMILES that must not come up.
 
     Raises:

@@ -5,10 +5,8 @@ molecules and poor at those of the demo's task, with two to four substituents. T
 `recipe.yaml` in its folder is that comparison's recipe, ready for more seeds and arms.
 """
 
-import json
 import shutil
 import time
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from caftune.compare.runner import compare, print_comparison
 from caftune.compare.summary import Comparison
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.errors import CaftuneError
+from caftune.files import write_lines
 from caftune.pipeline.label import label_prompts
 from caftune.pipeline.pretrain import pretrain_heads
 from caftune.pipeline.recipe import save_recipe
@@ -119,13 +118,9 @@ def _write_data(folder: Path, train_rows: int, test_rows: int, prompts: int) -> 
     held_out = {molecule.smiles for molecule in test}
     train = molecules(train_rows, seed=TRAIN_SEED, substituents=SUBSTITUENTS, exclude=held_out)
     others = molecules(prompts, seed=PROMPT_SEED, substituents=SUBSTITUENTS, exclude=held_out)
-    _write_lines(folder / "train.jsonl", [{"prompt": prompt(m), "completion": completion(m)} for m in train])
-    _write_lines(folder / "test.jsonl", [{"prompt": prompt(m), "completion": completion(m)} for m in test])
-    _write_lines(folder / "prompts.jsonl", [{"prompt": prompt(m)} for m in others])
-
-
-def _write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_lines(folder / "train.jsonl", [{"prompt": prompt(m), "completion": completion(m)} for m in train])
+    write_lines(folder / "test.jsonl", [{"prompt": prompt(m), "completion": completion(m)} for m in test])
+    write_lines(folder / "prompts.jsonl", [{"prompt": prompt(m)} for m in others])
 
 
 def _write_report(console: Console, folder: Path) -> None:

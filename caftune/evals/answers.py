@@ -348,7 +348,6 @@ def final_answer(completion: str, *, is_number: bool = False, units: Collection[
     r"""The final answer of a completion, or None.
 
     Args:
-        completion: what the model wrote.
         is_number: a number is wanted. An answer of several numbers is then UNCLEAR.
         units: units that the question asks for, such as "dozen", which then do not multiply a number.
 

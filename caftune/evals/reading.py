@@ -18,23 +18,14 @@ _INDENTED_FENCE = re.compile(r"^(?=[ \t]+(?:```|~~~))", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Section:
-    """A code block of an answer, or the text between two.
-
-    Args:
-        text: its contents.
-        is_code: whether it is a code block.
-        first: its first line in the answer.
-        end: the line after its last.
-        info: what follows the opening fence on its line, usually a language.
-        fence: the opening fence.
-    """
+    """A code block of an answer, or the text between two."""
 
     text: str
     is_code: bool
-    first: int = 0
-    end: int = 0
-    info: str = ""
-    fence: str = ""
+    first: int = 0  # its first line in the answer
+    end: int = 0  # the line after its last
+    info: str = ""  # what follows the opening fence on its line, usually a language
+    fence: str = ""  # the opening fence
 
 
 def plain(answer: str) -> str:

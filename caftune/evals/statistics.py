@@ -22,28 +22,16 @@ _BLOCK = 2_000_000  # draws in memory at once: 32 MB
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of `compare`, in the unit of the scores.
+    """The result of `compare`, in the unit of the scores."""
 
-    Args:
-        difference: mean of the treatment less mean of the baseline.
-        low: lower end of the 95% interval of the difference.
-        high: its upper end.
-        p_value: two-sided, of equal means over all runs and examples.
-        effect_size: Cohen's d_z over examples (each averaged over its seeds). Infinite if every example differs by the same.
-        minimum_detectable: the true difference that a test at level 0.05 finds with a power of 80%, given this spread; 0 if
-            there is no spread.
-        num_seeds: of the treatment and of the baseline.
-        num_examples: of both.
-    """
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    effect_size: float
-    minimum_detectable: float
-    num_seeds: tuple[int, int]
-    num_examples: int
+    difference: float  # mean of the treatment less mean of the baseline
+    low: float  # lower end of the 95% interval of the difference
+    high: float  # its upper end
+    p_value: float  # two-sided, of equal means over all runs and examples
+    effect_size: float  # Cohen's d_z over examples, each averaged over its seeds; infinite if all differ by the same
+    minimum_detectable: float  # true difference that a test at level 0.05 finds with a power of 80%; 0 without a spread
+    num_seeds: tuple[int, int]  # of the treatment and of the baseline
+    num_examples: int  # of both
 
 
 def interval(values: Sequence[float] | Array) -> tuple[float, float]:

@@ -28,48 +28,32 @@ def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Example:
-    """One question.
+    """One question."""
 
-    Args:
-        id: of its row.
-        prompt: a text to be continued (in a conversation: what the user says).
-        reference: what `score` compares with, JSON.
-        answer: a perfect answer as the data set gives it, or empty. It is never shown to a model and not used for scores.
-    """
-
-    id: str
-    prompt: str
-    reference: Any
-    answer: str = ""
+    id: str  # of its row
+    prompt: str  # a text to be continued (in a conversation: what the user says)
+    reference: Any  # what `score` compares with, JSON
+    answer: str = ""  # a perfect one as the data set gives it, or empty; never shown to a model, not used for scores
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task of evaluation.
+    """A task of evaluation."""
 
-    Args:
-        name: as in `eval.tasks`.
-        primary: the measure that is shown where one number is wanted.
-        read: one row of the data set and its number -> an example. Raises CaftuneError if a column is missing.
-        score: (example, completion) -> measures of this completion; shares are between 0 and 1. An empty or senseless
-            completion has the lowest score, and never fails.
-        max_new_tokens: room that an answer needs.
-        combine: the measures of all completions -> those of the whole. By default the mean of each, over the completions that
-            have it (F1 over a data set, for example, is not a mean of F1s).
-        stop: an answer is cut where one of these texts begins.
-        lower_is_better: measures of which lower is better.
-        past: an answer with one of these texts is complete and does not count as cut off. The text itself is kept.
-    """
-
-    name: str
-    primary: str
+    name: str  # as in `eval.tasks`
+    primary: str  # the measure that is shown where one number is wanted
+    # One row of the data set and its number -> an example. Raises CaftuneError if a column is missing.
     read: Callable[[Mapping[str, Any], int], Example]
+    # (example, completion) -> measures of this completion; shares are between 0 and 1. An empty or senseless completion has
+    # the lowest score, and never fails.
     score: Callable[[Example, str], dict[str, float]]
-    max_new_tokens: int
+    max_new_tokens: int  # room that an answer needs
+    # The measures of all completions -> those of the whole. By default the mean of each, over the completions that have it (F1
+    # over a data set, for example, is not a mean of F1s).
     combine: Callable[[Sequence[Mapping[str, float]]], dict[str, float]] = means
-    stop: tuple[str, ...] = ()
-    lower_is_better: frozenset[str] = frozenset()
-    past: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()  # an answer is cut where one of these texts begins
+    lower_is_better: frozenset[str] = frozenset()  # measures
+    past: tuple[str, ...] = ()  # an answer with one of these texts is complete, not cut off; the text itself is kept
 
     @property
     def rows(self) -> list[dict[str, Any]]:

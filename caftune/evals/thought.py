@@ -41,7 +41,6 @@ def without_thought(completion: str, prompt: str = "", question: str = "") -> st
     r"""The completion without its thoughts; empty where it ends within one.
 
     Args:
-        completion: what the model wrote.
         prompt: the prompt as the model read it. A thought that it opened is open.
         question: the part of the prompt that is not the chat template's. Marks in it open nothing, except at the prompt's end.
 

@@ -53,26 +53,17 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Server:
-    """A server and the limits of its use.
+    """A server and the limits of its use."""
 
-    Args:
-        url: its address up to `/v1`.
-        model: the name it serves the base under.
-        concurrency: requests under way at a time.
-        retries: of one request, after a lost connection, a timeout or an answer 408, 409, 429 or 5xx. The wait doubles from
-            half a second to 8 seconds, or is the server's Retry-After.
-        timeout_s: of one request, in seconds.
-        requests_per_minute: a limit, retries included; None: no limit.
-        key_variable: the environment variable that holds the API key.
-    """
-
-    url: str
-    model: str
-    concurrency: int = 16
+    url: str  # its address up to `/v1`
+    model: str  # the name it serves the base under
+    concurrency: int = 16  # requests under way at a time
+    # Of one request, after a lost connection, a timeout or an answer 408, 409, 429 or 5xx. The wait doubles from half a second
+    # to 8 seconds, or is the server's Retry-After.
     retries: int = 10
-    timeout_s: float = 600.0
-    requests_per_minute: float | None = None
-    key_variable: str = "OPENAI_API_KEY"
+    timeout_s: float = 600.0  # of one request
+    requests_per_minute: float | None = None  # a limit, retries included; None: no limit
+    key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the API key
 
 
 def server_backend(server: Server, tokenizer: Any, sampling: Sampling, eos: Sequence[int]) -> Backend:

@@ -138,10 +138,9 @@ class _EvaluatedModel:
         self, task: HarnessTask, label: str, seeds: Sequence[int]
     ) -> tuple[list[dict[str, Any]], Result]:
         """The lines of TASK.jsonl, and the result, of a task of the harness."""
-        found = evaluate_harness(task, self._responses, self._section, chat=self._chat, seeds=seeds)
-        count = len(found.lines) // len(seeds)
-        result = Result(task.name, label, count, len(seeds), found.measures, 0, self._chat, harness=found.about)
-        return found.lines, result
+        lines, measures, about = evaluate_harness(task, self._responses, self._section, chat=self._chat, seeds=seeds)
+        count = len(lines) // len(seeds)
+        return lines, Result(task.name, label, count, len(seeds), measures, 0, self._chat, harness=about)
 
     def answer_all(self, task: Task, examples: Sequence[Example], seeds: Sequence[int]) -> list[dict[str, Any]]:
         """The lines of TASK.jsonl: the scored answer to every example in every run, of which each has a seed."""

@@ -76,7 +76,7 @@ def finetune_model(recipe: Recipe) -> Path:
         _keep_heads(run.folder, trainer.heads.config, merged_state(trainer.heads), args, steps)
     metrics = evaluated(trainer) if evaluation is not None else {}  # last: bf16_full_eval rounds the weights
     copied = {"native_multi_token_modules": f"{len(native)} tensors, copied from the base unchanged"} if native else {}
-    planned = _plan(lambda: plan_of_run(recipe.model, recipe.heads, recipe.loss, base, args, train))
+    planned = _plan(lambda: plan_of_run(recipe, base, args, train))
     run.folder.record(
         {"stage": "train", "rows": len(train or ()), "metrics": metrics, **copied, **dropped}
         | {"costs": {**costs, "memory_before_bytes": held}, "plan": planned}

@@ -31,15 +31,13 @@ from caftune.checkpoints.heads_folder import DESCRIPTION_FILE
 from caftune.checkpoints.provenance import package_version, provenance
 from caftune.data.readers import hub_source
 from caftune.errors import CaftuneError
-from caftune.files import file_sha256, read_json, write_json, write_text
+from caftune.files import file_sha256, is_json, read_json, write_json, write_text
 from caftune.pipeline.recipe import first_difference, parse_recipe, save_recipe
 from caftune.pipeline.recipe_text import read_yaml
 from caftune.pipeline.schema import Recipe
 from caftune.training.resumption import Changes, refuse_checkpoint, remove_allowed_changes
 
 _RESULTS = {"pretrain": "pretrain-heads"}  # names of results, where they are not those of the folders
-# How a kept recipe writes `data.max_length: null`; null in a kept recipe of an older version means today's `auto`.
-_NOT_CUT = "not cut"
 _PAUSES_S = (1, 4, 15, 40)  # between looks at files of other hosts: NFS may hide a new one for 30 s
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # The sections of the recipe that each stage's result depends on.
@@ -177,7 +175,7 @@ class Stage:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.run.forget(self.name)  # of a folder that was removed
-            _keep_identity(self.folder, self._identity())  # first: it makes the folder ours
+            save_recipe(self.folder / "recipe.yaml", self._identity())  # first: it makes the folder ours
             (self.folder / "provenance.json").unlink(missing_ok=True)  # of the recipe before, if there was one
         if not (self.folder / "provenance.json").is_file():
             made = provenance(self._present()) | self._heads_used()
@@ -222,8 +220,6 @@ class Stage:
             raise CaftuneError(f"{self.folder} is missing. Run `caftune {command}` first.")
         kept, wanted = kept_identity(self.folder), self._identity()
         forget_unknown_commit(kept, wanted)
-        if "data.max_length" not in kept:  # the folder is older than this being kept
-            wanted.pop("data.max_length", None)
         changes = remove_allowed_changes(kept, wanted, self.name)
         difference = first_difference(kept, wanted)
         if difference and difference.startswith("files."):
@@ -274,7 +270,7 @@ class Stage:
         tqdm.write(f"Changed since {self.folder} was begun: {', '.join(changes)}.", file=sys.stderr)
         if changes.length:
             self.run.forget(self.name)
-        _keep_identity(self.folder, self._identity())
+        save_recipe(self.folder / "recipe.yaml", self._identity())
         path = self.folder / "provenance.json"
         made = read_json(path) or provenance(self._present())
         now = provenance()
@@ -306,7 +302,6 @@ def kept_identity(folder: Path) -> dict[str, Any]:
         *sections, key = place.split(".")
         if place != "files":
             _section(nested, sections)[key] = value
-    _replace_length(nested.get("data"), {None: "auto", _NOT_CUT: None})
     try:
         recipe = parse_recipe(nested)
     except CaftuneError as error:
@@ -314,23 +309,7 @@ def kept_identity(folder: Path) -> dict[str, Any]:
             f"{file} must be a recipe that caftune {package_version('caftune')} can read: {error} If a newer version wrote it, "
             "update caftune; else use another output."
         ) from error
-    found = {**Stage(recipe, folder.name, {}).sections, "files": kept.get("files") or {}}
-    if "data.max_length" not in kept:
-        found.pop("data.max_length", None)
-    return found
-
-
-def _keep_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """Write the identity of a stage folder, to be read by `kept_identity`."""
-    kept = {key: dict(value) if key == "data" else value for key, value in identity.items()}
-    _replace_length(kept.get("data"), {None: _NOT_CUT})
-    _replace_length(kept, {None: _NOT_CUT}, "data.max_length")
-    save_recipe(folder / "recipe.yaml", kept)
-
-
-def _replace_length(section: Any, values: Mapping[Any, Any], key: str = "max_length") -> None:
-    if isinstance(section, dict) and section.get(key, "") in [*values]:
-        section[key] = values[section[key]]
+    return {**Stage(recipe, folder.name, {}).sections, "files": kept.get("files") or {}}
 
 
 def _section(values: dict[str, Any], place: Sequence[str]) -> dict[str, Any]:
@@ -366,7 +345,7 @@ def _forget_unknown_data(kept: Any, wanted: Any) -> None:
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint: one whose `trainer_state.json`, which is written last, exists and can be read."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if is_json(path.read_bytes())]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
@@ -403,14 +382,6 @@ def _chosen_checkpoint(folder: Path, *, best: bool) -> str | None:
 def is_main_process() -> bool:
     """Whether this process is the one that writes, under torchrun and accelerate."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return True
 
 
 def _holds_files(folder: Path) -> bool:

@@ -51,9 +51,7 @@ def measure_heads(
         `heads`, `untrained` and `trunk`, each with `loss`, `top1`, `top5` by horizon (the first two also `agreement` by
         horizon, and `accepted_length`); `targets` by horizon; `positions`.
     """
-    untrained = AuxiliaryHeads.build(
-        backbone, replace(heads.config, final_norm=True)
-    )  # without it a copy predicts nothing
+    untrained = AuxiliaryHeads.build(backbone, replace(heads.config, final_norm=True))  # else a copy predicts nothing
     kinds = {"heads": heads, "untrained": untrained}
     places = _draw_places(rows, positions, seed, reach=heads.config.horizons[-1])
     with torch.inference_mode(), evaluating(backbone.model), evaluating(heads), evaluating(untrained):

@@ -20,7 +20,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from caftune.checkpoints.provenance import package_version
-from caftune.errors import CaftuneError
+from caftune.errors import CaftuneError, first_line
 from caftune.files import appended_lines
 from caftune.pipeline.schema import EvalSection
 
@@ -42,19 +42,13 @@ _AT_A_TIME = 8  # requests at most: the harness holds logits of every position o
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """A task of the harness with its rows.
+    """A task of the harness with its rows."""
 
-    Args:
-        name: with the prefix.
-        task: lm_eval.api.task.Task.
-        random_state: of Python and NumPy after loading, which may shuffle choices; the evaluation continues from there.
-        files_sha256: of the YAML and Python files of a task that is given by file or folder: those of the folder.
-    """
-
-    name: str
-    task: Any
+    name: str  # with the prefix
+    task: Any  # lm_eval.api.task.Task
+    # Of Python and NumPy after loading, which may shuffle choices; the evaluation continues from there.
     random_state: tuple[Any, Any] | None = None
-    files_sha256: str | None = None
+    files_sha256: str | None = None  # of a task given by file or folder: that folder's YAML and Python files
 
     @property
     def is_generated(self) -> bool:
@@ -94,7 +88,7 @@ def _read(name: str, source: str | None) -> HarnessTask:
         raise
     except Exception as error:  # a task is anybody's YAML and Python, its rows are a file's or the hub's
         raise CaftuneError(
-            f"{name} must be a task that lm_eval can load, got {type(error).__name__}: {_first_line(error)}. Check the "
+            f"{name} must be a task that lm_eval can load, got {type(error).__name__}: {first_line(error)}. Check the "
             "connection, or the files of the task."
         ) from error
     _refuse_unfit(name, task)
@@ -305,21 +299,15 @@ def harness_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
         log.setLevel(level)
 
 
-@dataclass(frozen=True)
-class HarnessResult:
-    """What the harness found: the lines of TASK.jsonl, the measures of each run, and what is needed to compare them."""
-
-    lines: list[dict[str, Any]]
-    measures: dict[str, list[float]]
-    about: dict[str, Any]
-
-
 def evaluate_harness(
     task: HarnessTask, model: KeptResponses, section: EvalSection, *, chat: bool, seeds: Sequence[int]
-) -> HarnessResult:
+) -> tuple[list[dict[str, Any]], dict[str, list[float]], dict[str, Any]]:
     """Evaluate a model on a task of the harness, once for each seed.
 
     Few-shot examples are those of the harness's own command: its default seeds choose them. A seed here is that of sampling.
+
+    Returns:
+        The lines of TASK.jsonl, the measures of each run, and what is needed to compare them.
     """
     found = []
     for seed in seeds:
@@ -335,7 +323,7 @@ def evaluate_harness(
     ]
     by_run = [measures for measures, _ in found]
     measures = {name: [each[name] for each in by_run] for name in by_run[0]}
-    return HarnessResult(lines, measures, _about(task, measures, found[0][1]))
+    return lines, measures, _about(task, measures, found[0][1])
 
 
 def _evaluated(task: Any, model: KeptResponses, section: EvalSection, *, chat: bool) -> dict[str, Any]:
@@ -471,9 +459,3 @@ def _about(task: HarnessTask, measures: Mapping[str, Any], samples: Sequence[Map
         "files_sha256": task.files_sha256,
         "examples_sha256": hashlib.sha256(json.dumps(examples).encode()).hexdigest(),
     }
-
-
-def _first_line(error: Exception) -> str:
-    with suppress(IndexError):
-        return str(error).strip().splitlines()[0].rstrip(".")
-    return "no message"

@@ -21,7 +21,7 @@ from caftune.core.objective import IGNORED
 from caftune.core.probes import is_machine_error
 from caftune.errors import CaftuneError
 from caftune.pipeline.base_model import BaseModel
-from caftune.pipeline.schema import HeadsSection, LossSection, ModelSection, Recipe
+from caftune.pipeline.schema import Recipe
 from caftune.pipeline.stage_config import lora_config, stage_one_config, stage_two_config
 from caftune.pipeline.stage_rows import head_rows, task_rows
 from caftune.training.config import CAFTConfig
@@ -65,9 +65,8 @@ class Plan:
     estimate: Estimate
     device: str
     available: int  # bytes
-    libraries: (
-        int  # bytes that a process on a CPU holds before its model is loaded, this one too: libraries, tokenizer, rows
-    )
+    # Bytes that a process on a CPU holds before its model is loaded, this one too: libraries, tokenizer, rows.
+    libraries: int
     remedies: list[Remedy] = field(default_factory=list)
 
     @property
@@ -95,6 +94,15 @@ class _Planned:
     name: str
     config: Any
     lora: Callable[[], Any]
+
+    @classmethod
+    def of(cls, recipe: Recipe, base: BaseModel, args: CAFTConfig) -> "_Planned":
+        """The base, with eager attention where the run has it: only that keeps more than the other kinds."""
+        config = copy.deepcopy(base.config)
+        if dict(args.model_init_kwargs or {}).get("attn_implementation") == "eager":  # type: ignore[arg-type]
+            config._attn_implementation = "eager"
+        adapted = recipe.model.model_copy(update={"tuning": "lora"})  # remedies may add an adapter
+        return cls(base.name, config, partial(lora_config, adapted))
 
     def estimate(self, setup: Setup) -> Estimate:
         """What `setup` costs with this base."""
@@ -137,12 +145,9 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
         read = task_rows(recipe.data, "train", base, base.tokenizer(), args, limit=limit)
         assert read is not None
         rows = measure_rows(read.rows, args.max_length, args.per_device_train_batch_size)
-    adapted = recipe.model.model_copy(update={"tuning": "lora"})  # remedies may add an adapter
-    planned = _Planned(base.name, _config(base, args), partial(lora_config, adapted))
+    planned = _Planned.of(recipe, base, args)
     evaluates = stage == "heads" or recipe.data.eval is not None
-    setup = _setup(
-        stage, args, rows, planned.config, recipe.model.tuning, recipe.heads, recipe.loss, evaluates=evaluates
-    )
+    setup = _setup(recipe, stage, args, rows, planned.config, evaluates=evaluates)
     device, available, libraries = _device()
     found = planned.estimate(setup)
     remedies = []
@@ -155,28 +160,18 @@ def plan(recipe: Recipe, stage: Literal["heads", "train"] = "train") -> Plan:
     return Plan(base.name, setup, rows, found, device, available, libraries, remedies)
 
 
-def plan_of_run(
-    model: ModelSection, heads: HeadsSection, loss: LossSection, base: BaseModel, args: CAFTConfig, rows: Dataset
-) -> dict[str, float]:
+def plan_of_run(recipe: Recipe, base: BaseModel, args: CAFTConfig, rows: Dataset) -> dict[str, float]:
     """What `plan` says of stage 2 and a run can measure, from the options and the `task_rows` of the run."""
-    planned = _Planned(base.name, _config(base, args), partial(lora_config, model))
+    planned = _Planned.of(recipe, base, args)
     measured = measure_rows(rows, args.max_length, args.per_device_train_batch_size)
     evaluates = args.eval_strategy != "no"  # the evaluation after the training is not part of its costs
-    setup = _setup("train", args, measured, planned.config, model.tuning, heads, loss, evaluates=evaluates)
+    setup = _setup(recipe, "train", args, measured, planned.config, evaluates=evaluates)
     found = planned.estimate(setup)
     return {
         "flops_per_token": found.flops.total,
         "overhead": found.overhead_here,
         "peak_memory_bytes": found.memory.peak,
     }
-
-
-def _config(base: BaseModel, args: CAFTConfig) -> Any:
-    """The base's configuration with eager attention, where the run has it: only that keeps more than the other kinds."""
-    config = copy.deepcopy(base.config)
-    if dict(args.model_init_kwargs or {}).get("attn_implementation") == "eager":  # type: ignore[arg-type]
-        config._attn_implementation = "eager"
-    return config
 
 
 def _assumed_rows(why: str, *lengths: Any) -> Rows:
@@ -210,16 +205,9 @@ def _mean_longest(lengths: list[int], count: int) -> float:
 
 
 def _setup(
-    stage: Literal["heads", "train"],
-    args: CAFTConfig,
-    rows: Rows,
-    config: Any,
-    tuning: Literal["full", "lora", "qlora"],
-    heads: HeadsSection,
-    loss: LossSection,
-    *,
-    evaluates: bool,
+    recipe: Recipe, stage: Literal["heads", "train"], args: CAFTConfig, rows: Rows, config: Any, *, evaluates: bool
 ) -> Setup:
+    heads, loss = recipe.heads, recipe.loss
     dtype = dict(args.model_init_kwargs or {}).get("dtype", "float32")  # type: ignore[arg-type]
     dtype = getattr(config.get_text_config(), "dtype", None) or "float32" if dtype == "auto" else dtype
     has_heads, source = stage == "heads" or loss.weight > 0, args.heads or heads.path
@@ -227,7 +215,7 @@ def _setup(
     count = len(described["horizons"]) if "horizons" in described else heads.count
     return Setup(
         stage=stage,
-        tuning=tuning if stage == "train" else "full",
+        tuning=recipe.model.tuning if stage == "train" else "full",
         freezes_unembedding=bool(args.freeze_unembedding),
         heads=count if has_heads else 0,
         head_kind=described["kind"],

@@ -20,7 +20,7 @@ from caftune.pipeline.run import Run
 from caftune.pipeline.schema import Recipe
 from caftune.pipeline.stage_config import stage_one_config
 from caftune.pipeline.stage_rows import head_rows
-from caftune.pipeline.stage_trainer import command_line, dropped_entry, evaluated, stage_trainer
+from caftune.pipeline.stage_trainer import command_line, evaluated, stage_trainer
 from caftune.training.progress import run as run_training
 from caftune.training.progress import show_progress
 
@@ -47,7 +47,7 @@ def pretrain_heads(recipe: Recipe) -> Path:
             (heads / file).unlink(missing_ok=True)
     trainer.export(heads, about={"command": command_line(), "data": about})
     metrics = evaluated(trainer)
-    result = {"stage": "pretrain-heads", "rows": len(rows), "metrics": metrics, **dropped_entry(dropped)}
+    result = {"stage": "pretrain-heads", "rows": len(rows), "metrics": metrics, **dropped}
     run.folder.record(result)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         del trainer  # the base is loaded again, as users of the heads will have it

@@ -27,9 +27,7 @@ class Run:
     recipe: Recipe
     base: BaseModel
     folder: RunFolder
-    prepared: dict[Any, Prepared] = field(
-        default_factory=dict
-    )  # rows that more than one training uses: see `task_rows`
+    prepared: dict[Any, Prepared] = field(default_factory=dict)  # rows that several trainings use: see `task_rows`
 
     @classmethod
     def open(cls, recipe: Recipe) -> "Run":

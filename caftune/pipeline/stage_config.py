@@ -154,13 +154,6 @@ def _refuse_packing_without_length(section: str, options: Mapping[str, Any], len
         )
 
 
-def for_prepared_rows(args: CAFTConfig) -> CAFTConfig:
-    """The options for a trainer whose rows are already cut: TRL takes padding_free only without a max_length."""
-    if args.padding_free and not args.packing:
-        args.max_length = None
-    return args
-
-
 def _model_options(base: BaseModel, options: Mapping[str, Any], *, dtype: str | None = None) -> dict[str, Any]:
     """What `from_pretrained` is given beyond the name: the base's revision, and the dtype around 4 bits."""
     chosen = {"revision": base.revision, "dtype": dtype}

@@ -59,7 +59,8 @@ def head_rows(recipe: Recipe, base: BaseModel, args: CAFTConfig) -> HeadRows:
     refuse_many_dropped(found.dropped, found.total, args.max_length, name=name)
     _refuse_unknown(found, tokenizer, args, embedding_rows(base, args), name=name)
     train, held_out = _divided(found.rows, recipe.heads.held_out, recipe.seed, recipe.head_source)
-    return HeadRows(train, held_out, {"labels": found.facts} if found.dropped else {}, {**about, counted: len(train)})
+    dropped = {"dropped": {"labels": found.facts}} if found.dropped else {}
+    return HeadRows(train, held_out, dropped, {**about, counted: len(train)})
 
 
 def _divided(rows: Dataset, share: float, seed: int, source: str) -> tuple[Dataset, Dataset]:

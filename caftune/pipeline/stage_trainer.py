@@ -9,7 +9,6 @@ from datasets import Dataset
 
 from caftune.pipeline.base_model import BaseModel
 from caftune.pipeline.schema import DataSection
-from caftune.pipeline.stage_config import for_prepared_rows
 from caftune.pipeline.stage_rows import task_rows
 from caftune.training.config import CAFTConfig
 from caftune.training.prepare import Prepared
@@ -31,22 +30,19 @@ def task_sets(
     train, evaluation = (task_rows(section, name, base, tokenizer, args, kept=kept) for name in ("train", "eval"))
     found = {"train": train, "eval": evaluation}
     dropped = {name: part.facts for name, part in found.items() if part and part.dropped}
-    return TaskSets(train and train.rows, evaluation and evaluation.rows, dropped_entry(dropped))
-
-
-def dropped_entry(dropped: dict[str, Any]) -> dict[str, Any]:
-    """The entry of results.jsonl for rows without a trained token within max_length; empty if there are none."""
-    return {"dropped": dropped} if dropped else {}
+    return TaskSets(train and train.rows, evaluation and evaluation.rows, {"dropped": dropped} if dropped else {})
 
 
 def stage_trainer(
     base: BaseModel, args: CAFTConfig, tokenizer: Any, train: Any, evaluation: Any, **adaptation: Any
 ) -> CAFTTrainer:
     """The trainer of a stage on prepared rows; `adaptation` are the configurations of an adapter and of quantization."""
+    if args.padding_free and not args.packing:
+        args.max_length = None  # the rows are cut already, and TRL takes padding_free only without it
     with base.opening():
         return CAFTTrainer(
             base.name,
-            for_prepared_rows(args),
+            args,
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=tokenizer,

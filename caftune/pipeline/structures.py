@@ -26,17 +26,11 @@ _SHORTEST_CHAIN = 3  # residues; TM-align refuses shorter ones
 
 @dataclass(frozen=True)
 class Structure:
-    """A predicted structure of one chain.
+    """A predicted structure of one chain."""
 
-    Args:
-        sequence: as it was folded: a letter that is none of the 20 amino acids is X.
-        alpha_carbons: [residues, 3], in Angstrom.
-        plddt: [residues], the expected lDDT of each alpha carbon, from 0 to 100.
-    """
-
-    sequence: str
-    alpha_carbons: "np.ndarray[Any, np.dtype[np.float64]]"
-    plddt: "np.ndarray[Any, np.dtype[np.float64]]"
+    sequence: str  # as it was folded: a letter that is none of the 20 amino acids is X
+    alpha_carbons: "np.ndarray[Any, np.dtype[np.float64]]"  # [residues, 3], in Angstrom
+    plddt: "np.ndarray[Any, np.dtype[np.float64]]"  # [residues], expected lDDT of each alpha carbon, from 0 to 100
 
 
 def check_structures(model_name: str) -> None:
@@ -109,9 +103,6 @@ def structure_measures(answer: Structure | None, reference: Structure) -> dict[s
     - `plddt`: the mean over the answer's residues, from 0 to 100.
     - `plddt_above_70`: 1 where that mean is above 70, else 0.
     - `tm_score`: of TM-align's best alignment, normalised by the reference's length: 1 for the same fold, about 0.2 for chance.
-
-    Raises:
-        CaftuneError: tmtools is not installed.
     """
     if answer is None:
         return {"plddt": 0.0, "plddt_above_70": 0.0, "tm_score": 0.0}
@@ -120,11 +111,7 @@ def structure_measures(answer: Structure | None, reference: Structure) -> dict[s
 
 
 def tm_score(answer: Structure, reference: Structure) -> float:
-    """1/L sum of 1 / (1 + (d / d0)^2) over the aligned pairs: L the reference's length, d0 = 1.24 cbrt(L - 15) - 1.8 Angstrom.
-
-    Raises:
-        CaftuneError: tmtools is not installed.
-    """
+    """1/L sum of 1 / (1 + (d / d0)^2) over the aligned pairs: L the reference's length, d0 = 1.24 cbrt(L - 15) - 1.8 Å."""
     if min(len(answer.sequence), len(reference.sequence)) < _SHORTEST_CHAIN:
         return 0.0
     chains = (answer.alpha_carbons, reference.alpha_carbons, answer.sequence, reference.sequence)

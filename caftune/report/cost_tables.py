@@ -44,10 +44,10 @@ def _planned(run: Comparison) -> list[Table]:
     rows = []
     for arm, plan in plans.items():
         found = run.costs[arm]
-        per_token = [_per_token(found.flops, found), _per_token(found.seconds, found)]
+        per_token = [found.per_token("flops"), found.per_token("seconds")]
         cells = [_cell(plan["flops_per_token"], scaled), _cell(per_token[0], scaled), _cell(plan["overhead"], _times)]
         if baseline is not None:
-            theirs = [_per_token(baseline.flops, baseline), _per_token(baseline.seconds, baseline)]
+            theirs = [baseline.per_token("flops"), baseline.per_token("seconds")]
             cells += [_ratio(*pair) for pair in zip(per_token, theirs, strict=True)]
         cells += [_cell(plan["peak_memory_bytes"], _mib), _cell(_grown_memory(found), _mib)]
         rows.append([Cell(arm), *cells])
@@ -61,11 +61,6 @@ def _planned(run: Comparison) -> list[Table]:
         * (run.device == "cpu")
     )
     return [Table("Plan and measurement", how, head, rows)]
-
-
-def _per_token(values: Known, costs: Costs) -> Known:
-    pairs = zip(values, costs.tokens, strict=False)
-    return [value / tokens if value is not None and tokens else None for value, tokens in pairs]
 
 
 def _grown_memory(costs: Costs) -> Known:

@@ -10,6 +10,7 @@ import yaml
 
 from caftune.checkpoints.quality_card import quality_rows
 from caftune.compare.summary import (
+    ARMS,
     BASE,
     BASELINE,
     ArmConcepts,
@@ -25,16 +26,6 @@ from caftune.report import plots
 from caftune.report.cost_tables import costs
 from caftune.report.parts import Answer, Cell, Example, Picture, Section, Table, marked
 
-_ARMS = {
-    "base": "the model before fine-tuning",
-    "ntp": "plain next-token fine-tuning, the baseline",
-    "caft": "concept-aware fine-tuning with pretrained heads, {heads}",
-    "caft_frozen": "CAFT with frozen heads, which cost less",
-    "beta0": "CAFT's code with weight 0, which must equal ntp",
-    "random_heads": "CAFT with heads of shuffled weights, which have lost what they learnt",
-    "shuffled_horizons": "CAFT with each head in the place of the next one",
-    "no_pretraining": "CAFT with heads that were not pretrained, trained along",
-}
 _HORIZON = re.compile(r"h(\d+)_(loss|weight)")
 _GROUP = re.compile(r"(\w+)_(precision|recall|f1)")
 _BARS = "Bars are in the order of the legend."
@@ -60,7 +51,7 @@ def _arms(run: Comparison) -> list[str]:
 
 def _verdict(run: Comparison) -> Section:
     heads = "trained along" if run.recipe.get("heads", {}).get("train") else "frozen"
-    arms = {arm: _ARMS[arm].format(heads=heads) for arm in _arms(run) if arm in _ARMS}
+    arms = {arm: ARMS[arm].format(heads=heads) for arm in _arms(run) if arm in ARMS}
     section = Section("Verdict", text=list(run.remarks), terms=arms if len(run.arms) > 1 else {})
     section.pictures += [_forest(measure) for measure in run.by_measure if measure.is_primary and measure.differences]
     return section

@@ -13,10 +13,7 @@ from caftune.training.options import CAFTOptions
 
 @dataclass
 class CAFTConfig(CAFTOptions, SFTConfig):
-    """`SFTConfig` with the options of concept-aware fine-tuning (options.py; docs/papers.md has the paper's values).
-
-    Stage 2 needs `heads` unless `aux_weight` is 0; in stage 1, `heads` are trained further. Without `heads` and with
-    `aux_weight=0`, CAFTTrainer is SFTTrainer.
+    """`SFTConfig` with the options of concept-aware fine-tuning: see `CAFTOptions`.
 
     Raises:
         CaftuneError: a value outside its range, or options that exclude each other.

@@ -41,10 +41,8 @@ class Estimate:
     memory: Memory
     flops: Flops  # per token without padding, as the code computes them
     overhead: float  # where both next-token losses skip unlabelled positions and compute nothing twice
-    least_overhead: float  # the same, if heads computed queries at labelled positions alone
-    overhead_here: (
-        float  # with TRL's loss: it computes logits twice, and plain fine-tuning skips positions on GPUs only
-    )
+    # With TRL's loss: it computes logits twice, and plain fine-tuning skips positions on GPUs only.
+    overhead_here: float
 
 
 def estimate(config: Any, setup: Setup, adapter: Any = None) -> Estimate:
@@ -67,7 +65,6 @@ def estimate(config: Any, setup: Setup, adapter: Any = None) -> Estimate:
         memory=step_memory(backbone, heads, setup),
         flops=flops(anatomy, step).times(setup.padding),
         overhead=overhead(anatomy, ideal),
-        least_overhead=overhead(anatomy, replace(ideal, layer_positions="needed")),
         overhead_here=overhead(anatomy, step, plain_positions="labelled" if setup.on_gpu else "all"),
     )
 

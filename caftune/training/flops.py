@@ -17,9 +17,8 @@ from typing import Any, Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-_KEYS_AND_VALUES = ("k_proj", "v_proj")
 # The projections of attention's input, as transformers names them.
-_ATTENTION_INPUTS = ("q_proj", *_KEYS_AND_VALUES, "c_attn", "qkv_proj", "query_key_value", "Wqkv", "in_proj")
+_ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "c_attn", "qkv_proj", "query_key_value", "Wqkv", "in_proj")
 # Experts per token, as configurations name it.
 _EXPERTS_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 
@@ -33,7 +32,6 @@ class Anatomy:
     trunk: int  # P_t, of all decoder layers
     layer: int  # P_l, of the last one
     mixing: int  # of these, projections to queries, keys and values
-    keys_values: int | None  # of these, projections to keys and values; None where the layer does not separate them
     first_inputs: int  # of the first layer, those applied to the embeddings themselves
     unembedding: int  # P_u
     attention: int  # attention heads times their size, summed over the layers
@@ -44,8 +42,7 @@ class Anatomy:
 class Step:
     """What a training step computes per position. Shares and lengths are means over the data.
 
-    A head's layer runs at `layer_positions`: "needed": keys and values everywhere and the rest at the head's targets, which is
-    the least possible; "mixed": attention everywhere, its output projection and what follows at the targets; "all".
+    A head's layer runs attention everywhere, its output projection and what follows at the head's targets.
     """
 
     length: float  # tokens of an example
@@ -53,8 +50,6 @@ class Step:
     heads: int = 0  # K
     head_layer: int | None = None  # weights of a head without the unembedding; None: P_l, a decoder head
     target_share: float = 1.0  # of its targets that a head is trained on
-    layer_positions: Literal["needed", "mixed", "all"] = "mixed"
-    logit_positions: Positions = "labelled"  # where a head's logits are computed: its targets, or all (stacked logits)
     main_positions: Positions = "labelled"  # where the model's own logits are computed
     trains: Literal["all", "adapters", "none"] = "all"  # weights of the trunk; "none" in stage 1
     trains_unembedding: bool = True
@@ -63,9 +58,7 @@ class Step:
     head_adapters: int = 0  # weights of one head's adapters
     checkpointing: bool = False  # the trunk is computed once more in the backward pass
     recomputes_logits: bool = False  # the model's own logits are
-    attention_share: float = (
-        0.5  # part of an example that a token attends to: 0.5 in a causal kernel, 1 in plain products
-    )
+    attention_share: float = 0.5  # part of an example that a token attends to; 1 in plain products
 
     def targets(self, horizon: int) -> float:
         """The share of positions at which a horizon's head is trained; the last `horizon` of an example have no target."""
@@ -101,14 +94,11 @@ def anatomy_of(model: Any, layers: list[nn.Module]) -> Anatomy:
     first_inputs, mixing = (
         sum(size for name, size in found if name in _ATTENTION_INPUTS) for found in (products[0], products[-1])
     )
-    by_name = dict(products[-1])
-    has_keys = {*_KEYS_AND_VALUES} <= by_name.keys()
     widths = [_attention_width(layer, config) for layer in layers]
     return Anatomy(
         trunk=sum(sizes),
         layer=sizes[-1],
         mixing=mixing,
-        keys_values=sum(by_name[name] for name in _KEYS_AND_VALUES) if has_keys else None,
         first_inputs=first_inputs,
         unembedding=model.get_output_embeddings().weight.numel(),
         attention=sum(widths),
@@ -153,10 +143,10 @@ def _attention_width(layer: nn.Module, config: Any) -> int:
 def flops(anatomy: Anatomy, step: Step) -> Flops:
     """Operations per token of a training step.
 
-        forward = 2 P_t + 4 s S A + 2 f P_u + sum over heads of (2 r_l P_l' + 4 s S A_l r_l + 2 r P_u)
+        forward = 2 P_t + 4 s S A + 2 f P_u + sum over heads of (2 (M + r (P_l - M)) + 4 s S A_l + 2 r P_u)
 
     with S tokens in an example, s the share of it that attention covers, A the width of attention, f the labelled share,
-    r that of a head's targets, r_l that of the positions at which its layer runs (keys and values: all).
+    r that of a head's targets, M the weights of its layer's projections to queries, keys and values.
     """
     covered = 4 * step.attention_share * step.length
     trunk, attention = 2.0 * anatomy.trunk, covered * anatomy.attention
@@ -197,7 +187,7 @@ def _heads_forward(anatomy: Anatomy, step: Step, covered: float) -> tuple[float,
         products, width = _head_layer_at(anatomy, step, targets)
         layers += 2 * products
         attention += covered * width
-        logits += 2 * anatomy.unembedding * (targets if step.logit_positions == "labelled" else 1.0)
+        logits += 2 * anatomy.unembedding * targets
     return layers, attention, logits
 
 
@@ -205,12 +195,7 @@ def _head_layer_at(anatomy: Anatomy, step: Step, targets: float) -> tuple[float,
     """Weights of a head's layer, and width of its attention, each times the share of the positions at which it runs."""
     if step.head_layer is not None:  # a perceptron, which sees every position
         return step.head_layer, 0
-    if step.layer_positions == "all":
-        return anatomy.layer, anatomy.layer_attention
-    if step.layer_positions == "mixed" or anatomy.keys_values is None:
-        return anatomy.mixing + targets * (anatomy.layer - anatomy.mixing), anatomy.layer_attention
-    everywhere = anatomy.keys_values
-    return everywhere + targets * (anatomy.layer - everywhere), anatomy.layer_attention * targets
+    return anatomy.mixing + targets * (anatomy.layer - anatomy.mixing), anatomy.layer_attention
 
 
 def overhead(anatomy: Anatomy, step: Step, *, plain_positions: Positions = "labelled") -> float:

@@ -145,10 +145,8 @@ def _evaluation_bytes(setup: Setup, kept: _Kept, vocabulary: int) -> int:
     batch = replace(setup, batch_size=setup.eval_batch_size, target_share=1.0)
     main, _ = _logits_bytes(replace(batch, heads=0), vocabulary, 0, tiles=_TILES_SCORED)
     _, head = _logits_bytes(batch, vocabulary, 0)
-    states = (
-        kept.closing * setup.eval_batch_size // setup.batch_size
-    )  # input and output of the last layer, and its norm
-    return states + max(main, head)
+    # Input and output of the last layer, and its norm.
+    return kept.closing * setup.eval_batch_size // setup.batch_size + max(main, head)
 
 
 def _bytes(weights: list[nn.Parameter]) -> int:

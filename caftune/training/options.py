@@ -20,21 +20,13 @@ Schedule = Literal["reflected_sine", "sine", "linear", "constant"]
 
 
 class InRecipe(NamedTuple):
-    """Where a recipe sets an option, and its bounds.
+    """Where a recipe sets an option, and its bounds."""
 
-    Args:
-        place: the key of the recipe, with its section. Empty: the option's name, in the section of each training.
-        trainings: the trainings that get the option from there. Empty: a command sets it.
-        bounds: gt, ge, le, as pydantic and `operator` name them.
-        default: the recipe's, where CAFTOptions' is None and depends on the stage.
-        words: how the recipe writes the option's values, where it has words for them.
-    """
-
-    place: str
-    trainings: tuple[Training, ...] = ()
-    bounds: Mapping[str, Any] = {}
-    default: Any = None
-    words: Mapping[str, Any] = {}
+    place: str  # the key of the recipe, with its section; empty: the option's name, in the section of each training
+    trainings: tuple[Training, ...] = ()  # those that get the option from there; empty: a command sets it
+    bounds: Mapping[str, Any] = {}  # gt, ge, le, as pydantic and `operator` name them
+    default: Any = None  # the recipe's, where CAFTOptions' is None and depends on the stage
+    words: Mapping[str, Any] = {}  # how the recipe writes the option's values, where it has words for them
 
     @property
     def section_and_key(self) -> tuple[str, str]:

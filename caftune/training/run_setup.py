@@ -18,9 +18,7 @@ class Setup:
     trains_heads: bool = False
     heads_lora_rank: int | None = None  # 0: in full; None: as the model is trained
     target_share: float = 1.0  # of its targets that each head is trained on
-    leaves_out_heads: bool = (
-        False  # some steps may run no head (`loss.min_weight`), and cost what plain fine-tuning costs
-    )
+    leaves_out_heads: bool = False  # some steps may run no head (`loss.min_weight`), as in plain fine-tuning
     batch_size: int = 8
     eval_batch_size: int = 0  # 0: the run evaluates nothing
     accumulation: int = 1
