@@ -36,8 +36,8 @@ trainer = CAFTTrainer("{base}", CAFTConfig("run", heads="{name}"), train_dataset
 
 _EAGLE3 = """\
 EAGLE-3 draft model of one layer for {model}: the auxiliary head of horizon 2, written with caftune. It drafts one token a pass,
-and the texts stay those of the model. No server has run it yet: compare the acceptance that the server reports with that of
-`caftune heads info HEADS --measure PROMPTS`.
+and the texts stay those of the model. vLLM has run such drafts, SGLang has not: compare the acceptance that the server
+reports with that of `caftune heads info HEADS --measure PROMPTS`.
 
 {commands}
 
