@@ -121,6 +121,26 @@ def text(row: Mapping[str, Any], number: int, *names: str) -> str:
     return found
 
 
+def filled_text(row: Mapping[str, Any], number: int, *names: str) -> str:
+    """The first of these columns that a row has, which must hold a text with more than white space.
+
+    Raises:
+        CaftuneError: it has none of them, or it is not such a text.
+    """
+    found = text(row, number, *names)
+    if not found.strip():
+        raise CaftuneError(
+            f"Row {number} (from 0): {' or '.join(names)} must not be empty, got {found!r}. Remove the row."
+        )
+    return found
+
+
+def identity(row: Mapping[str, Any], number: int, name: str) -> str:
+    """What the row has in the column `name`, or else its number."""
+    own = row.get(name)
+    return str(number if own is None else own)
+
+
 def until_stop(completion: str, stop: Sequence[str]) -> str:
     r"""The completion up to where the first of the stop texts begins.
 
