@@ -367,10 +367,11 @@ def _turn(turn: Any, name: str) -> dict[str, Any]:
     role = _SPEAKERS.get(role, role) if isinstance(role, str) else role
     if role not in _ROLES:
         raise _must_be(f"a role in {name}", f"one of {', '.join(_ROLES)}", role)
-    found = {**turn, "role": role}
+    given = {key: value for key, value in turn.items() if key == "content" or value not in (None, [])}
+    found = {**given, "role": role}  # templates take a `tool_calls` that is null or [] for a call
     if "content" in turn:
         found["content"] = _content(turn["content"], name)
-    if found.get("tool_calls") is not None:
+    if "tool_calls" in found:
         found["tool_calls"] = _calls(found["tool_calls"], name)
     if isinstance(found.get("function_call"), dict):  # OpenAI's form before there were tool_calls
         found["function_call"] = _with_arguments(found["function_call"], name)

@@ -230,6 +230,11 @@ def test_an_assistant_that_says_nothing_and_calls_nothing_is_refused(more, tmp_p
     refused(tmp_path, {"messages": [said("assistant", None, **more)]}, "content in messages must be text, got None")
 
 
+def test_calls_that_are_null_or_an_empty_list_are_no_calls(tmp_path):
+    turns = [said("user", "a", name=None), said("assistant", "b", tool_calls=[], function_call=None)]
+    assert read(tmp_path, {"messages": turns})["messages"] == [said("user", "a"), said("assistant", "b")]
+
+
 def test_sharegpt_calls_and_what_came_back_become_messages(tmp_path):
     turns = [
         {"from": "human", "value": "2+3?"},
