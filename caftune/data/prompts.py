@@ -12,7 +12,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from caftune.data.boundary import adds_bos, has_second_bos, plain_text, split_prompt
-from caftune.data.template_errors import BYTE_ORDER_MARK, name_row_in_errors
+from caftune.data.template_errors import BYTE_ORDER_MARK, name_row_in_errors, raise_for_lost_message
 from caftune.errors import CaftuneError
 
 _NAMED_ROWS = 5
@@ -54,7 +54,7 @@ class Conversation:
         written = [
             i
             for i, message in enumerate(self.messages)
-            if i > first_user and message["role"] == "assistant" and not message.get("tool_calls")
+            if i > first_user and message["role"] == "assistant" and not _calls_tools(message)
         ]
         return written if roles[-1:] == ["assistant"] else [*written, len(roles)]
 
@@ -106,7 +106,8 @@ def conversations(
         source: the file or hub id of the rows, for errors.
 
     Raises:
-        CaftuneError: messages, or a system message, for a tokenizer without a chat template; a `chat` that rows cannot have.
+        CaftuneError: messages, or a system message, for a tokenizer without a chat template; a `chat` that rows cannot have;
+            a message that the chat template leaves out.
     """
     if is_chat(rows):
         refuse_messages_without_template(tokenizer)
@@ -116,7 +117,9 @@ def conversations(
                 "labels.system must be used with prompts that are messages, got text. Set labels.chat=true, or remove it."
             )
         return [Conversation(text=row.get("prompt") or "") for row in rows]
-    return [_from_row(row, system, f"{source}, row {number} (from 0)") for number, row in enumerate(rows)]
+    found = [_from_row(row, system, f"{source}, row {number} (from 0)") for number, row in enumerate(rows)]
+    raise_for_lost_message(((talk.messages or [], talk.options) for talk in found), tokenizer, source)
+    return found
 
 
 def is_chat(rows: Dataset) -> bool:
@@ -203,6 +206,10 @@ def refuse_long_prompts(prompts: Mapping[int, Prompt], room: int) -> None:
             f"{len(long)} of {len(prompts)} prompts (rows {named}, from 0) are longer than the {room} tokens that "
             "labels.max_new_tokens leaves in the model's context. Lower it, or set labels.skip_long_prompts=true."
         )
+
+
+def _calls_tools(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("tool_calls") or message.get("function_call"))
 
 
 def _from_row(row: Mapping[str, Any], system: str | None, place: str) -> Conversation:

@@ -14,7 +14,11 @@ from caftune.generation.answers import AnswerCache, generate_labels
 from caftune.generation.backends import Answer, Sampling
 from caftune.generation.labels import label_dataset
 
-TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+CALLS = (
+    "{% for c in m.tool_calls or [] %}({{ c.function.name }}){% endfor %}"
+    "{% if m.function_call %}({{ m.function_call.name }}){% endif %}"
+)
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}" + CALLS + "{% endfor %}"
 TEMPLATE = TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
 
@@ -98,11 +102,19 @@ def test_a_finished_conversation_asks_nothing_again(tokenizer, tmp_path):
     assert (first.queried, again.queried, again.labels) == (2, 0, first.labels)
 
 
-def test_turns_that_call_tools_stay_as_they_are(tokenizer):
-    call = say("assistant", "calls", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])
+@pytest.mark.parametrize(
+    "calls",
+    [
+        {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]},
+        {"function_call": {"name": "f", "arguments": {}}},
+    ],
+    ids=lambda calls: next(iter(calls)),
+)
+def test_turns_that_call_tools_stay_as_they_are(calls, tokenizer):
+    call = say("assistant", "calls", **calls)
     talk = talks_of(tokenizer, [say("user", "C"), call, say("tool", "7"), say("assistant", "old")])[0]
     assert talk.turns == [3]
-    assert tokenizer.decode(talk.prompt(0, [], tokenizer).ids) == "<user>C<assistant>calls<tool>7<assistant>"
+    assert tokenizer.decode(talk.prompt(0, [], tokenizer).ids) == "<user>C<assistant>calls(f)<tool>7<assistant>"
 
 
 def test_what_the_assistant_says_before_the_user_stays(tokenizer):
@@ -143,7 +155,7 @@ def test_tools_and_conversational_prompts_are_rendered_as_in_training(tokenizer)
         ("llama3_2", {}, "26 Jul 2024"),
         ("llama3_2", {"date_string": "1 Jan 2025"}, "1 Jan 2025"),
         ("gptoss", {}, "2024-07-26"),
-        ("llama3_2", {"chat_template": "{{ strftime_now('%Y') }}"}, "2024"),
+        ("llama3_2", {"chat_template": "{{ strftime_now('%Y') + messages[0].content }}"}, "2024"),
     ],
 )
 def test_a_template_that_writes_the_day_asks_the_same_every_day(tokenizer, family, options, day):
