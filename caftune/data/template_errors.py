@@ -17,7 +17,7 @@ _logger = logging.getLogger(__name__)
 _COMPARED = 200  # rows, spread evenly
 _SHOWN = 8  # tokens shown of each text
 BYTE_ORDER_MARK = "\ufeff"
-_MARK = "caftune7mark"  # a text that no template writes by itself
+MARK = "caftune7mark"  # a text that no template writes by itself
 _TEMPLATE = "<template>"  # the file that jinja2 names in the traceback of an error within a template
 
 
@@ -177,19 +177,19 @@ def _with_mark(message: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(call, dict):
         return "call of a function", {**message, "function_call": _with_marked_name(call)}
     if isinstance(content, str) and content.strip():
-        return "content", {**message, "content": _MARK}
+        return "content", {**message, "content": MARK}
     return "", message
 
 
 def _with_marked_name(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function")
-    return {**call, "function": {**function, "name": _MARK}} if isinstance(function, dict) else {**call, "name": _MARK}
+    return {**call, "function": {**function, "name": MARK}} if isinstance(function, dict) else {**call, "name": MARK}
 
 
 def _leaves_out(messages: list[dict[str, Any]], options: Mapping[str, Any], tokenizer: Any) -> bool:
     """Whether the template writes a conversation without its mark. One that it refuses with the mark is not judged."""
     try:
-        return _MARK not in tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return MARK not in tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:
         if not _is_of_a_template(error):
             raise

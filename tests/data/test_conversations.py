@@ -96,6 +96,26 @@ def test_later_turns_without_room_are_dropped_and_counted(tokenizer, tmp_path):
     assert found.dropped_turns == 1
 
 
+def test_a_template_without_a_generation_prompt_gets_the_start_of_an_answer_that_it_writes_in_training(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = TURNS
+    asked = talks_of(bare, TALK)[0].prompt(1, ["NN"], bare)
+    trained = bare.apply_chat_template([*TALK[:1], say("assistant", "NN"), *TALK[2:]], return_dict=True)["input_ids"]
+    assert bare.decode(asked.ids) == "<user>C<assistant>NN<user>N<assistant>"
+    assert trained[: len(asked.ids)] == asked.ids
+    as_text = apply_template(TALK[:1], {}, bare, add_generation_prompt=True, tokenize=False)
+    assert as_text == "<user>C<assistant>"
+
+
+@pytest.mark.parametrize("start", ["", " "])
+def test_a_template_whose_answers_have_no_start_is_not_changed(start, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    answer = "{{ '" + start + "' + m.content }}"
+    bare.chat_template = "{% for m in messages %}{% if m.role == 'user' %}({{ m.content }}){% else %}" + answer
+    bare.chat_template += "{% endif %}{% endfor %}"
+    assert apply_template(TALK[:1], {}, bare, add_generation_prompt=True, tokenize=False) == "(C)"
+
+
 def test_a_finished_conversation_asks_nothing_again(tokenizer, tmp_path):
     first = labelled(tokenizer, talks_of(tokenizer, TALK), tmp_path, shout(tokenizer))
     again = labelled(tokenizer, talks_of(tokenizer, TALK), tmp_path, lambda _: pytest.fail("asked"))
