@@ -319,3 +319,9 @@ def test_a_limit_of_no_rows_is_refused_rather_than_taken_for_none(limit, tmp_pat
     )
     with pytest.raises(CaftuneError, match=f"limit must be at least 1, got {limit}"):
         next(preview_rows(recipe, limit))
+
+
+@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "max_length"])
+def test_arguments_of_the_rendering_are_no_variables_of_a_template(name, tmp_path):
+    row = {"messages": [said("user", "a")], "chat_template_kwargs": {"thinking": False, name: 1}}
+    refused(tmp_path, row, f"chat_template_kwargs must hold variables of the chat template, got {name}")
