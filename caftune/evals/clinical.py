@@ -142,6 +142,7 @@ MTS_DIALOG = Task(
     read=_read_dialogue,
     score=_score,
     max_new_tokens=768,  # the longest reference of the two test files has 565 words
+    columns=("section_header", "dialogue", "section_text", "ID"),
     stop=("\nConversation:", "\nDoctor:", "\nPatient:"),
 )
 """Test sets 1 (MEDIQA-Chat 2023, task A) and 2 (MEDIQA-Sum 2023); an ID is unique within its file only.
@@ -157,6 +158,7 @@ MIMIC_BHC = Task(
     read=_read_note,
     score=_score,
     max_new_tokens=1024,
+    columns=("input", "target", "note_id"),
     stop=("\nClinical note:",),
 )
 """The data need credentials at PhysioNet: the rows are invented, in the format of the published mimic-iv-bhc.csv.

@@ -135,6 +135,7 @@ HUMANEVAL = Task(
     read=_read_humaneval,
     score=_score_humaneval,
     max_new_tokens=512,
+    columns=("task_id", "prompt", "entry_point", "test", "canonical_solution"),
     past=_PAST,
 )
 
@@ -144,5 +145,6 @@ MBPP = Task(
     read=_read_mbpp,
     score=_score_mbpp,
     max_new_tokens=512,
+    columns=("task_id", "text", "prompt", "test_list", "test_imports", "test_setup_code", "code"),
     past=_PAST,
 )

@@ -43,4 +43,5 @@ EXACT_MATCH = Task(
     read=read,
     score=score,
     max_new_tokens=512,
+    columns=("prompt", "completion", "id"),
 )

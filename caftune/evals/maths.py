@@ -206,6 +206,7 @@ GSM8K = Task(
     read=_read_gsm8k,
     score=_score,
     max_new_tokens=512,
+    columns=("question", "answer"),
     stop=("\nQuestion:", "\nProblem:", *_NEXT),
     lower_is_better=frozenset({"unjudged"}),
 )
@@ -219,6 +220,7 @@ MATH500 = Task(
     read=_read_math,
     score=_score,
     max_new_tokens=2048,
+    columns=("problem", "answer", "solution", "unique_id"),
     stop=("\nProblem:", "\nQuestion:", *_NEXT),
     lower_is_better=frozenset({"unjudged"}),
 )

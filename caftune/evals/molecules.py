@@ -345,6 +345,7 @@ MOLECULES = Task(
     score=score,
     combine=combine,
     max_new_tokens=512,
+    columns=("prompt", "description", "caption", "smiles", "molecule"),
     past=("\nDescription:",),
     lower_is_better=frozenset({"levenshtein"}),
 )

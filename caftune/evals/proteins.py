@@ -231,5 +231,6 @@ PROTEINS = Task(
     read=read,
     score=score,
     max_new_tokens=1024,
+    columns=("functions", "sequence", "instruction", "input", "output"),
     past=("\nFunctions:",),
 )

@@ -54,6 +54,7 @@ class Task:
         score: (example, completion) -> measures of this completion; shares are between 0 and 1. An empty or senseless
             completion has the lowest score, and never fails.
         max_new_tokens: room that an answer needs.
+        columns: that `read` looks for, optional ones included.
         combine: the measures of all completions -> those of the whole. By default the mean of each, over the completions that
             have it (F1 over a data set, for example, is not a mean of F1s).
         stop: an answer is cut where one of these texts begins.
@@ -66,6 +67,7 @@ class Task:
     read: Callable[[Mapping[str, Any], int], Example]
     score: Callable[[Example, str], dict[str, float]]
     max_new_tokens: int
+    columns: tuple[str, ...]
     combine: Callable[[Sequence[Mapping[str, float]]], dict[str, float]] = means
     stop: tuple[str, ...] = ()
     lower_is_better: frozenset[str] = frozenset()
