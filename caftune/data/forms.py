@@ -22,6 +22,11 @@ from caftune.errors import CaftuneError
 _logger = logging.getLogger(__name__)
 # Columns that accompany messages, and their values in rows without them.
 _EXTRAS: dict[str, Any] = {"tools": None, "chat_template_kwargs": {}}
+# Arguments of apply_chat_template that are no variables of a template, and that caftune gives itself.
+_RESERVED = {
+    *("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+}
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _NAMES = (
     *("prompt", "completion", "messages", "conversations", "text", "tools", "chat_template_kwargs", "system"),
@@ -282,6 +287,9 @@ def _extras(row: Mapping[str, Any]) -> dict[str, Any]:
         raise _must_be("tools", "a list of JSON schemas", tools)
     if not isinstance(options, dict):
         raise _must_be("chat_template_kwargs", "an object", options)
+    reserved = next((name for name in options if name in _RESERVED), None)
+    if reserved is not None:
+        raise _BadRow(f"chat_template_kwargs must hold variables of the chat template, got {reserved}. Remove it.")
     _refuse_non_json(found)
     return found
 
@@ -367,10 +375,11 @@ def _turn(turn: Any, name: str) -> dict[str, Any]:
     role = _SPEAKERS.get(role, role) if isinstance(role, str) else role
     if role not in _ROLES:
         raise _must_be(f"a role in {name}", f"one of {', '.join(_ROLES)}", role)
-    found = {**turn, "role": role}
+    given = {key: value for key, value in turn.items() if key == "content" or value not in (None, [])}
+    found = {**given, "role": role}  # templates take a `tool_calls` that is null or [] for a call
     if "content" in turn:
         found["content"] = _content(turn["content"], name)
-    if found.get("tool_calls") is not None:
+    if "tool_calls" in found:
         found["tool_calls"] = _calls(found["tool_calls"], name)
     if isinstance(found.get("function_call"), dict):  # OpenAI's form before there were tool_calls
         found["function_call"] = _with_arguments(found["function_call"], name)

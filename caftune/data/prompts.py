@@ -12,7 +12,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from caftune.data.boundary import adds_bos, has_second_bos, plain_text, split_prompt
-from caftune.data.template_errors import BYTE_ORDER_MARK, name_row_in_errors
+from caftune.data.template_errors import BYTE_ORDER_MARK, MARK, name_row_in_errors, raise_for_lost_message
 from caftune.errors import CaftuneError
 
 _NAMED_ROWS = 5
@@ -54,7 +54,7 @@ class Conversation:
         written = [
             i
             for i, message in enumerate(self.messages)
-            if i > first_user and message["role"] == "assistant" and not message.get("tool_calls")
+            if i > first_user and message["role"] == "assistant" and not _calls_tools(message)
         ]
         return written if roles[-1:] == ["assistant"] else [*written, len(roles)]
 
@@ -72,13 +72,26 @@ class Conversation:
 
 
 def apply_template(messages: list[dict[str, Any]], options: Mapping[str, Any], tokenizer: Any, **how: Any) -> Any:
-    """`tokenizer.apply_chat_template` with a fixed date for today, unless `options` name a date.
+    """`tokenizer.apply_chat_template` with a fixed date for today, unless `options` name a date, and with a generation prompt.
 
     transformers 5.23 does not let us pass a function to a template, so calls of `strftime_now` are replaced by their result.
+    Templates that know no `add_generation_prompt` (many of 2023) get the start of an answer that they write in training.
     """
     template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
-    marked = template.removeprefix(BYTE_ORDER_MARK)
-    return tokenizer.apply_chat_template(messages, **{**options, "chat_template": with_fixed_date(marked)}, **how)
+    options = {**options, "chat_template": with_fixed_date(template.removeprefix(BYTE_ORDER_MARK))}
+    if how.get("add_generation_prompt") and "add_generation_prompt" not in template:
+        text, start = _with_answer_start(messages, options, tokenizer)
+        if start:
+            return text + start if how.get("tokenize") is False else tokenizer(text + start, add_special_tokens=False)
+    return tokenizer.apply_chat_template(messages, **options, **how)
+
+
+def _with_answer_start(messages: list[dict[str, Any]], options: Mapping[str, Any], tokenizer: Any) -> tuple[str, str]:
+    """A rendered conversation, and what the template writes between it and an answer; "" for white space alone."""
+    answered = [*messages, {"role": "assistant", "content": MARK}]
+    text, whole = (tokenizer.apply_chat_template(talk, tokenize=False, **options) for talk in (messages, answered))
+    start, found, _ = whole.removeprefix(text).partition(MARK)
+    return text, start if found and whole.startswith(text) and start.strip() else ""
 
 
 def with_fixed_date(template: str) -> str:
@@ -106,7 +119,8 @@ def conversations(
         source: the file or hub id of the rows, for errors.
 
     Raises:
-        CaftuneError: messages, or a system message, for a tokenizer without a chat template; a `chat` that rows cannot have.
+        CaftuneError: messages, or a system message, for a tokenizer without a chat template; a `chat` that rows cannot have;
+            a message that the chat template leaves out.
     """
     if is_chat(rows):
         refuse_messages_without_template(tokenizer)
@@ -116,7 +130,9 @@ def conversations(
                 "labels.system must be used with prompts that are messages, got text. Set labels.chat=true, or remove it."
             )
         return [Conversation(text=row.get("prompt") or "") for row in rows]
-    return [_from_row(row, system, f"{source}, row {number} (from 0)") for number, row in enumerate(rows)]
+    found = [_from_row(row, system, f"{source}, row {number} (from 0)") for number, row in enumerate(rows)]
+    raise_for_lost_message(((talk.messages or [], talk.options) for talk in found), tokenizer, source)
+    return found
 
 
 def is_chat(rows: Dataset) -> bool:
@@ -203,6 +219,10 @@ def refuse_long_prompts(prompts: Mapping[int, Prompt], room: int) -> None:
             f"{len(long)} of {len(prompts)} prompts (rows {named}, from 0) are longer than the {room} tokens that "
             "labels.max_new_tokens leaves in the model's context. Lower it, or set labels.skip_long_prompts=true."
         )
+
+
+def _calls_tools(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("tool_calls") or message.get("function_call"))
 
 
 def _from_row(row: Mapping[str, Any], system: str | None, place: str) -> Conversation:

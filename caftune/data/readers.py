@@ -39,6 +39,7 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _KINDS = ".jsonl, .json, .csv (these also with .gz) or .parquet"
 _BATCH = 1000  # rows taken from Arrow at a time
 _HEAD = 1024  # bytes of a file that are looked at before it is read as text
+_ONE_A_LINE = "One object per line? Name it .jsonl."
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -207,9 +208,10 @@ def _read_list(path: Path) -> Iterator[dict[str, Any]]:
         try:
             rows = parse_json(file.read())
         except MalformedJson as error:
-            raise CaftuneError(f"{path}, line {error.line}: malformed JSON ({error}). Fix the file.") from error
+            remedy = _ONE_A_LINE if str(error) == "Extra data" else "Fix the file."
+            raise CaftuneError(f"{path}, line {error.line}: malformed JSON ({error}). {remedy}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise CaftuneError(f"{path} must hold a JSON list of objects. One object per line? Name it .jsonl.")
+        raise CaftuneError(f"{path} must hold a JSON list of objects. {_ONE_A_LINE}")
     yield from rows
 
 

@@ -1,9 +1,9 @@
-"""Problems of chat templates: errors, byte order marks, prompts that differ between training and generation."""
+"""Problems of chat templates: errors, lost messages, byte order marks, prompts that differ between training and generation."""
 
 import json
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ _logger = logging.getLogger(__name__)
 _COMPARED = 200  # rows, spread evenly
 _SHOWN = 8  # tokens shown of each text
 BYTE_ORDER_MARK = "\ufeff"
+MARK = "caftune7mark"  # a text that no template writes by itself
 _TEMPLATE = "<template>"  # the file that jinja2 names in the traceback of an error within a template
 
 
@@ -67,6 +68,41 @@ def raise_for_refused_row(rows: Dataset, tokenizer: Any, template: str | None, p
         with name_row_in_errors(f"{place}, row {number} (from 0)"):
             for messages, is_open in _written(row):
                 tokenizer.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False, **options)
+
+
+def raise_for_lost_row(rows: Dataset, tokenizer: Any, template: str | None, place: str) -> None:
+    """`raise_for_lost_message` for the rows of a data set; the arguments are those of `raise_for_refused_row`."""
+    last = ((_written(row)[-1:], {"chat_template": template, **_options(row)}) for row in rows)
+    raise_for_lost_message(((messages, options) for found, options in last for messages, _ in found), tokenizer, place)
+
+
+def raise_for_lost_message(
+    conversations: Iterable[tuple[list[dict[str, Any]], Mapping[str, Any]]], tokenizer: Any, place: str
+) -> None:
+    """Raise CaftuneError for the first message that the chat template leaves out, or whose calls of tools it leaves out.
+
+    Many templates skip without an error what they do not know: Qwen 3's the role `developer`, Llama 3's calls of tools,
+    Idefics 3's any content that is a text. A message of each kind is tried with a mark in place of its content, or of the
+    names in its calls.
+
+    Args:
+        conversations: the messages of each row, and its options of the template.
+        place: the source of the rows (a file, for example), for errors.
+    """
+    tried = set()
+    for number, (messages, options) in enumerate(conversations):
+        for index, message in enumerate(messages):
+            part, marked = _with_mark(message)
+            kind = (message.get("role"), part, index == 0)
+            if not part or kind in tried:
+                continue
+            tried.add(kind)
+            if _leaves_out([*messages[:index], marked, *messages[index + 1 :]], options, tokenizer):
+                raise CaftuneError(
+                    f"{place}, row {number} (from 0): the chat template must write the whole conversation, but leaves out "
+                    f"the {part} of message {index} (from 0), role {message.get('role')}. Change the row, or use a template "
+                    "that can write it (trainer.chat_template_path)."
+                )
 
 
 def warn_of_prompt_mismatch(rows: Dataset, tokenizer: Any, template: str | None, place: str) -> None:
@@ -131,6 +167,33 @@ def _written(row: dict[str, Any]) -> list[tuple[list[Any], bool]]:
     if isinstance(prompt, list):
         return [(prompt, True), *([(prompt + completion, False)] if isinstance(completion, list) else [])]
     return []
+
+
+def _with_mark(message: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The message with the mark in its calls of tools, or else in its content, and which of these; "" if it has neither."""
+    calls, call, content = (message.get(name) for name in ("tool_calls", "function_call", "content"))
+    if calls and isinstance(calls, list):
+        return "calls of tools", {**message, "tool_calls": [_with_marked_name(each) for each in calls]}
+    if isinstance(call, dict):
+        return "call of a function", {**message, "function_call": _with_marked_name(call)}
+    if isinstance(content, str) and content.strip():
+        return "content", {**message, "content": MARK}
+    return "", message
+
+
+def _with_marked_name(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    return {**call, "function": {**function, "name": MARK}} if isinstance(function, dict) else {**call, "name": MARK}
+
+
+def _leaves_out(messages: list[dict[str, Any]], options: Mapping[str, Any], tokenizer: Any) -> bool:
+    """Whether the template writes a conversation without its mark. One that it refuses with the mark is not judged."""
+    try:
+        return MARK not in tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:
+        if not _is_of_a_template(error):
+            raise
+        return False
 
 
 def _is_of_a_template(error: Exception) -> bool:

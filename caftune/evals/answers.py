@@ -61,10 +61,13 @@ _LISTED = re.compile(
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)|≈|\\approx")
 _THEN_EQUALS = re.compile(r"\s*(?:[A-Za-z$%*)°]+\s*){0,3}(?<![<>!])(?:=|≈|\\approx)")
 _EXPRESSION = re.compile(
-    r"\s*(?:[-+*/×÷·^<>≤≥±]|\*\*|x(?=\s?\d)|\\times|\\cdot|\\div|\\pm)\s*\(*\$?[\d(]|[²³]|\("
+    r"\s*(?:[-+*/×÷·^<>≤≥±]|\*\*|x(?=\s?\d)|\\times|\\cdot|\\div|\\pm)\s*\(*\$?[\d(]|\s?\^\s?\{|[²³]|\("
     r"|\s*[πτ√]|\s?(?![mgshlLCFWVJN]\b)[a-zA-Z](?=\s*(?:[-+.,;)$*/^]|\Z))"
     r"|\s*\\(?!text|mathrm|mbox|textbf|mathbf|quad|[,;!: ()\[\]%$\\]|[Cc]irc)"
 )
+# A formula without dollar signs: its first number is a part of it.
+_COMMAND = re.compile(r"-?\s?\\(?:[dtc]?frac|sqrt|d?binom|pi|log|ln)(?![A-Za-z])")
+_ANOTHER = re.compile(r"\s(?:or|and)\s+[-$]*[\\\d]")
 # What may stand before the number of a statement ("it is about 72"), and what makes it another one ("more than 72").
 _NEUTRAL = re.compile(
     r"(?:[\s:*_=>≈~(\[{]|\\[(\[]|\\(?:approx|text|mathbf|textbf|left|displaystyle)\b|\$(?=\s*\\?[\w({-])|[a-zA-Z]\w?\s*=(?!=)"
@@ -151,6 +154,8 @@ def stated_number(text: str, units: Collection[str] = (), *, is_loose: bool = Tr
         is_loose: the number may follow any words, if it is the only one in its sentence.
     """
     place = _end_of(_NEUTRAL, text)
+    if _COMMAND.match(text, place) and not re.search(r"\$|\\[(\[]", text[:place]):
+        return UNCLEAR if _ANOTHER.search(_clause(text, place)) else _expression(text, place, units)
     found = quantity_at(text, place, units) or quantity_at(text, max(0, place - 1), units)
     if found is not None:
         return _settled(text, found, units)
@@ -173,9 +178,14 @@ def _settled(text: str, found: Quantity, units: Collection[str]) -> str:
     if _THEN_EQUALS.match(text, found.end):
         return _side(_clause(text, found.start), units) or found.text
     if _EXPRESSION.match(text, found.end):
-        clause = _clause(text, found.start)
-        return (_side(clause, units) if _EQUALS.search(clause) else None) or _FURTHER.split(clause)[0].rstrip("* \t$")
+        return _expression(text, found.start, units)
     return UNCLEAR if _LISTED.match(text, found.end) else found.text
+
+
+def _expression(text: str, place: int, units: Collection[str]) -> str:
+    """The expression that begins at `place`, or what it equals where that is a number."""
+    clause = _clause(text, place)
+    return (_side(clause, units) if _EQUALS.search(clause) else None) or _FURTHER.split(clause)[0].rstrip("* \t$")
 
 
 def _side(clause: str, units: Collection[str]) -> str | None:
@@ -262,6 +272,8 @@ def _spelt(words: Sequence[str]) -> Fraction:
 # Final answers
 
 LONGEST_ANSWER = 1000
+_MINUS = "\u2010\u2011\u2212\ufe63\uff0d"  # hyphens and minus signs that are not ASCII's
+_PLAIN_SIGNS = str.maketrans(_MINUS + "０１２３４５６７８９．％＄＋", "-" * len(_MINUS) + "0123456789.%$+")
 TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 
 # Marks of an answer: a box, #### (and the headings that use it too), "the answer is", "Answer:".
@@ -360,7 +372,7 @@ def final_answer(completion: str, *, is_number: bool = False, units: Collection[
     >>> final_answer("The answer is 72. As 6*12 = 72, the answer is correct.", is_number=True)
     '72'
     """
-    text = _not_taken_back("\n".join(completion.replace("−", "-").splitlines()))
+    text = _not_taken_back(_with_plain_signs(completion))
     box, begin, text = _last_box(text)
     for found, kind in _candidates(text, box, begin):
         answer = _as_number(found, kind, units) if is_number else _as_anything(found, kind)
@@ -371,8 +383,13 @@ def final_answer(completion: str, *, is_number: bool = False, units: Collection[
 
 def hash_answer(solution: str, units: Collection[str] = ()) -> str:
     """The number after ####, as at the end of GSM8K's solutions, or an empty text."""
-    found = (_as_number(line[1], "hash", units) for line in _hash_lines("\n".join(solution.splitlines())))
+    found = (_as_number(line[1], "hash", units) for line in _hash_lines(_with_plain_signs(solution)))
     return next(filter(None, found), "")
+
+
+def _with_plain_signs(text: str) -> str:
+    r"""The text with \n as line end, the minus sign as a hyphen, and digits and signs of full width as those of ASCII."""
+    return "\n".join(text.translate(_PLAIN_SIGNS).splitlines())
 
 
 def tidy(answer: str) -> str:

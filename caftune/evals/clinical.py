@@ -15,7 +15,7 @@ from typing import Any
 
 from caftune.errors import CaftuneError
 from caftune.evals.requirements import required
-from caftune.evals.task import Example, Task, column
+from caftune.evals.task import Example, Task, filled_text, identity, text
 
 _MEASURES = ("rouge1", "rouge2", "rougeL")
 
@@ -103,7 +103,7 @@ def rouge(reference: str, text: str) -> dict[str, float]:
 
 def _reference(row: Mapping[str, Any], number: int, name: str) -> str:
     """The reference text, which must have a word: without one, ROUGE is 0 for every answer."""
-    reference = str(column(row, number, name))
+    reference = text(row, number, name)
     if not words(reference):
         raise CaftuneError(f"Row {number} (from 0): {name} must have a word, got {reference!r}. Remove the row.")
     return reference
@@ -116,24 +116,24 @@ def _score(example: Example, completion: str) -> dict[str, float]:
 def _read_dialogue(row: Mapping[str, Any], number: int) -> Example:
     """A conversation and the name of a section (written out if the data set's README explains it) -> that section's text."""
     _scorer()  # fails before anything is generated
-    header = str(column(row, number, "section_header")).strip()
+    header = text(row, number, "section_header").strip()
     section = _SECTIONS.get(header.upper(), header)
     prompt = (
         f'Write the section "{section}" of the clinical note that belongs to this conversation.\n\n'
-        f"Conversation:\n{str(column(row, number, 'dialogue')).strip()}\n\n{section}:\n"
+        f"Conversation:\n{filled_text(row, number, 'dialogue').strip()}\n\n{section}:\n"
     )
     reference = _reference(row, number, "section_text")
-    return Example(str(row.get("ID", number)), prompt, reference, reference)
+    return Example(identity(row, number, "ID"), prompt, reference, reference)
 
 
 def _read_note(row: Mapping[str, Any], number: int) -> Example:
     _scorer()
     prompt = (
         "Write the brief hospital course that belongs to this discharge note.\n\n"
-        f"Clinical note:\n{str(column(row, number, 'input')).strip()}\n\nBrief hospital course:\n"
+        f"Clinical note:\n{filled_text(row, number, 'input').strip()}\n\nBrief hospital course:\n"
     )
     reference = _reference(row, number, "target")
-    return Example(str(row.get("note_id", number)), prompt, reference, reference)
+    return Example(identity(row, number, "note_id"), prompt, reference, reference)
 
 
 MTS_DIALOG = Task(
@@ -142,6 +142,7 @@ MTS_DIALOG = Task(
     read=_read_dialogue,
     score=_score,
     max_new_tokens=768,  # the longest reference of the two test files has 565 words
+    columns=("section_header", "dialogue", "section_text", "ID"),
     stop=("\nConversation:", "\nDoctor:", "\nPatient:"),
 )
 """Test sets 1 (MEDIQA-Chat 2023, task A) and 2 (MEDIQA-Sum 2023); an ID is unique within its file only.
@@ -157,6 +158,7 @@ MIMIC_BHC = Task(
     read=_read_note,
     score=_score,
     max_new_tokens=1024,
+    columns=("input", "target", "note_id"),
     stop=("\nClinical note:",),
 )
 """The data need credentials at PhysioNet: the rows are invented, in the format of the published mimic-iv-bhc.csv.

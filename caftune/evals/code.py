@@ -25,7 +25,7 @@ from typing import Any
 from caftune.errors import CaftuneError
 from caftune.evals.programs import body_of, continuation_of, names_in, solution_of, with_head
 from caftune.evals.sandbox import Limits, check_sandbox, run_python
-from caftune.evals.task import Example, Task, column
+from caftune.evals.task import Example, Task, column, filled_text
 
 PERMISSION = "CAFTUNE_RUN_GENERATED_CODE"
 LIMITS = Limits(cpu_s=10, wall_s=30.0)
@@ -104,24 +104,29 @@ def _verdict(program: str | None, tests: str) -> dict[str, float]:
 
 def _read_humaneval(row: Mapping[str, Any], number: int) -> Example:
     _check_permission()  # here too, before anything is generated
-    reference = {name: column(row, number, name) for name in ("entry_point", "test")}
+    reference = {name: filled_text(row, number, name) for name in ("entry_point", "test")}
     answer = str(row.get("canonical_solution") or "")
-    return Example(str(column(row, number, "task_id")), column(row, number, "prompt"), reference, answer)
+    return Example(str(column(row, number, "task_id")), filled_text(row, number, "prompt"), reference, answer)
 
 
 def _read_mbpp(row: Mapping[str, Any], number: int) -> Example:
     """A row of the full data set, or of the sanitized one, which calls `text` `prompt` and has `test_imports`."""
     _check_permission()
-    tests = column(row, number, "test_list")
-    if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
-        raise CaftuneError(
-            f"Row {number} (from 0) must have a list of texts in test_list, got {tests!r}. Fix the file."
-        )
-    setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
-    text = column(row, number, "text", "prompt")
-    prompt = '"""\n' + "\n".join([text, *tests]) + '\n"""\n'
+    tests = _texts(column(row, number, "test_list"), number, "test_list")
+    if not tests:
+        raise CaftuneError(f"Row {number} (from 0): test_list must hold a test, got none. Remove the row.")
+    setup = [*_texts(row.get("test_imports") or [], number, "test_imports")]
+    setup += _texts([row.get("test_setup_code") or ""], number, "test_setup_code")
+    task = filled_text(row, number, "text", "prompt")
+    prompt = '"""\n' + "\n".join([task, *tests]) + '\n"""\n'
     reference = {"setup": "\n".join(setup), "tests": tests}
     return Example(str(column(row, number, "task_id")), prompt, reference, str(row.get("code") or ""))
+
+
+def _texts(found: Any, number: int, name: str) -> list[str]:
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise CaftuneError(f"Row {number} (from 0) must have a list of texts in {name}, got {found!r}. Fix the file.")
+    return found
 
 
 HUMANEVAL = Task(
@@ -130,6 +135,7 @@ HUMANEVAL = Task(
     read=_read_humaneval,
     score=_score_humaneval,
     max_new_tokens=512,
+    columns=("task_id", "prompt", "entry_point", "test", "canonical_solution"),
     past=_PAST,
 )
 
@@ -139,5 +145,6 @@ MBPP = Task(
     read=_read_mbpp,
     score=_score_mbpp,
     max_new_tokens=512,
+    columns=("task_id", "text", "prompt", "test_list", "test_imports", "test_setup_code", "code"),
     past=_PAST,
 )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from caftune.errors import CaftuneError
-from caftune.evals.task import Example, Task, text, unix_lines
+from caftune.evals.task import Example, Task, identity, text, unix_lines
 from caftune.evals.thought import without_thought
 
 
@@ -25,8 +25,7 @@ def read(row: Mapping[str, Any], number: int) -> Example:
     if not reference:
         found = "a thought alone" if completion else "white space"
         raise CaftuneError(f"Row {number} (from 0): completion must not be empty, got {found}. Remove the row.")
-    own = row.get("id")
-    return Example(str(number if own is None else own), prompt, reference, completion)
+    return Example(identity(row, number, "id"), prompt, reference, completion)
 
 
 def score(example: Example, completion: str) -> dict[str, float]:
@@ -44,4 +43,5 @@ EXACT_MATCH = Task(
     read=read,
     score=score,
     max_new_tokens=512,
+    columns=("prompt", "completion", "id"),
 )

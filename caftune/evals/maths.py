@@ -15,6 +15,7 @@ called an answer, and of several it takes one that it can read.
 
 import contextlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -25,7 +26,7 @@ from typing import Any
 
 from caftune.errors import CaftuneError
 from caftune.evals.answers import LONGEST_ANSWER, SCALES, TEXT, UNCLEAR, final_answer, hash_answer, tidy, value_of
-from caftune.evals.task import Example, Task, column
+from caftune.evals.task import Example, Task, column, filled_text, identity, text
 
 TIMEOUT_S = 5
 MEMORY_BYTES = 4 * 2**30
@@ -174,7 +175,7 @@ def _score(example: Example, completion: str) -> dict[str, float]:
 
 def _read_gsm8k(row: Mapping[str, Any], number: int) -> Example:
     _JUDGE.require()  # fails before anything is generated
-    solution = str(column(row, number, "answer"))
+    solution = text(row, number, "answer")
     reference = hash_answer(solution)
     if not reference:
         raise CaftuneError(
@@ -182,7 +183,7 @@ def _read_gsm8k(row: Mapping[str, Any], number: int) -> Example:
         )
     prompt = (
         "Solve the problem step by step. Write the number that is asked for on a last line of its own, after ####.\n\n"
-        f"Question: {str(column(row, number, 'question')).strip()}\nAnswer:"
+        f"Question: {filled_text(row, number, 'question').strip()}\nAnswer:"
     )
     return Example(str(number), prompt, reference, solution)
 
@@ -191,10 +192,12 @@ def _read_math(row: Mapping[str, Any], number: int) -> Example:
     _JUDGE.require()
     prompt = (
         "Solve the problem step by step. Write the final answer in \\boxed{}.\n\n"
-        f"Problem:\n{str(column(row, number, 'problem')).strip()}\n\nSolution:"
+        f"Problem:\n{filled_text(row, number, 'problem').strip()}\n\nSolution:"
     )
-    reference, solution = str(column(row, number, "answer")), str(row.get("solution") or "")
-    return Example(str(row.get("unique_id", number)), prompt, reference, solution)
+    answer = column(row, number, "answer")
+    is_number = type(answer) in (int, float) and math.isfinite(answer)
+    reference = str(answer) if is_number else filled_text(row, number, "answer")
+    return Example(identity(row, number, "unique_id"), prompt, reference, str(row.get("solution") or ""))
 
 
 GSM8K = Task(
@@ -203,6 +206,7 @@ GSM8K = Task(
     read=_read_gsm8k,
     score=_score,
     max_new_tokens=512,
+    columns=("question", "answer"),
     stop=("\nQuestion:", "\nProblem:", *_NEXT),
     lower_is_better=frozenset({"unjudged"}),
 )
@@ -216,6 +220,7 @@ MATH500 = Task(
     read=_read_math,
     score=_score,
     max_new_tokens=2048,
+    columns=("problem", "answer", "solution", "unique_id"),
     stop=("\nProblem:", "\nQuestion:", *_NEXT),
     lower_is_better=frozenset({"unjudged"}),
 )

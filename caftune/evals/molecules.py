@@ -20,7 +20,7 @@ from typing import Any
 from caftune.errors import CaftuneError
 from caftune.evals.reading import TAG, code_blocks, plain
 from caftune.evals.requirements import required
-from caftune.evals.task import Example, Task, means, text
+from caftune.evals.task import Example, Task, filled_text, means, text
 
 LONGEST = 4000  # characters; a longer SMILES counts as invalid, so that no answer can hold up the evaluation
 ORDERS = (1, 2, 3, 4)  # of BLEU's n-grams
@@ -201,7 +201,8 @@ def read(row: Mapping[str, Any], number: int) -> Example:
     _edits()  # fails before anything is generated
     prompt = text(row, number, "prompt", "description", "caption")
     if row.get("prompt") is None:
-        prompt = f"Write the SMILES of the molecule that is described.\n\nDescription: {prompt.strip()}\nSMILES:"
+        described = filled_text(row, number, "description", "caption").strip()
+        prompt = f"Write the SMILES of the molecule that is described.\n\nDescription: {described}\nSMILES:"
     smiles = text(row, number, "smiles", "molecule").strip()
     if molecule_of(smiles) is None:
         raise CaftuneError(
@@ -344,6 +345,7 @@ MOLECULES = Task(
     score=score,
     combine=combine,
     max_new_tokens=512,
+    columns=("prompt", "description", "caption", "smiles", "molecule"),
     past=("\nDescription:",),
     lower_is_better=frozenset({"levenshtein"}),
 )

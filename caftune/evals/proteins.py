@@ -17,7 +17,7 @@ from typing import Any
 from caftune.errors import CaftuneError
 from caftune.evals.reading import TAG, code_blocks, plain
 from caftune.evals.requirements import required
-from caftune.evals.task import Example, Task, column
+from caftune.evals.task import Example, Task, filled_text, text
 
 RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWYUOX")  # the 22 amino acids of the genetic code, and X for an unknown one
 ALIGNABLE = frozenset("ACDEFGHIKLMNPQRSTVWYBZX")  # BLOSUM62's letters; every other is aligned as X
@@ -149,19 +149,29 @@ def read(row: Mapping[str, Any], number: int) -> Example:
     """
     _aligner()
     if row.get("functions") is not None:
-        named = [row["functions"]] if isinstance(row["functions"], str) else row["functions"]  # a CSV holds one text
-        functions = "".join(f"- {function}\n" for function in named)
+        functions = "".join(f"- {function}\n" for function in _functions(row["functions"], number))
         prompt = f"Design a protein that has these molecular functions.\n\nFunctions:\n{functions}Sequence:"
-        source = column(row, number, "sequence")
+        source = text(row, number, "sequence")
     else:
-        prompt = f"{column(row, number, 'functions', 'instruction')}\n{row.get('input') or ''}".strip()
-        source = column(row, number, "output")
+        more = text(row, number, "input") if row.get("input") is not None else ""
+        prompt = f"{filled_text(row, number, 'functions', 'instruction')}\n{more}".strip()
+        source = text(row, number, "output")
     sequence = sequence_of(source)
     if not sequence:
         raise CaftuneError(
             f"Row {number} (from 0) must have a sequence of amino acids in capital letters, got {source!r}. Remove the row."
         )
     return Example(str(number), prompt, sequence, sequence)
+
+
+def _functions(given: Any, number: int) -> list[str]:
+    """The functions of a row: a list of texts, or in a CSV one text."""
+    functions = [given] if isinstance(given, str) else given
+    if isinstance(functions, list) and functions and all(isinstance(each, str) and each.strip() for each in functions):
+        return functions
+    raise CaftuneError(
+        f"Row {number} (from 0): functions must be a list of texts, got {given!r}. Fix or remove the row."
+    )
 
 
 def score(example: Example, completion: str) -> dict[str, float]:
@@ -221,5 +231,6 @@ PROTEINS = Task(
     read=read,
     score=score,
     max_new_tokens=1024,
+    columns=("functions", "sequence", "instruction", "input", "output"),
     past=("\nFunctions:",),
 )

@@ -48,6 +48,7 @@ class Task:
     # the lowest score, and never fails.
     score: Callable[[Example, str], dict[str, float]]
     max_new_tokens: int  # room that an answer needs
+    columns: tuple[str, ...]  # that `read` looks for, optional ones included
     # The measures of all completions -> those of the whole. By default the mean of each, over the completions that have it (F1
     # over a data set, for example, is not a mean of F1s).
     combine: Callable[[Sequence[Mapping[str, float]]], dict[str, float]] = means
@@ -103,6 +104,26 @@ def text(row: Mapping[str, Any], number: int, *names: str) -> str:
             f"Row {number} (from 0): {' or '.join(names)} must be a text, got {type(found).__name__}. Write it as one text."
         )
     return found
+
+
+def filled_text(row: Mapping[str, Any], number: int, *names: str) -> str:
+    """The first of these columns that a row has, which must hold a text with more than white space.
+
+    Raises:
+        CaftuneError: it has none of them, or it is not such a text.
+    """
+    found = text(row, number, *names)
+    if not found.strip():
+        raise CaftuneError(
+            f"Row {number} (from 0): {' or '.join(names)} must not be empty, got {found!r}. Remove the row."
+        )
+    return found
+
+
+def identity(row: Mapping[str, Any], number: int, name: str) -> str:
+    """What the row has in the column `name`, or else its number."""
+    own = row.get(name)
+    return str(number if own is None else own)
 
 
 def until_stop(completion: str, stop: Sequence[str]) -> str:

@@ -237,11 +237,22 @@ def read_tasks(section: EvalSection) -> list[tuple[Task | HarnessTask, list[Exam
                 f"eval.structures needs the task {PROTEINS.name} in eval.tasks. Add it, or remove structures."
             )
         check_structures(section.structures)
+    _refuse_unknown_columns(section.columns)
     load_scipy()
     found: dict[str, tuple[Task | HarnessTask, list[Example]]] = {}
     found |= {task: (TASKS[task], _examples(section, TASKS[task])) for task in section.tasks if task in TASKS}
     found |= {name: (task, []) for name, task in read_harness_tasks(section).items()}
     return [found[name] for name in dict.fromkeys(section.tasks)]
+
+
+def _refuse_unknown_columns(columns: Mapping[str, str]) -> None:
+    """Refuse a name that no task looks for: the column would be ignored, and a task's own prompt used, for example."""
+    known = sorted({"prompt", *(name for task in TASKS.values() for name in task.columns)})
+    unknown = next((name for name in columns if name not in known), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, known, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
+        raise CaftuneError(f"eval.columns.{unknown} is no column of a task. {hint}")
 
 
 def _model_of(section: EvalSection, base: BaseModel, folder: RunFolder) -> str:
@@ -285,6 +296,15 @@ def _examples(section: EvalSection, task: Task) -> list[Example]:
         )
     refuse_unnamed_split(source, f"eval.data.{task.name}")
     rows = read_rows(source, section.limit)
+    missing = [
+        theirs
+        for ours, theirs in section.columns.items()
+        if ours in ("prompt", *task.columns) and not any(theirs in row for row in rows)
+    ]
+    if missing:
+        raise CaftuneError(
+            f"{source}: no row has the column {missing[0]!r}. Fix the file, or name another in eval.columns."
+        )
     named = [{**row, **{ours: row.get(theirs) for ours, theirs in section.columns.items()}} for row in rows]
     try:
         examples = [task.read(row, number) for number, row in enumerate(named)]

@@ -23,6 +23,7 @@ from caftune.core.objective import IGNORED
 from caftune.data.boundary import PairTokens, has_second_bos, tokenize_pairs, without_second_bos
 from caftune.data.prompts import fix_dates, is_chat, with_fixed_date
 from caftune.data.template_errors import (
+    raise_for_lost_row,
     raise_for_refused_row,
     remove_byte_order_mark,
     template_in,
@@ -67,7 +68,7 @@ def prepare(dataset: Dataset, tokenizer: Any, args: CAFTConfig, *, name: str, so
 
     Raises:
         CaftuneError: no row with a token to train on, options that do not fit the tokenizer, a row that the chat template
-            refuses, or one whose prompt and completion cannot be tokenized separately.
+            refuses or leaves out in part, or one whose prompt and completion cannot be tokenized separately.
     """
     refuse_missing_parts(dataset, args, name=name)
     refuse_other_values(args)
@@ -116,6 +117,8 @@ def _tokenized(
     except Exception:  # name the row, if the template refuses one; else raise the error unchanged
         raise_for_refused_row(dataset, tokenizer, template, source)
         raise
+    if is_chat(dataset):
+        raise_for_lost_row(dataset, tokenizer, template, source)
     return rows.remove_columns([column for column in rows.column_names if column == "completion_mask"])
 
 

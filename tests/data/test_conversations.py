@@ -14,7 +14,11 @@ from caftune.generation.answers import AnswerCache, generate_labels
 from caftune.generation.backends import Answer, Sampling
 from caftune.generation.labels import label_dataset
 
-TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+CALLS = (
+    "{% for c in m.tool_calls or [] %}({{ c.function.name }}){% endfor %}"
+    "{% if m.function_call %}({{ m.function_call.name }}){% endif %}"
+)
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}" + CALLS + "{% endfor %}"
 TEMPLATE = TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
 
@@ -92,17 +96,45 @@ def test_later_turns_without_room_are_dropped_and_counted(tokenizer, tmp_path):
     assert found.dropped_turns == 1
 
 
+def test_a_template_without_a_generation_prompt_gets_the_start_of_an_answer_that_it_writes_in_training(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = TURNS
+    asked = talks_of(bare, TALK)[0].prompt(1, ["NN"], bare)
+    trained = bare.apply_chat_template([*TALK[:1], say("assistant", "NN"), *TALK[2:]], return_dict=True)["input_ids"]
+    assert bare.decode(asked.ids) == "<user>C<assistant>NN<user>N<assistant>"
+    assert trained[: len(asked.ids)] == asked.ids
+    as_text = apply_template(TALK[:1], {}, bare, add_generation_prompt=True, tokenize=False)
+    assert as_text == "<user>C<assistant>"
+
+
+@pytest.mark.parametrize("start", ["", " "])
+def test_a_template_whose_answers_have_no_start_is_not_changed(start, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    answer = "{{ '" + start + "' + m.content }}"
+    bare.chat_template = "{% for m in messages %}{% if m.role == 'user' %}({{ m.content }}){% else %}" + answer
+    bare.chat_template += "{% endif %}{% endfor %}"
+    assert apply_template(TALK[:1], {}, bare, add_generation_prompt=True, tokenize=False) == "(C)"
+
+
 def test_a_finished_conversation_asks_nothing_again(tokenizer, tmp_path):
     first = labelled(tokenizer, talks_of(tokenizer, TALK), tmp_path, shout(tokenizer))
     again = labelled(tokenizer, talks_of(tokenizer, TALK), tmp_path, lambda _: pytest.fail("asked"))
     assert (first.queried, again.queried, again.labels) == (2, 0, first.labels)
 
 
-def test_turns_that_call_tools_stay_as_they_are(tokenizer):
-    call = say("assistant", "calls", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])
+@pytest.mark.parametrize(
+    "calls",
+    [
+        {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]},
+        {"function_call": {"name": "f", "arguments": {}}},
+    ],
+    ids=lambda calls: next(iter(calls)),
+)
+def test_turns_that_call_tools_stay_as_they_are(calls, tokenizer):
+    call = say("assistant", "calls", **calls)
     talk = talks_of(tokenizer, [say("user", "C"), call, say("tool", "7"), say("assistant", "old")])[0]
     assert talk.turns == [3]
-    assert tokenizer.decode(talk.prompt(0, [], tokenizer).ids) == "<user>C<assistant>calls<tool>7<assistant>"
+    assert tokenizer.decode(talk.prompt(0, [], tokenizer).ids) == "<user>C<assistant>calls(f)<tool>7<assistant>"
 
 
 def test_what_the_assistant_says_before_the_user_stays(tokenizer):
@@ -143,7 +175,7 @@ def test_tools_and_conversational_prompts_are_rendered_as_in_training(tokenizer)
         ("llama3_2", {}, "26 Jul 2024"),
         ("llama3_2", {"date_string": "1 Jan 2025"}, "1 Jan 2025"),
         ("gptoss", {}, "2024-07-26"),
-        ("llama3_2", {"chat_template": "{{ strftime_now('%Y') }}"}, "2024"),
+        ("llama3_2", {"chat_template": "{{ strftime_now('%Y') + messages[0].content }}"}, "2024"),
     ],
 )
 def test_a_template_that_writes_the_day_asks_the_same_every_day(tokenizer, family, options, day):

@@ -43,6 +43,14 @@ def test_a_line_that_would_lose_something_or_cannot_be_read_is_named(line, reaso
         read_rows(str(tmp_path / "rows.json"))
 
 
+def test_one_object_per_line_in_a_json_file_is_named_as_such(tmp_path):
+    (tmp_path / "rows.json").write_text('{"text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(
+        CaftuneError, match=r"rows\.json, line 2: malformed JSON .* One object per line\? Name it \.jsonl"
+    ):
+        load_rows(str(tmp_path / "rows.json"))
+
+
 @pytest.mark.parametrize(
     "text",
     [

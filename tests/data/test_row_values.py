@@ -230,6 +230,11 @@ def test_an_assistant_that_says_nothing_and_calls_nothing_is_refused(more, tmp_p
     refused(tmp_path, {"messages": [said("assistant", None, **more)]}, "content in messages must be text, got None")
 
 
+def test_calls_that_are_null_or_an_empty_list_are_no_calls(tmp_path):
+    turns = [said("user", "a", name=None), said("assistant", "b", tool_calls=[], function_call=None)]
+    assert read(tmp_path, {"messages": turns})["messages"] == [said("user", "a"), said("assistant", "b")]
+
+
 def test_sharegpt_calls_and_what_came_back_become_messages(tmp_path):
     turns = [
         {"from": "human", "value": "2+3?"},
@@ -314,3 +319,9 @@ def test_a_limit_of_no_rows_is_refused_rather_than_taken_for_none(limit, tmp_pat
     )
     with pytest.raises(CaftuneError, match=f"limit must be at least 1, got {limit}"):
         next(preview_rows(recipe, limit))
+
+
+@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "max_length"])
+def test_arguments_of_the_rendering_are_no_variables_of_a_template(name, tmp_path):
+    row = {"messages": [said("user", "a")], "chat_template_kwargs": {"thinking": False, name: 1}}
+    refused(tmp_path, row, f"chat_template_kwargs must hold variables of the chat template, got {name}")

@@ -1,6 +1,7 @@
 """What a chat template refuses is one sentence with file and row; a byte order mark is no part of a template."""
 
 import json
+from importlib import resources
 
 import pytest
 from datasets import Dataset
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
 
 from caftune import CAFTTrainer
+from caftune.data.forms import load_rows
 from caftune.data.prompts import apply_template, conversations
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
@@ -154,3 +156,55 @@ def test_generate_names_the_row_of_its_file(base, tmp_path):
     file = write(tmp_path, {"messages": [ASKED]}, {"messages": [ASKED, ASKED]})
     with pytest.raises(CaftuneError, match=r"rows\.jsonl, row 1 \(from 0\): the chat template refuses"):
         writer.prompts(["C"], file)
+
+
+# Messages that a template leaves out
+
+LLAMA_3, QWEN_3 = (
+    (resources.files("trl") / "chat_templates" / f"{name}.jinja").read_text() for name in ("llama3", "qwen3")
+)
+PARTS = "{% for m in messages %}{{ '<' + m.role + '>' }}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+LOST = {
+    "a role that it does not know": (
+        QWEN_3,
+        [said("developer", "S"), ASKED, ANSWERED],
+        "content of message 0 .*developer",
+    ),
+    "calls of tools": (LLAMA_3, [ASKED, said("assistant", "", **CALLED)], "calls of tools of message 1 .*assistant"),
+    "calls without a content": (LLAMA_3, [ASKED, said("assistant", None, **CALLED)], "calls of tools of message 1"),
+    "a call of a function": (QWEN_3, [ASKED, said("assistant", "", function_call={"name": "f"})], "call of a function"),
+    "contents that are no parts": (PARTS, [ASKED, ANSWERED], "content of message 0 .*user"),
+}
+
+
+def tokenizer_with(template):
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_message_that_the_template_leaves_out_is_refused_by_its_row(name, tmp_path):
+    template, turns, what = LOST[name]
+    tokenizer, args = tokenizer_with(template), config(tmp_path, aux_weight=0.0)
+    message = rf"rows\.jsonl, row 1 \(from 0\): the chat template must write .* leaves out the {what}"
+    good = [ASKED, ANSWERED] if template is not PARTS else [said("user", ""), said("assistant", "")]
+    rows = load_rows(write(tmp_path, {"messages": good}, {"messages": turns}))
+    with pytest.raises(CaftuneError, match=message):
+        prepare(rows, tokenizer, args, name="train", source="rows.jsonl")
+    with pytest.raises(CaftuneError, match=message):
+        conversations(rows, tokenizer, source="rows.jsonl")
+
+
+def test_a_system_message_for_the_labels_that_the_template_leaves_out_is_refused():
+    template = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(CaftuneError, match="leaves out the content of message 0 .* role system"):
+        conversations(Dataset.from_list([{"prompt": [ASKED]}]), tokenizer_with(template), system="Be brief.")
+
+
+def test_thoughts_and_switches_that_a_template_removes_are_not_missed(tmp_path):
+    thought = said("assistant", "<think>\nC\n</think>\n\nCC")
+    turns = [said("system", " /no_think\n"), ASKED, thought, ASKED, thought]
+    template = QWEN_3.replace("messages[0].content", "messages[0].content.replace('/no_think', '')")
+    rows = Dataset.from_list([{"messages": turns}])
+    assert len(prepare(rows, tokenizer_with(template), config(tmp_path, aux_weight=0.0), name="train").rows) == 1

@@ -12,6 +12,13 @@ from caftune.evals.task import Example, until_stop
 
 # (reference, what a model wrote)
 GSM8K_RIGHT = [
+    ("72", r"#### \frac{144}{2}"),
+    ("72", r"#### \frac{144}{2} = 72 clips"),
+    ("2", r"The answer is \sqrt{4}."),
+    ("100", "#### 10^{2}"),
+    ("-5", "#### \u20115"),
+    ("-5", "#### \uff0d\uff15"),
+    ("72.5", "#### \uff17\uff12\uff0e\uff15"),
     ("72", "The answer is 72\n\nQ: What is 2 + 2?\nA: The answer is 4"),
     ("72", "The answer is 72.\n\nHuman: What is 2 + 2?\n\nAssistant: The answer is 4."),
     ("72", "1. 6 * 12 = 72\n2. So the result is 72.\n3. Done"),
@@ -202,6 +209,14 @@ GSM8K_RIGHT = [
 ]
 
 GSM8K_WRONG = [
+    ("2", r"#### \frac{1}{2}"),
+    ("2", r"The answer is \frac{1}{2}."),
+    ("4", r"#### \sqrt{4}"),
+    ("10", "#### 10^{2}"),
+    ("5", "#### \u20115"),
+    ("5", "#### \uff0d\uff15"),
+    ("0.5", r"The answer is \frac{1}{2} or \frac{1}{3}."),
+    ("72", "The answer is 72\u201174."),
     ("72", "The answer is 72, and 73."),
     ("72", "The answer is 72, or 73 if it rains."),
     ("72", "The answer, thus, is 73 and not 72."),
@@ -319,6 +334,8 @@ GSM8K_WRONG = [
 ]
 
 MATH_RIGHT = [
+    (r"\frac{1}{2}", r"#### \dfrac{1}{2}"),
+    (r"\sqrt{2}", r"#### \sqrt{2}, since it is the diagonal."),
     (r"\frac{9}{5}", "<answer>9/5</answer>"),
     (r"\frac{9}{5}", r"<think>9, 5</think> <answer> $\frac{9}{5}$ </answer>"),
     (r"\frac{\pi}{2}", r"\boxed{pi/2}"),
@@ -437,6 +454,7 @@ MATH_RIGHT = [
 ]
 
 MATH_WRONG = [
+    ("2", r"#### \dfrac{1}{2}"),
     ("23", r"\boxed{2 3}"),
     ("5", "The answer is not $5$."),
     ("5", "The answer isn't $5$, and never $5$."),

@@ -346,3 +346,32 @@ def test_tests_of_a_csv_are_refused():
     row = {"task_id": 1, "text": "Add.", "test_list": "['assert add(1, 2) == 3']"}
     with pytest.raises(CaftuneError, match=r"Row 7 \(from 0\) must have a list of texts in test_list"):
         MBPP.read(row, 7)
+
+
+HUMANEVAL_ROW = {
+    "task_id": "t",
+    "prompt": "def add(a, b):\n",
+    "entry_point": "add",
+    "test": "def check(f): assert f(1, 2) == 3",
+}
+MBPP_ROW = {"task_id": 1, "text": "Add.", "test_list": ["assert add(1, 2) == 3"]}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        (HUMANEVAL, HUMANEVAL_ROW | {"prompt": ["def add(a, b):"]}, "prompt must be a text, got list"),
+        (HUMANEVAL, HUMANEVAL_ROW | {"entry_point": " "}, "entry_point must not be empty"),
+        (MBPP, MBPP_ROW | {"text": float("nan")}, "text or prompt must be a text, got float"),
+        (MBPP, MBPP_ROW | {"test_list": []}, "test_list must hold a test, got none"),
+        (
+            MBPP,
+            MBPP_ROW | {"test_imports": "import math"},
+            "must have a list of texts in test_imports, got 'import math'",
+        ),
+        (MBPP, MBPP_ROW | {"test_setup_code": ["x = 1"]}, "test_setup_code"),
+    ],
+)
+def test_a_row_of_other_types_is_refused_instead_of_becoming_tests_that_nothing_can_pass(task, row, message):
+    with pytest.raises(CaftuneError, match=rf"Row 7 \(from 0\).*{message}"):
+        task.read(row, 7)

@@ -400,3 +400,10 @@ def test_without_math_verify_the_remedy_is_told_when_a_row_is_read(tmp_path, mon
     for task in TASKS:
         with pytest.raises(CaftuneError, match=r"antlr4 is not here\). Install it: pip install 'caftune\[eval\]'"):
             task.read(task.rows[0], 0)
+
+
+def test_the_sign_of_a_reference_counts_in_any_writing():
+    answers = [
+        GSM8K.read({"question": "a", "answer": f"#### {minus}5"}, 0).reference for minus in "-\u2212\u2011\uff0d"
+    ]
+    assert answers == ["-5"] * 4

@@ -18,6 +18,7 @@ from caftune.compare import runner as compare
 from caftune.demo.chemistry import completion, molecules, prompt
 from caftune.demo.run import BASE
 from caftune.errors import CaftuneError
+from caftune.evals import code
 from caftune.evals.proteins import sequence_of
 from caftune.evals.task import means, until_stop
 from caftune.evals.tasks import TASKS
@@ -422,7 +423,9 @@ def test_without_one_nothing_is_folded(proteins, monkeypatch):
             CaftuneError,
             "run/model is missing. Run `caftune train` first, or name a model in eval.model",
         ),
-        ({"columns": {"smiles": "nothing"}}, CaftuneError, r"rows\.jsonl: .*eval\.columns"),
+        ({"columns": {"smiles": "nothing"}}, CaftuneError, r"rows\.jsonl: .*'nothing'.*eval\.columns"),
+        ({"columns": {"prompt": "nothing"}}, CaftuneError, r"rows\.jsonl: .*'nothing'.*eval\.columns"),
+        ({"columns": {"promt": "description"}}, CaftuneError, r"eval\.columns\.promt is .* Did you mean prompt\?"),
         ({"chat": True}, CaftuneError, r"eval\.chat must not be true for .*, which has no chat template\. Remove it"),
         ({"max_new_tokens": 250}, CaftuneError, "prompts of molecules .* leave no room for 250 tokens"),
     ],
@@ -439,6 +442,33 @@ def test_an_adapter_alone_is_refused_with_how_to_make_it_a_model(values):
     (model / "adapter_config.json").write_text("{}")
     with pytest.raises(CaftuneError, match=r"an adapter alone\. Run `caftune export` with model\.lora\.merge=true"):
         evaluated(values, model=None)
+
+
+class Watched(dict):
+    """A row that records the columns that are looked for."""
+
+    def __init__(self, row):
+        super().__init__(row)
+        self.wanted = set()
+
+    def get(self, name, default=None):
+        self.wanted.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name):
+        self.wanted.add(name)
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_names_the_columns_that_it_looks_for(name, monkeypatch):
+    monkeypatch.setattr(code, "_check_permission", lambda: None)
+    rows = [Watched(row) for row in TASKS[name].rows]
+    for number, row in enumerate(rows):
+        TASKS[name].read(row, number)
+    wanted = set.union(*(row.wanted for row in rows))
+    assert wanted <= set(TASKS[name].columns)
+    assert {column for row in rows for column in row} & set(TASKS[name].columns) <= wanted
 
 
 def test_every_task_has_rows_of_its_own_and_takes_any_completion():
