@@ -60,7 +60,7 @@ from caftune.training.trained_heads import (
 
 _logger = logging.getLogger(__name__)
 _DIVERGED = "The training diverged: train again with a lower learning_rate, or export an earlier checkpoint."
-_TARGETS_DEPEND_ON = ("labels", "position_ids", "attention_mask")  # of a batch
+_TARGETS_DEPEND_ON = ("labels", "position_ids", "attention_mask", "seq_idx", "cu_seq_lens_q")  # of a batch
 _Trainer: type = Trainer if TYPE_CHECKING else object
 
 
@@ -72,11 +72,11 @@ class CAFTMixin(_Trainer):
         @dataclass
         class OwnArguments(CAFTOptions, TrainingArguments): ...
 
-    Batches need `labels` as transformers' models take them: one for each token, -100 where none is trained on; packed documents
-    need `position_ids`. L_1 is what `compute_loss` of the classes after the mixin returns, whose first forward pass also runs
-    the heads. A class before the mixin may change the batch and the result, and calls `super().compute_loss`. Checkpoints and
-    `save_model` are ordinary ones without heads (stage 1: the heads only); `export` writes the finished model with the base's
-    keys.
+    Batches need `labels` as transformers' models take them: one for each token, -100 where none is trained on. Packed documents
+    need marks: `position_ids`, `seq_idx`, `cu_seq_lens_q` or an attention mask. L_1 is what `compute_loss` of the classes after
+    the mixin returns, whose first forward pass also runs the heads. A class before the mixin may change the batch and the
+    result, and calls `super().compute_loss`. Checkpoints and `save_model` are ordinary ones without heads (stage 1: the heads
+    only); `export` writes the finished model with the base's keys.
 
     Raises:
         CaftuneError: heads of another model, options that do not work with heads; in the first step, batches without labels
