@@ -172,6 +172,12 @@ def test_untying_the_embeddings_is_refused(tmp_path):
         trainer(tmp_path / "out", heads=folder, peft_config=peft_config)
 
 
+def test_adapted_rows_of_tied_embeddings_are_refused(tmp_path):
+    folder = heads_of(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "heads")
+    with pytest.raises(CaftuneError, match=r"leave the unembedding unadapted .* out of trainable_token_indices"):
+        trainer(tmp_path / "out", heads=folder, peft_config=LoraConfig(trainable_token_indices=[5, 6]))
+
+
 def test_adapters_in_stage_one_are_refused(tmp_path):
     with pytest.raises(ValueError, match="peft_config must be None in stage 1"):
         trainer(tmp_path, pretrain_heads=True, peft_config=LoraConfig())
