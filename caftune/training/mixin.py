@@ -54,6 +54,7 @@ from caftune.training.trained_heads import (
     make_trainable,
     merged_state,
     refuse_optimizer_without,
+    refuse_other_heads,
     save_adapter,
     training_record,
 )
@@ -502,8 +503,10 @@ class CAFTMixin(_Trainer):
             self._load_trained_heads(Path(str(self.state.best_model_checkpoint)))
 
     def _load_trained_heads(self, checkpoint: Path) -> None:
+        folder = checkpoint if self.args.pretrain_heads else checkpoint / "heads"
+        if self.heads is not None:
+            refuse_other_heads(self.heads, folder, are_trained=self.args.trains_heads)
         if self.args.trains_heads:
-            folder = checkpoint if self.args.pretrain_heads else checkpoint / "heads"
             load_state(self.heads, folder, read_heads(folder))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

@@ -178,6 +178,31 @@ def test_adapted_rows_of_tied_embeddings_are_refused(tmp_path):
         trainer(tmp_path / "out", heads=folder, peft_config=LoraConfig(trainable_token_indices=[5, 6]))
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (
+            {"train_heads": False},
+            {},
+            r"\(2 heads trained in full\), got none\. Resume with the earlier train_heads",
+        ),
+        ({}, {"train_heads": False}, r"\(none\), got 2 heads trained in full"),
+        ({}, {"heads_lora_rank": 2}, r"\(2 heads trained by a LoRA of rank 2\), got 2 heads trained in full"),
+        (
+            {"heads_lora_rank": 2},
+            {"heads_lora_rank": 3},
+            r"\(2 heads trained by a LoRA of rank 3\), got 2 heads trained by a LoRA of rank 2",
+        ),
+    ],
+)
+def test_a_run_does_not_resume_where_heads_were_trained_in_another_way(tmp_path, before, now, message):
+    heads = heads_of(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "heads")
+    options = {"heads": heads, "max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    trainer(tmp_path / "run", **options, **before).train()
+    with pytest.raises(CaftuneError, match=f"must hold heads as this run trains them {message}"):
+        trainer(tmp_path / "again", **options, **now).train(str(tmp_path / "run" / "checkpoint-1"))
+
+
 def test_adapters_in_stage_one_are_refused(tmp_path):
     with pytest.raises(ValueError, match="peft_config must be None in stage 1"):
         trainer(tmp_path, pretrain_heads=True, peft_config=LoraConfig())
