@@ -49,6 +49,14 @@ def heads_of(model, folder, kind="decoder"):
             "packing_strategy must be 'bfd' or 'bfd_split'",
         ),
         ({"pretrain_heads": True, "label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0 in stage 1"),
+        (
+            {"pretrain_heads": True, "loss_type": "dft"},
+            "loss_type must be nll in stage 1 .* got dft: it changes the model",
+        ),
+        (
+            {"pretrain_heads": True, "neftune_noise_alpha": 5.0},
+            "neftune_noise_alpha must be None in stage 1 .* adds noise",
+        ),
     ],
 )
 def test_bad_options_are_refused_where_the_config_is_built(options, message, tmp_path):
