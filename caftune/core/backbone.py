@@ -48,8 +48,9 @@ class Backbone:
         """Find the parts of `model` and check them on eight tokens.
 
         Raises:
-            UnsupportedModelError: no output embeddings, logits that cannot be rebuilt, or a model that is not causal.
+            UnsupportedModelError: no output embeddings, logits that cannot be rebuilt, or a model compiled or not causal.
         """
+        _refuse_compiled(model)
         name = type(model).__name__
         if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
             raise UnsupportedModelError(f"{name} has no output embeddings. caftune needs a causal language model.")
@@ -311,6 +312,18 @@ def _as_flash_attention_needs(model: Any) -> Iterator[None]:
 
 def _runs(model: Any) -> bool:
     return try_call(lambda: model(input_ids=probe(model), use_cache=False)) is not None
+
+
+def _refuse_compiled(model: Any) -> None:
+    """Refuse torch.compile around the layers: compiled code does not run the hooks that capture the last layer's call."""
+    plain = getattr(model, "_orig_mod", model)
+    decoder = plain.get_decoder() if hasattr(plain, "get_decoder") else None
+    parts = (plain, getattr(plain, "base_model", None), decoder)
+    if plain is not model or any(getattr(part, "_compiled_call_impl", None) is not None for part in parts):
+        raise UnsupportedModelError(
+            f"{type(plain).__name__} must not be compiled before it gets heads, which read its last layer's call. Give it "
+            "without torch.compile; torch_compile=True in the trainer's arguments compiles it with its heads."
+        )
 
 
 def _refuse_rescaling(model: Any) -> None:

@@ -66,28 +66,53 @@ def horizon_targets(
     *,
     position_ids: Int[Tensor, "#batch tokens"] | None = None,
     attention_mask: Tensor | None = None,
+    documents: Int[Tensor, "#batch tokens"] | None = None,
 ) -> Int[Tensor, "batch tokens"]:
     """The target of each position at `horizon`: targets[t] = labels[t + horizon], or -100 where there is none.
 
     There is none past the end of the row, where the label is -100, and where t and t + horizon are in different documents.
-    Position ids start at 0 in each document, so token t + horizon is in t's document exactly where its position id is at
-    least `horizon`. Padding (attention_mask 0) belongs to no document.
+    Position ids count the tokens of a document, so token t + horizon is in t's document exactly where its position id is
+    greater by `horizon`. Padding (attention_mask 0) belongs to no document.
 
         two packed documents, horizon 2
         labels        a  b  c  d  x  y  z
         position_ids  0  1  2  3  0  1  2
         targets       c  d  -  -  z  -  -
+
+    Args:
+        attention_mask: [batch, tokens], which may number the documents (1 1 1 1 2 2 2), or [batch, heads, tokens, tokens],
+            where a token attends to those of its own document.
+        documents: a number for each document.
     """
     targets = torch.full_like(labels, IGNORED)
     if horizon >= labels.shape[1]:
         return targets
-    targets[:, :-horizon] = labels[:, horizon:]
+    found = targets[:, :-horizon]
+    found.copy_(labels[:, horizon:])
     if position_ids is not None:
-        targets[:, :-horizon].masked_fill_(position_ids[:, horizon:] < horizon, IGNORED)
-    if attention_mask is not None and attention_mask.dim() == 2:
-        padding = attention_mask == 0
-        targets[:, :-horizon].masked_fill_(padding[:, :-horizon] | padding[:, horizon:], IGNORED)
+        found.masked_fill_(position_ids[:, horizon:] - position_ids[:, :-horizon] != horizon, IGNORED)
+    if documents is not None:
+        found.masked_fill_(documents[:, horizon:] != documents[:, :-horizon], IGNORED)
+    if attention_mask is not None and attention_mask.dim() in (2, 4):
+        found.masked_fill_(_is_kept_apart(attention_mask, horizon), IGNORED)
     return targets
+
+
+def _is_kept_apart(mask: Tensor, horizon: int) -> Tensor:
+    """Whether a mask keeps token t + horizon apart from token t."""
+    if mask.dim() == 4:  # as models take it: true, or 0 (which is added to scores), where a token attends
+        attends = mask[:, 0] == 0 if mask.is_floating_point() else mask[:, 0].bool()
+        return ~attends.diagonal(-horizon, 1, 2)
+    return (mask[:, horizon:] == 0) | (mask[:, horizon:] != mask[:, :-horizon])
+
+
+def _documents(batch: Mapping[str, Any]) -> Tensor | None:
+    """The number of each token's document, where a collator gives the kernels' marks of packed documents."""
+    ends = batch.get("cu_seq_lens_q")
+    if ends is None:
+        return batch.get("seq_idx")
+    places = torch.arange(batch["labels"].numel(), dtype=ends.dtype, device=ends.device)
+    return torch.bucketize(places, ends[1:], right=True).view_as(batch["labels"])
 
 
 @dataclass(frozen=True)
@@ -102,6 +127,7 @@ class HorizonTargets:
     def of(cls, batch: Mapping[str, Any], horizons: Sequence[int]) -> "HorizonTargets":
         """`horizon_targets` of a batch as a data collator makes it. On the CPU; a batch on a GPU costs one synchronisation."""
         where = {name: batch.get(name) for name in ("position_ids", "attention_mask")}
+        where["documents"] = _documents(batch)
         every = torch.stack(
             [horizon_targets(batch["labels"], horizon, **where).flatten() for horizon in horizons]
         ).cpu()

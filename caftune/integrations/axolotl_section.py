@@ -3,11 +3,13 @@
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from caftune.errors import CaftuneError
+from caftune.files import read_json
 from caftune.training.options import OPTIONS, CAFTOptions
 
 # Keys are the names of CAFTOptions, those of the auxiliary losses without "aux_", as in a recipe's `loss`.
@@ -123,9 +125,9 @@ def _packing_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sharding_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
-    deepspeed, fsdp = cfg.get("deepspeed"), cfg.get("fsdp_config") or {}
-    stage = (deepspeed.get("zero_optimization") or {}).get("stage") if isinstance(deepspeed, Mapping) else None
-    if stage == 3:
+    deepspeed, fsdp = cfg.get("deepspeed") or {}, cfg.get("fsdp_config") or {}
+    settings = read_json(Path(deepspeed)) if isinstance(deepspeed, str) else deepspeed  # most name a file
+    if (settings.get("zero_optimization") or {}).get("stage") == 3:
         yield (
             "deepspeed must name ZeRO stage 2 or lower with a caft section, got stage 3: the unembedding, which heads share, "
             "is empty there outside its own call. FSDP2 (fsdp_version: 2) shards the weights, too."

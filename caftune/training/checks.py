@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations.fsdp import is_fsdp_enabled
 
+from caftune.core.adapters import unwrapped
 from caftune.core.backbone import evaluating, has_flash_attention, is_partitioned, whole_shape
 from caftune.core.objective import IGNORED
 from caftune.errors import CaftuneError
@@ -35,6 +37,10 @@ _QUANTISED = (
 _TIED = (
     "modules_to_save must not hold {}: this base ties its embeddings, and training one of two copies would untie them. Set "
     "ensure_weight_tying=True in the peft_config, or leave it out."
+)
+_ADAPTED = (
+    "peft_config must leave the unembedding unadapted with heads, which read its weight without an adapter. Take it out of "
+    "target_modules (and, where embeddings are tied, out of trainable_token_indices), or train all of it by modules_to_save."
 )
 _MOST_DROPPED = 0.1  # of a data set
 # Packing check: tokens of each of two documents, and the largest change of a logit that rounding explains, as a share of the
@@ -188,6 +194,7 @@ def refuse_unfit_heads(trainer: Any) -> None:
             "Only the last layer is trainable, but decoder heads branch off before it, so the auxiliary losses have no "
             "gradient in the model. Unfreeze earlier layers or use head_kind='mlp'.",
         ),
+        (_adapts_unembedding(backbone.model), _ADAPTED),  # a peft_config's adapter, which is there by now
     )
 
 
@@ -224,7 +231,14 @@ def refuse_unfit(model: PreTrainedModel | PeftModel, peft_config: Any, args: Any
             "call model.requires_grad_(True); load an adapter with is_trainable=True.",
         ),
         *((tied := _tied_copies(model, kind), _TIED.format(", ".join(tied))) for kind in adapters),
+        (_adapts_unembedding(model), _ADAPTED),
     )
+
+
+def _adapts_unembedding(model: Any) -> bool:
+    """Whether PEFT adapts the unembedding. A trained copy of it (modules_to_save) has its weight where heads read it."""
+    head = model.get_output_embeddings()
+    return unwrapped(head) is not head and not isinstance(head, ModulesToSaveWrapper)
 
 
 def half_precision_problem(model: PreTrainedModel | PeftModel, peft_config: Any, args: Any) -> str | None:

@@ -54,13 +54,14 @@ from caftune.training.trained_heads import (
     make_trainable,
     merged_state,
     refuse_optimizer_without,
+    refuse_other_heads,
     save_adapter,
     training_record,
 )
 
 _logger = logging.getLogger(__name__)
 _DIVERGED = "The training diverged: train again with a lower learning_rate, or export an earlier checkpoint."
-_TARGETS_DEPEND_ON = ("labels", "position_ids", "attention_mask")  # of a batch
+_TARGETS_DEPEND_ON = ("labels", "position_ids", "attention_mask", "seq_idx", "cu_seq_lens_q")  # of a batch
 _Trainer: type = Trainer if TYPE_CHECKING else object
 
 
@@ -72,11 +73,11 @@ class CAFTMixin(_Trainer):
         @dataclass
         class OwnArguments(CAFTOptions, TrainingArguments): ...
 
-    Batches need `labels` as transformers' models take them: one for each token, -100 where none is trained on; packed documents
-    need `position_ids`. L_1 is what `compute_loss` of the classes after the mixin returns, whose first forward pass also runs
-    the heads. A class before the mixin may change the batch and the result, and calls `super().compute_loss`. Checkpoints and
-    `save_model` are ordinary ones without heads (stage 1: the heads only); `export` writes the finished model with the base's
-    keys.
+    Batches need `labels` as transformers' models take them: one for each token, -100 where none is trained on. Packed documents
+    need marks: `position_ids`, `seq_idx`, `cu_seq_lens_q` or an attention mask. L_1 is what `compute_loss` of the classes after
+    the mixin returns, whose first forward pass also runs the heads. A class before the mixin may change the batch and the
+    result, and calls `super().compute_loss`. Checkpoints and `save_model` are ordinary ones without heads (stage 1: the heads
+    only); `export` writes the finished model with the base's keys.
 
     Raises:
         CaftuneError: heads of another model, options that do not work with heads; in the first step, batches without labels
@@ -502,8 +503,10 @@ class CAFTMixin(_Trainer):
             self._load_trained_heads(Path(str(self.state.best_model_checkpoint)))
 
     def _load_trained_heads(self, checkpoint: Path) -> None:
+        folder = checkpoint if self.args.pretrain_heads else checkpoint / "heads"
+        if self.heads is not None:
+            refuse_other_heads(self.heads, folder, are_trained=self.args.trains_heads)
         if self.args.trains_heads:
-            folder = checkpoint if self.args.pretrain_heads else checkpoint / "heads"
             load_state(self.heads, folder, read_heads(folder))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

@@ -35,6 +35,13 @@ class InRecipe(NamedTuple):
         return section, key
 
 
+_OF_THE_MAIN_LOSS = "it changes the model's own loss, which stage 1 does not compute"
+# Options of TrainingArguments and SFTConfig that would change nothing: their values that do so anyway, and why.
+_UNUSED_IN_STAGE_ONE: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "label_smoothing_factor": ((0,), _OF_THE_MAIN_LOSS),
+    "loss_type": (("nll", "chunked_nll"), _OF_THE_MAIN_LOSS),
+    "neftune_noise_alpha": ((None,), "it adds noise to the embeddings, which the frozen model of stage 1 runs without"),
+}
 _PER_TRAINING = InRecipe("")
 _ABOVE_0, _FROM_0, _SHARE = {"gt": 0}, {"ge": 0}, {"gt": 0, "le": 1}
 _BOUNDS_IN_WORDS = {("gt",): "above {}", ("ge",): "a number >= {}", ("gt", "le"): "in ({}, {}]"}
@@ -166,12 +173,12 @@ class CAFTOptions:
             raise CaftuneError("aux_weight must be above 0 in stage 1 (pretrain_heads=True), got 0.")
         if self.freeze_unembedding:
             raise CaftuneError("freeze_unembedding must be False in stage 1, which trains heads only. Leave it out.")
-        smoothing = self._trainers("label_smoothing_factor")
-        if smoothing:
-            raise CaftuneError(
-                f"label_smoothing_factor must be 0 in stage 1 (pretrain_heads=True), got {smoothing}: it smooths "
-                "the model's own loss, which stage 1 does not compute. Set it in stage 2."
-            )
+        for name, (unused, reason) in _UNUSED_IN_STAGE_ONE.items():
+            value = self._trainers(name)
+            if value and value not in unused:
+                raise CaftuneError(
+                    f"{name} must be {unused[0]} in stage 1 (pretrain_heads=True), got {value}: {reason}. Set it in stage 2."
+                )
 
     def _check_stage_two(self) -> None:
         if self.soft_targets:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from caftune.checkpoints.heads_folder import DESCRIPTION_FILE, config_of, describe_heads
 from caftune.core.backbone import gathered, whole
 from caftune.core.heads import AuxiliaryHeads
 from caftune.errors import CaftuneError
@@ -122,6 +123,26 @@ def save_adapter(folder: Path, heads: AuxiliaryHeads, *, write: bool) -> None:
     factors = {name: value.cpu() for name, value in _whole_state(heads).items() if "lora_" in name}
     if factors and write:
         save_file(factors, folder / _ADAPTER_FILE)
+
+
+def refuse_other_heads(heads: AuxiliaryHeads, folder: Path, *, are_trained: bool) -> None:
+    """Refuse to resume from a checkpoint whose heads, in `folder`, were not trained as `heads` are."""
+    ranks = {rank for module in heads.modules() if isinstance(module, LoraLayer) for rank in module.r.values()}
+    own = _in_words(heads.config.count, next(iter(ranks), None)) if are_trained else "none"
+    found = "none"
+    if (folder / DESCRIPTION_FILE).is_file():
+        adapter = load_file(folder / _ADAPTER_FILE) if (folder / _ADAPTER_FILE).is_file() else {}
+        rank = next((len(factor) for name, factor in adapter.items() if ".lora_A." in name), None)
+        found = _in_words(config_of(describe_heads(folder)).count, rank)
+    if found != own:
+        raise CaftuneError(
+            f"{folder} must hold heads as this run trains them ({own}), got {found}. Resume with the earlier train_heads, "
+            "heads_lora_rank and num_heads, or train from the start in another output_dir."
+        )
+
+
+def _in_words(count: int, rank: int | None) -> str:
+    return f"{count} heads trained " + ("in full" if rank is None else f"by a LoRA of rank {rank}")
 
 
 def load_state(heads: AuxiliaryHeads, folder: Path, merged: Mapping[str, Tensor]) -> None:

@@ -51,6 +51,17 @@ def test_scale_and_softcap_of_the_logits_are_found(family, scale, softcap):
     assert (backbone.scale, backbone.softcap) == (scale, softcap)
 
 
+@pytest.mark.parametrize("part", ["model", "trunk", "wrapper"])
+def test_a_compiled_model_is_refused_as_one(part):
+    model = build("llama")
+    if part == "wrapper":
+        model = torch.compile(model, backend="eager")
+    else:
+        (model if part == "model" else model.model).compile(backend="eager")
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM must not be compiled .* torch_compile=True"):
+        Backbone.of(model)
+
+
 def test_the_parts_are_named_by_their_place_in_the_model():
     backbone = Backbone.of(model := build("llama"))
     assert (backbone.layer_name, backbone.closing_names, backbone.width) == ("model.layers.1", ("model.norm",), WIDTH)

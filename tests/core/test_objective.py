@@ -12,7 +12,14 @@ from models import VOCABULARY, build
 from caftune.core.attach import ATTRIBUTE, attach_heads
 from caftune.core.backbone import Backbone
 from caftune.core.heads import AuxiliaryHeads, HeadsConfig
-from caftune.core.objective import IGNORED, SCHEDULES, AuxiliaryWeights, auxiliary_loss, horizon_targets
+from caftune.core.objective import (
+    IGNORED,
+    SCHEDULES,
+    AuxiliaryWeights,
+    HorizonTargets,
+    auxiliary_loss,
+    horizon_targets,
+)
 
 _ = IGNORED
 
@@ -35,6 +42,30 @@ PACKED = {
 def test_targets_never_cross_a_document(horizon):
     labels, positions = [10, 11, 12, 13, 20, 21, 22], [0, 1, 2, 3, 0, 1, 2]
     assert targets_of(labels, horizon, position_ids=positions) == PACKED[horizon]
+
+
+BLOCKS = torch.block_diag(torch.ones(4, 4), torch.ones(3, 3)).tril().bool()[None, None]
+MARKS = {
+    "positions from 0": {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]])},
+    "positions from 2": {"position_ids": torch.tensor([[2, 3, 4, 5, 2, 3, 4]])},
+    "the end of a long document": {"position_ids": torch.tensor([[0, 1, 2, 3, 900, 901, 902]])},
+    "a numbered mask": {"attention_mask": torch.tensor([[1, 1, 1, 1, 2, 2, 2]])},
+    "a mask of pairs": {"attention_mask": BLOCKS},
+    "a mask that is added": {"attention_mask": torch.zeros(1, 1, 7, 7).masked_fill(~BLOCKS, -1e9)},
+    "numbers": {"seq_idx": torch.tensor([[0, 0, 0, 0, 1, 1, 1]], dtype=torch.int32)},
+    "ends": {"cu_seq_lens_q": torch.tensor([0, 4, 7], dtype=torch.int32)},
+}
+
+
+@pytest.mark.parametrize("marks", MARKS)
+def test_documents_are_found_by_any_mark_of_a_collator(marks):
+    batch = {"labels": torch.tensor([[10, 11, 12, 13, 20, 21, 22]]), **MARKS[marks]}
+    found = HorizonTargets.of(batch, [*PACKED])
+    for horizon, expected in PACKED.items():
+        positions, tokens = found.at(horizon)
+        assert dict(zip(positions.tolist(), tokens.tolist(), strict=True)) == {
+            t: target for t, target in enumerate(expected) if target != _
+        }
 
 
 def test_targets_ignore_a_masked_prompt_but_are_predicted_from_within_it():

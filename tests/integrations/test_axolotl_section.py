@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,15 @@ def test_what_works_is_not_refused(more):
 def test_what_does_not_work_with_heads_is_refused(more, options, message):
     with pytest.raises(CaftuneError, match=f"^{message}"):
         refuse_options({**CONFIGURATION, **more}, options)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_stage_of_zero_is_read_from_the_file_that_deepspeed_names(tmp_path, stage):
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    refused = pytest.raises(CaftuneError, match="^deepspeed must name ZeRO stage 2 or lower")
+    with refused if stage == 3 else nullcontext():
+        refuse_options({**CONFIGURATION, "deepspeed": str(file)}, {})
 
 
 def test_importing_the_plugin_needs_no_axolotl():

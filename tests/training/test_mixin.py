@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from trainers import OPTIONS, config, lora, numbers, same, trained, weights
 from transformers import (
@@ -268,6 +268,14 @@ def test_arguments_without_the_options_or_unchecked_are_refused(tokens, tmp_path
         Own(model(), Arguments(str(tmp_path), heads=heads, **SHORT), train_dataset=beyond)
     with pytest.raises(CaftuneError, match="model_init must be None"):
         Own(model_init=model, args=Arguments(str(tmp_path), heads=heads, **SHORT), train_dataset=tokens)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("where", [{"target_modules": ["lm_head"]}, {"trainable_token_indices": [5, 6]}])
+def test_an_adapter_of_the_unembedding_is_refused_as_heads_read_its_weight(tokens, heads, tmp_path, where):
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), LoraConfig(r=2, **where))
+    with pytest.raises(CaftuneError, match="must leave the unembedding unadapted with heads"):
+        Own(adapted, Arguments(str(tmp_path), heads=heads, **SHORT), train_dataset=tokens)
 
 
 def test_half_precision_weights_are_trained_with_a_warning(tokens, tokenizer, heads, tmp_path, caplog):

@@ -49,6 +49,14 @@ def heads_of(model, folder, kind="decoder"):
             "packing_strategy must be 'bfd' or 'bfd_split'",
         ),
         ({"pretrain_heads": True, "label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0 in stage 1"),
+        (
+            {"pretrain_heads": True, "loss_type": "dft"},
+            "loss_type must be nll in stage 1 .* got dft: it changes the model",
+        ),
+        (
+            {"pretrain_heads": True, "neftune_noise_alpha": 5.0},
+            "neftune_noise_alpha must be None in stage 1 .* adds noise",
+        ),
     ],
 )
 def test_bad_options_are_refused_where_the_config_is_built(options, message, tmp_path):
@@ -170,6 +178,37 @@ def test_untying_the_embeddings_is_refused(tmp_path):
     peft_config = LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match="modules_to_save must not hold lm_head: this base ties its embeddings"):
         trainer(tmp_path / "out", heads=folder, peft_config=peft_config)
+
+
+def test_adapted_rows_of_tied_embeddings_are_refused(tmp_path):
+    folder = heads_of(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "heads")
+    with pytest.raises(CaftuneError, match=r"leave the unembedding unadapted .* out of trainable_token_indices"):
+        trainer(tmp_path / "out", heads=folder, peft_config=LoraConfig(trainable_token_indices=[5, 6]))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (
+            {"train_heads": False},
+            {},
+            r"\(2 heads trained in full\), got none\. Resume with the earlier train_heads",
+        ),
+        ({}, {"train_heads": False}, r"\(none\), got 2 heads trained in full"),
+        ({}, {"heads_lora_rank": 2}, r"\(2 heads trained by a LoRA of rank 2\), got 2 heads trained in full"),
+        (
+            {"heads_lora_rank": 2},
+            {"heads_lora_rank": 3},
+            r"\(2 heads trained by a LoRA of rank 3\), got 2 heads trained by a LoRA of rank 2",
+        ),
+    ],
+)
+def test_a_run_does_not_resume_where_heads_were_trained_in_another_way(tmp_path, before, now, message):
+    heads = heads_of(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "heads")
+    options = {"heads": heads, "max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    trainer(tmp_path / "run", **options, **before).train()
+    with pytest.raises(CaftuneError, match=f"must hold heads as this run trains them {message}"):
+        trainer(tmp_path / "again", **options, **now).train(str(tmp_path / "run" / "checkpoint-1"))
 
 
 def test_adapters_in_stage_one_are_refused(tmp_path):
