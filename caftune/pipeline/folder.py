@@ -38,6 +38,8 @@ from caftune.pipeline.schema import Recipe
 from caftune.training.resumption import Changes, refuse_checkpoint, remove_allowed_changes
 
 _RESULTS = {"pretrain": "pretrain-heads"}  # names of results, where they are not those of the folders
+# How a kept recipe writes `data.max_length: null`; null in a kept recipe of an older version means today's `auto`.
+_NOT_CUT = "not cut"
 _PAUSES_S = (1, 4, 15, 40)  # between looks at files of other hosts: NFS may hide a new one for 30 s
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # The sections of the recipe that each stage's result depends on.
@@ -175,7 +177,7 @@ class Stage:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.run.forget(self.name)  # of a folder that was removed
-            save_recipe(self.folder / "recipe.yaml", self._identity())  # first: it makes the folder ours
+            _keep_identity(self.folder, self._identity())  # first: it makes the folder ours
             (self.folder / "provenance.json").unlink(missing_ok=True)  # of the recipe before, if there was one
         if not (self.folder / "provenance.json").is_file():
             made = provenance(self._present()) | self._heads_used()
@@ -220,6 +222,8 @@ class Stage:
             raise CaftuneError(f"{self.folder} is missing. Run `caftune {command}` first.")
         kept, wanted = kept_identity(self.folder), self._identity()
         forget_unknown_commit(kept, wanted)
+        if "data.max_length" not in kept:  # the folder is older than this being kept
+            wanted.pop("data.max_length", None)
         changes = remove_allowed_changes(kept, wanted, self.name)
         difference = first_difference(kept, wanted)
         if difference and difference.startswith("files."):
@@ -270,7 +274,7 @@ class Stage:
         tqdm.write(f"Changed since {self.folder} was begun: {', '.join(changes)}.", file=sys.stderr)
         if changes.length:
             self.run.forget(self.name)
-        save_recipe(self.folder / "recipe.yaml", self._identity())
+        _keep_identity(self.folder, self._identity())
         path = self.folder / "provenance.json"
         made = read_json(path) or provenance(self._present())
         now = provenance()
@@ -302,6 +306,7 @@ def kept_identity(folder: Path) -> dict[str, Any]:
         *sections, key = place.split(".")
         if place != "files":
             _section(nested, sections)[key] = value
+    _replace_length(nested.get("data"), {None: "auto", _NOT_CUT: None})
     try:
         recipe = parse_recipe(nested)
     except CaftuneError as error:
@@ -309,7 +314,23 @@ def kept_identity(folder: Path) -> dict[str, Any]:
             f"{file} must be a recipe that caftune {package_version('caftune')} can read: {error} If a newer version wrote it, "
             "update caftune; else use another output."
         ) from error
-    return {**Stage(recipe, folder.name, {}).sections, "files": kept.get("files") or {}}
+    found = {**Stage(recipe, folder.name, {}).sections, "files": kept.get("files") or {}}
+    if "data.max_length" not in kept:
+        found.pop("data.max_length", None)
+    return found
+
+
+def _keep_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """Write the identity of a stage folder, to be read by `kept_identity`."""
+    kept = {key: dict(value) if key == "data" else value for key, value in identity.items()}
+    _replace_length(kept.get("data"), {None: _NOT_CUT})
+    _replace_length(kept, {None: _NOT_CUT}, "data.max_length")
+    save_recipe(folder / "recipe.yaml", kept)
+
+
+def _replace_length(section: Any, values: Mapping[Any, Any], key: str = "max_length") -> None:
+    if isinstance(section, dict) and section.get(key, "") in [*values]:
+        section[key] = values[section[key]]
 
 
 def _section(values: dict[str, Any], place: Sequence[str]) -> dict[str, Any]:

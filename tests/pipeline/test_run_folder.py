@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate import PartialState
 from opened import head_rows, stage_one_config, stage_two_config
 from safetensors.torch import load_file
@@ -164,6 +165,14 @@ def test_another_length_is_another_stage_one_where_it_cuts(tmp_path):
     with pytest.raises(CaftuneError, match=r"of another recipe \(data\.max_length: 64 -> 32\)"):
         Stage(changed, "pretrain", {}).open()
     _, changed = folder_of_stage_one(tmp_path / "labels", 32)
+    Stage(changed, "pretrain", {}).open()
+
+
+def test_a_stage_one_whose_length_was_not_kept_goes_on(tmp_path):
+    folder, changed = folder_of_stage_one(tmp_path, 32, packing=True)
+    kept = yaml.safe_load((folder / "recipe.yaml").read_text())
+    del kept["data.max_length"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(kept))
     Stage(changed, "pretrain", {}).open()
 
 
