@@ -46,7 +46,6 @@ def label_prompts(recipe: Recipe) -> Path:
         ends=base.stop_tokens(tokenizer),
     )
     _refuse_failures(found, file, may_skip=section.skip_failed)
-    write_labels(found.labels, folder / "labels.jsonl")
     left_out = len(every) - len(kept)
     _report(found, left_out, keeps_truncated=section.keep_truncated)
     run.folder.record(
@@ -63,6 +62,7 @@ def label_prompts(recipe: Recipe) -> Path:
             "tokens_as_chosen": sum(label.exact for label in found.labels),
         }
     )
+    write_labels(found.labels, folder / "labels.jsonl")  # last: stage 1 takes them with the record of their form
     return folder / "labels.jsonl"
 
 

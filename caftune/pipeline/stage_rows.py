@@ -86,10 +86,6 @@ def _finished_labels(section: LabelsSection, folder: RunFolder, base: BaseModel)
         raise CaftuneError(f"{labels} is missing. Run `caftune label` (again), or name a text in heads.text.")
     kept = kept_identity(labels.parent)
     made, in_conversation = kept["labels"], folder.results().get("label", {}).get("chat")
-    if in_conversation is None:  # stopped between the two writes
-        raise CaftuneError(
-            f"{labels} has no record of its making. Run `caftune label` again: cached answers are reused."
-        )
     drawn = {name: made[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
     about = {"answers of the base to": file_name(str(made["prompts"])), "answers": 0, **drawn}
     model = {"model.name": base.name, "model.revision": base.revision}
@@ -97,8 +93,12 @@ def _finished_labels(section: LabelsSection, folder: RunFolder, base: BaseModel)
     forget_unknown_commit(kept, model)
     forget_unknown_commit(made, wanted)
     difference = first_difference({name: kept[name] for name in model}, model)
-    if made.get("chat") is None and wanted["chat"] is not None:
-        made["chat"] = in_conversation  # the default stands for the form that was used
+    if made.get("chat") is None and difference is None:
+        # the default stands for the form that was used; labels of old versions are plain text
+        if in_conversation is None:
+            made["chat"] = False if getattr(base.tokenizer(), "chat_template", None) else wanted["chat"]
+        elif wanted["chat"] is not None:
+            made["chat"] = in_conversation
     difference = difference or first_difference({name: made[name] for name in wanted}, wanted, "labels")
     if difference:
         raise CaftuneError(

@@ -137,15 +137,30 @@ def test_heads_are_pretrained_on_labels_in_the_recipes_form(given, made, wanted,
             head_rows(recipe, args)
 
 
-def test_labels_whose_making_was_stopped_before_its_record_are_refused(given, tmp_path):
-    given([{"prompt": f"{number}?"} for number in range(12)])
+def test_labels_are_written_after_the_record_of_their_form(given, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("caftune.pipeline.folder.RunFolder.record", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        given([{"prompt": "Why?"}])
+    with pytest.raises(CaftuneError, match=r"labels\.jsonl is missing\. Run `caftune label`"):
+        head_rows(given.recipe, stage_one_config(given.recipe, tmp_path / "pretrain"))
+
+
+@pytest.mark.parametrize(("template", "is_same"), [(None, True), (TEMPLATE, False)])
+def test_labels_of_before_there_was_the_option_were_given_as_text(given, template, is_same, tmp_path):
+    given([{"prompt": f"{number}?"} for number in range(12)], template=template, chat=None)
+    file = tmp_path / "run" / "labels" / "recipe.yaml"
+    file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if "chat:" not in line))
     results = tmp_path / "run" / "results.jsonl"
-    args, record = stage_one_config(given.recipe, tmp_path / "pretrain"), results.read_text()
-    results.write_text("")
-    with pytest.raises(CaftuneError, match=r"labels\.jsonl has no record of its making\. Run `caftune label` again"):
+    results.write_text("".join(json.dumps({**json.loads(line), "chat": None}) + "\n" for line in results.open()))
+    args = stage_one_config(given.recipe, tmp_path / "pretrain")
+    if is_same:
         head_rows(given.recipe, args)
-    results.write_text(record)
-    head_rows(given.recipe, args)
+    else:
+        with pytest.raises(CaftuneError, match=r"labels.chat: False -> None"):
+            head_rows(given.recipe, args)
 
 
 # caftune generate, and heads info --measure

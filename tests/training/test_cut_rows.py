@@ -114,7 +114,7 @@ def test_a_text_for_the_heads_loses_them(tmp_path):
     recipe = recipe_in(tmp_path, rows_with(), heads={"text": str(tmp_path / "train.jsonl"), "count": 2})
     found = head_rows(recipe, stage_one_config(recipe, tmp_path))
     assert len(found.train) + len(found.held_out) == 38
-    assert found.dropped == {"labels": {"count": 2, "of": 40, "rows": [4, 17]}}
+    assert found.dropped == {"dropped": {"labels": {"count": 2, "of": 40, "rows": [4, 17]}}}
 
 
 def test_stage_one_prepares_its_rows_and_names_those_left_out_once(tmp_path, caplog, monkeypatch):
