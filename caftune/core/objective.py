@@ -81,7 +81,7 @@ def horizon_targets(
 
     Args:
         attention_mask: [batch, tokens], which may number the documents (1 1 1 1 2 2 2), or [batch, heads, tokens, tokens],
-            where a token attends to those of its own document.
+            where a token attends to earlier tokens of the same document.
         documents: a number for each document.
     """
     targets = torch.full_like(labels, IGNORED)

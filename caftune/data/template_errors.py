@@ -18,6 +18,7 @@ _COMPARED = 200  # rows, spread evenly
 _SHOWN = 8  # tokens shown of each text
 BYTE_ORDER_MARK = "\ufeff"
 MARK = "caftune7mark"  # a text that no template writes by itself
+_NEXT_TO_CALLS = "content (next to calls of tools)"
 _TEMPLATE = "<template>"  # the file that jinja2 names in the traceback of an error within a template
 
 
@@ -82,8 +83,8 @@ def raise_for_lost_message(
     """Raise CaftuneError for the first message that the chat template leaves out, or whose calls of tools it leaves out.
 
     Many templates skip without an error what they do not know: Qwen 3's the role `developer`, Llama 3's calls of tools,
-    Idefics 3's any content that is a text. A message of each kind is tried with a mark in place of its content, or of the
-    names in its calls.
+    Llama 3.1's a content next to calls, Idefics 3's any content that is a text. A message of each kind is tried with a mark in
+    place of its content, and of the names in its calls.
 
     Args:
         conversations: the messages of each row, and its options of the template.
@@ -92,12 +93,13 @@ def raise_for_lost_message(
     tried = set()
     for number, (messages, options) in enumerate(conversations):
         for index, message in enumerate(messages):
-            part, marked = _with_mark(message)
-            kind = (message.get("role"), part, index == 0)
-            if not part or kind in tried:
-                continue
-            tried.add(kind)
-            if _leaves_out([*messages[:index], marked, *messages[index + 1 :]], options, tokenizer):
+            for part, marked in _with_marks(message):
+                kind = (message.get("role"), part, index == 0)
+                # A text next to calls is often a thought, which templates remove where the final answer follows.
+                after = [] if part == _NEXT_TO_CALLS else messages[index + 1 :]
+                if kind in tried or not _leaves_out([*messages[:index], marked, *after], options, tokenizer):
+                    tried.add(kind)
+                    continue
                 raise CaftuneError(
                     f"{place}, row {number} (from 0): the chat template must write the whole conversation, but leaves out "
                     f"the {part} of message {index} (from 0), role {message.get('role')}. Change the row, or use a template "
@@ -169,16 +171,15 @@ def _written(row: dict[str, Any]) -> list[tuple[list[Any], bool]]:
     return []
 
 
-def _with_mark(message: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The message with the mark in its calls of tools, or else in its content, and which of these; "" if it has neither."""
+def _with_marks(message: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The message with the mark in its calls of tools, and with the mark as its content; before each, the name of that part."""
     calls, call, content = (message.get(name) for name in ("tool_calls", "function_call", "content"))
     if calls and isinstance(calls, list):
-        return "calls of tools", {**message, "tool_calls": [_with_marked_name(each) for each in calls]}
-    if isinstance(call, dict):
-        return "call of a function", {**message, "function_call": _with_marked_name(call)}
+        yield "calls of tools", {**message, "tool_calls": [_with_marked_name(each) for each in calls]}
+    elif isinstance(call, dict):
+        yield "call of a function", {**message, "function_call": _with_marked_name(call)}
     if isinstance(content, str) and content.strip():
-        return "content", {**message, "content": MARK}
-    return "", message
+        yield _NEXT_TO_CALLS if calls else "content", {**message, "content": MARK}
 
 
 def _with_marked_name(call: dict[str, Any]) -> dict[str, Any]:

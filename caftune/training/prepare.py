@@ -108,6 +108,8 @@ def _tokenized(
     completion_only = paired if args.completion_only_loss is None else args.completion_only_loss
     if paired and not is_chat(dataset):
         return pair_tokens(dataset, tokenizer, name, completion_only=completion_only)
+    if is_chat(dataset):
+        raise_for_lost_row(dataset, tokenizer, template, source)
     # SFTTrainer prepares data in a method that reads these three attributes of the trainer and no others (TRL 1.16).
     trainer: Any = SimpleNamespace(_tokenizer=tokenizer, chat_template=template, completion_only_loss=completion_only)
     whole = copy.copy(args)
@@ -117,8 +119,6 @@ def _tokenized(
     except Exception:  # name the row, if the template refuses one; else raise the error unchanged
         raise_for_refused_row(dataset, tokenizer, template, source)
         raise
-    if is_chat(dataset):
-        raise_for_lost_row(dataset, tokenizer, template, source)
     return rows.remove_columns([column for column in rows.column_names if column == "completion_mask"])
 
 

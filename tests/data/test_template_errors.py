@@ -160,8 +160,9 @@ def test_generate_names_the_row_of_its_file(base, tmp_path):
 
 # Messages that a template leaves out
 
-LLAMA_3, QWEN_3 = (
-    (resources.files("trl") / "chat_templates" / f"{name}.jinja").read_text() for name in ("llama3", "qwen3")
+LLAMA_3, LLAMA_3_1, QWEN_3, GPT_OSS = (
+    (resources.files("trl") / "chat_templates" / f"{name}.jinja").read_text()
+    for name in ("llama3", "llama3_1", "qwen3", "gptoss")
 )
 PARTS = "{% for m in messages %}{{ '<' + m.role + '>' }}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
 LOST = {
@@ -172,6 +173,11 @@ LOST = {
     ),
     "calls of tools": (LLAMA_3, [ASKED, said("assistant", "", **CALLED)], "calls of tools of message 1 .*assistant"),
     "calls without a content": (LLAMA_3, [ASKED, said("assistant", None, **CALLED)], "calls of tools of message 1"),
+    "a text next to calls": (
+        LLAMA_3_1,
+        [ASKED, said("assistant", "C", **CALLED)],
+        r"content \(next to calls of tools\) of message 1",
+    ),
     "a call of a function": (QWEN_3, [ASKED, said("assistant", "", function_call={"name": "f"})], "call of a function"),
     "contents that are no parts": (PARTS, [ASKED, ANSWERED], "content of message 0 .*user"),
 }
@@ -208,3 +214,7 @@ def test_thoughts_and_switches_that_a_template_removes_are_not_missed(tmp_path):
     template = QWEN_3.replace("messages[0].content", "messages[0].content.replace('/no_think', '')")
     rows = Dataset.from_list([{"messages": turns}])
     assert len(prepare(rows, tokenizer_with(template), config(tmp_path, aux_weight=0.0), name="train").rows) == 1
+    # A text before a call, which GPT-OSS takes for a thought and removes once the final answer follows.
+    turns = [ASKED, said("assistant", "C", **CALLED), said("tool", "N"), ANSWERED]
+    rows = Dataset.from_list([{"messages": turns}])
+    assert len(prepare(rows, tokenizer_with(GPT_OSS), config(tmp_path, aux_weight=0.0), name="train").rows) == 1
