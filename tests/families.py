@@ -56,6 +56,10 @@ _VISION = {
     **{"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
     **{"image_size": 8, "patch_size": 4},
 }
+_TOWER = {
+    **{"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "num_position_embeddings": 16},
+    "out_hidden_size": WIDTH,
+}
 # Tokens that stand for images: none of those that the tests use.
 _IMAGE = dict.fromkeys(["image_token_index", "image_token_id", "boi_token_index", "eoi_token_index"], 0)
 _CROSS = {"num_hidden_layers": 3, "cross_attention_layers": [1]}
@@ -231,7 +235,10 @@ FAMILIES = {
     "internlm3": ("internlm3", {}),
     "iquestcoder": ("iquestcoder", {}),
     "llama4_multimodal": ("llama4", {"text_config": ("llama4_text", {"intermediate_size_mlp": 24}), **_IMAGE}),
-    "qwen3_5_multimodal": ("qwen3_5", {"text_config": ("qwen3_5_text", _layers(_LINEAR, _FULL)), **_IMAGE}),
+    "qwen3_5_multimodal": (
+        "qwen3_5",
+        {"text_config": ("qwen3_5_text", _layers(_LINEAR, _FULL)), "vision_config": _TOWER, **_IMAGE},
+    ),
     "gemma3_multimodal": ("gemma3", {"text_config": ("gemma3_text", {}), "vision_config": _VISION, **_IMAGE}),
     "gemma4_multimodal": ("gemma4", {"text_config": ("gemma4_text", _GEMMA4), **_IMAGE}),
     "emu3": ("emu3", {"text_config": ("emu3_text_model", {}), **_IMAGE}),
