@@ -78,6 +78,7 @@ RATES = {"small": (3e-4, 1e-3, 3e-3), "lora": (1e-3, 3e-3), "full": (1e-5, 3e-5,
 EPOCHS = {"small": {100: (4, 12), 400: (3, 8), 1500: (2, 4)}, "smollm2": {100: (2,), 400: (2,), 1500: (2,)}}
 CONTROL_ROWS, CONTROL_RATE = 80_000, 2e-3
 FINE_EPOCHS, FINE_ARMS = (4, 5, 6, 8), ("ntp", "paper", "adapt", "top", "w0.1", "w0.3")
+FINE_MATCHED = {"smiles-gpt2": ("paper", "adapt", "w0.1")}  # arms with a claim of help
 HEADS = 4
 ADAPT_RATE = 1e-4
 SCORED_EXAMPLES = 200
@@ -163,7 +164,10 @@ def stages(name: str, results: Results) -> list[Stage]:
     if name == "small":
         return [_confirmation(_small(SMALL, rows), (rows,), seeds, results) for rows in ROWS]
     if name == "fine":
-        return [Stage(_small(SMALL[:2], 100), FINE_ARMS, seeds, epochs=FINE_EPOCHS)]
+        return [
+            Stage(_small([model], 100), FINE_ARMS, seeds, matched=FINE_MATCHED.get(model, ()), epochs=FINE_EPOCHS)
+            for model in SMALL[:2]
+        ]
     order = [(tuning, rows) for rows in ROWS for tuning in MODELS["smollm2"].tunings]
     found = [
         _confirmation(

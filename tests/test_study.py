@@ -255,7 +255,9 @@ def test_arms_are_confirmed_only_when_the_screening_of_two_models_is_finished(ma
 
 
 def test_finer_epochs_are_tuned_over_their_own_grid_with_the_rates_of_the_screening():
-    (stage,) = study.stages("fine", {})
+    stage, claimed = study.stages("fine", {})
+    assert [cell.model for part in (stage, claimed) for cell in part.cells] == ["demo", "smiles-gpt2"]
+    assert (stage.matched, claimed.matched) == ((), ("paper", "adapt", "w0.1"))
     cell = stage.cells[0]
     found = {}
     for arm in SCREENED:
