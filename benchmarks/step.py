@@ -3,9 +3,10 @@
     python benchmarks/step.py --quick                        two minutes: one small case
     python benchmarks/step.py [--tunings full full-heads lora lora-heads stage1] [--vocabularies 32000 131072]
         [--labelled 0.25 0.5 1] [--heads 1 2 4 8] [--shapes 4x512 ...] [--arms ...] [--rounds 3] [--steps 3]
-        [--reference-python PATH]
+        [--reference-python PATH] [--models FOLDER ...]
 
-A Llama of 6 layers, width 512, random weights, float32 on a CPU (bfloat16 autocast on a GPU), 2 threads, AdamW, no gradient
+With --models these are measured in the Llama's place (arms sft, exact, sampled): random tokens, untrained heads. A
+Llama of 6 layers, width 512, random weights. Float32 on a CPU (bfloat16 autocast on a GPU), 2 threads, AdamW, no gradient
 checkpointing. Every arm of a case runs once per round in a process of its own, so that a slow spell of the machine hits all
 alike, cases too; a number is the median of all rounds' steps (processor: seconds of all threads,
 which other jobs disturb less). The timed processes keep freed memory, so that page faults hardly count. Memory comes from one
@@ -28,6 +29,7 @@ from typing import Any
 
 from reference import reference_environment
 from step_worker import RANK, TRUNK, Case
+from transformers import AutoConfig, LlamaConfig
 
 from caftune import CAFTConfig
 from caftune.training.estimate import Estimate, estimate
@@ -102,7 +104,6 @@ def summary(case: Case, arm: str, results: list[dict[str, Any]]) -> dict[str, An
 def planned(case: Case, arm: str) -> Estimate:
     """What `caftune plan` says of an arm."""
     from peft import LoraConfig
-    from transformers import LlamaConfig
 
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     setup = Setup(
@@ -119,19 +120,22 @@ def planned(case: Case, arm: str) -> Estimate:
     )
     if arm == "sft":
         setup = replace(setup, stage="train", heads=0)
-    return estimate(LlamaConfig(vocab_size=case.vocabulary, **TRUNK), setup, lora if setup.tuning == "lora" else None)
+    random = LlamaConfig(vocab_size=case.vocabulary, **TRUNK)
+    config = AutoConfig.from_pretrained(case.model) if case.model else random
+    return estimate(config, setup, lora if setup.tuning == "lora" else None)
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: an arm a row."""
     lines = [
-        "| tuning | vocabulary | labelled | heads | rows x tokens | arm | step, s (range) | to SFTTrainer | processor time, to "
-        "SFTTrainer | FLOPs, to SFTTrainer | plan | peak, MiB | to SFTTrainer | plan, MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | tuning | vocabulary | labelled | heads | rows x tokens | arm | step, s (range) | to SFTTrainer "
+        "| processor time, to SFTTrainer | FLOPs, to SFTTrainer | plan | peak, MiB | to SFTTrainer | plan, MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     names = [f.name for f in fields(Case)]
     for result in results:
-        first = [f"{result[name]}" for name in names[:-2]] + [f"{result['batch']} x {result['length']}", result["arm"]]
+        first = [Path(result["model"]).name or "random Llama", *(f"{result[name]}" for name in names[:4])]
+        first += [f"{result['batch']} x {result['length']}", result["arm"]]
         if "failed" in result:
             why = result["failed"].replace("\n", " ").replace("|", "/")
             lines.append(f"| {' | '.join(first)} | {why} | | | | | | | |")
@@ -158,8 +162,10 @@ def ratio(result: dict[str, Any], base: dict[str, Any], name: str) -> str:
 def cases_of(options: argparse.Namespace) -> list[Case]:
     """All combinations of the options."""
     shapes = [tuple(int(part) for part in shape.split("x")) for shape in options.shapes]
-    combinations = itertools.product(options.tunings, options.vocabularies, options.labelled, options.heads, shapes)
-    return [Case(*choice, *shape) for *choice, shape in combinations]
+    models = [(AutoConfig.from_pretrained(name).vocab_size, name) for name in options.models]
+    models = models or [(vocabulary, "") for vocabulary in options.vocabularies]
+    combinations = itertools.product(models, options.tunings, options.labelled, options.heads, shapes)
+    return [Case(tuning, size, *choice, *shape, name) for (size, name), tuning, *choice, shape in combinations]
 
 
 def parsed() -> argparse.Namespace:
@@ -171,6 +177,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--labelled", nargs="+", type=float, default=[0.5])
     parser.add_argument("--heads", nargs="+", type=int, default=[4])
     parser.add_argument("--shapes", nargs="+", default=["4x512"], help="rows x tokens of a batch")
+    parser.add_argument("--models", nargs="+", default=[], help="folders of real models, in place of --vocabularies")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a process")
@@ -182,6 +189,8 @@ def parsed() -> argparse.Namespace:
     options = parser.parse_args()
     if "lora-heads" in options.tunings and {"stacked", "reference"} & {*options.arms}:
         parser.error("--tunings lora-heads needs --arms sft exact sampled: the others have no LoRA on their heads.")
+    if options.models and {"stacked", "reference"} & {*options.arms}:
+        parser.error("--models needs --arms sft exact sampled: the others build the Llama.")
     if options.quick:
         vars(options).update(QUICK)
     if "sampled" in options.arms and "aux_target_share" not in {field.name for field in fields(CAFTConfig)}:

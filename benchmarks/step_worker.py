@@ -23,7 +23,10 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured. `tuning`: full, lora (frozen heads), full-heads, lora-heads (heads trained along) or stage1."""
+    """What is measured. `tuning`: full, lora (frozen heads), full-heads, lora-heads (heads trained along) or stage1.
+
+    `model`: folder of a real one; empty: a random Llama.
+    """
 
     tuning: str
     vocabulary: int
@@ -31,6 +34,7 @@ class Case:
     heads: int
     batch: int
     length: int
+    model: str = ""
 
 
 @dataclass
@@ -90,9 +94,11 @@ def memory(device: str, *, highest: bool = False) -> float:
 
 
 def model_of(case: Case) -> Any:
-    """A Llama with random weights, the same for every arm of an environment."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """The case's model in float32, or a Llama with random weights, the same for every arm of an environment."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+    if case.model:
+        return AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
     torch.manual_seed(0)
     ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=case.vocabulary, max_position_embeddings=32768, **TRUNK, **ends))
