@@ -239,8 +239,6 @@ def base_rates(cell: Cell) -> tuple[float, ...]:
 def rates_of(cell: Cell, arms: Sequence[str], results: Results) -> tuple[float, ...]:
     """The grid's rates; once it is finished for all arms, with one more at an end where the best of any arm is."""
     base = base_rates(cell)
-    if cell.model not in SMALL:
-        return base
     best = [_best(cell, arm, base, epochs_of(cell), results) for arm in arms]
     if None in best:
         return base
