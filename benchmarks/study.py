@@ -44,7 +44,7 @@ from study_data import (
     tokens_of_smiles,
     write_demo_data,
 )
-from study_table import Line, tables
+from study_table import Line, differences, tables
 from study_variants import ARMS, CONTROL, SCREENED, Arm, Concepts
 from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
@@ -175,10 +175,15 @@ def stages(name: str, results: Results) -> list[Stage]:
         )
         for tuning, rows in order
     ]
-    few = [
-        replace(stage, arms=stage.arms[:3], matched=stage.matched[:2]) for stage in found
-    ]  # paper and the best other
-    return [replace(stage, matched=()) for stage in few] + few
+    few = [replace(stage, arms=stage.arms[:3], matched=()) for stage in found]  # paper and the best other
+    claims = [
+        replace(
+            stage, cells=[cell], matched=[arm for arm in stage.arms[1:] if is_better(cell, arm, stage.arms, results)]
+        )
+        for stage in few
+        for cell in stage.cells
+    ]
+    return few + claims
 
 
 def _small(models: Sequence[str], rows: int) -> list[Cell]:
@@ -668,19 +673,53 @@ def _seeds_at_most(stage: Stage, cell: Cell) -> list[Run]:
 
 
 def lines_of(results: Results) -> list[Line]:
-    """The test runs, for the tables."""
+    """The test runs, for the tables. A cell of SmolLM2 with runs outside its first grid has a table for each grid."""
     stage_of = {seed: name for name in SEEDS if name != "confirm" for seed in SEEDS[name]}
+    tests = [line for line in results.values() if line["split"] == "test"]
+    small = [(stage_of[line["seed"]], "", line) for line in tests if line["cell"]["model"] != "smollm2"]
+    names = {Cell(**line["cell"]) for line in tests if line["cell"]["model"] == "smollm2"}
+    large = [("confirm", note, line) for cell in names for note, line in _by_grid(cell, tests, results)]
     return [
         Line(
-            stage="confirm" if line["cell"]["model"] == "smollm2" else stage_of[line["seed"]],
-            cell=Cell(**line["cell"]).name,
+            stage=stage,
+            cell=Cell(**line["cell"]).name + note,
             **{name: line[name] for name in ("arm", "rate", "epochs", "seed", "loss", "flops", "protocol")},
             seconds=line["cpu_s"]["set_up"] + line["cpu_s"]["train"],  # with the adaptation
             score=line.get("score"),
         )
-        for line in results.values()
-        if line["split"] == "test"
+        for stage, note, line in [*small, *large]
     ]
+
+
+def _by_grid(cell: Cell, tests: Sequence[dict[str, Any]], results: Results) -> list[tuple[str, dict[str, Any]]]:
+    """A cell's test runs at the values tuned on its first grid; then, with a note, on the extended one."""
+    own = [line for line in tests if Cell(**line["cell"]) == cell]
+    arms = sorted({line["arm"] for line in own if "=" not in line["arm"]})
+    rates = rates_of(cell, arms, results)
+    found = []
+    for grid, note in ((base_rates(cell), ""), (rates, f", rates to {max(rates):g}")):
+        tuned = []
+        for line in own:
+            lengths = epochs_of(cell) if "=" not in line["arm"] else (line["epochs"],)
+            if _best(cell, line["arm"], grid, lengths, results) == (line["rate"], line["epochs"]):
+                tuned.append((note, line))
+        if {line["arm"] for _, line in tuned} >= {*arms} and [line for _, line in tuned] != [line for _, line in found]:
+            found += tuned
+    return found
+
+
+def is_better(cell: Cell, arm: str, arms: Sequence[str], results: Results) -> bool:
+    """Whether the arm's loss is lower than the baseline's with a corrected p of at most 0.05, all seeds finished."""
+    lines = lines_of({key: line for key, line in results.items() if line["cell"] == asdict(cell)})
+    found: dict[str, dict[int, Line]] = {name: {} for name in arms}
+    for line in lines:
+        if line.arm in found and line.cell == lines[-1].cell:  # the last grid's
+            found[line.arm][line.seed] = line
+    if any(len(own) < len(SEEDS["confirm"]) for own in found.values()):
+        return False
+    compared = differences(found, [(name, "ntp") for name in arms if name != "ntp"])
+    own = next(item for item in compared if item.arm == arm)
+    return own.result is not None and own.result.difference < 0 and own.corrected <= 0.05
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

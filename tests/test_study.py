@@ -219,6 +219,62 @@ def test_the_two_best_arms_of_finished_cells_are_confirmed():
     assert study.choice({}, [NAMES]) == ["paper", "w0.1"]
 
 
+SMOL = Cell("smollm2", "names", "lora", 100)
+
+
+def checked(cell, arm, rate, losses):
+    cost = {"flops": 1e9, "protocol": "abc1234", "cpu_s": {"set_up": 1.0, "train": 2.0}}
+    found = {}
+    for seed, loss in zip(study.SEEDS["confirm"], losses, strict=False):
+        found |= finished(cell, arm, {(rate, 2): loss}, "test", seed)
+    return {key: {**line, **cost} for key, line in found.items()}
+
+
+def test_runs_of_an_extended_grid_have_a_table_of_their_own_and_are_mixed_with_no_others():
+    found = {}
+    for arm, loss in {"ntp": 2.0, "paper": 1.9, "top": 2.1}.items():
+        found |= finished(SMOL, arm, {(1e-3, 2): loss + 1, (3e-3, 2): loss}) | checked(SMOL, arm, 3e-3, [loss] * 5)
+    assert {line.cell for line in study.lines_of(found)} == {"smollm2/names/lora/100"}
+    for arm, loss in {"ntp": 1.5, "paper": 1.4, "top": 2.2}.items():  # top stays at 3e-3
+        found |= finished(SMOL, arm, {(9e-3, 2): loss})
+    found |= checked(SMOL, "ntp", 9e-3, [1.5] * 5)
+    assert {line.cell for line in study.lines_of(found)} == {"smollm2/names/lora/100"}  # paper's runs are missing
+    found |= checked(SMOL, "paper", 9e-3, [1.4] * 5)
+    cells = {}
+    for line in study.lines_of(found):
+        cells.setdefault(line.cell, {}).setdefault(line.arm, []).append((line.rate, line.loss))
+    assert cells == {
+        "smollm2/names/lora/100": {
+            arm: [(3e-3, loss)] * 5 for arm, loss in {"ntp": 2.0, "paper": 1.9, "top": 2.1}.items()
+        },
+        "smollm2/names/lora/100, rates to 0.009": {
+            **{"ntp": [(9e-3, 1.5)] * 5, "paper": [(9e-3, 1.4)] * 5},
+            "top": [(3e-3, 2.1)] * 5,
+        },
+    }
+
+
+def test_equal_operations_are_run_where_all_seeds_say_that_an_arm_is_better():
+    found, arms = {}, ["ntp", "paper", "top"]
+    for arm in arms:
+        found |= finished(SMOL, arm, {(1e-3, 2): 0.9, (3e-3, 2): 1.0, (3.3e-4, 2): 1.0})
+    losses = {"ntp": [1.0, 1.1, 1.2, 1.3, 1.4], "paper": [0.9, 1.01, 1.1, 1.21, 1.3], "top": [1.3, 0.9, 1.2, 1.5, 1.0]}
+    for arm, own in losses.items():
+        found |= checked(SMOL, arm, 1e-3, own)
+    # The best rate is the lower end, so the grid is extended; its end is worse.
+    for arm in arms:
+        found |= finished(SMOL, arm, {(3.3e-4, 2): 1.2})
+    assert study.is_better(SMOL, "paper", arms, found)
+    assert not study.is_better(SMOL, "top", arms, found)
+    missing = next(key for key in found if key.endswith("ntp/0.001/2/405/test"))
+    assert not study.is_better(SMOL, "paper", arms, {key: line for key, line in found.items() if key != missing})
+    worse = {
+        key: {**line, "loss": line["loss"] + ("/paper/" in key) * (line["split"] == "test")}
+        for key, line in found.items()
+    }
+    assert not study.is_better(SMOL, "paper", arms, worse)
+
+
 LOSSES = {
     "ntp": [1.0, 1.2, 0.9, 1.1],
     "a": [0.9, 1.15, 0.86, 0.97],
