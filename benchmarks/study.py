@@ -654,8 +654,12 @@ def plan(study: Study, names: Sequence[str], chosen: Callable[[Cell], bool]) -> 
         "|---|---|---|---|---|---|",
     ]
     total = 0.0
+    listed: set[tuple[str, Cell]] = set()  # a stage of equal operations has cells of a stage before it
     for name in names:
         for stage, cell in ((own, cell) for own in stages(name, results) for cell in filter(chosen, own.cells)):
+            if (name, cell) in listed:
+                continue
+            listed.add((name, cell))
             known = runs_of(replace(stage, matched=()), cell, results, lambda _: 1.0)
             todo = [run for run in known if run.key not in results]
             later = [] if any(run.split == "test" for run in known) else _seeds_at_most(stage, cell)
@@ -697,7 +701,7 @@ def _by_grid(cell: Cell, tests: Sequence[dict[str, Any]], results: Results) -> l
     arms = sorted({line["arm"] for line in own if "=" not in line["arm"]})
     rates = rates_of(cell, arms, results)
     found = []
-    for grid, note in ((base_rates(cell), ""), (rates, f", rates to {max(rates):g}")):
+    for grid, note in ((base_rates(cell), ""), (rates, f", rates {min(rates):g} to {max(rates):g}")):
         tuned = []
         for line in own:
             lengths = epochs_of(cell) if "=" not in line["arm"] else (line["epochs"],)
@@ -711,10 +715,12 @@ def _by_grid(cell: Cell, tests: Sequence[dict[str, Any]], results: Results) -> l
 def is_better(cell: Cell, arm: str, arms: Sequence[str], results: Results) -> bool:
     """Whether the arm's loss is lower than the baseline's with a corrected p of at most 0.05, all seeds finished."""
     lines = lines_of({key: line for key, line in results.items() if line["cell"] == asdict(cell)})
-    found: dict[str, dict[int, Line]] = {name: {} for name in arms}
-    for line in lines:
-        if line.arm in found and line.cell == lines[-1].cell:  # the last grid's
-            found[line.arm][line.seed] = line
+    rates = rates_of(cell, arms, results)
+    tuned = {name: _best(cell, name, rates, epochs_of(cell), results) for name in arms}
+    found = {
+        name: {line.seed: line for line in lines if line.arm == name and (line.rate, line.epochs) == tuned[name]}
+        for name in arms
+    }
     if any(len(own) < len(SEEDS["confirm"]) for own in found.values()):
         return False
     compared = differences(found, [(name, "ntp") for name in arms if name != "ntp"])

@@ -247,7 +247,7 @@ def test_runs_of_an_extended_grid_have_a_table_of_their_own_and_are_mixed_with_n
         "smollm2/names/lora/100": {
             arm: [(3e-3, loss)] * 5 for arm, loss in {"ntp": 2.0, "paper": 1.9, "top": 2.1}.items()
         },
-        "smollm2/names/lora/100, rates to 0.009": {
+        "smollm2/names/lora/100, rates 0.001 to 0.009": {
             **{"ntp": [(9e-3, 1.5)] * 5, "paper": [(9e-3, 1.4)] * 5},
             "top": [(3e-3, 2.1)] * 5,
         },
@@ -273,6 +273,17 @@ def test_equal_operations_are_run_where_all_seeds_say_that_an_arm_is_better():
         for key, line in found.items()
     }
     assert not study.is_better(SMOL, "paper", arms, worse)
+    # Where the extended grid is better, the test runs of the first grid say nothing.
+    lower = {key: {**line, "loss": 0.5} if line["rate"] == 3.3e-4 else line for key, line in found.items()}
+    assert not study.is_better(SMOL, "paper", arms, lower)
+
+
+def test_the_plan_counts_a_cell_once():
+    study_of = SimpleNamespace(results=dict)
+    names = [
+        line.split("|")[2].strip() for line in study.plan(study_of, ["confirm"], lambda _: True).splitlines()[2:-2]
+    ]
+    assert len(names) == len(set(names)) == 18
 
 
 LOSSES = {
